@@ -1,0 +1,53 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Errors that a user can mend, shown as one line."""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+
+__all__ = ["InputError", "one_line_errors", "root_input_error"]
+
+
+class InputError(ValueError):
+    """The input is at fault, not the program: the message says in one line what is wrong, where, and what to do."""
+
+
+def root_input_error(error: BaseException | None) -> InputError | None:
+    """The `InputError` at the bottom of a chain of exceptions, or None.
+
+    MONAI wraps what a transform or a config expression raises, often several times over; what the user needs is the
+    line that started it.
+    """
+    found, seen = None, set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, InputError):
+            found = error
+        error = error.__cause__ or error.__context__
+    return found
+
+
+def one_line_errors() -> None:
+    """Make an uncaught `InputError` end the process with ``error: <its line>`` and status 1, without a traceback.
+
+    Called by the bundles' ``initialize``; every other exception is shown as before.
+    """
+
+    def excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        cause = root_input_error(error)
+        if cause is None:
+            sys.__excepthook__(kind, error, trace)
+        else:
+            print(f"error: {cause}", file=sys.stderr)
+
+    sys.excepthook = excepthook
