@@ -1,0 +1,105 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Where the routes of a layer come from: free numbers, or a router that looks at the layer's input."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Activation", "FreeRoutes", "Router"]
+
+Activation = Literal["softmax", "sigmoid"]
+
+
+def _mixture(logits: Tensor, start: Tensor, activation: Activation) -> Tensor:
+    """Routes ``r_e ~ start_e * gain(logit_e)``, normalised: zero logits give back `start`, whichever the activation."""
+    if activation == "softmax":
+        return torch.softmax(start.log() + logits, dim=-1)
+    gain = start * torch.sigmoid(logits)
+    return gain / gain.sum(dim=-1, keepdim=True).clamp_min(1e-12)
+
+
+class FreeRoutes(nn.Module):
+    """One set of routes for a layer, whatever its input: E free numbers.
+
+    Args:
+        experts: number E of experts.
+        activation: "softmax", or "sigmoid" (the paper; here normalised to sum to one).
+    """
+
+    def __init__(self, experts: int, activation: Activation = "softmax") -> None:
+        super().__init__()
+        self.activation = activation
+        self.logits = nn.Parameter(torch.zeros(1, experts))
+        self.start: Tensor
+        self.register_buffer("start", torch.full((experts,), 1.0 / experts))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Routes of shape (1, E)."""
+        return _mixture(self.logits, self.start, self.activation)
+
+
+class Router(nn.Module):
+    """Routes from a layer's input: global average pool, linear C -> 2C, ReLU, dropout, linear 2C -> E, normalised.
+
+    Args:
+        channels: channels C of the layer's input.
+        experts: number E of experts.
+        activation: "softmax", or "sigmoid" (the paper; here normalised to sum to one).
+        per_volume: pool over the batch as well, so that all slices of a volume share one set of routes.
+        random: leave the last layer at a random start (the paper) instead of at zero, which starts at `start` exactly.
+        dropout: fraction of hidden units dropped while :attr:`generator` is set, that is during adaptation only.
+        generator: source of the initial weights; the global random state is neither read nor changed.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        experts: int,
+        activation: Activation = "softmax",
+        per_volume: bool = False,
+        random: bool = False,
+        dropout: float = 0.2,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        self.activation = activation
+        self.per_volume = per_volume
+        self.dropout = dropout
+        self.generator: torch.Generator | None = None
+        # skip_init: torch's own initialisation would draw from the global random state
+        self.squeeze = nn.utils.skip_init(nn.Linear, channels, 2 * channels)
+        self.excite = nn.utils.skip_init(nn.Linear, 2 * channels, experts)
+        with torch.no_grad():
+            for linear in (self.squeeze, self.excite):
+                bound = linear.in_features**-0.5
+                for parameter in linear.parameters():
+                    parameter.uniform_(-bound, bound, generator=generator)
+            if not random:
+                self.excite.weight.zero_()
+                self.excite.bias.zero_()
+        self.start: Tensor
+        self.register_buffer("start", torch.full((experts,), 1.0 / experts))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Routes of shape (B, E), or (1, E) where they are per volume, from a layer's input (B, C, *spatial)."""
+        pooled = inputs.float().flatten(2).mean(-1) if inputs.ndim > 2 else inputs.float()
+        if self.per_volume:
+            pooled = pooled.mean(0, keepdim=True)
+        hidden = torch.relu(self.squeeze(pooled))
+        if self.generator is not None and self.dropout > 0:
+            # drawn on the CPU, so that a seed means the same on every device
+            keep = torch.rand(hidden.shape, generator=self.generator) >= self.dropout
+            hidden = hidden * keep.to(hidden) / (1 - self.dropout)
+        return _mixture(self.excite(hidden), self.start, self.activation)

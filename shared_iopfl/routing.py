@@ -1,0 +1,301 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The routing space: one network whose every layer is a mixture of the experts' layers.
+
+A routed network computes, layer by layer, with the weights ``w = sum_e r_e * w_e``: the experts' weights ``w_e`` are
+frozen, the routes ``r`` are non-negative and sum to one, so that equal experts give back the plain network whatever the
+routes. Where the routes come from is the choice of ``per``: a :class:`Router` that looks at the layer's input, for each
+sample on its own (the paper) or once for the whole volume, or free numbers for each layer.
+
+Layers are found by what they hold, not by name: any module without children that owns weights is routed, so the same
+code serves BasicUNet, UNet, SegResNet, DynUNet and whatever else is made of such layers, in 2D and 3D.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+from shared_iopfl.errors import InputError
+from shared_iopfl.routers import Activation, FreeRoutes, Router
+
+__all__ = ["RoutedBatchNorm", "RoutedLayer", "RoutedNetwork", "collapse", "route"]
+
+NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
+
+
+class RoutedLayer(nn.Module):
+    """One layer of a routed network: the frozen stack of the experts' weights and the module that gives its routes.
+
+    Args:
+        layer: the plain layer; it keeps stride, padding, groups and the like, and gives the integer buffers.
+        states: the experts' states of this layer, name -> tensor, one mapping an expert.
+        routes: gives routes (B, E) or (1, E) from the layer's input.
+        affine: add a trainable, zero-initialised shift to the layer's own parameters (used for norm layers).
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        states: Sequence[Mapping[str, Tensor]],
+        routes: FreeRoutes | Router,
+        affine: bool = False,
+    ) -> None:
+        super().__init__()
+        self.layer = copy.deepcopy(layer).requires_grad_(False).eval()
+        self.routes = routes
+        self.names = [name for name, tensor in layer.state_dict().items() if tensor.is_floating_point()]
+        for index, name in enumerate(self.names):
+            like = layer.state_dict()[name]
+            stack = torch.stack([state[name].detach().to(like) for state in states])
+            self.register_buffer(f"stack_{index}", stack)
+        shifted = [name for name, _ in layer.named_parameters()] if affine else []
+        self.shifts = nn.ParameterDict({name: torch.zeros_like(layer.get_parameter(name)) for name in shifted})
+        self.last_routes: Tensor | None = None
+
+    def mix(self, routes: Tensor) -> dict[str, Tensor]:
+        """The mixed weights, name -> (B, *shape), for routes (B, E)."""
+        mixed = {}
+        with torch.autocast(routes.device.type, enabled=False):  # mixing costs little: keep it exact
+            for index, name in enumerate(self.names):
+                stack = self.get_buffer(f"stack_{index}")
+                mixed[name] = (routes.to(stack.dtype) @ stack.reshape(len(stack), -1)).reshape(-1, *stack.shape[1:])
+                if name in self.shifts:
+                    mixed[name] = mixed[name] + self.shifts[name]
+        return mixed
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        routes = self.routes(inputs)
+        self.last_routes = routes.detach().mean(0)
+        return self.compute(self.mix(routes), inputs)
+
+    def compute(self, weights: dict[str, Tensor], inputs: Tensor) -> Tensor:
+        """Run the layer with `weights` (B, ...) that differ from sample to sample, or (1, ...) that serve them all."""
+        if all(weight.shape[0] == 1 for weight in weights.values()):
+            return functional_call(self.layer, {name: weight[0] for name, weight in weights.items()}, (inputs,))
+        # vmap turns a convolution with a kernel a sample into one grouped convolution
+        one = vmap(lambda weight, sample: functional_call(self.layer, weight, (sample[None],))[0])
+        return one(weights, inputs)
+
+    def plain(self, routes: Tensor) -> nn.Module:
+        """The plain layer with the weights that `routes` (E,) mix."""
+        layer = copy.deepcopy(self.layer)
+        weights = self.mix(routes[None].to(self.get_buffer("stack_0").device))
+        layer.load_state_dict({name: weight[0].detach() for name, weight in weights.items()}, strict=False)
+        return layer.requires_grad_(True)
+
+
+class RoutedBatchNorm(RoutedLayer):
+    """A routed batch norm: mixed affine parameters, and statistics between the mixed running ones and the image's own.
+
+    ``statistics`` 0 normalises with the running statistics, 1 with those of the batch at hand, anything between with
+    ``(1 - statistics) * running + statistics * batch``. Written out, as torch's own `batch_norm` gives no gradient
+    to the running statistics, and hence none to the routes that mix them.
+    """
+
+    statistics: float = 0.0
+
+    @property
+    def eps(self) -> float:
+        return float(getattr(self.layer, "eps"))  # noqa: B009 (mypy takes a module's attributes for tensors)
+
+    def compute(self, weights: dict[str, Tensor], inputs: Tensor) -> Tensor:
+        dims = [dim for dim in range(inputs.ndim) if dim != 1]
+        wide = inputs if inputs.dtype == torch.float64 else inputs.float()
+        mean = weights.get("running_mean")
+        var = weights.get("running_var")
+        if mean is None or var is None or self.statistics > 0:
+            blend = 1.0 if mean is None or var is None else self.statistics
+            batch_var, batch_mean = torch.var_mean(wide, dim=dims, correction=0)
+            mean = batch_mean[None] if mean is None else torch.lerp(mean, batch_mean[None], blend)
+            var = batch_var[None] if var is None else torch.lerp(var, batch_var[None], blend)
+        scale = torch.rsqrt(var + self.eps)
+        if "weight" in weights:
+            scale = scale * weights["weight"]
+        shift = -mean * scale
+        if "bias" in weights:
+            shift = shift + weights["bias"]
+        shape = (*scale.shape, *(1,) * (inputs.ndim - 2))
+        return torch.addcmul(shift.reshape(shape), wide, scale.reshape(shape)).to(inputs.dtype)
+
+
+class RoutedNetwork(nn.Module):
+    """A network with all its layers routed; made by :func:`route`.
+
+    Attributes:
+        network: the network with a `RoutedLayer` in place of every layer that owns weights.
+        experts: the experts' names, in the order of the routes.
+        layers: the routed layers' names, in the order of the network.
+    """
+
+    def __init__(self, network: nn.Module, experts: Sequence[str]) -> None:
+        super().__init__()
+        self.network = network
+        self.experts = tuple(experts)
+        found = {id(m): (n, m) for n, m in reversed(list(network.named_modules())) if isinstance(m, RoutedLayer)}
+        ordered = [found[key] for key in reversed(found)]
+        self.layers = tuple(name for name, _ in ordered)
+        self._routed = [layer for _, layer in ordered]
+        self._fresh = {name: p.detach().clone() for name, p in self.named_parameters() if p.requires_grad}
+        self.eval()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.network(inputs)
+
+    def start_from(self, routes: Tensor) -> None:
+        """Begin at `routes`, (E,) for the whole network or (L, E) a layer, and forget what was learnt."""
+        wanted = (len(self.layers), len(self.experts))
+        table = routes.expand(wanted) if routes.ndim == 1 else routes
+        if tuple(table.shape) != wanted:
+            raise ValueError(f"routes must have shape {wanted} or ({wanted[1]},), but have {tuple(routes.shape)}.")
+        for layer, row in zip(self._routed, table):
+            layer.routes.start.copy_(row / row.sum())
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what was learnt: routers, routes and norm shifts are as they were made, around the same start."""
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                if name in self._fresh:
+                    parameter.copy_(self._fresh[name])
+
+    def set_statistics(self, statistics: float) -> None:
+        """Normalise with running (0), the image's own (1) or blended batch statistics."""
+        for layer in self._routed:
+            if isinstance(layer, RoutedBatchNorm):
+                layer.statistics = statistics
+
+    def set_dropout(self, generator: torch.Generator | None) -> None:
+        """Draw the routers' dropout from `generator`; None switches it off (prediction is never random)."""
+        for layer in self._routed:
+            if isinstance(layer.routes, Router):
+                layer.routes.generator = generator
+
+    def trainable(self) -> list[nn.Parameter]:
+        """What adaptation may change: the routes' parameters and the norm layers' shifts."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    def last_routes(self) -> Tensor:
+        """The routes (L, E) of the last forward, averaged over its samples; before any, the start."""
+        rows = [layer.routes.start if layer.last_routes is None else layer.last_routes for layer in self._routed]
+        return torch.stack([row.detach().float().cpu() for row in rows])
+
+
+def check_experts(network: nn.Module, experts: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Raise `InputError`, naming the expert and the first difference, unless every expert fits the network."""
+    if not experts:
+        raise InputError("a routing space needs at least one expert; got none.")
+    own = network.state_dict()
+    for name, state in experts.items():
+        for key, tensor in own.items():
+            if key not in state:
+                raise InputError(
+                    f"expert '{name}' does not fit the network: it lacks '{key}'; use one architecture."
+                )
+            if state[key].shape != tensor.shape:
+                raise InputError(
+                    f"expert '{name}' does not fit the network: '{key}' has shape {tuple(state[key].shape)}, expected "
+                    f"{tuple(tensor.shape)}; use one architecture."
+                )
+            if not torch.isfinite(state[key]).all():
+                raise InputError(f"expert '{name}' has NaN or infinite values in '{key}'; train or download it again.")
+        extra = next((key for key in state if key not in own), None)
+        if extra is not None:
+            raise InputError(f"expert '{name}' does not fit the network: unknown '{extra}'; use one architecture.")
+
+
+def route(
+    network: nn.Module,
+    experts: Mapping[str, Mapping[str, Tensor]],
+    per: Literal["sample", "volume", "layer"] = "layer",
+    activation: Activation = "softmax",
+    random: bool = False,
+    route_norms: bool = True,
+    affine: bool = False,
+    statistics: float = 0.0,
+    dropout: float = 0.2,
+    seed: int = 0,
+) -> RoutedNetwork:
+    """Make the routed copy of a network over the experts' weights; the network itself is not touched.
+
+    Args:
+        network: the architecture, and the weights of what stays unrouted (norm layers with `route_norms` False).
+        experts: the routing space, name -> state_dict; usually the global model and the personalised ones.
+        per: "sample": a router a layer, routes for each sample (Jiang et al. 2023); "volume": a router a layer, routes
+            for the batch as a whole; "layer": free routes for each layer, no router.
+        activation: "softmax" or (the paper) "sigmoid", normalised.
+        random: routers start at random weights (the paper) instead of exactly at the starting routes.
+        route_norms: mix the norm layers too; False (the paper) keeps those of `network`.
+        affine: let adaptation shift the norm layers' weight and bias.
+        statistics: 0 running, 1 the batch's own (the paper), between: blended; see :class:`RoutedBatchNorm`.
+        dropout: dropout of the routers during adaptation.
+        seed: of the routers' initial weights.
+
+    Raises:
+        InputError: when an expert does not fit the network, or a module that has children owns weights itself.
+    """
+    check_experts(network, experts)
+    generator = torch.Generator().manual_seed(seed)
+    replaced: dict[int, nn.Module] = {}
+    for name, layer in network.named_modules():
+        if not (layer._parameters or layer._buffers):
+            continue
+        if any(True for _ in layer.children()):
+            raise InputError(f"cannot route '{name}' ({type(layer).__name__}): it owns weights and has children.")
+        prefix = f"{name}." if name else ""
+        is_norm = isinstance(layer, NORMS)
+        states = [{key: state[prefix + key] for key in layer.state_dict()} for state in experts.values()]
+        if not any(tensor.is_floating_point() for tensor in states[0].values()):
+            continue
+        routed_here = route_norms or not is_norm
+        if not routed_here:
+            states = [layer.state_dict()] * len(experts)  # all the same: the routes do not matter
+        channels = _input_channels(layer)
+        routes: FreeRoutes | Router
+        if per == "layer" or channels is None or not routed_here:
+            routes = FreeRoutes(len(experts), activation).requires_grad_(routed_here)
+        else:
+            routes = Router(channels, len(experts), activation, per == "volume", random, dropout, generator)
+        kind = RoutedBatchNorm if isinstance(layer, nn.modules.batchnorm._BatchNorm) else RoutedLayer
+        device = next(iter(layer.state_dict().values())).device
+        routed = kind(layer, states, routes, affine=affine and is_norm).to(device)
+        # deepcopy puts what the memo holds in place of the module, wherever and however often that occurs
+        replaced[id(layer)] = routed
+    routed_network = RoutedNetwork(copy.deepcopy(network, replaced), list(experts))
+    routed_network.set_statistics(statistics)
+    return routed_network
+
+
+def _input_channels(layer: nn.Module) -> int | None:
+    """Channels of a layer's input where it states them; where not (PReLU), it gets free routes instead of a router."""
+    for attribute in ("in_channels", "num_features", "num_channels", "in_features"):
+        if hasattr(layer, attribute):
+            return int(getattr(layer, attribute))
+    return None
+
+
+def collapse(network: RoutedNetwork, routes: Tensor | None = None) -> nn.Module:
+    """The plain network that a routed one is under one set of routes: same output, same class, exports as usual.
+
+    Args:
+        network: the routed network; its batch norm must use running statistics, which a plain network has too.
+        routes: (E,) or (L, E); default: the routes of the last forward (the start before any).
+    """
+    if any(isinstance(layer, RoutedBatchNorm) and layer.statistics > 0 for layer in network._routed):
+        raise InputError("cannot collapse a network that normalises with the image's own statistics; use running ones.")
+    table = network.last_routes() if routes is None else routes.expand(len(network.layers), len(network.experts))
+    plain: dict[int, nn.Module] = {id(layer): layer.plain(row) for layer, row in zip(network._routed, table)}
+    return copy.deepcopy(network.network, plain)
