@@ -10,8 +10,8 @@
 # limitations under the License.
 """Routes from the distribution of the test data: which experts have seen features like these?
 
-Forward only, no training. Every expert's batch norms remember the statistics of what it was trained on. A scan is run through each expert once and
-the statistics of each batch norm's *input* are held against those the expert remembers.
+Forward only, no training. Every expert's batch norms remember the statistics of what it was trained on. A scan is run
+through each expert once, and the statistics of each batch norm's *input* are held against those the expert remembers.
 """
 
 from __future__ import annotations
@@ -91,7 +91,8 @@ def distribution_distance(
             probe(batch)
         distances = []
         for name, layer in norms.items():
-            ratio = torch.log(moments[name].variance() + layer.eps) - torch.log(layer.running_var.double() + layer.eps)
+            remembered = state[f"{name}.running_var" if name else "running_var"].to(batches[0].device).double()
+            ratio = torch.log(moments[name].variance() + layer.eps) - torch.log(remembered + layer.eps)
             distances.append((ratio**2).mean())
         rows.append(torch.stack(distances))
     return torch.stack(rows).float().cpu()

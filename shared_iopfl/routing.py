@@ -171,6 +171,8 @@ class RoutedNetwork(nn.Module):
             for name, parameter in self.named_parameters():
                 if name in self._fresh:
                     parameter.copy_(self._fresh[name])
+        for layer in self._routed:
+            layer.last_routes = None
 
     def set_statistics(self, statistics: float) -> None:
         """Normalise with running (0), the image's own (1) or blended batch statistics."""
@@ -202,9 +204,7 @@ def check_experts(network: nn.Module, experts: Mapping[str, Mapping[str, Tensor]
     for name, state in experts.items():
         for key, tensor in own.items():
             if key not in state:
-                raise InputError(
-                    f"expert '{name}' does not fit the network: it lacks '{key}'; use one architecture."
-                )
+                raise InputError(f"expert '{name}' does not fit the network: it lacks '{key}'; use one architecture.")
             if state[key].shape != tensor.shape:
                 raise InputError(
                     f"expert '{name}' does not fit the network: '{key}' has shape {tuple(state[key].shape)}, expected "

@@ -1,0 +1,348 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Inference: volume <-> stack of slices, and test-time routing of a scan through the experts."""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from monai.inferers import Inferer
+from torch import Tensor, nn
+
+from shared_iopfl.distances import distance_routes, distribution_distance
+from shared_iopfl.errors import InputError
+from shared_iopfl.objectives import Output, RoutingObjective, ViewSampler, foreground, probabilities
+from shared_iopfl.routing import RoutedNetwork, collapse, route
+from shared_iopfl.settings import RoutingSettings
+
+__all__ = ["StackInferer", "TestTimeRoutingInferer", "from_stack", "to_stack"]
+
+Mode = Literal["episodic", "site", "off"]
+Network = Callable[[Tensor], Tensor]
+
+
+def to_stack(volume: Tensor, slices: int = 3) -> Tensor:
+    """A volume (C, H, W, D) as its D slices (D, slices * C, H, W), each with its neighbours; edge slices replicated."""
+    if slices < 1 or slices % 2 == 0:
+        raise ValueError(f"slices must be odd and positive, but is {slices}.")
+    depth = volume.shape[-1]
+    reach = torch.arange(slices, device=volume.device) - slices // 2
+    index = (torch.arange(depth, device=volume.device)[:, None] + reach).clamp(0, depth - 1)
+    return volume[..., index].permute(3, 4, 0, 1, 2).flatten(1, 2)  # (C, H, W, D, S) -> (D, S * C, H, W)
+
+
+def from_stack(outputs: Tensor) -> Tensor:
+    """What a network made of a stack (D, C, H, W), as a volume (C, H, W, D)."""
+    return outputs.permute(1, 2, 3, 0)
+
+
+class StackInferer(Inferer):
+    """Plain inference with a 2D network over volumes, or over images as they are.
+
+    Args:
+        slices: neighbouring slices that make a network input, odd; None: the inputs go in as they are.
+        batch_size: slices (or images) a forward.
+    """
+
+    def __init__(self, slices: int | None = 3, batch_size: int = 16) -> None:
+        super().__init__()
+        self.slices = slices
+        self.batch_size = batch_size
+
+    def __call__(self, inputs: Tensor, network: Network, *args: Any, **kwargs: Any) -> Tensor:
+        """Logits (B, C, *spatial) of scans (B, C_in, *spatial)."""
+        return self._join([self._forward(stack, network) for stack in self._split(inputs)])
+
+    def _split(self, inputs: Tensor) -> list[Tensor]:
+        """Each scan of the batch as a stack of network inputs."""
+        plain = inputs.as_tensor() if hasattr(inputs, "as_tensor") else inputs  # no metadata inside the network
+        return [scan[None] if self.slices is None else to_stack(scan, self.slices) for scan in plain]
+
+    def _join(self, outputs: list[Tensor]) -> Tensor:
+        return torch.cat([output if self.slices is None else from_stack(output)[None] for output in outputs])
+
+    def _forward(self, stack: Tensor, network: Network) -> Tensor:
+        outputs = [network(batch) for batch in stack.split(self.batch_size)]
+        return torch.cat([output.float() for output in outputs])
+
+
+class TestTimeRoutingInferer(StackInferer):
+    """Routes each scan through the space of the experts; see `RoutingSettings` for how.
+
+    The network it is called with is the global model and stays untouched, as does the global random state; what a scan
+    taught is forgotten after it, so that a mask depends on the scan, the experts and the seed alone. Calls from several
+    threads are served one after another. Runs under ``no_grad`` and ``inference_mode`` alike.
+
+    Args:
+        experts: the personalised models, site -> state_dict; with the network's own weights, as "global", they are the
+            routing space. None or empty: plain inference.
+        mode: "episodic": adapt to each scan alone; "site": serve from the network that :meth:`fit` made of a site's
+            scans; "off": plain inference.
+        settings: see `RoutingSettings`.
+        output: "softmax" for exclusive classes, "sigmoid" for overlapping targets.
+        flips: spatial axes of the network input along which the anatomy may be mirrored.
+        rotations: whether quarter turns fit the anatomy.
+        scores: published Dice of the experts, name -> [0, 1], for distance routes with `trust`.
+        slices, batch_size: as in `StackInferer`.
+        seed: of routers and views.
+
+    Attributes:
+        reports: what was done for the last scans (at most 1024), oldest first; see :meth:`route_scan`.
+    """
+
+    __test__ = False  # a name in the method's words, not a pytest class
+
+    def __init__(
+        self,
+        experts: Mapping[str, Mapping[str, Tensor]] | None = None,
+        mode: Mode = "episodic",
+        settings: RoutingSettings | None = None,
+        output: Output = "softmax",
+        flips: Sequence[int] = (),
+        rotations: bool = False,
+        scores: Mapping[str, float] | None = None,
+        slices: int | None = 3,
+        batch_size: int = 16,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(slices, batch_size)
+        if mode not in ("episodic", "site", "off"):
+            raise InputError(f"unknown mode '{mode}': choose episodic, site or off.")
+        self.experts = dict(experts or {})
+        self.mode: Mode = mode
+        self.settings = settings or RoutingSettings()
+        self.output: Output = output
+        self.views = ViewSampler(tuple(flips), rotations, self.settings.noise, self.settings.intensity)
+        self.scores = scores
+        self.seed = seed
+        self.reports: deque[dict[str, Any]] = deque(maxlen=1024)
+        self.site_network: nn.Module | None = None
+        self._lock = threading.RLock()
+        self._built: tuple[weakref.ref[nn.Module], tuple[int, ...], RoutedNetwork] | None = None
+
+    def __call__(self, inputs: Tensor, network: Network, *args: Any, **kwargs: Any) -> Tensor:
+        """Logits (B, C, *spatial) of scans (B, C_in, *spatial); each scan of the batch is routed on its own."""
+        if self.mode == "off" or not self.experts:
+            return super().__call__(inputs, network)
+        with self._lock:
+            if self.mode == "site":
+                if self.site_network is None:
+                    raise InputError("mode 'site' needs a network of the site: give site_model, or call fit() first.")
+                site = self.site_network.to(inputs.device)
+                return self._join([self._predict(stack, site) for stack in self._split(inputs)])
+            if not isinstance(network, nn.Module):
+                raise ValueError(f"test-time routing needs an nn.Module to route, but got {type(network).__name__}.")
+            outputs = []
+            for stack in self._split(inputs):
+                output, report = self.route_scan(stack, network)
+                outputs.append(output)
+                self.reports.append(report)
+            return self._join(outputs)
+
+    def route_scan(self, stack: Tensor, network: nn.Module) -> tuple[Tensor, dict[str, Any]]:
+        """Route one scan.
+
+        Args:
+            stack: its network inputs (N, C_in, *spatial).
+            network: the global model.
+
+        Returns:
+            Logits (N, C, *spatial), and a report: ``decision`` ("start" or "adapted"), ``reason``, ``experts``,
+            ``layers``, ``routes`` (layers x experts), ``seconds``, and where it was adapted ``objective_start``,
+            ``objective_end`` and ``agreement``.
+        """
+        began = time.perf_counter()
+        with torch.inference_mode(False), torch.no_grad():
+            stack = stack.clone()  # an inference tensor could not take part in adaptation
+            routed = self._routed(network)
+            routed.start_from(self._start([stack], network))
+            logits = self._predict(stack, routed)
+            report: dict[str, Any] = {
+                "decision": "start",
+                "reason": "no adaptation asked for",
+                "experts": list(routed.experts),
+                "layers": list(routed.layers),
+                "routes": routed.last_routes().tolist(),
+            }
+            if self.settings.steps > 0:
+                logits = self._adapt_guarded(routed, stack, logits, report)
+            routed.reset()
+        report["seconds"] = round(time.perf_counter() - began, 3)
+        return logits, report
+
+    def fit(self, scans: Iterable[Tensor], network: nn.Module) -> dict[str, Any]:
+        """Make one plain network for a site from its unlabelled scans, and serve it in mode "site".
+
+        Args:
+            scans: batches (B, C_in, *spatial) of the site's scans.
+            network: the global model.
+
+        Returns:
+            A report as from :meth:`route_scan`, for the site as a whole. The network is :attr:`site_network`.
+
+        Raises:
+            InputError: where the settings leave no plain network (routes a sample, the scans' own statistics).
+        """
+        settings = self.settings
+        if settings.per != "layer" or settings.statistics > 0:
+            raise InputError("mode 'site' makes one plain network: it needs per='layer' and statistics=0.")
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            began = time.perf_counter()
+            stacks = [stack.clone() for batch in scans for stack in self._split(batch)]
+            if not stacks:
+                raise InputError("mode 'site' needs at least one scan of the site; got none.")
+            routed = self._routed(network)
+            routed.start_from(self._start(stacks, network))
+            some = torch.cat([_evenly(stack, settings.adapt_slices) for stack in stacks])
+            start = self._predict(some, routed)
+            report: dict[str, Any] = {
+                "decision": "start",
+                "reason": "no adaptation asked for",
+                "experts": list(routed.experts),
+                "layers": list(routed.layers),
+                "routes": routed.last_routes().tolist(),
+                "scans": len(stacks),
+            }
+            if settings.steps > 0:
+                self._adapt_guarded(routed, some, start, report)
+            self.site_network = collapse(routed).eval()
+            routed.reset()
+            report["seconds"] = round(time.perf_counter() - began, 3)
+        return report
+
+    def _routed(self, network: nn.Module) -> RoutedNetwork:
+        """The routed copy of `network`, built once and again only when its weights have changed."""
+        versions = tuple(tensor._version for tensor in network.state_dict().values())
+        if self._built is not None and self._built[0]() is network and self._built[1] == versions:
+            return self._built[2]
+        settings = self.settings
+        routed = route(
+            network,
+            self._space(network),
+            per=settings.per,
+            activation=settings.activation,
+            random=settings.start == "random",
+            route_norms=settings.route_norms,
+            affine=settings.affine,
+            statistics=settings.statistics,
+            dropout=settings.dropout,
+            seed=self.seed,
+        )
+        self._built = (weakref.ref(network), versions, routed)
+        return routed
+
+    def _space(self, network: nn.Module) -> dict[str, Mapping[str, Tensor]]:
+        return {"global": network.state_dict(), **self.experts}
+
+    def _start(self, stacks: Sequence[Tensor], network: nn.Module) -> Tensor:
+        """The starting routes (E,) for one scan, or for all of a site's."""
+        experts = self._space(network)
+        if self.settings.start == "distance":
+            distances = torch.stack(
+                [distribution_distance(network, experts, stack.split(self.batch_size)) for stack in stacks]
+            )
+            scores = [self.scores[name] for name in experts] if self.scores and self.settings.trust else None
+            return distance_routes(distances.mean(0), self.settings.temperature, scores, self.settings.trust)
+        if self.settings.start == "global":
+            routes = torch.full((len(experts),), 1e-3)
+            routes[0] = 1 - 1e-3 * (len(experts) - 1)
+            return routes
+        return torch.full((len(experts),), 1 / len(experts))
+
+    def _predict(self, stack: Tensor, network: Network) -> Tensor:
+        """Logits of a stack; averaged over views, they are the logarithm (or logit) of the mean probability."""
+        views = self.views.all(stack.shape[-1] == stack.shape[-2]) if self.settings.average_views else []
+        if len(views) < 2:
+            return self._forward(stack, network)
+        mean = torch.stack(
+            [probabilities(view.undo(self._forward(view.apply(stack), network)), self.output) for view in views]
+        ).mean(0)
+        mean = mean.clamp(1e-7, 1 - 1e-7)
+        return mean.log() if self.output == "softmax" else mean.logit()
+
+    def _adapt_guarded(self, routed: RoutedNetwork, stack: Tensor, start: Tensor, report: dict[str, Any]) -> Tensor:
+        """Adapt; return the adapted logits, or the starting ones where the guard says no. The report says which."""
+        some = _evenly(stack, self.settings.adapt_slices)
+        before = self._objective_value(routed, some)
+        self._adapt(routed, some)
+        after = self._objective_value(routed, some)
+        logits = self._predict(stack, routed)
+        agreement = self._agreement(start, logits)
+        report.update(objective_start=before, objective_end=after, agreement=agreement)
+        if not (torch.isfinite(logits).all() and after == after and abs(after) != float("inf")):
+            report["reason"] = "adaptation became non-finite"
+        elif after >= before:
+            report["reason"] = "adaptation did not improve its objective"
+        elif agreement < self.settings.agreement:
+            report["reason"] = f"adapted mask strays from the start (Dice {agreement:.3f})"
+        else:
+            report.update(decision="adapted", reason="objective improved", routes=routed.last_routes().tolist())
+            return logits
+        routed.reset()
+        routed(some[:1])  # the routes that count are those of the start again
+        return start
+
+    def _adapt(self, routed: RoutedNetwork, images: Tensor) -> None:
+        objective, generator = self._objective(), torch.Generator().manual_seed(self.seed)
+        optimizer = torch.optim.Adam(routed.trainable(), lr=self.settings.learning_rate)
+        routed.set_dropout(generator)
+        try:
+            # full precision: half-precision gradients of a mean over a volume vanish
+            with torch.enable_grad(), torch.autocast(images.device.type, enabled=False):
+                for step in range(self.settings.steps):
+                    start = step * self.batch_size % len(images)
+                    batch = images.roll(-start, 0)[: self.batch_size]
+                    optimizer.zero_grad(set_to_none=True)
+                    square = images.shape[-1] == images.shape[-2]
+                    objective(routed, batch, self.views.draw(generator, square)).backward()
+                    optimizer.step()
+        finally:
+            routed.set_dropout(None)
+
+    def _objective(self) -> RoutingObjective:
+        settings = self.settings
+        return RoutingObjective(
+            self.output, settings.consistency, settings.entropy, settings.shape, settings.window, self.views
+        )
+
+    def _objective_value(self, routed: RoutedNetwork, images: Tensor) -> float:
+        """The objective over fixed views, drawn from the seed: the same before and after adaptation."""
+        objective, generator = self._objective(), torch.Generator().manual_seed(self.seed + 1)
+        square = images.shape[-1] == images.shape[-2]
+        views = [self.views.draw(generator, square) for _ in range(2)]
+        batches = images.split(self.batch_size)
+        total = sum(float(objective(routed, batch, view)) * len(batch) for view in views for batch in batches)
+        return total / (len(views) * len(images))
+
+    def _agreement(self, one: Tensor, other: Tensor) -> float:
+        """Dice of the two masks over all targets; 1 where both are empty."""
+        masks = []
+        for logits in (one, other):
+            if self.output == "softmax":
+                masks.append(logits.argmax(1) > 0)
+            else:
+                masks.append(foreground(logits, self.output) > 0)
+        total = int(masks[0].sum() + masks[1].sum())
+        return 2 * int((masks[0] & masks[1]).sum()) / total if total else 1.0
+
+
+def _evenly(stack: Tensor, count: int) -> Tensor:
+    """At most `count` of the stack's inputs, evenly spaced, none of them an end where there are others."""
+    if len(stack) <= count:
+        return stack
+    index = torch.linspace(0, len(stack), count + 1, device=stack.device)[:-1] + len(stack) / count / 2
+    return stack[index.long()]

@@ -1,0 +1,105 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Model files: where they lie, written whole or not at all, and read with care."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from ignite.engine import Engine
+from monai.handlers import CheckpointLoader
+from torch import Tensor, nn
+
+from shared_iopfl.errors import InputError
+from shared_iopfl.routing import check_experts
+
+__all__ = ["CheckedCheckpointLoader", "load_experts", "load_weights", "model_path", "save_atomically"]
+
+GLOBAL = "global"
+
+
+def model_path(ckpt_dir: str, model: str = GLOBAL, site: str = "") -> str:
+    """Where a model lies: "global" and what routes from it in ``model.pt``, "personalised" in ``model_<site>.pt``.
+
+    Any other name that has a file ``model_<name>.pt`` is that file: another site's expert, or a site's routed network.
+    """
+    if model == "personalised":
+        return str(Path(ckpt_dir) / f"model_{site}.pt")
+    named = Path(ckpt_dir) / f"model_{model}.pt"
+    return str(named if named.is_file() else Path(ckpt_dir) / "model.pt")
+
+
+def save_atomically(content: Any, path: str | os.PathLike) -> None:
+    """`torch.save` into a temporary file beside `path`, synced, then renamed: the old file or the new, never half."""
+    path = Path(path)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            temporary = file.name
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        if temporary is not None and os.path.exists(temporary):
+            os.unlink(temporary)
+        raise InputError(f"cannot write {path}: {error}; free some space or choose another output folder.") from error
+
+
+def load_weights(path: str | os.PathLike) -> dict[str, Tensor]:
+    """A plain state_dict from a file, on the CPU; nothing in the file is executed.
+
+    Raises:
+        InputError: where there is no file, or it holds anything but named tensors.
+    """
+    if not os.path.isfile(path):
+        raise InputError(f"no model at {path}: train it first, or give the folder that holds it with --ckpt_dir.")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"cannot read the model {path}: {reason[:160]}; train or download it again.") from error
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise InputError(f"{path} is no plain state_dict (name -> tensor); save the network's state_dict() alone.")
+    return dict(state)
+
+
+def load_experts(ckpt_dir: str, sites: Sequence[str] | None = None) -> dict[str, dict[str, Tensor]]:
+    """The personalised models of a folder, site -> state_dict, from ``model_<site>.pt``.
+
+    Args:
+        ckpt_dir: the folder.
+        sites: which; None: all that are there, in alphabetical order (none at all gives an empty routing space).
+    """
+    if sites is None:
+        names = sorted(path.name for path in Path(ckpt_dir).glob("model_*.pt"))
+        sites = [match.group(1) for name in names if (match := re.fullmatch(r"model_(.+)\.pt", name))]
+    return {site: load_weights(Path(ckpt_dir) / f"model_{site}.pt") for site in sites}
+
+
+class CheckedCheckpointLoader(CheckpointLoader):
+    """MONAI's `CheckpointLoader` for one network, with errors of one line that name the file and the difference."""
+
+    def __init__(self, load_path: str, network: nn.Module) -> None:
+        super().__init__(load_path, {"model": network})
+        self.network = network
+
+    def __call__(self, engine: Engine) -> None:
+        state = load_weights(self.load_path)
+        check_experts(self.network, {self.load_path: state})
+        self.network.load_state_dict(state)

@@ -1,0 +1,228 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What an evaluation leaves behind: the scores of each case, where its mask is, and which experts it leaned on."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+from monai.data.meta_tensor import MetaTensor
+from monai.metrics import compute_average_surface_distance, compute_dice, compute_hausdorff_distance
+from torch import Tensor
+
+from shared_iopfl.inferers import TestTimeRoutingInferer
+from shared_iopfl.models import load_weights, save_atomically
+from shared_iopfl.routing import check_experts
+from shared_iopfl.sites import case_name
+from shared_iopfl.tables import replace_rows, write_json, write_rows
+
+__all__ = ["CaseRecorder", "RoutesRecorder", "SiteFitter", "case_scores"]
+
+METRICS = ("site", "role", "case", "model", "metric", "value")
+CASES = ("site", "role", "case", "model", "image", "label", "mask")
+
+
+def _spacing(scan: Tensor) -> list[float] | None:
+    """Voxel size in mm, or None where it is only nominal: pictures, and volumes that say exactly 1 mm each way."""
+    if not isinstance(scan, MetaTensor) or scan.ndim < 4:
+        return None
+    spacing = [float(size) for size in scan.pixdim]
+    return None if all(abs(size - 1) < 1e-6 for size in spacing) else spacing
+
+
+def case_scores(pred: Tensor, reference: Tensor, targets: Sequence[str]) -> dict[str, float]:
+    """Foreground Dice of one case, and HD95 and ASD in mm where the scan's voxel size is real.
+
+    Args:
+        pred: binary (T, *spatial), one channel a target.
+        reference: the same; its affine gives the voxel size.
+        targets: T names. With one, scores have plain names ("dice"); with more, one each and their mean ("dice_disc").
+
+    Returns:
+        metric -> value; distances are NaN where a mask is empty.
+    """
+    one, other = (mask.as_tensor() if isinstance(mask, MetaTensor) else mask for mask in (pred, reference))
+    one, other = one[None].float(), other[None].float()
+    columns = {"dice": compute_dice(one, other)[0]}
+    spacing = _spacing(reference)
+    if spacing is not None:
+        columns["hd95_mm"] = compute_hausdorff_distance(one, other, True, percentile=95, spacing=spacing)[0]
+        columns["asd_mm"] = compute_average_surface_distance(one, other, True, symmetric=True, spacing=spacing)[0]
+    scores = {}
+    for metric, values in columns.items():
+        finite = torch.where(torch.isfinite(values), values, torch.nan)
+        if len(targets) > 1:
+            scores.update({f"{metric}_{target}": float(value) for target, value in zip(targets, finite)})
+        scores[metric] = float(finite.mean())
+    return scores
+
+
+class CaseRecorder:
+    """Adds the scores of an evaluator's cases to ``metrics.csv`` and their files to ``cases.csv``.
+
+    Args:
+        output_dir: where the files are.
+        site, role, model: what to call the rows: role "inside" or "outside"; model "global", "personalised", "routed".
+        targets: names of the targets, in the order of the channels.
+        pred_key, reference_key: binary masks (T, *spatial) in the scan's own grid.
+        extras: further measures, name -> function of (pred, reference).
+    """
+
+    def __init__(
+        self,
+        output_dir: str,
+        site: str,
+        role: str,
+        model: str,
+        targets: Sequence[str],
+        pred_key: str = "pred",
+        reference_key: str = "reference",
+        extras: Mapping[str, Callable[[Tensor, Tensor], float]] | None = None,
+    ) -> None:
+        self.output_dir = Path(output_dir)
+        self.labels = {"site": site, "role": role, "model": model}
+        self.targets = tuple(targets)
+        self.keys = (pred_key, reference_key)
+        self.extras = dict(extras or {})
+        self.metrics: list[dict[str, Any]] = []
+        self.cases: list[dict[str, Any]] = []
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, self.start)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self.record)
+        engine.add_event_handler(Events.COMPLETED, self.write)
+
+    def start(self, engine: Engine) -> None:
+        self.metrics, self.cases = [], []
+
+    def record(self, engine: Engine) -> None:
+        state: Any = engine.state  # decollated lists by now, which ignite's types do not know
+        for batch, output in zip(state.batch, state.output):
+            case = {**self.labels, "case": batch["case"]}
+            pred, reference = ({**batch, **output}[key] for key in self.keys)
+            scores = case_scores(pred, reference, self.targets)
+            scores.update({name: float(measure(pred, reference)) for name, measure in self.extras.items()})
+            self.metrics += [{**case, "metric": metric, "value": f"{value:.6f}"} for metric, value in scores.items()]
+            mask = output.get("pred_file", output.get("mask_file", ""))
+            self.cases.append(
+                {
+                    **case,
+                    "image": os.path.abspath(batch["image"].meta["filename_or_obj"]),
+                    "label": os.path.abspath(reference.meta["filename_or_obj"]),
+                    "mask": os.path.relpath(mask, self.output_dir) if mask else "",
+                }
+            )
+
+    def write(self, engine: Engine) -> None:
+        same = ("site", "role", "model")
+        replace_rows(self.output_dir / "metrics.csv", METRICS, self.metrics, same)
+        replace_rows(self.output_dir / "cases.csv", CASES, self.cases, same)
+
+
+class RoutesRecorder:
+    """Writes ``routes.json`` and ``routes.csv``: what the guard decided for each scan, which experts it leaned on."""
+
+    def __init__(self, inferer: TestTimeRoutingInferer, output_dir: str) -> None:
+        self.inferer = inferer
+        self.output_dir = Path(output_dir)
+        self.cases: dict[str, dict[str, Any]] = {}
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, self.start)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self.record)
+        engine.add_event_handler(Events.COMPLETED, self.write)
+
+    def start(self, engine: Engine) -> None:
+        self.cases = {}
+        self.inferer.reports.clear()
+
+    def record(self, engine: Engine) -> None:
+        state: Any = engine.state
+        for batch in state.batch:
+            if self.inferer.reports:
+                case = batch.get("case") or case_name(batch["image"].meta["filename_or_obj"])
+                self.cases[case] = self.inferer.reports.popleft()
+
+    def write(self, engine: Engine) -> None:
+        write_routes(self.cases, self.output_dir)
+
+
+def write_routes(cases: Mapping[str, Mapping[str, Any]], output_dir: str | os.PathLike) -> None:
+    """Write the reports of `TestTimeRoutingInferer`, case -> report, as ``routes.json`` and ``routes.csv``."""
+    if not cases:
+        return
+    rows = [
+        {"case": case, "layer": layer, "expert": expert, "weight": f"{weight:.6f}"}
+        for case, report in cases.items()
+        for layer, weights in zip(report["layers"], report["routes"])
+        for expert, weight in zip(report["experts"], weights)
+    ]
+    summary = {}
+    for case, report in cases.items():
+        mean = torch.tensor(report["routes"]).mean(0).tolist()
+        kept = {key: value for key, value in report.items() if key not in ("routes", "layers", "experts")}
+        summary[case] = {**kept, "experts": {e: round(w, 6) for e, w in zip(report["experts"], mean)}}
+    experts = list(next(iter(cases.values()))["experts"])
+    write_json(Path(output_dir) / "routes.json", {"experts": experts, "cases": summary})
+    write_rows(Path(output_dir) / "routes.csv", ("case", "layer", "expert", "weight"), rows)
+
+
+class SiteFitter:
+    """Mode "site": before the first scan is served, makes one plain network from all of the site's scans.
+
+    Args:
+        inferer: its mode "site" switches this on.
+        network: the global model.
+        site_model: file of the site's network, a plain state_dict. Where it is there, it is served; else it is made.
+        output_dir: for ``routes.json`` and ``routes.csv`` of the site.
+        device: to run on.
+        image_key: of the scans in the evaluator's batches.
+    """
+
+    def __init__(
+        self,
+        inferer: TestTimeRoutingInferer,
+        network: torch.nn.Module,
+        site_model: str,
+        output_dir: str,
+        device: torch.device | str = "cpu",
+        image_key: str = "image",
+    ) -> None:
+        self.inferer = inferer
+        self.network = network
+        self.site_model = site_model
+        self.output_dir = output_dir
+        self.device = device
+        self.image_key = image_key
+
+    def attach(self, engine: Engine) -> None:
+        if self.inferer.mode == "site":
+            engine.add_event_handler(Events.STARTED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        if os.path.isfile(self.site_model):
+            state = load_weights(self.site_model)
+            check_experts(self.network, {self.site_model: state})
+            self.inferer.site_network = copy.deepcopy(self.network).eval()
+            self.inferer.site_network.load_state_dict(state)
+            return
+        loader: Any = engine.state.dataloader
+        report = self.inferer.fit((batch[self.image_key].to(self.device) for batch in loader), self.network)
+        assert self.inferer.site_network is not None
+        weights = {name: tensor.cpu() for name, tensor in self.inferer.site_network.state_dict().items()}
+        save_atomically(weights, self.site_model)
+        write_routes({"site": report}, self.output_dir)

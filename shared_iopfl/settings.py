@@ -1,0 +1,114 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The settings of test-time routing, and the presets by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+from shared_iopfl.errors import InputError
+from shared_iopfl.routers import Activation
+
+__all__ = ["PRESETS", "RoutingSettings", "preset"]
+
+
+@dataclass(frozen=True)
+class RoutingSettings:
+    """How a scan is routed. The defaults are what measured best on real sites; :func:`preset` knows others.
+
+    Attributes:
+        start: where the routes begin: "distance" (the experts nearest by batch-norm statistics), "uniform" (the soup),
+            "global" (the global model, but for 0.001 an expert, so that adaptation can move) or "random" (the paper).
+        temperature: of distance routes; small leans on the nearest expert alone.
+        trust: of distance routes: weight of one Dice point of an expert's published score.
+        per: routes a "sample" (the paper), a "volume", or a "layer" without a router.
+        activation: "softmax", or (the paper) "sigmoid"; normalised either way.
+        route_norms: mix the norm layers as well; False keeps the global model's (the paper).
+        statistics: batch norm with running (0), the scan's own (1) or blended statistics.
+        affine: adaptation may shift the norm layers' weight and bias.
+        steps: optimiser steps of adaptation; 0 predicts from the starting routes.
+        learning_rate: of Adam.
+        dropout: of the routers, during adaptation only.
+        consistency, entropy, shape: weights of the objective's terms.
+        window: of the shape constraint, as a fraction of the image side.
+        noise, intensity: strength of the drawn views.
+        adapt_slices: adapt on at most this many slices, evenly spaced over the volume.
+        average_views: average the prediction over all views that fit the anatomy.
+        agreement: guard: the adapted mask must have at least this Dice with the starting one.
+    """
+
+    start: Literal["distance", "uniform", "global", "random"] = "distance"
+    temperature: float = 0.3
+    trust: float = 0.0
+    per: Literal["sample", "volume", "layer"] = "layer"
+    activation: Activation = "softmax"
+    route_norms: bool = True
+    statistics: float = 0.0
+    affine: bool = False
+    steps: int = 0
+    learning_rate: float = 1e-3
+    dropout: float = 0.0
+    consistency: float = 1.0
+    entropy: float = 0.1
+    shape: float = 0.0
+    window: float = 21 / 384
+    noise: float = 0.1
+    intensity: float = 0.1
+    adapt_slices: int = 8
+    average_views: bool = True
+    agreement: float = 0.9
+
+
+PRESETS: dict[str, RoutingSettings] = {
+    "default": RoutingSettings(),
+    # Jiang et al. 2023 as released, defects mended: every expert in every layer, routers with a nonlinearity, trained
+    # at all depths and normalised; terms on their own scales, target detached; a new view each step; dropout off in the
+    # scored output; no label picks the pass. The weights keep the released proportions (shape 1e-3 of the entropy).
+    "paper": RoutingSettings(
+        start="random",
+        per="sample",
+        activation="sigmoid",
+        route_norms=False,
+        statistics=1.0,
+        affine=True,
+        steps=10,
+        dropout=0.2,
+        consistency=0.1,
+        entropy=10.0,
+        shape=0.01,
+        noise=0.5,
+        intensity=0.0,
+        adapt_slices=32,
+        average_views=False,
+        agreement=0.0,
+    ),
+    # the uniform mixture of the routing space as it stands
+    "soup": RoutingSettings(start="uniform", average_views=False),
+    # distance routes, then a careful refinement of the routes alone
+    "adapted": RoutingSettings(steps=10, learning_rate=1e-2),
+}
+
+
+def preset(name: str = "default", overrides: Mapping[str, Any] | None = None) -> RoutingSettings:
+    """The settings called `name`, with some of them replaced.
+
+    Raises:
+        InputError: for an unknown preset or setting, naming the known ones.
+    """
+    if name not in PRESETS:
+        raise InputError(f"unknown preset '{name}': choose one of {', '.join(PRESETS)}.")
+    known = {field.name for field in fields(RoutingSettings)}
+    unknown = sorted(set(overrides or {}) - known)
+    if unknown:
+        raise InputError(f"unknown routing setting '{unknown[0]}': choose among {', '.join(sorted(known))}.")
+    return replace(PRESETS[name], **dict(overrides or {}))

@@ -1,0 +1,77 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The CSV files of a run: rows appended, or replaced where the same thing was measured again, a file whole or not."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from shared_iopfl.errors import InputError
+
+__all__ = ["read_rows", "replace_rows", "write_json", "write_rows", "write_text"]
+
+Row = Mapping[str, Any]
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write into a temporary file beside `path`, then rename it: the old file or the new one, never half of one."""
+    path, temporary = Path(path), None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(
+            "w", dir=path.parent, prefix=f".{path.name}.", delete=False, encoding="utf-8", newline=""
+        ) as file:
+            temporary = file.name
+            file.write(text)
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary is not None and os.path.exists(temporary):
+            os.unlink(temporary)
+        raise InputError(f"cannot write {path}: {error.strerror or error}; choose another output folder.") from error
+
+
+def write_json(path: str | os.PathLike, content: Any) -> None:
+    """Write `content` as indented JSON."""
+    write_text(path, json.dumps(content, indent=2, default=str) + "\n")
+
+
+def write_rows(path: str | os.PathLike, columns: Sequence[str], rows: Iterable[Row]) -> None:
+    """Write a CSV file with a header."""
+
+    class Lines(list):
+        write = list.append  # what csv asks of a file
+
+    lines = Lines()
+    writer = csv.DictWriter(lines, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, "".join(lines))
+
+
+def read_rows(path: str | os.PathLike) -> list[dict[str, str]]:
+    """The rows of a CSV file with a header; none where there is no file."""
+    if not os.path.isfile(path):
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def replace_rows(path: str | os.PathLike, columns: Sequence[str], rows: Sequence[Row], same: Sequence[str]) -> None:
+    """Add rows to a CSV file in place of those that agree with one of them in all columns of `same`."""
+    renewed = {tuple(str(row[column]) for column in same) for row in rows}
+    kept = [row for row in read_rows(path) if tuple(row[column] for column in same) not in renewed]
+    write_rows(path, columns, [*kept, *rows])
