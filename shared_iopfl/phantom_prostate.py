@@ -66,28 +66,28 @@ class ProstateStyle:
 # A and D have no endorectal coil, B and C have one. E, the site left outside in the demo, lies between B and C.
 PROSTATE_STYLES: Mapping[str, ProstateStyle] = {
     "A": ProstateStyle(
-        fat=0.80, muscle=0.18, marrow=0.50, fluid=1.0, peripheral=0.80, central=0.45, lumen=0.05, rectum=13, press=2,
-        hot_spot=0, gland=24, flatness=0.80, position=0, bias=0.1, gamma=1.0, blur=0.4, ringing=0.1, noise=0.02,
+        fat=0.85, muscle=0.18, marrow=0.50, fluid=1.0, peripheral=0.62, central=0.42, lumen=0.05, rectum=13, press=2,
+        hot_spot=0, gland=25, flatness=0.80, position=0, bias=0.1, gamma=1.0, blur=0.4, ringing=0.1, noise=0.02,
         units=600,
     ),
     "B": ProstateStyle(
-        fat=0.55, muscle=0.15, marrow=0.38, fluid=0.85, peripheral=0.85, central=0.55, lumen=0.05, rectum=18, press=4,
-        hot_spot=2, gland=24, flatness=0.78, position=-4, bias=0.2, gamma=1.1, blur=0.5, ringing=0.2, noise=0.03,
+        fat=0.38, muscle=0.15, marrow=0.30, fluid=0.90, peripheral=0.90, central=0.62, lumen=0.05, rectum=18, press=4,
+        hot_spot=2, gland=25, flatness=0.78, position=-4, bias=0.2, gamma=1.1, blur=0.5, ringing=0.2, noise=0.03,
         units=1500,
     ),
     "C": ProstateStyle(
-        fat=0.60, muscle=0.16, marrow=0.42, fluid=0.85, peripheral=0.75, central=0.42, lumen=0.55, rectum=17, press=4,
-        hot_spot=1.2, gland=22, flatness=0.88, position=-3, bias=0.2, gamma=1.0, blur=0.7, ringing=0.3, noise=0.02,
+        fat=0.45, muscle=0.16, marrow=0.34, fluid=0.85, peripheral=0.80, central=0.64, lumen=0.50, rectum=17, press=4,
+        hot_spot=1, gland=23, flatness=0.88, position=-3, bias=0.2, gamma=1.0, blur=0.7, ringing=0.3, noise=0.02,
         units=900,
     ),
     "D": ProstateStyle(
-        fat=0.45, muscle=0.22, marrow=0.32, fluid=0.95, peripheral=0.75, central=0.38, lumen=0.35, rectum=12, press=1,
+        fat=0.62, muscle=0.25, marrow=0.40, fluid=0.90, peripheral=0.50, central=0.30, lumen=0.35, rectum=12, press=1,
         hot_spot=0, gland=24, flatness=0.85, position=2, bias=0.2, gamma=0.95, blur=0.9, ringing=0.4, noise=0.03,
         units=200,
     ),
     "E": ProstateStyle(
-        fat=0.57, muscle=0.155, marrow=0.40, fluid=0.85, peripheral=0.82, central=0.50, lumen=0.22, rectum=18, press=4,
-        hot_spot=1.8, gland=23, flatness=0.82, position=-4, bias=0.2, gamma=1.08, blur=0.6, ringing=0.25, noise=0.03,
+        fat=0.41, muscle=0.155, marrow=0.32, fluid=0.88, peripheral=0.86, central=0.63, lumen=0.25, rectum=18, press=4,
+        hot_spot=1.6, gland=24, flatness=0.82, position=-4, bias=0.2, gamma=1.06, blur=0.6, ringing=0.25, noise=0.03,
         units=400,
     ),
 }  # fmt: skip

@@ -19,12 +19,14 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from shared_iopfl.errors import InputError
+from shared_iopfl.phantom_fundus import fundus_case, fundus_style
 from shared_iopfl.phantom_prostate import FIELD_OF_VIEW, prostate_case, prostate_style
 
-__all__ = ["make_prostate_sites"]
+__all__ = ["make_fundus_sites", "make_prostate_sites"]
 
 SITES = ("A", "B", "C", "D", "E")
 
@@ -66,6 +68,42 @@ def make_prostate_sites(
             volume = nib.Nifti1Image(voxels, affine)
             volume.header.set_xyzt_units("mm")
             _write(Path(output_dir) / site / f"Case{number:02d}{ending}.nii.gz", volume.to_filename)
+
+
+def make_fundus_sites(
+    output_dir: str | os.PathLike,
+    sites: Sequence[str] = SITES,
+    cases: int = 16,
+    size: int = 192,
+    seed: int = 0,
+    photographs: bool = False,
+) -> None:
+    """Write synthetic pictures of the eye fundus with their optic discs and cups.
+
+    ``<output_dir>/<SITE>/images/caseNNN.png`` (uint8, RGB) and ``<SITE>/masks/caseNNN.png`` (uint8: 0 background, 1 disc
+    rim, 2 cup); numbers run on over the sites. What a case holds follows from the seed, its site and its place within
+    the site only.
+
+    Args:
+        output_dir: folder to write into; made if it is not there.
+        sites: names of the sites. A to E have given styles, E lying between B and C; another name gets a style drawn
+            from the seed and the name.
+        cases: how many cases a site has.
+        size: height of the pictures in pixels, at least 32 for crops and 128 for photographs.
+        seed: what all randomness comes from.
+        photographs: whole photographs, a third wider than high, the disc a ninth of the width, instead of square crops
+            around the disc.
+
+    Raises:
+        InputError: when sites, cases or size cannot be made.
+    """
+    names = _check(sites, cases)
+    if size < (least := 128 if photographs else 32):
+        raise InputError(f"size {size}: give at least {least} pixels")
+    for number, (site, case) in enumerate(_progress(names, cases)):
+        pictures = fundus_case(fundus_style(site, seed), size, _random_state(seed, site, case), photographs)
+        for folder, picture in zip(("images", "masks"), pictures):
+            _write(Path(output_dir) / site / folder / f"case{number:03d}.png", Image.fromarray(picture).save)
 
 
 def _check(sites: Sequence[str] | str, cases: int) -> list[str]:

@@ -147,7 +147,6 @@ def routes_picture(weights: np.ndarray, experts: Sequence[str], cases: Sequence[
         cases: name of each case.
         layers: name of each routed layer, in the network's order.
     """
-    crowded = max(len(cases), len(layers)) > 40  # too many names to read: numbers instead
     figure = Figure(figsize=(WIDTH, 0.3 * len(experts) + 4.6), layout="constrained")
     above, below = figure.subplots(2, 1, height_ratios=[0.3 * len(experts) + 0.9, 2.7])
     by_layer = np.nanmean(weights, axis=0).T
@@ -166,11 +165,10 @@ def routes_picture(weights: np.ndarray, experts: Sequence[str], cases: Sequence[
     below.set_xlim(-0.6, max(len(cases), 8) - 0.4)
     below.spines[["top", "right"]].set_visible(False)
     handles = [Patch(color=colour[expert], label=_text(expert)) for expert in experts]
-    place: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1, 0.98), "ncols": len(handles)}
-    below.legend(handles=handles, frameon=False, fontsize=9, handlelength=1, columnspacing=1.2, **place)
+    below.legend(handles=handles, loc="lower right", bbox_to_anchor=(1, 0.98), ncols=6, frameon=False, fontsize=9)
     for panel, names in ((above, layers), (below, cases)):
         panel.tick_params(labelsize=8)
-        if not crowded:
+        if len(names) <= 40:  # more could not be read: numbers instead
             slant = _SLANT if max(map(len, names)) > 3 else {}
             panel.set_xticks(range(len(names)), [_text(name) for name in names], **slant)
     return figure
@@ -239,14 +237,11 @@ def case_views(case: CaseImages, model: str, title: str, disagreement: bool = Fa
     predicted = case.masks[model] >= 1
     reference = case.masks["reference"] >= 1 if "reference" in case.masks else predicted
     largest = int(reference.sum((0, 1)).argmax())
-    disagreement = disagreement and "reference" in case.masks
-    differing = int((predicted != reference).sum((0, 1)).argmax()) if disagreement else largest
+    wrong = (predicted != reference).sum((0, 1))
+    differing = int(wrong.argmax()) if disagreement and wrong.any() else largest
     slices = [(largest, "largest area"), (differing, "largest disagreement")][: 1 + (differing != largest)]
-    depth = case.image.shape[-1]
-    return [
-        View(case, index, f"{title}\nslice {index + 1}/{depth}, {what}" if case.is_volume else title)
-        for index, what in slices
-    ]
+    note = f"\nslice {{}}/{case.image.shape[-1]}, {{}}" if case.is_volume else ""
+    return [View(case, index, title + note.format(index + 1, what)) for index, what in slices]
 
 
 def _window(case: CaseImages, index: int) -> tuple[slice, slice]:

@@ -23,6 +23,7 @@ from ignite.engine import Engine, Events
 from monai.data.meta_tensor import MetaTensor
 from monai.metrics import compute_average_surface_distance, compute_dice, compute_hausdorff_distance
 from torch import Tensor
+from tqdm import tqdm
 
 from shared_iopfl.inferers import TestTimeRoutingInferer
 from shared_iopfl.models import load_weights, save_atomically
@@ -30,7 +31,7 @@ from shared_iopfl.routing import check_experts
 from shared_iopfl.sites import case_name
 from shared_iopfl.tables import replace_rows, write_json, write_rows
 
-__all__ = ["CaseRecorder", "RoutesRecorder", "SiteFitter", "case_scores"]
+__all__ = ["CaseRecorder", "Progress", "RoutesRecorder", "SiteFitter", "case_scores", "write_routes"]
 
 METRICS = ("site", "role", "case", "model", "metric", "value")
 CASES = ("site", "role", "case", "model", "image", "label", "mask")
@@ -90,7 +91,7 @@ class CaseRecorder:
         model: str,
         targets: Sequence[str],
         pred_key: str = "pred",
-        reference_key: str = "reference",
+        reference_key: str = "label",
         extras: Mapping[str, Callable[[Tensor, Tensor], float]] | None = None,
     ) -> None:
         self.output_dir = Path(output_dir)
@@ -226,3 +227,19 @@ class SiteFitter:
         weights = {name: tensor.cpu() for name, tensor in self.inferer.site_network.state_dict().items()}
         save_atomically(weights, self.site_model)
         write_routes({"site": report}, self.output_dir)
+
+
+class Progress:
+    """A progress bar over the scans of an evaluator."""
+
+    def __init__(self, description: str) -> None:
+        self.description = description
+        self.bar: Any = None
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, self.start)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, lambda _: self.bar.update())
+        engine.add_event_handler(Events.COMPLETED, lambda _: self.bar.close())
+
+    def start(self, engine: Engine) -> None:
+        self.bar = tqdm(total=len(engine.state.dataloader), desc=self.description, unit="scan")  # type: ignore[arg-type]

@@ -194,6 +194,10 @@ def print_table(output_dir: str | Path, metric: str = "dice") -> str:
     return text
 
 
+def _breakable(name: str) -> str:
+    return escape(name).replace("_", "_<wbr>")
+
+
 def _line(role: str, site: str, cells: Sequence[str]) -> str:
     kind, name = ("", f"{escape(site)} <small>{role}</small>") if site else (" class=mean", f"mean of sites {role}")
     return f"<tr{kind}><th>{name}</th>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
@@ -215,29 +219,32 @@ def _gains(dice: Scores) -> str:
 
 
 def _results(scores: Scores, metric: str, colour: Mapping[str, str]) -> str:
-    """Sites by models as an HTML table."""
-    models = _in_order(model for by_model in scores.values() for model in by_model)
+    """Sites by models as HTML, a table for the sites inside and one for those outside: their models are others."""
     best = max if metric.startswith("dice") else min if metric.endswith(("_mm", "_error")) else None
-    heads = "".join(f'<th><i style="background:{colour[m]}"></i>{escape(m)}</th>' for m in models)
-    lines = [f'<tr><th>{escape(_name(metric))}</th><th title="test cases">n</th>{heads}</tr>']
-    for role, site, sites, means in _table(scores):
-        known = _known(means.values())
-        winner = _show(metric, best(known)) if best and known else ""
-        cells = [str(_count(sites))]
-        for model in models:
-            text = _show(metric, means.get(model, math.nan))
-            values = list(sites[0].get(model, {}).values()) if site else []
-            spread = f"± {_show(metric, float(np.std(_known(values), ddof=1)))}" if len(_known(values)) > 1 else ""
-            if values and len(_known(values)) < _count(sites):
-                spread += f" ({len(_known(values))} of {_count(sites)})"
-            cells.append((f"<b>{text}</b>" if text == winner else text) + (spread and f"<small>{spread}</small>"))
-        lines.append(_line(role, site, cells))
+    html = ""
+    for role in dict.fromkeys(role for role, _ in scores):
+        models = _in_order(model for key, by_model in scores.items() if key[0] == role for model in by_model)
+        heads = "".join(f'<th><i style="background:{colour[m]}"></i>{_breakable(m)}</th>' for m in models)
+        lines = [f"<tr><th>{escape(_name(metric))}</th><th>n</th>{heads}</tr>"]
+        for _, site, sites, means in (row for row in _table(scores) if row[0] == role):
+            known = _known(means.values())
+            winner = _show(metric, best(known)) if best and known else ""
+            cells = [str(_count(sites))]
+            for model in models:
+                text = _show(metric, means.get(model, math.nan))
+                values = list(sites[0].get(model, {}).values()) if site else []
+                spread = f"± {_show(metric, float(np.std(_known(values), ddof=1)))}" if len(_known(values)) > 1 else ""
+                if values and len(_known(values)) < _count(sites):
+                    spread += f" ({len(_known(values))} of {_count(sites)})"
+                text = f"<b>{text}</b>" if text == winner else text
+                cells.append(text + (spread and f" <small>{spread.strip()}</small>"))
+            lines.append(_line(role, site, cells))
+        html += f'<div class="wide"><table>{"".join(lines)}</table></div>'
     undefined = sum(not math.isfinite(v) for s in scores.values() for values in s.values() for v in values.values())
-    note = (
-        f"{undefined} values are undefined ({DASH}), such as a distance to an empty mask, and left out of the means; "
-    )
-    note = note + "in brackets how many of the cases count." if undefined else ""
-    return f'<div class="wide"><table>{"".join(lines)}</table></div>' + (note and f'<p class="caption">{note}</p>')
+    if undefined:
+        html += f"""<p class="caption">{undefined} values are undefined ({DASH}), such as a distance to an empty mask,
+and left out of the means; in brackets how many of the cases count.</p>"""
+    return html
 
 
 def _picture(figure: Figure, caption: str = "") -> str:
@@ -288,8 +295,8 @@ def _curves_section(history: Sequence[Mapping[str, str]], path: Path, colour: Ma
 
 
 def _group(path: Path, cases: Iterable[str], output_dir: Path) -> str:
-    """What the routes of a file belong to: the name of its folder, or of the one above if each case has a folder."""
-    folder = path.parent if len({*cases}) > 1 or path.parent == output_dir else path.parent.parent
+    """What the routes of a file belong to: the name of its folder, or of the one above if that is a case's own."""
+    folder = path.parent.parent if {*cases} == {path.parent.name} else path.parent
     return "" if folder == output_dir else folder.name
 
 
@@ -430,12 +437,13 @@ h3 { font-size: 1.05rem; margin: 1.6rem 0 .4rem } h3 small, th small { font-weig
 p { max-width: 46rem } .facts { color: #59636e } .use { font-weight: 600; max-width: none }
 .missing { background: #f6f8fa; border-left: 3px solid #8c959f; padding: .5rem .9rem }
 .wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem }
-th, td { padding: .32rem .75rem; text-align: right; font-weight: 400 }
-th, td small { white-space: nowrap } td small { display: inline-block; margin-left: .3em } .wide + .wide { margin-top: 1.2rem }
+th, td { padding: .32rem .55rem; text-align: right; font-weight: 400 }
+th, td small { white-space: nowrap } td small { display: inline-block } .wide + .wide { margin-top: 1.2rem }
 th, td { border-bottom: 1px solid #e6e9ec } th:first-child { text-align: left }
 tr:first-child th { font-weight: 600; border-bottom: 1px solid #59636e }
 td small { color: #59636e } tr.mean th, tr.mean td { background: #f6f8fa; border-bottom: 1px solid #8c959f }
 table.text th, table.text td { text-align: left; vertical-align: top }
+tr:first-child th { white-space: normal }
 th i { display: inline-block; width: .65em; height: .65em; border-radius: 50%; margin-right: .35em }
 figure { margin: 1rem 0 1.6rem } img { max-width: 100%; height: auto; display: block }
 .caption, figcaption { font-size: .88rem; color: #59636e; max-width: 46rem; margin: .5rem 0 1rem }

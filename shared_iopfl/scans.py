@@ -117,6 +117,8 @@ class LoadCased(MapTransform):
         shape, channel_dim = tuple(loaded.shape), loaded.meta.get("original_channel_dim", float("nan"))
         scan = loaded.as_tensor()
         scan = scan[None] if is_no_channel(channel_dim) else scan.movedim(int(channel_dim), 0)
+        if channels == 1 and file_ending(path) in PICTURES and len(scan) == 3 and bool((scan == scan[:1]).all()):
+            scan = scan[:1]  # grey stored as RGB, as the public fundus masks are
         while scan.ndim > self.spatial_dims + 1 and scan.shape[-1] == 1:
             scan = scan[..., 0]  # NIfTI with a fourth axis of length 1; a picture kept as a volume of one slice
         if self.spatial_dims == 3 and scan.ndim == 3:
@@ -124,7 +126,8 @@ class LoadCased(MapTransform):
         if 0 in shape:
             raise InputError(f"{path} has an axis of length 0: shape {shape}")
         if scan.ndim != self.spatial_dims + 1 or len(scan) != channels:
-            wanted = f"{self.spatial_dims}D scan" + (f" with {channels} channels" if channels > 1 else "")
+            wanted = "3D scan" if self.spatial_dims == 3 else "2D picture"
+            wanted += f" of {channels} channel{'s' * (channels > 1)}" if channels > 1 or self.spatial_dims == 2 else ""
             hint = "; extract one volume first" if self.spatial_dims == 3 and len(shape) > 3 else ""
             raise InputError(f"expected a {wanted}, got shape {shape} in {path}{hint}")
 

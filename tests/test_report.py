@@ -16,6 +16,7 @@ import base64
 import csv
 import json
 import os
+import pickle
 import re
 import threading
 from pathlib import Path
@@ -23,6 +24,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from matplotlib.patches import Rectangle
 from PIL import Image
 
 from shared_iopfl import pictures, report
@@ -30,6 +32,7 @@ from shared_iopfl.errors import InputError
 
 METRICS = "site,role,case,model,metric,value"
 CASES = "site,role,case,model,image,label,mask"
+DASH = "\u2013"
 INSIDE, OUTSIDE = ("global", "personalised"), ("soup", "routed", "global")
 
 
@@ -73,7 +76,9 @@ def make_run(folder: Path) -> Path:
     write_csv(folder / "metrics.csv", METRICS, metrics[::-1])
     write_csv(folder / "cases.csv", CASES, cases)
     write_csv(folder / "history.csv", "round,site,model,metric,value", history)
-    routes = [[f"case2{c}", layer, e, w] for c in range(2) for layer in range(3) for e, w in (("B$1$", 0.3), ("global", 0.7))]
+    routes = [
+        [f"case2{c}", layer, e, w] for c in range(2) for layer in range(3) for e, w in (("B$1$", 0.3), ("global", 0.7))
+    ]
     write_csv(folder / "Out" / "routes.csv", "case,layer,expert,weight", routes)
     facts = {"decision": "start", "reason": "strays <far>", "objective_start": 0.25, "objective_end": float("nan")}
     (folder / "Out" / "routes.json").write_text(json.dumps({"experts": ["B$1$", "global"], "cases": {"case20": facts}}))
@@ -96,7 +101,9 @@ def html(run: Path) -> str:
 
 def small_run(folder: Path, values: dict[str, list[float | str]], role: str = "inside") -> Path:
     """Only a ``metrics.csv``, of one site: Dice of each model by case."""
-    rows = [["S", role, f"c{i}", model, "dice", v] for model, of_cases in values.items() for i, v in enumerate(of_cases)]
+    rows = [
+        ["S", role, f"c{i}", model, "dice", v] for model, of_cases in values.items() for i, v in enumerate(of_cases)
+    ]
     write_csv(folder / "metrics.csv", METRICS, rows)
     return folder
 
@@ -117,15 +124,15 @@ def test_table_has_sites_inside_then_outside_and_the_methods_models_first(run, c
     table = {re.split(r"  +", line)[0]: line.split() for line in lines[1:]}
     assert [re.split(r"  +", line)[1] for line in lines[1:]] == ["inside"] * 3 + ["outside"] * 2
     assert {"Site <A>", "B$1$", "Out", "mean of sites"} == set(table)
-    assert table["Site <A>"][-5:] == ["71.0", "76.0", "–", "–", "3"]
+    assert table["Site <A>"][-5:] == ["71.0", "76.0", DASH, DASH, "3"]
     # each site counts alike: (71.0 + 74.5) / 2, not the mean over the nine cases
-    assert lines[3].split()[-5:] == ["72.8", "77.8", "–", "–", "9"]
-    assert lines[5].split()[-5:] == ["76.0", "–", "79.0", "77.0", "5"]
+    assert lines[3].split()[-5:] == ["72.8", "77.8", DASH, DASH, "9"]
+    assert lines[5].split()[-5:] == ["76.0", DASH, "79.0", "77.0", "5"]
 
 
 def test_table_of_a_distance_is_not_in_percent(run):
     assert "hd95 (mm)" in (text := report.print_table(run, metric="hd95_mm"))
-    assert re.search(r"Out +outside +\S+ +– +5\.00", text)
+    assert re.search(r"Out +outside +\S+ +\S +5\.00", text)
 
 
 def test_table_without_scores_or_with_an_unknown_metric_says_what_to_do(run, tmp_path):
@@ -138,7 +145,7 @@ def test_table_without_scores_or_with_an_unknown_metric_says_what_to_do(run, tmp
 def test_mean_of_sites_leaves_out_a_model_that_not_every_site_has(tmp_path):
     rows = [["A", "inside", "1", m, "dice", 0.8] for m in INSIDE] + [["B", "inside", "1", "global", "dice", 0.6]]
     write_csv(tmp_path / "metrics.csv", METRICS, rows)
-    assert report.print_table(tmp_path).splitlines()[-1].split()[-3:] == ["70.0", "–", "2"]
+    assert report.print_table(tmp_path).splitlines()[-1].split()[-3:] == ["70.0", DASH, "2"]
 
 
 def test_a_case_scored_again_counts_once_with_its_last_value(tmp_path):
@@ -187,20 +194,25 @@ def test_text_is_escaped_and_paths_stay_out(html, run):
 
 @pytest.mark.parametrize("text", ["/data/a b.nii", "see ~/x", "at C:\\scans\\x", "in ../x y", "sites/john/x", '["/a"]'])
 def test_a_path_within_text_is_cut(text):
-    assert report._without_path(text) in ("(path not shown)", "see (path not shown)", "at (path not shown)", "in (path not shown)")
+    assert report._without_path(text) in (
+        "(path not shown)",
+        "see (path not shown)",
+        "at (path not shown)",
+        "in (path not shown)",
+    )
 
 
-@pytest.mark.parametrize("text", ["objective improved", "1/2 of 3 / 4", "Dice 0.871 < 0.9", "lr 1e-3, α = 0.1"])
+@pytest.mark.parametrize("text", ["objective improved", "1/2 of 3 / 4", "Dice 0.871 < 0.9", "lr 1e-3, alpha = 0.1"])
 def test_text_without_a_path_stays(text):
     assert report._without_path(text) == text
 
 
 def test_undefined_values_are_dashes_and_counted(html, tmp_path):
     distances = html.split("Other measures")[1].split("Learning curves")[0]
-    assert text_rows(distances)["Site <A>".replace("<", "&lt;").replace(">", "&gt;") + " inside"][1] == "4.00± 0.00(2 of 3)"
-    assert "3 values are undefined (–)" in distances
+    assert text_rows(distances)["Site &lt;A&gt; inside"][1] == "4.00 ± 0.00 (2 of 3)"
+    assert f"3 values are undefined ({DASH})" in distances
     page = report.write_report(small_run(tmp_path, {"global": ["nan", ""]})).read_text(encoding="utf-8")
-    assert text_rows(page)["S inside"] == ["2", "–(0 of 2)"]
+    assert text_rows(page)["S inside"] == ["2", f"{DASH} (0 of 2)"]
 
 
 def test_best_mean_of_each_row_is_bold(html):
@@ -213,7 +225,9 @@ def test_best_mean_of_each_row_is_bold(html):
 
 def test_interval_is_of_paired_cases(tmp_path):
     """A gain that is the same for every case has an interval of no width, however much the cases differ."""
-    folder = small_run(tmp_path, {"global": [0.1, 0.5, 0.9, 0.3, 0.7], "routed": [0.15, 0.55, 0.95, 0.35, 0.75]}, "outside")
+    folder = small_run(
+        tmp_path, {"global": [0.1, 0.5, 0.9, 0.3, 0.7], "routed": [0.15, 0.55, 0.95, 0.35, 0.75]}, "outside"
+    )
     page = report.write_report(folder).read_text(encoding="utf-8")
     gains = text_rows(page.split("difference (points)")[1])
     assert gains["S outside"] == ["+5.0 [+5.0, +5.0] n = 5"]
@@ -221,7 +235,10 @@ def test_interval_is_of_paired_cases(tmp_path):
 
 def test_interval_is_seeded_and_holds_the_mean():
     values = np.random.RandomState(1).normal(0.02, 0.05, 30)
-    site = {"global": dict.fromkeys(map(str, range(30)), 0.5), "routed": {str(i): 0.5 + v for i, v in enumerate(values)}}
+    site = {
+        "global": dict.fromkeys(map(str, range(30)), 0.5),
+        "routed": {str(i): 0.5 + v for i, v in enumerate(values)},
+    }
     mean, low, high, n = report._difference([site], "routed", "global")
     assert n == 30
     assert mean == pytest.approx(values.mean())
@@ -241,7 +258,7 @@ def test_same_files_give_the_same_report_and_nothing_global_changes(tmp_path):
     import matplotlib.pyplot as plt
 
     folder = small_run(tmp_path, {"global": [0.5] * 5, "personalised": [0.6] * 5})
-    state = np.random.get_state()[1].copy()
+    state = pickle.dumps(np.random.get_state())  # noqa: NPY002
     first = report.write_report(folder).read_bytes()
     results: list[Path] = []
     threads = [threading.Thread(target=lambda: results.append(report.write_report(folder))) for _ in range(2)]
@@ -251,7 +268,7 @@ def test_same_files_give_the_same_report_and_nothing_global_changes(tmp_path):
         thread.join()
     assert len(results) == 2
     assert (folder / "report.html").read_bytes() == first
-    assert (np.random.get_state()[1] == state).all()
+    assert pickle.dumps(np.random.get_state()) == state  # noqa: NPY002
     assert plt.get_fignums() == []
 
 
@@ -259,12 +276,14 @@ def test_what_is_missing_is_said_and_the_rest_is_shown(tmp_path):
     write_csv(tmp_path / "history.csv", "round,site,model,metric,value", [[0, "S", "global", "val_dice", 0.5]])
     page = report.write_report(tmp_path).read_text(encoding="utf-8")
     assert re.findall(r"<h2>(.*?)</h2>", page) == ["Learning curves"]
-    note = re.search(r"Not in this folder.*?</p>", page).group()
-    assert [name for name in report._FILES if name.removeprefix("**/") in note] == [n for n in report._FILES if "history" not in n]
+    note = page.split("Not in this folder")[1].split("</p>")[0]
+    assert [name for name in report._FILES if name.removeprefix("**/") in note] == [
+        n for n in report._FILES if "history" not in n
+    ]
 
 
 def test_nothing_to_report_is_an_error_that_names_the_folder(tmp_path):
-    with pytest.raises(InputError, match="neither metrics.csv nor history.csv: run") as caught:
+    with pytest.raises(InputError, match=r"neither metrics\.csv nor history\.csv: run") as caught:
         report.write_report(tmp_path)
     assert str(tmp_path) in str(caught.value)
     assert list(tmp_path.iterdir()) == []
@@ -296,38 +315,120 @@ def test_a_write_that_fails_leaves_the_old_report(tmp_path, monkeypatch):
     assert sorted(path.name for path in folder.iterdir()) == ["metrics.csv", "report.html"]
 
 
-def test_volumes_show_in_radiological_convention_however_they_are_stored(tmp_path):
-    """Patient's right on the picture's left, anterior up: the same picture from every storage order."""
-    scan = np.zeros((20, 16, 4), np.float32)  # in the order right-left, back-front, feet-head: RAS+
-    scan[15:18, 11:13, 2] = 100  # high x is the patient's right here, high y anterior
-    scan[4, 3, 2] = 50
-    nib_ras = nib.Nifti1Image(scan[::-1], np.diag([0.5, 0.8, 3, 1]))  # flipped: x now grows to the right
-    shown = []
-    for i, axes in enumerate(("RAS", "LPS", "SAL", "PIR")):
-        turn = nib.orientations.ornt_transform(
-            nib.orientations.axcodes2ornt("RAS"), nib.orientations.axcodes2ornt(tuple(axes))
-        )
-        stored = nib_ras.as_reoriented(turn)
-        nib.save(stored, tmp_path / f"{i}.nii.gz")
-        nib.save(nib.Nifti1Image((stored.get_fdata() > 75).astype("u1"), stored.affine), tmp_path / f"{i}_mask.nii.gz")
-        case = pictures.load_case(tmp_path / f"{i}.nii.gz", {"global": tmp_path / f"{i}_mask.nii.gz"})
-        assert case.is_volume
-        assert case.aspect == pytest.approx(0.8 / 0.5)
-        view = pictures.case_views(case, "global", "t")[0]
-        assert view.index == 2
-        figure = pictures.overlay_picture([view], "global", pictures.colours(["global"]))
-        shown.append(np.asarray(figure.axes[0].get_images()[0].get_array()))
-        bright = np.argwhere(case.image[0] == 100)
-        assert (bright[:, 0] > 0).all()
-    for other in shown[1:]:
-        np.testing.assert_array_equal(other, shown[0])
+@pytest.mark.parametrize("order", ["RAS", "LPS", "SAL", "PIR"])
+def test_volumes_show_in_radiological_convention_however_they_are_stored(tmp_path, order):
+    """The patient's right is on the picture's left, anterior is up, slices start at the feet."""
+    scan = np.zeros((20, 16, 4), np.float32)  # indices grow to the patient's right, to the front and to the head
+    scan[15:18, 11:13, 2] = 100
+    mask = (scan > 0).astype(np.uint8)
+    turn = nib.orientations.ornt_transform(
+        nib.orientations.axcodes2ornt("RAS"), nib.orientations.axcodes2ornt(tuple(order))
+    )
+    for name, array in (("scan", scan), ("mask", mask)):
+        nib.save(nib.Nifti1Image(array, np.diag([0.5, 0.8, 3, 1])).as_reoriented(turn), tmp_path / f"{name}.nii.gz")
+    case = pictures.load_case(tmp_path / "scan.nii.gz", {"global": tmp_path / "mask.nii.gz"})
+    (view,) = pictures.case_views(case, "global", "title")
+    assert (case.is_volume, case.aspect, view.index) == (True, pytest.approx(1.6), 2)
+    panel = pictures.overlay_picture([view], "global", pictures.colours(["global"])).axes[0]
+    picture = np.asarray(panel.get_images()[0].get_array())
+    rows, columns = np.nonzero(picture)
+    assert picture.shape == (10, 10)  # zoomed in on the organ, which lies in the corner
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (3, 4, 2, 4)
+    assert [text.get_text() for text in sorted(panel.texts, key=lambda text: text.get_position()[0])] == ["R", "L"]
+    outline = panel.collections[0].get_paths()[0].get_extents()  # half a pixel around the mask
+    assert (outline.x0, outline.x1, outline.y0, outline.y1) == (1.5, 4.5, 2.5, 4.5)
 
 
-def test_patient_right_is_left_and_anterior_is_up(tmp_path):
-    scan = np.zeros((20, 16, 4), np.float32)
-    scan[17, 12, 2] = 1  # with this affine x grows to the patient's right (L+ negated) and y to the front
-    nib.save(nib.Nifti1Image(scan, np.diag([1.0, 1, 1, 1])), tmp_path / "s.nii.gz")
-    case = pictures.load_case(tmp_path / "s.nii.gz", {"global": tmp_path / "s.nii.gz"})
-    # in RAS+ space x = 17 is the patient's right side only if x grows to the right, which NIfTI's +x does
-    column, row, index = np.argwhere(case.masks["global"] == 1)[0]
-    assert (column, row, index) == (2, 3, 2)
+def test_pictures_in_colour_are_whole_and_upright_with_both_classes_outlined(tmp_path):
+    photograph = np.full((12, 18, 3), 40, np.uint8)
+    photograph[2, 15] = (255, 128, 0)
+    mask = np.zeros((12, 18), np.uint8)
+    mask[3:9, 3:9], mask[5:7, 5:7] = 1, 2
+    Image.fromarray(photograph).save(tmp_path / "image.png")
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    files = {"reference": tmp_path / "mask.png", "routed": tmp_path / "mask.png"}
+    case = pictures.load_case(tmp_path / "image.png", files)
+    (view,) = pictures.case_views(case, "routed", "title", disagreement=True)
+    panel = pictures.overlay_picture([view], "routed", pictures.colours(["routed"])).axes[0]
+    picture = np.asarray(panel.get_images()[0].get_array())
+    assert np.abs(picture - photograph / 255).max() < 1e-6
+    extents = [collection.get_paths()[0].get_extents().intervalx for collection in panel.collections]
+    assert np.array_equal(extents, [(2.5, 8.5), (4.5, 6.5)] * 2)
+    assert not panel.texts  # a photograph has no patient's right
+
+
+def test_worst_case_shows_the_slices_of_largest_area_and_of_largest_disagreement():
+    reference, predicted = np.zeros((2, 8, 8, 5), np.uint8)
+    reference[2:6, 2:6, 3] = predicted[2:6, 2:6, 3] = 1
+    predicted[1:3, 1:3, 0] = 1
+    case = pictures.CaseImages(np.ones((1, 8, 8, 5)), {"reference": reference, "routed": predicted}, 1.0, True)
+    assert [view.index for view in pictures.case_views(case, "routed", "", disagreement=True)] == [3, 0]
+    assert [view.index for view in pictures.case_views(case, "routed", "")] == [3]
+    right = pictures.CaseImages(case.image, {"reference": reference, "routed": reference}, 1.0, True)
+    assert [view.index for view in pictures.case_views(right, "routed", "", disagreement=True)] == [3]
+    del case.masks["reference"]  # of unlabelled cases the largest prediction
+    assert [view.index for view in pictures.case_views(case, "routed", "", disagreement=True)] == [3]
+
+
+def test_best_median_and_worst_are_different_cases():
+    dice = {"a": 0.5, "b": 0.9, "c": 0.7, "d": float("nan"), "e": 0.8}
+    assert report._best_median_worst(dice, "abcd") == [("best", "b"), ("median", "c"), ("worst", "a")]
+    assert report._best_median_worst(dice, "abd") == [("best", "b"), ("worst", "a")]
+    assert report._best_median_worst(dice, "ad") == [("", "a")]
+    assert report._best_median_worst({}, "wxyz") == [("", "w"), ("", "x"), ("", "y")]
+
+
+def test_cases_that_cannot_be_drawn_are_named_without_their_paths(tmp_path, caplog):
+    """A missing file, a mask of another shape and a mask coded otherwise leave out their case, not the report."""
+    folder = small_run(tmp_path, {"personalised": [0.5, 0.6, 0.7]})
+    mask = np.zeros((8, 8), np.uint8)
+    for name, array in (("image", mask), ("other", mask[:4]), ("coded", mask + 255)):
+        Image.fromarray(array).save(folder / f"{name}.png")
+    files = [
+        ("gone.png", "", "image.png"),
+        ("image.png", "other.png", "image.png"),
+        ("image.png", "coded.png", "image.png"),
+    ]
+    write_csv(folder / "cases.csv", CASES, [["S", "inside", f"c{i}", "personalised", *f] for i, f in enumerate(files)])
+    page = report.write_report(folder).read_text(encoding="utf-8")
+    assert "missing or do not fit each other: c2, c1, c0." in page
+    assert not re.search(r"(gone|other|coded)\.png", page)
+    for reason in ("gone.png cannot be read", "other.png has shape (4, 8, 1)", "coded.png holds values up to 255"):
+        assert reason in caplog.text.replace("has shape (8, 4, 1)", "has shape (4, 8, 1)")
+
+
+def test_overlays_show_the_sites_own_kind_of_model(html):
+    assert re.findall(r"<h3>([^<]*) <small>(.*?)</small></h3>", html) == [
+        ("Site &lt;A&gt;", "inside, personalised model"),
+        ("B$1$", "inside, personalised model"),
+        ("Out", "outside, routed model"),
+    ]
+
+
+def test_a_model_has_its_own_colour_whatever_else_is_shown():
+    few, many = pictures.colours(["routed"]), pictures.colours(["soup", "global", "tent", "routed", "BIDMC", "local"])
+    assert all(many[model] == few[model] for model in few)
+    assert len(set(many.values())) == len(many) == 7
+
+
+def test_routes_are_means_over_cases_by_layer_and_over_layers_by_case():
+    weights = np.random.RandomState(0).dirichlet([1, 1, 1], size=(2, 4))
+    above, below, _ = pictures.routes_picture(weights, ["A", "B$", "global"], ["c1", "c2"], ["0", "1", "2", "3"]).axes
+    np.testing.assert_allclose(np.asarray(above.get_images()[0].get_array()), weights.mean(0).T)
+    heights = np.reshape([bar.get_height() for bar in below.patches if isinstance(bar, Rectangle)], (3, 2))
+    np.testing.assert_allclose(heights, weights.mean(1).T)
+
+
+def test_routes_of_a_folder_a_case_come_together_and_other_sites_stay_apart(tmp_path):
+    small_run(tmp_path, {"global": [0.5]})
+    header = "case,layer,expert,weight"
+    for case in ("p1", "p2"):
+        write_csv(tmp_path / "East" / case / "routes.csv", header, [[case, 0, "global", 1]])
+    write_csv(tmp_path / "West" / "routes.csv", header, [[case, 0, "global", 1] for case in ("q1", "q2")])
+    page = report.write_report(tmp_path).read_text(encoding="utf-8")
+    assert re.findall(r"<h3>(.*?)</h3>", page) == ["East", "West"]
+
+
+def test_decisions_are_a_table_with_what_is_not_known_as_a_dash(html):
+    assert text_rows(html)["case20 Out"] == ["start", "strays &lt;far&gt;", "0.25", DASH, DASH, DASH]
+    assert "start 1." in html

@@ -1,0 +1,66 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The final scoring of a run: the bundle's ``evaluate.json`` on every site's test cases, model by model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from monai.bundle import ConfigWorkflow
+
+__all__ = ["Scoring"]
+
+
+class Scoring:
+    """Scores the models of a run on test cases, and only on those.
+
+    Args:
+        bundle_root: the bundle whose ``configs/evaluate.json`` is run.
+        output_dir: of the run; ``metrics.csv``, ``cases.csv`` and ``masks/`` are added there.
+        overrides: of the evaluation config.
+    """
+
+    def __init__(self, bundle_root: str, output_dir: str, overrides: Mapping[str, Any] | None = None) -> None:
+        self.bundle_root = bundle_root
+        self.output_dir = output_dir
+        self.overrides = dict(overrides or {})
+
+    def score(self, site: str, model: str, **overrides: Any) -> None:
+        """Score one model on one site; `overrides` come on top of the common ones."""
+        workflow = ConfigWorkflow(
+            config_file=str(Path(self.bundle_root) / "configs" / "evaluate.json"),
+            meta_file=None,
+            logging_file=False,
+            bundle_root=self.bundle_root,
+            output_dir=self.output_dir,
+            site=site,
+            model=model,
+            **{**self.overrides, **overrides},
+        )
+        workflow.initialize()
+        workflow.run()
+        workflow.finalize()
+
+    def inside(self, sites: Sequence[str]) -> None:
+        """Every inside site's test cases, by the global model and by the site's own."""
+        for site in sites:
+            for model in ("global", "personalised"):
+                self.score(site, model, role="inside", split="test", mode="off")
+
+    def outside(self, sites: Sequence[str]) -> None:
+        """All cases of every outside site, by the global model, by the uniform soup and by test-time routing."""
+        for site in sites:
+            outside = {"role": "outside", "split": "all"}
+            self.score(site, "global", **outside, mode="off")
+            self.score(site, "soup", **{**outside, "preset": "soup", "routing": {}, "mode": "episodic"})
+            self.score(site, "routed", **outside)
