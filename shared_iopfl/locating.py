@@ -1,0 +1,355 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Where the optic disc is in a photograph of the whole fundus, and the crop around it that the networks expect.
+
+The locator is classical and needs no training. In a small copy of the picture it
+1. tells the field of view from the dark around it: a dark border all round means a whole photograph;
+2. removes what is no disc: vessels by a closing, illumination and glow (anything wider than a disc) by an opening;
+3. looks for discs brighter than the ring around them, over all places and the diameters that a disc can have relative
+   to the field, by normalised convolution, so that the field's edge neither attracts nor repels;
+4. ranks the best few by how clearly disc and ring differ, how much, how many dark vessels cross the disc, and
+   whether vessels run towards it: bright exudates and reflections lack vessels, and vessels pass them by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.transforms import Crop, InvertibleTransform, MapTransform
+from monai.utils import convert_to_tensor
+from scipy import fft, ndimage
+
+from shared_iopfl.errors import InputError
+
+__all__ = ["CropToDiscd", "Disc", "find_disc"]
+
+FIELD = 400  # side, in pixels, of the copy in which a whole field of view is searched
+CROP = 160  # and of that in which a crop is: a disc is then about as many pixels wide, and so are its vessels
+IN_FIELD = (0.09, 0.28)  # disc diameters relative to the field's: 60 degree cameras to 30 degree ones, small to large
+IN_CROP = (0.2, 1.0)  # and relative to a crop's side
+WHOLE_BELOW = 0.2  # a disc smaller than this, relative to the shorter side, is in a whole photograph
+
+
+class Disc(NamedTuple):
+    """An optic disc found in a picture.
+
+    Attributes:
+        center: its centre along the two spatial axes, in pixels.
+        diameter: in pixels.
+        confidence: 0 to 1; below about 0.5 there may be no disc in the picture at all.
+        whole: whether the picture is one of the whole fundus rather than a crop around the disc.
+    """
+
+    center: tuple[float, float]
+    diameter: float
+    confidence: float
+    whole: bool
+
+
+def find_disc(image: torch.Tensor | np.ndarray) -> Disc:
+    """Find the optic disc in a colour fundus photograph, or in a crop of one.
+
+    Args:
+        image: (3, W, H) or (3, H, W), RGB of any positive scale; (1, ...) is taken as grey.
+
+    Returns:
+        The likeliest disc; its confidence is 0 for a picture that cannot be a fundus photograph.
+    """
+    picture: torch.Tensor = convert_to_tensor(image, dtype=torch.float32, track_meta=False).detach().cpu()
+    if picture.ndim != 3 or picture.shape[0] not in (1, 3):
+        raise ValueError(f"expected a picture (3, W, H) or (1, W, H), got {tuple(picture.shape)}")
+    picture = picture.expand(3, -1, -1)
+    shape = np.asarray(picture.shape[1:], dtype=float)
+    nothing = Disc((shape[0] / 2, shape[1] / 2), 0.0, 0.0, True)
+    glance = _resize(picture, min(1.0, 256 / shape.max()))
+    field = _field_of_view(glance)
+    if not torch.isfinite(picture).all() or not field.any() or not _reddish(glance[field]):
+        return nothing
+    extent = np.ptp(np.argwhere(field), axis=0).max() + 1.0
+    extent *= shape.max() / max(field.shape)
+    if _bordered(field):
+        found = [_search(picture, FIELD / extent, FIELD, IN_FIELD, flatten=True)]
+    else:  # a crop, or a photograph that the camera's field fills to its corners
+        found = [
+            _search(picture, CROP / shape.min(), CROP, IN_CROP, flatten=False),
+            _search(picture, FIELD / extent, FIELD, IN_FIELD, flatten=True),
+        ]
+    best = max((disc for disc in found if disc is not None), key=lambda disc: disc.confidence, default=nothing)
+    return best._replace(whole=_bordered(field) or best.diameter < WHOLE_BELOW * shape.min())
+
+
+def _resize(picture: torch.Tensor, zoom: float) -> np.ndarray:
+    """(3, A, B) -> (a, b, 3), by area, which keeps thin vessels."""
+    size = [max(8, round(n * zoom)) for n in picture.shape[1:]]
+    mode = "area" if zoom <= 1 else "bilinear"
+    return torch.nn.functional.interpolate(picture[None], size=size, mode=mode)[0].permute(1, 2, 0).numpy()
+
+
+def _field_of_view(rgb: np.ndarray) -> np.ndarray:
+    """The largest bright area without its holes: what the camera saw, without the dark around it."""
+    bright = rgb.max(axis=-1)
+    inside = ndimage.binary_opening(bright > max(0.1 * np.percentile(bright, 98), 1e-6))
+    areas, count = ndimage.label(inside)
+    if count == 0:
+        return inside
+    largest = 1 + np.argmax(np.bincount(areas.ravel())[1:])
+    return ndimage.binary_fill_holes(areas == largest)
+
+
+def _reddish(pixels: np.ndarray) -> bool:
+    """Whether red is the strongest colour, as in every colour photograph of a fundus; grey ones get the doubt."""
+    red, green, blue = pixels.mean(axis=0)
+    return bool(red >= green and red >= blue)
+
+
+def _bordered(field: np.ndarray) -> bool:
+    """Whether at least three corners lie outside the field; a crop next to the field's edge has two at most."""
+    n = max(1, min(field.shape) // 40)
+    corners = [field[:n, :n], field[:n, -n:], field[-n:, :n], field[-n:, -n:]]
+    return sum(not corner.any() for corner in corners) >= 3
+
+
+def _search(
+    picture: torch.Tensor, zoom: float, extent: int, relative: tuple[float, float], flatten: bool
+) -> Disc | None:
+    """The best disc among the given diameters (relative to `extent`) in the picture zoomed so that this is its size."""
+    rgb = _resize(picture, zoom)
+    field = _field_of_view(rgb)
+    inside = ndimage.binary_erosion(field, iterations=extent // 100)
+    if inside.sum() < 64:
+        return None
+    # logarithms: a disc is brighter than what is around it by a factor, whatever the illumination there
+    luminance = _logarithm(0.4 * rgb[..., 0] + 0.6 * rgb[..., 1], field)
+    green = _logarithm(rgb[..., 1], field)
+    strength, angle = _vessels(green)
+    strength = np.where(inside, strength, 0)
+    bright = _without_vessels_and_glow(luminance, extent) if flatten else luminance
+    diameters = extent * np.geomspace(*relative, 9)
+    ranked = []
+    for row, column, diameter in _candidates(bright, inside, diameters):
+        score = _score(bright, inside, strength, angle, row, column, diameter)
+        ranked.append((score, row, column, diameter))
+    if not ranked:
+        return None
+    score, row, column, diameter = max(ranked)
+    scale = np.asarray(picture.shape[1:]) / rgb.shape[:2]
+    center = ((row + 0.5) * scale[0], (column + 0.5) * scale[1])
+    return Disc(center, float(diameter * scale.mean()), float(1 / (1 + np.exp(-score))), True)
+
+
+def _logarithm(channel: np.ndarray, field: np.ndarray) -> np.ndarray:
+    """Log brightness relative to the field's median; outside, that of the nearest pixel inside."""
+    inside = ndimage.binary_erosion(field, iterations=2)
+    values = np.log(channel / max(float(np.median(channel[field])), 1e-6) + 0.1)
+    if not inside.any() or inside.all():
+        return values
+    nearest = ndimage.distance_transform_edt(~inside, return_distances=False, return_indices=True)
+    return values[tuple(nearest)]
+
+
+def _without_vessels_and_glow(bright: np.ndarray, extent: int) -> np.ndarray:
+    """Close thin dark vessels, and take away whatever is bright over more than a disc's width."""
+    thin = 2 * int(0.012 * extent) + 1
+    closed = ndimage.grey_closing(bright, size=(thin, thin), mode="nearest")
+    wide = 2 * int(0.14 * extent / 4) + 1
+    glow = ndimage.grey_opening(closed[::4, ::4], size=(wide, wide), mode="nearest")
+    glow = ndimage.gaussian_filter(glow, wide / 6, mode="nearest")
+    return closed - ndimage.zoom(glow, np.divide(closed.shape, glow.shape), order=1, mode="nearest")
+
+
+def _vessels(green: np.ndarray, widths: tuple[float, float] = (1.5, 2.5)) -> tuple[np.ndarray, np.ndarray]:
+    """How strongly each pixel lies on a dark ridge, and the ridge's direction (radians from the first axis)."""
+    strength, angle = np.zeros_like(green), np.zeros_like(green)
+    for width in widths:
+        aa, ab, bb = (
+            width**2 * ndimage.gaussian_filter(green, width, order=order) for order in ((2, 0), (1, 1), (0, 2))
+        )
+        half, mean = np.hypot((aa - bb) / 2, ab), (aa + bb) / 2
+        ridge = np.maximum(mean + half - np.abs(mean - half), 0)  # curved across, straight along
+        stronger = ridge > strength
+        strength = np.where(stronger, ridge, strength)
+        angle = np.where(stronger, 0.5 * np.arctan2(2 * ab, aa - bb) + np.pi / 2, angle)
+    return strength, angle
+
+
+def _candidates(
+    bright: np.ndarray, inside: np.ndarray, diameters: np.ndarray, count: int = 12
+) -> list[tuple[float, float, float]]:
+    """Row, column and diameter of the discs that differ most from the ring around them, at half resolution."""
+    half = ndimage.uniform_filter(bright, 2)[::2, ::2]
+    weight = inside[::2, ::2].astype(float)
+    margin = int(0.95 * diameters.max() / 2) + 2
+    shape = [fft.next_fast_len(n + margin, real=True) for n in half.shape]
+    rows, columns = fft.fftfreq(shape[0], 1 / shape[0])[:, None], fft.fftfreq(shape[1], 1 / shape[1])[None]
+    distance = np.hypot(rows, columns)
+    spectra = [fft.rfft2(values, shape) for values in (weight, weight * half, weight * half**2)]
+
+    def moments(kernel: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Weight (relative to the kernel's), mean and variance under the kernel, at each pixel."""
+        spectrum = fft.rfft2(kernel)
+        n, first, second = (fft.irfft2(s * spectrum, shape)[: half.shape[0], : half.shape[1]] for s in spectra)
+        mean = first / np.maximum(n, 1e-3)
+        return n / kernel.sum(), mean, np.maximum(second / np.maximum(n, 1e-3) - mean**2, 0)
+
+    def filled(radius: float) -> np.ndarray:
+        return np.clip(radius + 0.5 - distance, 0, 1)
+
+    maps = []
+    for radius in diameters / 4:  # half a diameter, at half resolution
+        n_in, mean_in, var_in = moments(filled(0.9 * radius))
+        n_out, mean_out, var_out = moments(filled(1.8 * radius) - filled(1.15 * radius))
+        clear = (mean_in - mean_out) / np.sqrt(0.3 * var_in + 0.7 * var_out + 1e-4)
+        maps.append(np.where((n_in > 0.85) & (n_out > 0.35) & (weight > 0), clear, -np.inf))
+    best, which = np.max(maps, axis=0), np.argmax(maps, axis=0)
+    found = []
+    grid = np.indices(half.shape)
+    for _ in range(count):
+        row, column = np.unravel_index(best.argmax(), best.shape)
+        if best[row, column] <= 0:
+            break
+        diameter = diameters[which[row, column]]
+        found.append((2 * row + 0.5, 2 * column + 0.5, float(diameter)))
+        best[np.hypot(grid[0] - row, grid[1] - column) < 0.25 * diameter] = -np.inf
+    return found
+
+
+def _score(
+    bright: np.ndarray,
+    inside: np.ndarray,
+    strength: np.ndarray,
+    angle: np.ndarray,
+    row: float,
+    column: float,
+    diameter: float,
+) -> float:
+    """How much a candidate looks like a disc, in logits."""
+    radius = diameter / 2
+    first = [max(int(c - 2.5 * radius), 0) for c in (row, column)]
+    last = [int(c + 2.5 * radius) + 2 for c in (row, column)]
+    window = tuple(slice(a, b) for a, b in zip(first, last))
+    bright, inside, near_strength, angle = (a[window] for a in (bright, inside, strength, angle))
+    down, right = np.indices(bright.shape)
+    down, right = down + first[0] - row, right + first[1] - column
+    distance = np.hypot(down, right)
+    disc, ring = inside & (distance < 0.9 * radius), inside & (distance > 1.15 * radius) & (distance < 1.8 * radius)
+    around = inside & (distance > 0.5 * radius) & (distance < 2.5 * radius)
+    if min(disc.sum(), ring.sum(), around.sum()) < 9:
+        return -np.inf
+    contrast = np.median(bright[disc]) - np.median(bright[ring])
+    clear = contrast / np.sqrt(0.3 * bright[disc].var() + 0.7 * bright[ring].var() + 1e-4)
+    everywhere = strength.mean() * strength.size / max(np.count_nonzero(strength), 1) + 1e-6
+    density = near_strength[inside & (distance < 1.2 * radius)].mean() / everywhere
+    # 1 where vessels run straight to the centre, -1 where they pass it across, 0 for any direction
+    radial = (np.cos(angle) * down + np.sin(angle) * right) / np.maximum(distance, 1e-6)
+    towards = np.average((2 * radial**2 - 1)[around], weights=near_strength[around] + 1e-9)
+    return float(
+        1.1 * min(clear, 5)
+        + 0.9 * np.log(np.clip(contrast, 0.01, 2))
+        + 0.7 * np.log(np.clip(density, 0.1, 5))
+        + 0.6 * towards
+        - 2.0
+    )
+
+
+class CropToDiscd(MapTransform, InvertibleTransform):
+    """Crop whole fundus photographs to a square around the optic disc; leave pictures that are such crops as they are.
+
+    All keys are cropped alike. The square has `size_ratio` disc diameters a side, never more than the picture's
+    shorter side, and is moved inside the picture where the disc lies near its edge, so that no pixel is made up.
+    `Invertd` pads a mask with zeros back to the photograph's own pixels. Put it before any scaling of intensities.
+
+    The metadata of every key tell what was done, for reports: ``crop_start`` and ``crop_size`` (pixels) and
+    ``crop_confidence`` (0 to 1; NaN when nobody looked).
+
+    Args:
+        keys: what to crop: the picture, its mask.
+        image_key: the picture (3, W, H) to look for the disc in; the first of `keys` if None.
+        size_ratio: the square's side in disc diameters. 2 lies between the public crops, whose discs take from a
+            quarter to three quarters of the side.
+        crop: ``"auto"`` crops whole photographs and leaves crops, ``"always"`` crops both, ``"never"`` leaves both.
+        min_confidence: a picture whose disc is less sure than this is refused, unless `crop` is ``"never"``.
+        allow_missing_keys: don't raise when a key is missing, as in a case without a mask.
+
+    Raises:
+        InputError: (on call) when no disc is found.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        image_key: str | None = None,
+        size_ratio: float = 2.0,
+        crop: str = "auto",
+        min_confidence: float = 0.5,
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        if crop not in ("auto", "always", "never"):
+            raise InputError(f'crop must be "auto", "always" or "never", got "{crop}"')
+        if not size_ratio >= 1:
+            raise InputError(f"size_ratio must be at least 1 disc diameter, got {size_ratio}")
+        self.image_key = self.keys[0] if image_key is None else image_key
+        self.size_ratio = size_ratio
+        self.crop = crop
+        self.min_confidence = min_confidence
+        self.cropper = Crop()
+
+    def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
+        d = dict(data)
+        image = d[self.image_key]
+        shape = tuple(image.shape[1:])
+        start, size, confidence = self._square(image)
+        for key in self.key_iterator(d):
+            if tuple(d[key].shape[1:]) != shape:
+                raise InputError(
+                    f"{key} has {_size(d[key])} pixels but {self.image_key} has {_size(image)}: {_file(d[key])}"
+                )
+            # also when nothing is cut off: then every picture has the same trace to invert
+            d[key] = self.cropper(d[key], tuple(slice(a, a + n) for a, n in zip(start, size)))
+            if isinstance(d[key], MetaTensor):
+                d[key].meta.update(crop_start=list(start), crop_size=list(size), crop_confidence=confidence)
+        return d
+
+    def inverse(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
+        d = dict(data)
+        for key in self.key_iterator(d):
+            d[key] = self.cropper.inverse(d[key])
+        return d
+
+    def _square(self, image: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...], float]:
+        """Start and size, in pixels, of what to keep of the picture, and how sure the disc in it is."""
+        shape = tuple(image.shape[1:])
+        if self.crop == "never":
+            return (0, 0), shape, float("nan")
+        disc = find_disc(image)
+        if disc.confidence < self.min_confidence:
+            raise InputError(
+                f"no optic disc found in {_file(image)} (confidence {disc.confidence:.2f}, needed "
+                f'{self.min_confidence:g}): give a disc crop and set crop="never"'
+            )
+        if self.crop == "auto" and not disc.whole:
+            return (0, 0), shape, disc.confidence
+        side = min(round(self.size_ratio * disc.diameter), *shape)
+        start = tuple(int(np.clip(round(c - side / 2), 0, n - side)) for c, n in zip(disc.center, shape))
+        return start, (side, side), disc.confidence
+
+
+def _size(picture: torch.Tensor) -> str:
+    return "x".join(str(n) for n in picture.shape[1:])
+
+
+def _file(picture: torch.Tensor) -> str:
+    return str(getattr(picture, "meta", {}).get("filename_or_obj", "a picture without a file name"))
