@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import os
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from monai.handlers import CheckpointLoader
 from torch import Tensor, nn
 
 from shared_iopfl.errors import InputError
+from shared_iopfl.files import whole_file
 from shared_iopfl.routing import check_experts
 
 __all__ = ["CheckedCheckpointLoader", "load_experts", "load_weights", "model_path", "save_atomically"]
@@ -44,21 +44,12 @@ def model_path(ckpt_dir: str, model: str = GLOBAL, site: str = "") -> str:
 
 
 def save_atomically(content: Any, path: str | os.PathLike) -> None:
-    """`torch.save` into a temporary file beside `path`, synced, then renamed: the old file or the new, never half."""
-    path = Path(path)
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = file.name
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
-        raise InputError(f"cannot write {path}: {error}; free some space or choose another output folder.") from error
+    """`torch.save`, whole or not at all: after a crash the last good file still loads."""
+    with whole_file(path) as temporary:
+        try:
+            torch.save(content, temporary)
+        except RuntimeError as error:  # how torch reports a full disk
+            raise OSError(str(error).splitlines()[0]) from error
 
 
 def load_weights(path: str | os.PathLike) -> dict[str, Tensor]:

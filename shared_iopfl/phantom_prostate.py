@@ -31,7 +31,7 @@ from scipy.ndimage import zoom
 __all__ = ["FIELD_OF_VIEW", "PROSTATE_STYLES", "ProstateStyle", "prostate_case", "prostate_style", "smooth_noise"]
 
 # Left-right, anterior-posterior and head-foot extent in mm. The pelvis is stretched head to foot to any number of slices.
-FIELD_OF_VIEW = (144.0, 144.0, 48.0)
+FIELD_OF_VIEW = (124.0, 124.0, 48.0)
 TISSUES = ("fat", "muscle", "marrow", "fluid", "peripheral", "central")
 
 
@@ -66,28 +66,28 @@ class ProstateStyle:
 # A and D have no endorectal coil, B and C have one. E, the site left outside in the demo, lies between B and C.
 PROSTATE_STYLES: Mapping[str, ProstateStyle] = {
     "A": ProstateStyle(
-        fat=0.85, muscle=0.18, marrow=0.50, fluid=1.0, peripheral=0.62, central=0.42, lumen=0.05, rectum=13, press=2,
-        hot_spot=0, gland=25, flatness=0.80, position=0, bias=0.1, gamma=1.0, blur=0.4, ringing=0.1, noise=0.02,
+        fat=0.80, muscle=0.18, marrow=0.50, fluid=1.0, peripheral=0.72, central=0.45, lumen=0.05, rectum=13, press=2,
+        hot_spot=0, gland=25, flatness=0.80, position=0, bias=0.05, gamma=1.0, blur=0.4, ringing=0.1, noise=0.02,
         units=600,
     ),
     "B": ProstateStyle(
-        fat=0.38, muscle=0.15, marrow=0.30, fluid=0.90, peripheral=0.90, central=0.62, lumen=0.05, rectum=18, press=4,
-        hot_spot=2, gland=25, flatness=0.78, position=-4, bias=0.2, gamma=1.1, blur=0.5, ringing=0.2, noise=0.03,
+        fat=0.45, muscle=0.15, marrow=0.32, fluid=0.90, peripheral=0.90, central=0.58, lumen=0.05, rectum=18, press=4,
+        hot_spot=2, gland=25, flatness=0.78, position=-4, bias=0.1, gamma=1.1, blur=0.5, ringing=0.2, noise=0.03,
         units=1500,
     ),
     "C": ProstateStyle(
-        fat=0.45, muscle=0.16, marrow=0.34, fluid=0.85, peripheral=0.80, central=0.64, lumen=0.50, rectum=17, press=4,
-        hot_spot=1, gland=23, flatness=0.88, position=-3, bias=0.2, gamma=1.0, blur=0.7, ringing=0.3, noise=0.02,
+        fat=0.48, muscle=0.16, marrow=0.36, fluid=0.88, peripheral=0.84, central=0.58, lumen=0.35, rectum=17, press=4,
+        hot_spot=1, gland=23, flatness=0.88, position=-3, bias=0.1, gamma=1.0, blur=0.7, ringing=0.3, noise=0.02,
         units=900,
     ),
     "D": ProstateStyle(
-        fat=0.62, muscle=0.25, marrow=0.40, fluid=0.90, peripheral=0.50, central=0.30, lumen=0.35, rectum=12, press=1,
-        hot_spot=0, gland=24, flatness=0.85, position=2, bias=0.2, gamma=0.95, blur=0.9, ringing=0.4, noise=0.03,
+        fat=0.62, muscle=0.22, marrow=0.40, fluid=0.95, peripheral=0.60, central=0.34, lumen=0.25, rectum=13, press=2,
+        hot_spot=0, gland=24, flatness=0.85, position=2, bias=0.1, gamma=0.95, blur=0.9, ringing=0.4, noise=0.03,
         units=200,
     ),
     "E": ProstateStyle(
-        fat=0.41, muscle=0.155, marrow=0.32, fluid=0.88, peripheral=0.86, central=0.63, lumen=0.25, rectum=18, press=4,
-        hot_spot=1.6, gland=24, flatness=0.82, position=-4, bias=0.2, gamma=1.06, blur=0.6, ringing=0.25, noise=0.03,
+        fat=0.46, muscle=0.155, marrow=0.34, fluid=0.89, peripheral=0.88, central=0.58, lumen=0.18, rectum=18, press=4,
+        hot_spot=1.5, gland=24, flatness=0.82, position=-4, bias=0.1, gamma=1.06, blur=0.6, ringing=0.25, noise=0.03,
         units=400,
     ),
 }  # fmt: skip
@@ -174,7 +174,7 @@ def prostate_case(
     Returns:
         The scan in raw intensities (int16) and its prostate mask (uint8, 0 or 1; one piece; none in the end slices).
     """
-    style = replace(style, **{name: getattr(style, name) * random_state.uniform(0.9, 1.1) for name in TISSUES})
+    style = replace(style, **{name: getattr(style, name) * random_state.uniform(0.93, 1.07) for name in TISSUES})
     style = replace(style, lumen=style.lumen * random_state.uniform(0.7, 1.3))
     pelvis = Pelvis(size, random_state)
     _draw_surroundings(pelvis, style)
@@ -190,26 +190,26 @@ def _draw_surroundings(pelvis: Pelvis, style: ProstateStyle) -> None:
     marrow = pelvis.texture(style.marrow, 0.2, 30)
     cortex = 0.4 * style.muscle
 
-    skin = pelvis.ellipsoid((0, vary(14, 20), 0), (150, vary(82, 90), 900))
+    skin = pelvis.ellipsoid((0, vary(14, 20), 0), (130, vary(74, 80), 900))
     pelvis.paint(skin, cortex)
     pelvis.paint(skin + 2, fat)
     pelvis.paint(np.abs(skin + vary(13, 18)) - 3, muscle)  # the abdominal wall, and gluteus behind
     for side in (-1, 1):
-        pelvis.paint(pelvis.ellipsoid((side * 62, 62, 0), (30, 18, 90), -25 * side), muscle)  # gluteus maximus
-        hip = pelvis.ellipsoid((side * vary(68, 74), vary(-14, -6), 16), (24, 24, 26))  # head of the femur
+        pelvis.paint(pelvis.ellipsoid((side * 56, 58, 0), (28, 16, 90), -25 * side), muscle)  # gluteus maximus
+        hip = pelvis.ellipsoid((side * vary(62, 68), vary(-14, -6), 16), (20, 22, 26))  # head of the femur
         pelvis.paint(hip - 4, cortex)
         pelvis.paint(hip - 1.5, marrow)
-        ischium = pelvis.ellipsoid((side * vary(58, 62), vary(14, 22), -20), (11, 17, 24), -20 * side)
+        ischium = pelvis.ellipsoid((side * vary(54, 58), vary(14, 22), -20), (11, 17, 24), -20 * side)
         pelvis.paint(ischium - 2, cortex)
         pelvis.paint(ischium, marrow)
-        pubis = pelvis.ellipsoid((side * 22, vary(-54, -48), -18), (20, 9, 20), 18 * side)
+        pubis = pelvis.ellipsoid((side * 22, vary(-46, -42), -18), (20, 9, 20), 18 * side)
         pelvis.paint(pubis - 2, cortex)
         pelvis.paint(pubis, marrow)
         pelvis.paint(pelvis.ellipsoid((side * vary(42, 46), 2, 0), (7, 42, 60), -12 * side), muscle)  # obturator
     # Veins and small vessels in the fat: bright dots that no threshold tells from gland.
     veins = pelvis.noise(30, 30, max(2, pelvis.size[2] // 2))
     around = pelvis.ellipsoid((0, style.position, 4), (36, 34, 22))
-    pelvis.paint(np.maximum(around, 8 * (0.55 - veins)), style.fluid)
+    pelvis.paint(np.maximum(around, 8 * (0.65 - veins)), style.fluid)
     if random_state.rand() < 0.3:  # the bulb of the penis: gland-like, below the gland
         pelvis.paint(pelvis.ellipsoid((0, style.position, -24), (11, 9, 8)), pelvis.texture(style.peripheral, 0.2, 40))
 
@@ -266,13 +266,13 @@ def _draw_prostate(
     middle = (centre[0], centre[1] - 0.22 * half[1], centre[2] + 0.15 * half[2])
     central = np.maximum(pelvis.ellipsoid(middle, [share * h for h in half]) + pelvis.noise(8, 8, 4), prostate + 1)
     pelvis.paint(central - 0.7, 0.6 * style.central)
-    pelvis.paint(central, pelvis.texture(style.central, 0.4, 40))
+    pelvis.paint(central, pelvis.texture(style.central, 0.3, 40))
     for _ in range(random_state.randint(2, 7)):
         place = [m + vary(-0.45, 0.45) * h for m, h in zip(middle, half)]
         size = vary(3, 7)
         nodule = np.maximum(pelvis.ellipsoid(place, (size, size, size)), central)
         pelvis.paint(nodule - 0.8, 0.6 * style.central)
-        pelvis.paint(nodule, style.central * vary(0.7, 1.6))
+        pelvis.paint(nodule, style.central * vary(0.75, 1.4))
     front = (centre[0], centre[1] - half[1], centre[2])
     pelvis.paint(np.maximum(pelvis.ellipsoid(front, (0.5 * half[0], 5, half[2])), prostate), style.muscle)
     pelvis.paint(pelvis.ellipsoid((centre[0], centre[1], 0), (1.6, 2.2, 40)) + 9 * (prostate > 0), style.fluid)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from shared_iopfl.routing import check_experts
 from shared_iopfl.sites import case_name
 from shared_iopfl.tables import replace_rows, write_json, write_rows
 
-__all__ = ["CaseRecorder", "Progress", "RoutesRecorder", "SiteFitter", "case_scores", "write_routes"]
+__all__ = ["CaseRecorder", "MeasureRecorder", "Progress", "RoutesRecorder", "SiteFitter", "case_scores", "write_routes"]
 
 METRICS = ("site", "role", "case", "model", "metric", "value")
 CASES = ("site", "role", "case", "model", "image", "label", "mask")
@@ -61,8 +62,10 @@ def case_scores(pred: Tensor, reference: Tensor, targets: Sequence[str]) -> dict
     columns = {"dice": compute_dice(one, other)[0]}
     spacing = _spacing(reference)
     if spacing is not None:
-        columns["hd95_mm"] = compute_hausdorff_distance(one, other, True, percentile=95, spacing=spacing)[0]
-        columns["asd_mm"] = compute_average_surface_distance(one, other, True, symmetric=True, spacing=spacing)[0]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of empty masks, whose NaN says it, and of MONAI's own calls
+            columns["hd95_mm"] = compute_hausdorff_distance(one, other, True, percentile=95, spacing=spacing)[0]
+            columns["asd_mm"] = compute_average_surface_distance(one, other, True, symmetric=True, spacing=spacing)[0]
     scores = {}
     for metric, values in columns.items():
         finite = torch.where(torch.isfinite(values), values, torch.nan)
@@ -132,6 +135,36 @@ class CaseRecorder:
         same = ("site", "role", "model")
         replace_rows(self.output_dir / "metrics.csv", METRICS, self.metrics, same)
         replace_rows(self.output_dir / "cases.csv", CASES, self.cases, same)
+
+
+class MeasureRecorder:
+    """Writes ``measures.csv``: what a clinic reads off each mask, without any reference.
+
+    Args:
+        output_dir: where the file goes.
+        measures: name -> function of the binary mask (T, *spatial) in the scan's own grid.
+        pred_key: key of the mask.
+    """
+
+    def __init__(self, output_dir: str, measures: Mapping[str, Callable[[Tensor], float]], pred_key: str = "pred"):
+        self.output_dir = Path(output_dir)
+        self.measures = dict(measures)
+        self.pred_key = pred_key
+        self.rows: list[dict[str, Any]] = []
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, lambda _: self.rows.clear())
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self.record)
+        engine.add_event_handler(Events.COMPLETED, self.write)
+
+    def record(self, engine: Engine) -> None:
+        state: Any = engine.state
+        for batch, output in zip(state.batch, state.output):
+            values = {name: f"{measure(output[self.pred_key]):.4f}" for name, measure in self.measures.items()}
+            self.rows.append({"case": batch["case"], **values})
+
+    def write(self, engine: Engine) -> None:
+        write_rows(self.output_dir / "measures.csv", ("case", *self.measures), self.rows)
 
 
 class RoutesRecorder:

@@ -278,7 +278,7 @@ no interval is given and nothing should be concluded.</p>"""
 def _curves_section(history: Sequence[Mapping[str, str]], path: Path, colour: Mapping[str, str]) -> str:
     html = ""
     for metric, label, scale, caption in (
-        ("val_dice", "validation Dice (%)", 100, "Dice on each site's own validation cases after every round."),
+        ("val_mean_dice", "validation Dice (%)", 100, "Dice on each site's own validation cases after every round."),
         ("train_loss", "training loss", 1, "Mean training loss of each site's local training in every round."),
     ):
         sites: dict[str, dict[str, dict[float, float]]] = {}

@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 __all__ = ["Activation", "FreeRoutes", "Router"]
@@ -23,11 +24,12 @@ Activation = Literal["softmax", "sigmoid"]
 
 
 def _mixture(logits: Tensor, start: Tensor, activation: Activation) -> Tensor:
-    """Routes ``r_e ~ start_e * gain(logit_e)``, normalised: zero logits give back `start`, whichever the activation."""
-    if activation == "softmax":
-        return torch.softmax(start.log() + logits, dim=-1)
-    gain = start * torch.sigmoid(logits)
-    return gain / gain.sum(dim=-1, keepdim=True).clamp_min(1e-12)
+    """Routes ``r_e ~ start_e * gain(logit_e)``, normalised: zero logits give back `start`, whichever the activation.
+
+    The gain is exp or, for "sigmoid", the sigmoid; in logarithms, so that it cannot vanish for all experts at once.
+    """
+    gain = logits if activation == "softmax" else F.logsigmoid(logits)
+    return torch.softmax(start.log() + gain, dim=-1)
 
 
 class FreeRoutes(nn.Module):
@@ -94,12 +96,14 @@ class Router(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Routes of shape (B, E), or (1, E) where they are per volume, from a layer's input (B, C, *spatial)."""
-        pooled = inputs.float().flatten(2).mean(-1) if inputs.ndim > 2 else inputs.float()
-        if self.per_volume:
-            pooled = pooled.mean(0, keepdim=True)
-        hidden = torch.relu(self.squeeze(pooled))
-        if self.generator is not None and self.dropout > 0:
-            # drawn on the CPU, so that a seed means the same on every device
-            keep = torch.rand(hidden.shape, generator=self.generator) >= self.dropout
-            hidden = hidden * keep.to(hidden) / (1 - self.dropout)
-        return _mixture(self.excite(hidden), self.start, self.activation)
+        # routers cost little: full precision; autocast would also keep serving the weights from before an adaptation
+        with torch.autocast(inputs.device.type, enabled=False):
+            pooled = inputs.float().flatten(2).mean(-1) if inputs.ndim > 2 else inputs.float()
+            if self.per_volume:
+                pooled = pooled.mean(0, keepdim=True)
+            hidden = torch.relu(self.squeeze(pooled))
+            if self.generator is not None and self.dropout > 0:
+                # drawn on the CPU, so that a seed means the same on every device
+                keep = torch.rand(hidden.shape, generator=self.generator) >= self.dropout
+                hidden = hidden * keep.to(hidden) / (1 - self.dropout)
+            return _mixture(self.excite(hidden), self.start, self.activation)

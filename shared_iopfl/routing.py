@@ -158,10 +158,9 @@ class RoutedNetwork(nn.Module):
     def start_from(self, routes: Tensor) -> None:
         """Begin at `routes`, (E,) for the whole network or (L, E) a layer, and forget what was learnt."""
         wanted = (len(self.layers), len(self.experts))
-        table = routes.expand(wanted) if routes.ndim == 1 else routes
-        if tuple(table.shape) != wanted:
-            raise ValueError(f"routes must have shape {wanted} or ({wanted[1]},), but have {tuple(routes.shape)}.")
-        for layer, row in zip(self._routed, table):
+        if tuple(routes.shape) not in (wanted, wanted[1:]):
+            raise ValueError(f"routes must have shape {wanted} or {wanted[1:]}, but have {tuple(routes.shape)}.")
+        for layer, row in zip(self._routed, routes.expand(wanted)):
             layer.routes.start.copy_(row / row.sum())
         self.reset()
 
@@ -271,10 +270,8 @@ def route(
             routes = Router(channels, len(experts), activation, per == "volume", random, dropout, generator)
         kind = RoutedBatchNorm if isinstance(layer, nn.modules.batchnorm._BatchNorm) else RoutedLayer
         device = next(iter(layer.state_dict().values())).device
-        routed = kind(layer, states, routes, affine=affine and is_norm).to(device)
-        # deepcopy puts what the memo holds in place of the module, wherever and however often that occurs
-        replaced[id(layer)] = routed
-    routed_network = RoutedNetwork(copy.deepcopy(network, replaced), list(experts))
+        replaced[id(layer)] = kind(layer, states, routes, affine=affine and is_norm).to(device)
+    routed_network = RoutedNetwork(copy_network(network, replaced), list(experts))
     routed_network.set_statistics(statistics)
     return routed_network
 
@@ -298,4 +295,19 @@ def collapse(network: RoutedNetwork, routes: Tensor | None = None) -> nn.Module:
         raise InputError("cannot collapse a network that normalises with the image's own statistics; use running ones.")
     table = network.last_routes() if routes is None else routes.expand(len(network.layers), len(network.experts))
     plain: dict[int, nn.Module] = {id(layer): layer.plain(row) for layer, row in zip(network._routed, table)}
-    return copy.deepcopy(network.network, plain)
+    return copy_network(network.network, plain)
+
+
+def copy_network(network: nn.Module, replaced: dict[int, nn.Module] | None = None) -> nn.Module:
+    """A deep copy, with other modules in place of those whose id is in `replaced`, wherever and however often used.
+
+    Also of a network that keeps outputs of its last forward (DynUNet's deep supervision), which torch does not copy
+    when they have a gradient.
+    """
+    memo: dict[int, nn.Module | Tensor] = dict(replaced or {})
+    for module in network.modules():
+        for value in vars(module).values():
+            for item in value if isinstance(value, list) else [value]:
+                if isinstance(item, Tensor) and not item.is_leaf:
+                    memo[id(item)] = item.detach()
+    return copy.deepcopy(network, memo)

@@ -15,8 +15,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -32,6 +31,7 @@ from monai.utils import ensure_tuple, ensure_tuple_rep
 from PIL import Image
 
 from shared_iopfl.errors import InputError
+from shared_iopfl.files import whole_file
 from shared_iopfl.sites import PICTURES, VOLUMES, case_name, file_ending, is_dicom
 
 __all__ = ["LoadCased", "SaveMaskd", "check_writable"]
@@ -317,7 +317,7 @@ class SaveMaskd(MapTransform):
             if isinstance(d[key], MetaTensor) and original is not None:
                 _check_grid(_same_grid(d[key].affine, original, array.shape), "affine", source)
             target = self._target(d, source, key)
-            with _whole_file(target) as temporary:
+            with whole_file(target) as temporary:
                 _write(array, source, original, temporary)
             d[f"{key}_file"] = str(target)
         return d
@@ -361,28 +361,10 @@ def check_writable(output_dir: str | os.PathLike) -> None:
         InputError: when nothing can be written there.
     """
     folder = Path(output_dir)
-    with _whole_file(folder / ".writable") as temporary, open(temporary, "wb") as file:
+    with whole_file(folder / ".writable") as temporary, open(temporary, "wb") as file:
         file.write(bytes(2**16))
         os.fsync(file.fileno())
     (folder / ".writable").unlink(missing_ok=True)
-
-
-@contextmanager
-def _whole_file(target: Path) -> Iterator[Path]:
-    """A temporary file beside the target, which takes the target's name at the end or goes when something fails."""
-    temporary = target.with_name(f".{os.getpid()}_{target.name}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        os.replace(temporary, target)
-    except OSError as error:
-        reason = error.strerror or _reason(error)
-        raise InputError(
-            f"cannot write to {target.parent} ({reason}): choose another output_dir or free space"
-        ) from error
-    finally:
-        with suppress(OSError):  # the folder could not even be made
-            temporary.unlink(missing_ok=True)
 
 
 def _mask_ending(source: Path) -> str:

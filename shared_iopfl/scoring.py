@@ -18,6 +18,8 @@ from typing import Any
 
 from monai.bundle import ConfigWorkflow
 
+from shared_iopfl.errors import InputError
+
 __all__ = ["Scoring"]
 
 
@@ -50,6 +52,13 @@ class Scoring:
         workflow.initialize()
         workflow.run()
         workflow.finalize()
+
+    @staticmethod
+    def check(sites: Sequence[str], outside_sites: Sequence[str]) -> None:
+        """Raise `InputError` where a site is both inside and outside: its score would not be an outsider's."""
+        both = sorted(set(sites) & set(outside_sites))
+        if both:
+            raise InputError(f"site '{both[0]}' is both in sites and in outside_sites: leave it out of one.")
 
     def inside(self, sites: Sequence[str]) -> None:
         """Every inside site's test cases, by the global model and by the site's own."""

@@ -15,33 +15,14 @@ from __future__ import annotations
 import csv
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from shared_iopfl.errors import InputError
+from shared_iopfl.files import write_text
 
-__all__ = ["read_rows", "replace_rows", "write_json", "write_rows", "write_text"]
+__all__ = ["read_rows", "replace_rows", "write_json", "write_rows"]
 
 Row = Mapping[str, Any]
-
-
-def write_text(path: str | os.PathLike, text: str) -> None:
-    """Write into a temporary file beside `path`, then rename it: the old file or the new one, never half of one."""
-    path, temporary = Path(path), None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", dir=path.parent, prefix=f".{path.name}.", delete=False, encoding="utf-8", newline=""
-        ) as file:
-            temporary = file.name
-            file.write(text)
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
-        raise InputError(f"cannot write {path}: {error.strerror or error}; choose another output folder.") from error
 
 
 def write_json(path: str | os.PathLike, content: Any) -> None:

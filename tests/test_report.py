@@ -71,7 +71,7 @@ def make_run(folder: Path) -> Path:
                 metrics.append([site, role, f"case{s}{c}", model, "hd95_mm", "nan" if c == 1 and m == 0 else 4 + m])
                 mask = write_volume(folder / "masks" / f"{s}_{c}_{model}.nii.gz", np.roll(organ, m + 1, 0).astype("u1"))
                 cases.append([site, role, f"case{s}{c}", model, image, label, os.path.relpath(mask, folder)])
-        history += [[r, site, m, "val_dice", 0.5 + 0.1 * r] for r in range(3) for m in INSIDE if role == "inside"]
+        history += [[r, site, m, "val_mean_dice", 0.5 + 0.1 * r] for r in range(3) for m in INSIDE if role == "inside"]
         history += [[r, site, "local", "train_loss", 1 / (r + 1)] for r in range(3) if role == "inside"]
     write_csv(folder / "metrics.csv", METRICS, metrics[::-1])
     write_csv(folder / "cases.csv", CASES, cases)
@@ -273,7 +273,7 @@ def test_same_files_give_the_same_report_and_nothing_global_changes(tmp_path):
 
 
 def test_what_is_missing_is_said_and_the_rest_is_shown(tmp_path):
-    write_csv(tmp_path / "history.csv", "round,site,model,metric,value", [[0, "S", "global", "val_dice", 0.5]])
+    write_csv(tmp_path / "history.csv", "round,site,model,metric,value", [[0, "S", "global", "val_mean_dice", 0.5]])
     page = report.write_report(tmp_path).read_text(encoding="utf-8")
     assert re.findall(r"<h2>(.*?)</h2>", page) == ["Learning curves"]
     note = page.split("Not in this folder")[1].split("</p>")[0]

@@ -1,0 +1,55 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Files written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from shared_iopfl.errors import InputError
+
+__all__ = ["whole_file", "write_text"]
+
+
+@contextmanager
+def whole_file(target: str | os.PathLike) -> Iterator[Path]:
+    """A temporary file beside the target, which takes the target's name at the end or goes when something fails.
+
+    Synced before it is renamed: after a crash there is the old file or the new one, never half of one.
+
+    Raises:
+        InputError: when the folder cannot be written to, naming it.
+    """
+    target = Path(target)
+    temporary = target.with_name(f".{os.getpid()}_{target.name}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise InputError(
+            f"cannot write to {target.parent} ({reason}): choose another output_dir or free space"
+        ) from error
+    finally:
+        with suppress(OSError):  # the folder could not even be made
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(target: str | os.PathLike, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    with whole_file(target) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="")

@@ -1,0 +1,149 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Distance routes: they find the expert that has seen data like the scan's, whatever the batch size."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from monai.networks.nets import DynUNet
+from networks import experts, images, unet, untouched
+from torch import Tensor, nn
+
+from shared_iopfl.distances import distance_routes, distribution_distance
+from shared_iopfl.errors import InputError
+
+SCALES = {"weak": 0.5, "plain": 1.0, "strong": 3.0}
+
+
+@pytest.fixture(scope="module")
+def sites() -> dict[str, dict[str, Tensor]]:
+    """Experts with the same weights, whose batch norms have seen images of different contrast."""
+    states = {}
+    for site, scale in SCALES.items():
+        network = unet().train()
+        with torch.no_grad():
+            for step in range(60):
+                network(scale * images(4, 3, 32, 32, seed=step))
+        states[site] = dict(network.state_dict())
+    return states
+
+
+@pytest.mark.parametrize("site", SCALES)
+def test_nearest_expert_is_the_one_that_has_seen_such_images(sites, site):
+    """A scan of a site's contrast is nearest to that site's expert, and at the first batch norm next to nothing."""
+    scan = SCALES[site] * images(8, 3, 32, 32, seed=1000)
+    distances = distribution_distance(unet(), sites, [scan])
+    assert distances.shape == (3, sum(isinstance(module, nn.BatchNorm2d) for module in unet().modules()))
+    routes = distance_routes(distances)
+    assert list(sites)[int(routes.argmax())] == site
+    assert routes.max() > 0.5
+    own = list(sites).index(site)
+    assert distances[own, 0] < 0.01 < min(distances[other, 0] for other in range(3) if other != own)
+
+
+@pytest.mark.parametrize("size", [1, 3, 7])
+def test_distance_does_not_depend_on_the_batch_size(size):
+    scan = images(7, 3, 32, 32) + 2
+    whole = distribution_distance(unet(), experts(2), [scan])
+    torch.testing.assert_close(distribution_distance(unet(), experts(2), iter(scan.split(size))), whole, rtol=1e-4, atol=1e-5)
+
+
+def test_distance_equals_the_formula():
+    """Mean over channels of the squared log ratio of variances, of what enters the batch norm."""
+    network = nn.Sequential(nn.Conv2d(1, 2, 1, bias=False), nn.BatchNorm2d(2)).eval()
+    state = copy.deepcopy(network.state_dict())
+    state["1.running_var"] = torch.tensor([2.0, 0.5])
+    scan = images(2, 1, 8, 8)
+    weight = state["0.weight"].flatten()
+    variance = weight**2 * scan.var(correction=0)
+    expected = (torch.log((variance + 1e-5) / (state["1.running_var"] + 1e-5)) ** 2).mean()
+    torch.testing.assert_close(distribution_distance(network, {"a": state}, [scan]), expected.reshape(1, 1), rtol=1e-4, atol=1e-5)
+
+
+def test_every_expert_is_run_with_its_own_weights_under_autocast():
+    """Autocast caches half-precision copies of weights: the second expert must not be probed with the first one's."""
+    space, scan = experts(2), [images(2, 3, 32, 32)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        together = distribution_distance(unet(), space, scan)
+    for row, (site, state) in zip(together, space.items()):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            alone = distribution_distance(unet(), {site: state}, scan)
+        assert torch.equal(row, alone[0])
+
+
+def test_network_and_global_randomness_are_untouched():
+    network = unet().train()
+    with untouched(network):
+        distribution_distance(network, experts(2), [images(2, 3, 32, 32)])
+
+
+@pytest.mark.parametrize("scan", [torch.zeros(2, 3, 32, 32), torch.full((2, 3, 32, 32), 1e4)])
+def test_constant_images_give_finite_routes(scan):
+    routes = distance_routes(distribution_distance(unet(), experts(2), [scan]))
+    assert torch.isfinite(routes).all()
+    torch.testing.assert_close(routes.sum(), torch.tensor(1.0))
+
+
+def test_batch_norms_that_no_image_passes_do_not_count():
+    """An auxiliary branch that prediction leaves out has no distance, rather than one of NaN."""
+
+    class Branched(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.main, self.auxiliary = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return self.main(inputs)
+
+    network = Branched().eval()
+    distances = distribution_distance(network, {"a": network.state_dict()}, [images(1, 3, 4, 4)])
+    assert distances.shape == (1, 1)
+    assert torch.isfinite(distances).all()
+
+
+def test_network_without_batch_norm_is_refused():
+    network = DynUNet(2, 3, 2, [3, 3], [1, 2], [2], filters=[4, 8])
+    with pytest.raises(InputError, match="start='uniform'"):
+        distribution_distance(network, {"A": network.state_dict()}, [images(1, 3, 16, 16)])
+
+
+# ---- from distances to routes ---------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.floats(0, 1e3), min_size=1, max_size=7), st.floats(0.01, 10))
+@settings(max_examples=40, deadline=None)
+def test_routes_sum_to_one_and_prefer_the_nearer(distances, temperature):
+    values = torch.tensor(distances)
+    routes = distance_routes(values, temperature)
+    torch.testing.assert_close(routes.sum(), torch.tensor(1.0))
+    assert routes.min() >= 0
+    assert routes[values.argmin()] == routes.max()
+
+
+def test_equal_distances_give_uniform_routes_and_the_temperature_sharpens():
+    torch.testing.assert_close(distance_routes(torch.full((4, 3), 0.7)), torch.full((4,), 0.25))
+    near = torch.tensor([1.0, 2.0, 3.0])
+    assert distance_routes(near, 0.01)[0] > 0.999
+    assert distance_routes(near, 1e4).std() < 1e-3
+    torch.testing.assert_close(distance_routes(near[:, None].expand(3, 5)), distance_routes(near))
+
+
+def test_scores_temper_the_distance():
+    """With trust, one Dice point counts `trust`: log-odds of two equally near experts differ by just that."""
+    routes = distance_routes(torch.ones(2), scores=[0.90, 0.85], trust=0.2)
+    torch.testing.assert_close((routes[0] / routes[1]).log(), torch.tensor(0.2 * 5))
+    with pytest.raises(InputError, match="one score an expert"):
+        distance_routes(torch.ones(2), scores=[0.9])

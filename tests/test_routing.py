@@ -1,0 +1,404 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The routing space: identity, collapse, export, routes a sample, a volume or a layer, batch norm statistics."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from monai.networks.utils import convert_to_onnx, convert_to_torchscript
+from networks import ARCHITECTURES, experts, images, make, mixture, routes_of, unet, untouched
+from torch import nn
+
+from shared_iopfl.errors import InputError
+from shared_iopfl.routers import FreeRoutes, Router
+from shared_iopfl.routing import RoutedBatchNorm, RoutedLayer, collapse, route
+
+PER = ("sample", "volume", "layer")
+ACTIVATIONS = ("softmax", "sigmoid")
+
+
+def spread(name: str, count: int = 3) -> tuple[nn.Module, dict[str, Any], torch.Tensor]:
+    """A network of the architecture, as many experts of it, and images."""
+    build, shape = ARCHITECTURES[name]
+    return make(build, 0), {f"e{n}": make(build, 1 + n).state_dict() for n in range(count)}, images(*shape)
+
+
+# ---- identity -------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("per", PER)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_equal_experts_give_the_plain_network(name, per, activation):
+    """Whatever the normalised routes, equal experts in the routing space return what the plain network does."""
+    build, shape = ARCHITECTURES[name]
+    network = make(build, 0)
+    routed = route(network, dict.fromkeys("ABC", network.state_dict()), per=per, activation=activation, random=True)
+    routed.start_from(routes_of(3, layers=len(routed.layers)))
+    scan = images(*shape)
+    torch.testing.assert_close(routed(scan), network(scan), rtol=1e-4, atol=1e-5)
+    routes = routed.last_routes()
+    torch.testing.assert_close(routes.sum(1), torch.ones(len(routes)))
+    assert routes.std(0).min() > 1e-3, "the routes should differ from layer to layer for this to say anything"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_weight_is_routed(name):
+    """No layer is left out of the routing space: routes on one expert alone give that expert's network."""
+    network, space, scan = spread(name)
+    other = copy.deepcopy(network)
+    other.load_state_dict(space["e1"])
+    for per in PER:
+        routed = route(network, space, per=per)
+        routed.start_from(torch.tensor([0.0, 1.0, 0.0]))
+        torch.testing.assert_close(routed(scan), other(scan), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_soup_is_the_network_of_the_averaged_weights(activation):
+    """Zero steps from the start (E,): the network whose weights are the experts' mean under those routes."""
+    network, space, scan = unet(), experts(3), images(2, 3, 32, 32)
+    for start in (torch.full((3,), 1 / 3), torch.tensor([0.7, 0.3, 0.0])):
+        plain = copy.deepcopy(network)
+        plain.load_state_dict(mixture(list(space.values()), start))
+        for per in PER:
+            routed = route(network, space, per=per, activation=activation)
+            routed.start_from(start)
+            torch.testing.assert_close(routed(scan), plain(scan), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(routed.last_routes(), start.expand(len(routed.layers), 3), rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_norms_of_the_network_are_kept_where_they_are_not_routed():
+    """route_norms=False mixes all but the norm layers, which stay the passed network's."""
+    network, space, scan = unet(), experts(2), images(2, 3, 32, 32)
+    norms = {name for name, module in network.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    mean = mixture(list(space.values()), [0.5, 0.5])
+    own = {key: value for key, value in network.state_dict().items() if key.rpartition(".")[0] in norms}
+    plain = copy.deepcopy(network)
+    plain.load_state_dict({**mean, **own})
+    for per in PER:
+        routed = route(network, space, per=per, route_norms=False)
+        torch.testing.assert_close(routed(scan), plain(scan), rtol=1e-4, atol=1e-5)
+
+
+# ---- routes a sample, a volume, a layer -----------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_routes_a_sample_differ_and_equal_the_loop_over_samples(name):
+    network, space, scan = spread(name)
+    routed = route(network, space, per="sample", random=True)
+    alone, routes = [], []
+    for sample in scan:
+        alone.append(routed(sample[None]))
+        routes.append(routed.last_routes())
+    torch.testing.assert_close(routed(scan), torch.cat(alone), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(routed.last_routes(), torch.stack(routes).mean(0))
+    assert (routes[0] - routes[1]).abs().max() > 1e-4
+
+
+@torch.no_grad()
+def test_routes_a_volume_are_shared_by_its_slices():
+    """One set of routes a layer: the volume is served by one plain network, which `collapse` gives."""
+    network, space, scan = unet(), experts(3), images(4, 3, 32, 32)
+    routed = route(network, space, per="volume", random=True)
+    together = routed(scan)
+    torch.testing.assert_close(collapse(routed)(scan), together, rtol=1e-4, atol=1e-5)
+    assert (routed(scan[:1]) - together[:1]).abs().max() > 1e-5, "another volume, other routes"
+
+
+@given(seed=st.integers(0, 2**31), random=st.booleans(), activation=st.sampled_from(ACTIVATIONS))
+@settings(max_examples=20, deadline=None)
+def test_routers_normalise(seed, random, activation):
+    """Routes are non-negative and sum to one, for any input and start; not random, they are the start exactly."""
+    generator = torch.Generator().manual_seed(seed)
+    start = routes_of(4, seed)
+    for routes in (
+        FreeRoutes(4, activation),
+        Router(3, 4, activation, random=random, generator=generator),
+    ):
+        routes.start.copy_(start)
+        with torch.no_grad():
+            if random:
+                for parameter in routes.parameters():
+                    parameter.normal_(0, 10, generator=generator)
+            given_routes = routes(100 * images(5, 3, 4, 4, seed=seed))
+        assert given_routes.min() >= 0
+        torch.testing.assert_close(given_routes.sum(1), torch.ones(len(given_routes)))
+        if not random:
+            torch.testing.assert_close(given_routes, start.expand_as(given_routes), rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_router_dropout_is_seeded_and_off_unless_asked_for():
+    router = Router(8, 3, random=True, dropout=0.5, generator=torch.Generator().manual_seed(0))
+    scan = images(2, 8, 4, 4)
+    plain = router(scan)
+
+    def dropped(seed: int) -> torch.Tensor:
+        router.generator = torch.Generator().manual_seed(seed)
+        return router(scan)
+
+    assert torch.equal(dropped(1), dropped(1))
+    assert not torch.equal(dropped(1), dropped(2))
+    router.generator = None
+    assert torch.equal(router(scan), plain)
+
+
+@torch.no_grad()
+def test_routers_look_at_the_input_in_full_precision():
+    """Under autocast, which caches a weight's half-precision copy, a router that has learnt gives its new routes."""
+    router = Router(8, 3, generator=torch.Generator().manual_seed(0))
+    scan = images(2, 8, 4, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        router(scan)
+        router.excite.bias.add_(torch.tensor([3.0, 0.0, 0.0]))
+        inside = router(scan)
+    assert torch.equal(inside, router(scan))
+
+
+def test_same_seed_same_routers():
+    network, space = unet(), experts(2)
+    one, same, other = (route(network, space, per="sample", random=True, seed=seed) for seed in (0, 0, 1))
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), same.parameters()))
+    assert not all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters()))
+
+
+def test_reset_forgets_what_was_learnt():
+    """After reset the routed network is as it was made: same output, though all that is trainable had moved."""
+    network, space, scan = unet(), experts(2), images(2, 3, 32, 32)
+    routed = route(network, space, per="sample", random=True, affine=True)
+    routed.start_from(torch.tensor([0.2, 0.8]))
+    with torch.no_grad():
+        before = routed(scan)
+        for parameter in routed.trainable():
+            parameter.add_(0.5)
+        moved = routed(scan)
+        routed.reset()
+        assert torch.equal(routed(scan), before)
+    assert not torch.allclose(moved, before)
+
+
+def test_adaptation_may_change_routes_and_norm_shifts_alone():
+    """Experts' weights are frozen buffers; every trainable parameter gets a gradient."""
+    network, space, scan = unet(), experts(2), images(2, 3, 32, 32)
+    for per in PER:
+        routed = route(network, space, per=per, random=True, affine=True)
+        assert not any(parameter.requires_grad for layer in routed._routed for parameter in layer.layer.parameters())
+        routed(scan).square().mean().backward()
+        norms = [layer for layer in routed._routed if isinstance(layer, RoutedBatchNorm)]
+        assert {len(layer.shifts) for layer in norms} == {2}
+        assert all(not layer.shifts for layer in routed._routed if layer not in norms)
+        idle = [
+            name
+            for name, parameter in routed.named_parameters()
+            if parameter.requires_grad and (parameter.grad is None or not parameter.grad.abs().sum() > 0)
+        ]
+        assert not idle
+
+
+# ---- batch norm -----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("statistics", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("shape", [(4, 3, 5, 6), (2, 3, 4, 5, 6)])
+def test_batch_norm_blends_running_and_batch_statistics(statistics, shape):
+    """0 is torch's eval mode, 1 its training mode, 0.5 the mean of the two statistics, computed by hand."""
+    norm = nn.BatchNorm2d if len(shape) == 4 else nn.BatchNorm3d
+    layers = [make(lambda: nn.Sequential(norm(3)), seed)[0] for seed in (1, 2)]
+    r = torch.tensor([0.3, 0.7])
+    own = {key: value.numpy() for key, value in mixture([layer.state_dict() for layer in layers], r).items()}
+    scan = 3 * images(*shape).numpy() + 1
+    axes = (0, *range(2, len(shape)))
+    mean = (1 - statistics) * own["running_mean"] + statistics * scan.mean(axes)
+    var = (1 - statistics) * own["running_var"] + statistics * scan.var(axes)
+    mean, var, weight, bias = (x.reshape(1, 3, *(1,) * (len(shape) - 2)) for x in (mean, var, own["weight"], own["bias"]))
+    expected = (scan - mean) / np.sqrt(var + layers[0].eps) * weight + bias
+    routed = route(layers[0], {"a": layers[0].state_dict(), "b": layers[1].state_dict()}, statistics=statistics)
+    routed.start_from(r)
+    np.testing.assert_allclose(routed(torch.as_tensor(scan)).numpy(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_gradient_reaches_the_routes_through_running_statistics():
+    """With the experts' affine parameters equal, only their running statistics can teach the routes."""
+    layers = [make(lambda: nn.Sequential(nn.BatchNorm2d(3)), seed)[0] for seed in (1, 2)]
+    layers[1].weight, layers[1].bias = layers[0].weight, layers[0].bias
+    routed = route(layers[0], {"a": layers[0].state_dict(), "b": layers[1].state_dict()})
+    routed(images(2, 3, 4, 4)).square().mean().backward()
+    (routes,) = routed.trainable()
+    assert routes.grad is not None
+    assert routes.grad.abs().min() > 1e-4
+
+
+@torch.no_grad()
+def test_batch_norm_without_running_statistics_uses_the_batch():
+    layer = nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False)).eval()
+    scan = 3 * images(2, 3, 4, 4) + 1
+    routed = route(layer, {"a": layer.state_dict(), "b": layer.state_dict()})
+    torch.testing.assert_close(routed(scan), layer(scan))
+
+
+# ---- collapse -------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_collapse_is_a_plain_network_with_the_same_output(name):
+    """Same class, same state_dict keys, trainable as usual, and what it computes is what the routed one did."""
+    network, space, scan = spread(name)
+    routed = route(network, space)
+    table = routes_of(3, layers=len(routed.layers))
+    routed.start_from(table)
+    expected = routed(scan)
+    for plain in (collapse(routed), collapse(routed, table)):
+        assert type(plain) is type(network)
+        assert list(plain.state_dict()) == list(network.state_dict())
+        assert not any(isinstance(module, RoutedLayer) for module in plain.modules())
+        assert all(parameter.requires_grad for parameter in plain.parameters())
+        assert all(a.dtype == b.dtype for a, b in zip(plain.state_dict().values(), network.state_dict().values()))
+        torch.testing.assert_close(plain(scan), expected, rtol=1e-4, atol=1e-5)
+    one = collapse(routed, torch.tensor([0.0, 0.0, 1.0]))
+    for key, tensor in one.state_dict().items():
+        if tensor.is_floating_point():
+            torch.testing.assert_close(tensor, space["e2"][key])
+
+
+@torch.no_grad()
+def test_collapse_keeps_the_learnt_norm_shifts():
+    network, space, scan = unet(), experts(2), images(2, 3, 32, 32)
+    routed = route(network, space, affine=True)
+    for parameter in routed.trainable():
+        parameter.add_(images(*parameter.shape, seed=3))
+    torch.testing.assert_close(routed(scan), collapse(routed)(scan), rtol=1e-4, atol=1e-5)
+
+
+def test_collapse_and_deep_copy_after_a_forward_with_gradient():
+    """Deep supervision keeps its heads' outputs in the module: neither routing nor collapsing may trip over them."""
+    network, space, scan = spread("DynUNet deep")
+    network(scan)
+    routed = route(network, space)
+    routed(scan)
+    plain = collapse(routed)
+    assert torch.allclose(plain(scan), routed(scan), rtol=1e-4, atol=1e-5)
+
+
+def test_collapse_refuses_the_images_own_statistics():
+    with pytest.raises(InputError, match="statistics"):
+        collapse(route(unet(), experts(2), statistics=0.5))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["BasicUNet 2D", "DynUNet"])
+def test_collapsed_network_exports_to_torchscript(name):
+    """Traced and scripted, as MONAI's ckpt_export does, with the same output."""
+    network, space, scan = spread(name)
+    routed = route(network, space)
+    routed.start_from(routes_of(3))
+    plain = collapse(routed)
+    for use_trace in (True, False):
+        script = convert_to_torchscript(plain, inputs=[scan], use_trace=use_trace)
+        torch.testing.assert_close(script(scan), routed(scan), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_collapsed_network_exports_to_onnx(tmp_path):
+    """ONNX Runtime computes what the routed network does."""
+    runtime = pytest.importorskip("onnxruntime")
+    network, space, scan = spread("BasicUNet 2D")
+    routed = route(network, space)
+    routed.start_from(routes_of(3))
+    file = tmp_path / "model.onnx"
+    convert_to_onnx(collapse(routed), [scan], input_names=["image"], output_names=["pred"], filename=str(file))
+    session = runtime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"image": scan.numpy()})
+    np.testing.assert_allclose(found, routed(scan).numpy(), rtol=1e-3, atol=1e-4)
+
+
+# ---- what is left alone, and what is refused ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_network_and_global_randomness_are_untouched(name):
+    """Routing, a forward, a backward and collapsing change neither the network, nor its experts, nor random state."""
+    network, space, scan = spread(name)
+    network.train()
+    kept = copy.deepcopy(space)
+    with untouched(network):
+        routed = route(network, space, per="sample", random=True, affine=True)
+        routed.set_dropout(torch.Generator().manual_seed(0))
+        routed(scan).sum().backward()
+        with torch.no_grad():
+            for parameter in routed.trainable():
+                parameter.add_(1)
+            collapse(routed)
+    assert all(torch.equal(tensor, kept[site][key]) for site, state in space.items() for key, tensor in state.items())
+
+
+def test_start_of_another_shape_is_refused():
+    with pytest.raises(ValueError, match="shape"):
+        route(unet(), experts(2)).start_from(torch.ones(3) / 3)
+
+
+def test_experts_that_do_not_fit_are_named():
+    """One line that names the expert and the first key that differs."""
+    network, space = unet(), experts(2)
+    key = "conv_0.conv_0.conv.weight"
+    cases: list[tuple[dict, str]] = [
+        ({k: v for k, v in space["B"].items() if k != key}, "lacks"),
+        ({**space["B"], key: space["B"][key][:1]}, "shape"),
+        ({**space["B"], key: space["B"][key] * torch.nan}, "NaN"),
+    ]
+    for state, word in cases:
+        with pytest.raises(InputError) as error:
+            route(network, {"A": space["A"], "B": state})
+        assert "'B'" in str(error.value)
+        assert key in str(error.value)
+        assert word in str(error.value)
+        assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match=r"'B'.*'extra.weight'"):
+        route(network, {"A": space["A"], "B": {**space["B"], "extra.weight": torch.ones(1)}})
+    with pytest.raises(InputError, match="at least one expert"):
+        route(network, {})
+
+
+def test_module_with_children_and_weights_is_refused_by_name():
+    class Scaled(nn.Sequential):
+        def __init__(self) -> None:
+            super().__init__(nn.Conv2d(1, 1, 1))
+            self.scale = nn.Parameter(torch.ones(1))
+
+    network = nn.Sequential(Scaled())
+    with pytest.raises(InputError, match=r"'0' \(Scaled\)"):
+        route(network, {"A": network.state_dict()})
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_identity_on_cuda():
+    network, scan = unet().cuda(), images(2, 3, 32, 32).cuda()
+    for per in PER:
+        routed = route(network, dict.fromkeys("AB", network.state_dict()), per=per, random=True)
+        torch.testing.assert_close(routed(scan), network(scan), rtol=1e-3, atol=1e-3)
+        with torch.autocast("cuda"):
+            torch.testing.assert_close(routed(scan).float(), network(scan).float(), rtol=5e-2, atol=5e-2)
