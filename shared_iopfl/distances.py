@@ -16,13 +16,13 @@ through each expert once, and the statistics of each batch norm's *input* are he
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from shared_iopfl.errors import InputError
+from shared_iopfl.routing import copy_network
 
 __all__ = ["distance_routes", "distribution_distance"]
 
@@ -64,12 +64,14 @@ def distribution_distance(
         batches: one scan's network inputs, in batches (B, C, *spatial); read once for each expert.
 
     Returns:
-        Distances (E, N) of each expert at each of the N batch norms with running statistics, in the network's order.
+        Distances (E, N) of each expert at each of the N batch norms with running statistics that the scan passes, in
+        the network's order.
 
     Raises:
         InputError: where the network has no batch norm with running statistics.
     """
-    probe = copy.deepcopy(network).eval()
+    # frozen, because autocast would keep the half-precision copies of the first expert's weights for all the others
+    probe = copy_network(network).eval().requires_grad_(False)
     moments: dict[str, _Moments] = {}
     norms: dict[str, nn.modules.batchnorm._BatchNorm] = {}
 
@@ -91,6 +93,8 @@ def distribution_distance(
             probe(batch)
         distances = []
         for name, layer in norms.items():
+            if not moments[name].count:  # a branch that prediction leaves out
+                continue
             remembered = state[f"{name}.running_var" if name else "running_var"].to(batches[0].device).double()
             ratio = torch.log(moments[name].variance() + layer.eps) - torch.log(remembered + layer.eps)
             distances.append((ratio**2).mean())

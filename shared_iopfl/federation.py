@@ -17,7 +17,6 @@ by the client itself, next to the global one, because here both ends are one mac
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,8 +31,8 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from shared_iopfl.errors import InputError
-from shared_iopfl.models import save_atomically
-from shared_iopfl.tables import write_rows
+from shared_iopfl.models import GLOBAL, model_path, save_atomically
+from shared_iopfl.tables import write_json, write_rows
 
 __all__ = ["Federation", "SiteClient", "weighted_average"]
 
@@ -154,8 +153,10 @@ class SiteClient:
 class Federation:
     """The whole inside run: FedAvg over the sites, with a personalised model at each.
 
-    Writes ``models/model.pt`` (global) and ``models/model_<site>.pt`` (personalised), ``history.csv``, TensorBoard
-    events, and after every round ``federation.pt``, from which ``resume`` goes on to the weights of an undisturbed run.
+    Writes ``models/model.pt`` (global), ``models/model_<site>.pt`` (personalised) and ``models/scores.json`` (mean
+    validation Dice of each at the other sites, for distance routes that trust good experts), ``history.csv``,
+    TensorBoard events, and after every round ``federation.pt``, from which ``resume`` goes on to the weights of an
+    undisturbed run.
 
     Args:
         bundle_root: the bundle whose ``configs/train.json`` each site runs.
@@ -238,7 +239,7 @@ class Federation:
                         board.add_scalar(f"{row['metric']}/{row['model']}_{row['site']}", row["value"], self.round)
                 bar.update()
             bar.close()
-        self._write_models()
+        self._publish()
         return self.weights
 
     def run_round(self, bar: Any = None) -> None:
@@ -298,9 +299,16 @@ class Federation:
             client.load_state_dict(state["clients"][site])
         logger.info("resumed after round %d", self.round)
 
-    def _write_models(self) -> None:
+    def _publish(self) -> None:
+        """Write the models, and how each of them does at the inside sites it was not made for."""
         folder = self.output_dir / "models"
-        save_atomically(self.weights, folder / "model.pt")
-        for site, client in self.clients.items():
-            personalised = {key: tensor.cpu() for key, tensor in client.personalised.items()}
-            save_atomically(personalised, os.path.join(folder, f"model_{site}.pt"))
+        models = {GLOBAL: self.weights, **{site: client.personalised for site, client in self.clients.items()}}
+        for name, weights in models.items():
+            path = model_path(str(folder), GLOBAL if name == GLOBAL else "personalised", name)
+            save_atomically({key: tensor.cpu() for key, tensor in weights.items()}, path)
+        write_json(folder / "scores.json", {name: self._score(name, weights) for name, weights in models.items()})
+
+    def _score(self, name: str, weights: Weights) -> float | None:
+        """Mean validation Dice over the sites other than a model's own: whether it can be trusted elsewhere."""
+        others = [client.validate(weights)["val_mean_dice"] for site, client in self.clients.items() if site != name]
+        return sum(others) / len(others) if others else None

@@ -12,12 +12,13 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from monai.inferers import Inferer
@@ -77,8 +78,10 @@ class StackInferer(Inferer):
         return torch.cat([output if self.slices is None else from_stack(output)[None] for output in outputs])
 
     def _forward(self, stack: Tensor, network: Network) -> Tensor:
-        outputs = [network(batch) for batch in stack.split(self.batch_size)]
-        return torch.cat([output.float() for output in outputs])
+        return torch.cat([network(batch).float() for batch in self._batches(stack, network)])
+
+    def _batches(self, stack: Tensor, network: Network) -> Iterable[Tensor]:
+        return stack.split(self.batch_size)
 
 
 class TestTimeRoutingInferer(StackInferer):
@@ -98,7 +101,8 @@ class TestTimeRoutingInferer(StackInferer):
         flips: spatial axes of the network input along which the anatomy may be mirrored.
         rotations: whether quarter turns fit the anatomy.
         scores: published Dice of the experts, name -> [0, 1], for distance routes with `trust`.
-        slices, batch_size: as in `StackInferer`.
+        slices, batch_size: as in `StackInferer`; with routes a volume or the scan's own statistics, prediction takes a
+            scan whole, so that its mask does not depend on the batch size.
         seed: of routers and views.
 
     Attributes:
@@ -121,8 +125,10 @@ class TestTimeRoutingInferer(StackInferer):
         seed: int = 0,
     ) -> None:
         super().__init__(slices, batch_size)
-        if mode not in ("episodic", "site", "off"):
-            raise InputError(f"unknown mode '{mode}': choose episodic, site or off.")
+        if mode not in get_args(Mode):
+            raise InputError(f"unknown mode '{mode}': choose one of {', '.join(get_args(Mode))}.")
+        if output not in get_args(Output):
+            raise InputError(f"unknown output '{output}': choose one of {', '.join(get_args(Output))}.")
         self.experts = dict(experts or {})
         self.mode: Mode = mode
         self.settings = settings or RoutingSettings()
@@ -133,7 +139,7 @@ class TestTimeRoutingInferer(StackInferer):
         self.reports: deque[dict[str, Any]] = deque(maxlen=1024)
         self.site_network: nn.Module | None = None
         self._lock = threading.RLock()
-        self._built: tuple[weakref.ref[nn.Module], tuple[int, ...], RoutedNetwork] | None = None
+        self._built: tuple[weakref.ref[nn.Module], dict[str, Tensor], RoutedNetwork] | None = None
 
     def __call__(self, inputs: Tensor, network: Network, *args: Any, **kwargs: Any) -> Tensor:
         """Logits (B, C, *spatial) of scans (B, C_in, *spatial); each scan of the batch is routed on its own."""
@@ -180,7 +186,8 @@ class TestTimeRoutingInferer(StackInferer):
                 "routes": routed.last_routes().tolist(),
             }
             if self.settings.steps > 0:
-                logits = self._adapt_guarded(routed, stack, logits, report)
+                some = _evenly(stack, self.settings.adapt_slices)
+                logits = self._adapt_guarded(routed, some, stack, logits, report)
             routed.reset()
         report["seconds"] = round(time.perf_counter() - began, 3)
         return logits, report
@@ -219,7 +226,7 @@ class TestTimeRoutingInferer(StackInferer):
                 "scans": len(stacks),
             }
             if settings.steps > 0:
-                self._adapt_guarded(routed, some, start, report)
+                self._adapt_guarded(routed, some, some, start, report)
             self.site_network = collapse(routed).eval()
             routed.reset()
             report["seconds"] = round(time.perf_counter() - began, 3)
@@ -227,8 +234,9 @@ class TestTimeRoutingInferer(StackInferer):
 
     def _routed(self, network: nn.Module) -> RoutedNetwork:
         """The routed copy of `network`, built once and again only when its weights have changed."""
-        versions = tuple(tensor._version for tensor in network.state_dict().values())
-        if self._built is not None and self._built[0]() is network and self._built[1] == versions:
+        state = network.state_dict()
+        # compared by value, which costs little next to a scan and misses no way of changing a network
+        if self._built is not None and self._built[0]() is network and _equal(self._built[1], state):
             return self._built[2]
         settings = self.settings
         routed = route(
@@ -243,7 +251,7 @@ class TestTimeRoutingInferer(StackInferer):
             dropout=settings.dropout,
             seed=self.seed,
         )
-        self._built = (weakref.ref(network), versions, routed)
+        self._built = (weakref.ref(network), {key: tensor.clone() for key, tensor in state.items()}, routed)
         return routed
 
     def _space(self, network: nn.Module) -> dict[str, Mapping[str, Tensor]]:
@@ -256,7 +264,12 @@ class TestTimeRoutingInferer(StackInferer):
             distances = torch.stack(
                 [distribution_distance(network, experts, stack.split(self.batch_size)) for stack in stacks]
             )
-            scores = [self.scores[name] for name in experts] if self.scores and self.settings.trust else None
+            scores = None
+            if self.scores and self.settings.trust:
+                missing = next((name for name in experts if name not in self.scores), None)
+                if missing is not None:
+                    raise InputError(f"trust needs a score of every expert: add one of '{missing}', or give trust=0.")
+                scores = [self.scores[name] for name in experts]
             return distance_routes(distances.mean(0), self.settings.temperature, scores, self.settings.trust)
         if self.settings.start == "global":
             routes = torch.full((len(experts),), 1e-3)
@@ -264,9 +277,14 @@ class TestTimeRoutingInferer(StackInferer):
             return routes
         return torch.full((len(experts),), 1 / len(experts))
 
+    def _batches(self, stack: Tensor, network: Network) -> Iterable[Tensor]:
+        """As in `StackInferer`; but where slices look at each other, the scan goes in whole."""
+        together = self.settings.per == "volume" or self.settings.statistics > 0
+        return [stack] if together and isinstance(network, RoutedNetwork) else super()._batches(stack, network)
+
     def _predict(self, stack: Tensor, network: Network) -> Tensor:
         """Logits of a stack; averaged over views, they are the logarithm (or logit) of the mean probability."""
-        views = self.views.all(stack.shape[-1] == stack.shape[-2]) if self.settings.average_views else []
+        views = self.views.all(_square(stack)) if self.settings.average_views else []
         if len(views) < 2:
             return self._forward(stack, network)
         mean = torch.stack(
@@ -275,16 +293,17 @@ class TestTimeRoutingInferer(StackInferer):
         mean = mean.clamp(1e-7, 1 - 1e-7)
         return mean.log() if self.output == "softmax" else mean.logit()
 
-    def _adapt_guarded(self, routed: RoutedNetwork, stack: Tensor, start: Tensor, report: dict[str, Any]) -> Tensor:
-        """Adapt; return the adapted logits, or the starting ones where the guard says no. The report says which."""
-        some = _evenly(stack, self.settings.adapt_slices)
+    def _adapt_guarded(
+        self, routed: RoutedNetwork, some: Tensor, stack: Tensor, start: Tensor, report: dict[str, Any]
+    ) -> Tensor:
+        """Adapt on some slices; return the logits of the stack, or those at the start where the guard says no."""
         before = self._objective_value(routed, some)
         self._adapt(routed, some)
         after = self._objective_value(routed, some)
         logits = self._predict(stack, routed)
         agreement = self._agreement(start, logits)
         report.update(objective_start=before, objective_end=after, agreement=agreement)
-        if not (torch.isfinite(logits).all() and after == after and abs(after) != float("inf")):
+        if not (torch.isfinite(logits).all() and math.isfinite(after)):
             report["reason"] = "adaptation became non-finite"
         elif after >= before:
             report["reason"] = "adaptation did not improve its objective"
@@ -294,7 +313,6 @@ class TestTimeRoutingInferer(StackInferer):
             report.update(decision="adapted", reason="objective improved", routes=routed.last_routes().tolist())
             return logits
         routed.reset()
-        routed(some[:1])  # the routes that count are those of the start again
         return start
 
     def _adapt(self, routed: RoutedNetwork, images: Tensor) -> None:
@@ -308,8 +326,7 @@ class TestTimeRoutingInferer(StackInferer):
                     start = step * self.batch_size % len(images)
                     batch = images.roll(-start, 0)[: self.batch_size]
                     optimizer.zero_grad(set_to_none=True)
-                    square = images.shape[-1] == images.shape[-2]
-                    objective(routed, batch, self.views.draw(generator, square)).backward()
+                    objective(routed, batch, self.views.draw(generator, _square(images))).backward()
                     optimizer.step()
         finally:
             routed.set_dropout(None)
@@ -323,9 +340,8 @@ class TestTimeRoutingInferer(StackInferer):
     def _objective_value(self, routed: RoutedNetwork, images: Tensor) -> float:
         """The objective over fixed views, drawn from the seed: the same before and after adaptation."""
         objective, generator = self._objective(), torch.Generator().manual_seed(self.seed + 1)
-        square = images.shape[-1] == images.shape[-2]
-        views = [self.views.draw(generator, square) for _ in range(2)]
-        batches = images.split(self.batch_size)
+        views = [self.views.draw(generator, _square(images)) for _ in range(2)]
+        batches = list(self._batches(images, routed))
         total = sum(float(objective(routed, batch, view)) * len(batch) for view in views for batch in batches)
         return total / (len(views) * len(images))
 
@@ -339,6 +355,18 @@ class TestTimeRoutingInferer(StackInferer):
                 masks.append(foreground(logits, self.output) > 0)
         total = int(masks[0].sum() + masks[1].sum())
         return 2 * int((masks[0] & masks[1]).sum()) / total if total else 1.0
+
+
+def _square(images: Tensor) -> bool:
+    """Whether the plane of the first two spatial axes may be turned by 90 degrees."""
+    return images.shape[2] == images.shape[3]
+
+
+def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    """Whether two states are the same in place, type and value."""
+    return one.keys() == other.keys() and all(
+        a.device == b.device and a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(one.values(), other.values())
+    )
 
 
 def _evenly(stack: Tensor, count: int) -> Tensor:

@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -26,21 +27,25 @@ from torch import Tensor, nn
 from shared_iopfl.errors import InputError
 from shared_iopfl.files import whole_file
 from shared_iopfl.routing import check_experts
+from shared_iopfl.settings import PRESETS
 
-__all__ = ["CheckedCheckpointLoader", "load_experts", "load_weights", "model_path", "save_atomically"]
+__all__ = ["CheckedCheckpointLoader", "load_experts", "load_scores", "load_weights", "model_path", "save_atomically"]
 
 GLOBAL = "global"
 
 
 def model_path(ckpt_dir: str, model: str = GLOBAL, site: str = "") -> str:
-    """Where a model lies: "global" and what routes from it in ``model.pt``, "personalised" in ``model_<site>.pt``.
+    """Where a model lies.
 
-    Any other name that has a file ``model_<name>.pt`` is that file: another site's expert, or a site's routed network.
+    Args:
+        ckpt_dir: the folder.
+        model: "global", or what routes from it ("routed" or a preset's name): ``model.pt``. "personalised":
+            ``model_<site>.pt``. Any other: ``model_<model>.pt``, such as another site's expert.
+        site: whose personalised model.
     """
-    if model == "personalised":
-        return str(Path(ckpt_dir) / f"model_{site}.pt")
-    named = Path(ckpt_dir) / f"model_{model}.pt"
-    return str(named if named.is_file() else Path(ckpt_dir) / "model.pt")
+    if model in (GLOBAL, "routed", *PRESETS):
+        return str(Path(ckpt_dir) / "model.pt")
+    return str(Path(ckpt_dir) / f"model_{site if model == 'personalised' else model}.pt")
 
 
 def save_atomically(content: Any, path: str | os.PathLike) -> None:
@@ -81,6 +86,17 @@ def load_experts(ckpt_dir: str, sites: Sequence[str] | None = None) -> dict[str,
         names = sorted(path.name for path in Path(ckpt_dir).glob("model_*.pt"))
         sites = [match.group(1) for name in names if (match := re.fullmatch(r"model_(.+)\.pt", name))]
     return {site: load_weights(Path(ckpt_dir) / f"model_{site}.pt") for site in sites}
+
+
+def load_scores(ckpt_dir: str) -> dict[str, float] | None:
+    """The published ``scores.json`` of a folder, expert -> mean Dice at the other sites; None where there is none."""
+    path = Path(ckpt_dir) / "scores.json"
+    if not path.is_file():
+        return None
+    try:
+        return {name: float(value) for name, value in json.loads(path.read_text()).items() if value is not None}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"cannot read {path}: {error}; it maps each expert's name to its Dice.") from error
 
 
 class CheckedCheckpointLoader(CheckpointLoader):

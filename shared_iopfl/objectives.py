@@ -105,14 +105,14 @@ class ViewSampler:
 
     def all(self, square: bool = True) -> list[View]:
         """Every distinct view of pure geometry, the identity first: what a prediction is averaged over."""
+        axes, turns = list(self.flips), [0]
+        if self.rotations:
+            turns = [0, 1, 2, 3] if square else [0, 2]
+            if 0 in axes and 1 in axes:
+                axes.remove(1)  # both flips of the plane are its half turn
         subsets: list[tuple[int, ...]] = [()]
-        for axis in self.flips:
+        for axis in axes:
             subsets += [(*subset, axis) for subset in subsets]
-        if not self.rotations:
-            return [View(flips=subset) for subset in subsets]
-        # two flips are a half turn: with rotations, one flip axis is enough to reach them all
-        subsets = subsets[:2]
-        turns = range(4) if square else (0, 2)
         return [View(flips=subset, quarter_turns=turn) for subset in subsets for turn in turns]
 
 

@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from io import BytesIO
+from typing import Any
 
 import numpy as np
 from monai.transforms import Compose, RandAdjustContrast, RandGaussianNoise
@@ -80,8 +81,11 @@ def fundus_style(site: str, seed: int = 0) -> FundusStyle:
     random_state = np.random.RandomState(zlib.crc32(f"{seed}/{site}".encode()))
     known = list(FUNDUS_STYLES.values())
     share = random_state.dirichlet(np.ones(len(known)))  # one mixture for all fields: colours must fit each other
-    mixed = {f.name: np.tensordot(share, [getattr(style, f.name) for style in known], 1) for f in fields(FundusStyle)}
-    return FundusStyle(**{k: tuple(v.tolist()) if np.ndim(v) else float(v) for k, v in mixed.items()})
+    mixed: dict[str, Any] = {}
+    for field in fields(FundusStyle):
+        value = np.tensordot(share, [getattr(style, field.name) for style in known], 1).tolist()
+        mixed[field.name] = tuple(value) if isinstance(value, list) else value
+    return FundusStyle(**mixed)
 
 
 class Fundus:
@@ -209,7 +213,7 @@ def fundus_case(
 def _photograph(fundus: Fundus, style: FundusStyle, whole: bool) -> np.ndarray:
     """What the camera makes of the retina: light, haze, focus, noise, field of view, compression."""
     random_state, (height, width) = fundus.random_state, fundus.shape
-    rows, columns = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
+    rows, columns = np.meshgrid(np.linspace(-1, 1, height), np.linspace(-1, 1, width), indexing="ij")
     angle = random_state.uniform(0, 2 * np.pi)
     light = 1 + 0.15 * (np.cos(angle) * rows + np.sin(angle) * columns)
     light *= 1 - style.vignette * (rows**2 + columns**2) / 2

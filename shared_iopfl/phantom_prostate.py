@@ -30,7 +30,7 @@ from scipy.ndimage import zoom
 
 __all__ = ["FIELD_OF_VIEW", "PROSTATE_STYLES", "ProstateStyle", "prostate_case", "prostate_style", "smooth_noise"]
 
-# Left-right, anterior-posterior and head-foot extent in mm. The pelvis is stretched head to foot to any number of slices.
+# Left-right, anterior-posterior and head-foot extent, mm. The pelvis is stretched head to foot to any number of slices.
 FIELD_OF_VIEW = (124.0, 124.0, 48.0)
 TISSUES = ("fat", "muscle", "marrow", "fluid", "peripheral", "central")
 
@@ -81,8 +81,8 @@ PROSTATE_STYLES: Mapping[str, ProstateStyle] = {
         units=900,
     ),
     "D": ProstateStyle(
-        fat=0.62, muscle=0.22, marrow=0.40, fluid=0.95, peripheral=0.60, central=0.34, lumen=0.25, rectum=13, press=2,
-        hot_spot=0, gland=24, flatness=0.85, position=2, bias=0.1, gamma=0.95, blur=0.9, ringing=0.4, noise=0.03,
+        fat=0.50, muscle=0.25, marrow=0.36, fluid=0.95, peripheral=0.66, central=0.32, lumen=0.30, rectum=13, press=2,
+        hot_spot=0, gland=24, flatness=0.85, position=2, bias=0.1, gamma=0.9, blur=1.1, ringing=0.4, noise=0.045,
         units=200,
     ),
     "E": ProstateStyle(
@@ -140,6 +140,10 @@ class Pelvis:
         self.edge = 0.35 * FIELD_OF_VIEW[0] / size[0]  # mm: a boundary takes about one voxel
         self.image = np.zeros(self.size, np.float32)
 
+    def vary(self, low: float, high: float) -> float:
+        """A random number between two."""
+        return float(self.random_state.uniform(low, high))
+
     def noise(self, *cells: int) -> np.ndarray:
         """Smooth random field over the image, see `smooth_noise`."""
         return smooth_noise(self.random_state, self.size, cells)
@@ -174,8 +178,8 @@ def prostate_case(
     Returns:
         The scan in raw intensities (int16) and its prostate mask (uint8, 0 or 1; one piece; none in the end slices).
     """
-    style = replace(style, **{name: getattr(style, name) * random_state.uniform(0.93, 1.07) for name in TISSUES})
-    style = replace(style, lumen=style.lumen * random_state.uniform(0.7, 1.3))
+    style = replace(style, **{name: getattr(style, name) * random_state.uniform(0.94, 1.06) for name in TISSUES})
+    style = replace(style, lumen=style.lumen * random_state.uniform(0.8, 1.2))
     pelvis = Pelvis(size, random_state)
     _draw_surroundings(pelvis, style)
     rectum, label = _draw_organs(pelvis, style)
@@ -184,8 +188,8 @@ def prostate_case(
 
 def _draw_surroundings(pelvis: Pelvis, style: ProstateStyle) -> None:
     """Body outline, fat, muscles and bones."""
-    random_state, vary = pelvis.random_state, lambda low, high: float(pelvis.random_state.uniform(low, high))
-    fat = pelvis.texture(style.fat, 0.25, 24)
+    vary = pelvis.vary
+    fat = pelvis.texture(style.fat, 0.15, 24)
     muscle = pelvis.texture(style.muscle, 0.3, 40)
     marrow = pelvis.texture(style.marrow, 0.2, 30)
     cortex = 0.4 * style.muscle
@@ -210,15 +214,15 @@ def _draw_surroundings(pelvis: Pelvis, style: ProstateStyle) -> None:
     veins = pelvis.noise(30, 30, max(2, pelvis.size[2] // 2))
     around = pelvis.ellipsoid((0, style.position, 4), (36, 34, 22))
     pelvis.paint(np.maximum(around, 8 * (0.65 - veins)), style.fluid)
-    if random_state.rand() < 0.3:  # the bulb of the penis: gland-like, below the gland
+    if pelvis.random_state.rand() < 0.3:  # the bulb of the penis: gland-like, below the gland
         pelvis.paint(pelvis.ellipsoid((0, style.position, -24), (11, 9, 8)), pelvis.texture(style.peripheral, 0.2, 40))
 
 
 def _draw_organs(pelvis: Pelvis, style: ProstateStyle) -> tuple[np.ndarray, np.ndarray]:
     """Levator, bladder, seminal vesicles, rectum and prostate; returns the distance to the rectum and the mask."""
-    random_state, vary = pelvis.random_state, lambda low, high: float(pelvis.random_state.uniform(low, high))
+    vary = pelvis.vary
     muscle = pelvis.texture(style.muscle, 0.3, 40)
-    width = style.gland * vary(0.85, 1.15)
+    width = style.gland * vary(0.9, 1.1)
     half = (width, width * style.flatness * vary(0.9, 1.1), vary(10, 13.5))
     centre = (vary(-3, 3), style.position + vary(-4, 4), vary(-3, 2))
 
@@ -259,26 +263,26 @@ def _draw_prostate(
     pelvis: Pelvis, style: ProstateStyle, prostate: np.ndarray, centre: Sequence[float], half: Sequence[float]
 ) -> None:
     """Peripheral zone, central gland with nodules, stroma and urethra, and now and then a tumour."""
-    random_state, vary = pelvis.random_state, lambda low, high: float(pelvis.random_state.uniform(low, high))
+    vary, random_state = pelvis.vary, pelvis.random_state
     pelvis.paint(prostate - 1.2, style.muscle)  # capsule
-    pelvis.paint(prostate + 0.6, pelvis.texture(style.peripheral, 0.25, 30))
+    pelvis.paint(prostate + 0.6, pelvis.texture(style.peripheral, 0.15, 30))
     share = vary(0.62, 0.82)  # of the central gland: large with hyperplasia
     middle = (centre[0], centre[1] - 0.22 * half[1], centre[2] + 0.15 * half[2])
     central = np.maximum(pelvis.ellipsoid(middle, [share * h for h in half]) + pelvis.noise(8, 8, 4), prostate + 1)
     pelvis.paint(central - 0.7, 0.6 * style.central)
-    pelvis.paint(central, pelvis.texture(style.central, 0.3, 40))
+    pelvis.paint(central, pelvis.texture(style.central, 0.25, 40))
     for _ in range(random_state.randint(2, 7)):
-        place = [m + vary(-0.45, 0.45) * h for m, h in zip(middle, half)]
+        at = [m + vary(-0.45, 0.45) * h for m, h in zip(middle, half)]
         size = vary(3, 7)
-        nodule = np.maximum(pelvis.ellipsoid(place, (size, size, size)), central)
+        nodule = np.maximum(pelvis.ellipsoid(at, (size, size, size)), central)
         pelvis.paint(nodule - 0.8, 0.6 * style.central)
         pelvis.paint(nodule, style.central * vary(0.75, 1.4))
     front = (centre[0], centre[1] - half[1], centre[2])
     pelvis.paint(np.maximum(pelvis.ellipsoid(front, (0.5 * half[0], 5, half[2])), prostate), style.muscle)
     pelvis.paint(pelvis.ellipsoid((centre[0], centre[1], 0), (1.6, 2.2, 40)) + 9 * (prostate > 0), style.fluid)
     if random_state.rand() < 0.4:
-        place = (centre[0] + vary(-0.7, 0.7) * half[0], centre[1] + 0.7 * half[1], centre[2] + vary(-4, 4))
-        pelvis.paint(np.maximum(pelvis.ellipsoid(place, (5, 4, 4)), prostate), 0.8 * style.central)
+        tumour = (centre[0] + vary(-0.7, 0.7) * half[0], centre[1] + 0.7 * half[1], centre[2] + vary(-4, 4))
+        pelvis.paint(np.maximum(pelvis.ellipsoid(tumour, (5, 4, 4)), prostate), 0.8 * style.central)
 
 
 def _scan(

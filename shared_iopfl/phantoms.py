@@ -80,9 +80,9 @@ def make_fundus_sites(
 ) -> None:
     """Write synthetic pictures of the eye fundus with their optic discs and cups.
 
-    ``<output_dir>/<SITE>/images/caseNNN.png`` (uint8, RGB) and ``<SITE>/masks/caseNNN.png`` (uint8: 0 background, 1 disc
-    rim, 2 cup); numbers run on over the sites. What a case holds follows from the seed, its site and its place within
-    the site only.
+    ``<output_dir>/<SITE>/images/caseNNN.png`` (uint8, RGB) and ``<output_dir>/<SITE>/masks/caseNNN.png`` (uint8: 0
+    background, 1 disc rim, 2 cup); numbers run on over the sites. What a case holds follows from the seed, its site
+    and its place within the site only.
 
     Args:
         output_dir: folder to write into; made if it is not there.

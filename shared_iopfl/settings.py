@@ -12,9 +12,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 from shared_iopfl.errors import InputError
 from shared_iopfl.routers import Activation
@@ -68,6 +69,36 @@ class RoutingSettings:
     average_views: bool = True
     agreement: float = 0.9
 
+    def __post_init__(self) -> None:
+        """Raise `InputError` for a value outside its range: a misspelt start would else be another start in silence."""
+        for name, hint in get_type_hints(type(self)).items():
+            value, choices = getattr(self, name), get_args(hint)
+            if choices and value not in choices:
+                raise InputError(f"unknown {name} '{value}': choose one of {', '.join(choices)}.")
+            if name in LIMITS:
+                low, high = LIMITS[name]
+                if not isinstance(value, int if hint is int else (int, float)) or not low <= value <= high:
+                    raise InputError(f"routing setting {name} must be from {low} to {high}, but is {value!r}.")
+        if self.steps and not (self.consistency or self.entropy or self.shape):
+            raise InputError("adaptation needs an objective: give consistency, entropy or shape a weight, or steps=0.")
+
+
+LIMITS: dict[str, tuple[float, float]] = {
+    "temperature": (1e-3, math.inf),
+    "trust": (0, math.inf),
+    "statistics": (0, 1),
+    "steps": (0, math.inf),
+    "learning_rate": (0, math.inf),
+    "dropout": (0, 0.99),
+    "consistency": (0, math.inf),
+    "entropy": (0, math.inf),
+    "shape": (0, math.inf),
+    "window": (0, 1),
+    "noise": (0, math.inf),
+    "intensity": (0, math.inf),
+    "adapt_slices": (1, math.inf),
+    "agreement": (0, 1),
+}
 
 PRESETS: dict[str, RoutingSettings] = {
     "default": RoutingSettings(),
