@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -32,7 +33,7 @@ def whole_file(target: str | os.PathLike) -> Iterator[Path]:
         InputError: when the folder cannot be written to, naming it.
     """
     target = Path(target)
-    temporary = target.with_name(f".{os.getpid()}_{target.name}")
+    temporary = target.with_name(f".{uuid.uuid4().hex[:12]}_{target.name}")  # several threads may write one target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield temporary

@@ -22,7 +22,7 @@ The locator is classical and needs no training. In a small copy of the picture i
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -51,7 +51,7 @@ IN_FIELD_WEIGHTS = {
 IN_CROP_WEIGHTS = {
     "clear": 0.8, "contrast": 0.5, "round": 0.3, "patchy": -0.3, "towards": 0.8, "off_middle": -16.0, "bias": -1.2
 }  # fmt: skip
-UNBORDERED = 2.0  # the logit's drop for a small disc in a picture without a border, which mostly is a crop
+UNBORDERED = 2.5  # the logit's drop for a small disc in a picture without a border, which mostly is a crop
 
 
 class Disc(NamedTuple):
@@ -282,8 +282,8 @@ def _evidence(
     window = tuple(slice(a, int(c + 2.5 * radius) + 2) for a, c in zip(first, (row, column)))
     everywhere = strength.sum() / max(np.count_nonzero(strength), 1) + 1e-6
     bright, filled, inside, strength, angle = (a[window] for a in (bright, filled, inside, strength, angle))
-    down, right = np.indices(bright.shape)
-    down, right = down + first[0] - row, right + first[1] - column
+    grid = np.indices(bright.shape)
+    down, right = grid[0] + first[0] - row, grid[1] + first[1] - column
     distance = np.hypot(down, right)
     disc, ring = inside & (distance < 0.9 * radius), inside & (distance > 1.15 * radius) & (distance < 1.8 * radius)
     around = inside & (distance > 0.5 * radius) & (distance < 2.5 * radius)
@@ -372,7 +372,7 @@ class CropToDiscd(MapTransform, InvertibleTransform):
         self.cropper = Crop()
 
     def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict[Hashable, MetaTensor]:
-        d = dict(data)
+        d: dict[Hashable, Any] = dict(data)
         image = d[self.image_key]
         shape = tuple(image.shape[1:])
         start, size, confidence = self._square(image)

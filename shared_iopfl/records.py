@@ -32,7 +32,16 @@ from shared_iopfl.routing import check_experts
 from shared_iopfl.sites import case_name
 from shared_iopfl.tables import replace_rows, write_json, write_rows
 
-__all__ = ["CaseRecorder", "MeasureRecorder", "Progress", "RoutesRecorder", "SiteFitter", "case_scores", "write_routes"]
+__all__ = [
+    "CaseRecorder",
+    "MeasureRecorder",
+    "OutputWriter",
+    "Progress",
+    "RoutesRecorder",
+    "SiteFitter",
+    "case_scores",
+    "write_routes",
+]
 
 METRICS = ("site", "role", "case", "model", "metric", "value")
 CASES = ("site", "role", "case", "model", "image", "label", "mask")
@@ -135,6 +144,31 @@ class CaseRecorder:
         same = ("site", "role", "model")
         replace_rows(self.output_dir / "metrics.csv", METRICS, self.metrics, same)
         replace_rows(self.output_dir / "cases.csv", CASES, self.cases, same)
+
+
+class OutputWriter:
+    """Applies transforms that write files, such as `SaveMaskd`, to each of an evaluator's outputs.
+
+    As a handler, not as part of the bundle's postprocessing, so that a server that takes the postprocessing for itself
+    (MONAI Label) writes no files of ours.
+
+    Args:
+        transforms: applied in order to each case's batch and output; what they add goes to the output.
+    """
+
+    def __init__(self, transforms: Sequence[Callable[[dict], Mapping]]) -> None:
+        self.transforms = [transform for transform in transforms if transform is not None]  # None: disabled in a config
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        state: Any = engine.state
+        for batch, output in zip(state.batch, state.output):
+            data = {**batch, **output}
+            for transform in self.transforms:
+                data = dict(transform(data))
+            output.update({key: value for key, value in data.items() if key not in batch})
 
 
 class MeasureRecorder:

@@ -161,7 +161,8 @@ def _rates(history: Sequence[Mapping[str, str]], path: Path, colour: Mapping[str
     for site, points in by_site.items():
         alike.setdefault(tuple(sorted(points.items())), []).append(site)
     panels = {", ".join(sites): {"local": points} for points, sites in alike.items()}
-    return picture(charts.curves_picture(panels, colour, "learning rate"), "Learning rate.") if panels else ""
+    caption = "Learning rate of the local training, at the end of each round."
+    return picture(charts.curves_picture(panels, colour, "learning rate"), caption) if panels else ""
 
 
 def _settings(value: Any, name: str = "") -> list[tuple[str, str]]:

@@ -47,7 +47,7 @@ def read_rows(path: str | os.PathLike) -> list[dict[str, str]]:
     """The rows of a CSV file with a header; none where there is no file."""
     if not os.path.isfile(path):
         return []
-    with open(path, newline="", encoding="utf-8") as file:
+    with open(path, newline="", encoding="utf-8-sig") as file:  # a table saved by Excel begins with a byte-order mark
         return list(csv.DictReader(file))
 
 

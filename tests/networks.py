@@ -60,8 +60,8 @@ def make(build: Callable[[], nn.Module], seed: int) -> nn.Module:
 
 
 def unet(seed: int = 0, outputs: int = 2, channels: int = 3) -> nn.Module:
-    """The bundles' network, very small: for images (B, channels, 32, 32)."""
-    return make(lambda: BasicUNet(2, channels, outputs, features=(4,) * 6, norm=BATCH), seed)
+    """A U-Net of two levels with batch norm, quick to route: for images (B, channels, even, even)."""
+    return make(lambda: UNet(2, channels, outputs, (4, 8, 8), (2, 1), norm="batch", act="relu"), seed)
 
 
 def experts(count: int = 2, first: int = 1, outputs: int = 2) -> dict[str, dict[str, Tensor]]:

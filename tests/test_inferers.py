@@ -24,7 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from monai.data import MetaTensor
 from monai.inferers import SimpleInferer
-from networks import experts, images, mixture, unet, untouched
+from networks import ARCHITECTURES, experts, images, make, mixture, unet, untouched
 from torch import Tensor, nn
 
 from shared_iopfl.distances import distance_routes, distribution_distance
@@ -35,8 +35,8 @@ from shared_iopfl.routing import RoutedNetwork
 from shared_iopfl.settings import PRESETS, RoutingSettings, preset
 
 ADAPTING = {"steps": 2, "agreement": 0.0}
-# what keeps a tiny network's adaptation from being refused: it is meant to change something
-LEARNT = {"steps": 5, "learning_rate": 0.5, "agreement": 0.0}
+# an adaptation that improves its objective on any network, so that the guard lets it pass
+LEARNT = {"steps": 3, "learning_rate": 0.1, "agreement": 0.0, "consistency": 0.0, "entropy": 1.0, "shape": 0.0}
 
 
 def routing(name: str = "default", overrides: Mapping[str, Any] | None = None, **kwargs: Any) -> TestTimeRoutingInferer:
@@ -106,16 +106,20 @@ def test_without_routing_it_is_plain_inference(kwargs):
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, nullcontext])
 def test_presets_run_on_images_and_volumes(name, mode):
     """Finite logits of the right shape, one report a scan, and neither network nor random state is touched."""
-    network, overrides = unet(), {"steps": min(2, PRESETS[name].steps)}
+    overrides = {"steps": min(1, PRESETS[name].steps)}
+    build = ARCHITECTURES["BasicUNet 2D"][0] if mode is torch.no_grad else unet
+    network, other = make(build, 0), make(build, 1)
     network.train()
-    with untouched(network):
+    with untouched(network, other):
         for depth in (1, 2, 5):
             inferer = routing(name, overrides=overrides, batch_size=3)
+            inferer.experts = {"A": other.state_dict()}
             with mode():
                 logits = inferer(volume(depth), network)
             assert logits.shape == (1, 2, 32, 32, depth)
             assert torch.isfinite(logits).all()
         inferer = routing(name, overrides=overrides, slices=None, rotations=True)
+        inferer.experts = {"A": other.state_dict()}
         with mode():
             logits = inferer(images(2, 3, 32, 32), network)
         assert logits.shape == (2, 2, 32, 32)
@@ -191,7 +195,8 @@ def test_default_starts_at_the_distance_routes_of_the_scan():
     inferer(scan, network)
     space = {"global": network.state_dict(), **experts(2)}
     expected = distance_routes(distribution_distance(network, space, [to_stack(scan[0])]))
-    torch.testing.assert_close(torch.tensor(inferer.reports[0]["routes"]), expected.expand(41, 3), rtol=1e-4, atol=1e-5)
+    for routes in inferer.reports[0]["routes"]:
+        torch.testing.assert_close(torch.tensor(routes), expected, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
@@ -368,7 +373,7 @@ def harmful(routed: RoutedNetwork, some: Tensor) -> None:
             parameter.add_(images(*parameter.shape, seed=4))
 
 
-@pytest.mark.parametrize("after, agreement, reason", [(2.0, 1.0, "improve"), (1.0, 1.0, "improve"), (0.5, 0.89, "strays")])
+@pytest.mark.parametrize("after, agreement, reason", [(2, 1, "improve"), (1, 1, "improve"), (0.5, 0.89, "strays")])
 def test_guard_refuses_what_is_no_better_and_what_strays(monkeypatch, after, agreement, reason):
     inferer, scan, values = routing("adapted"), volume(2), iter((1.0, after))
     monkeypatch.setattr(inferer, "_adapt", harmful)
@@ -383,11 +388,10 @@ def test_guard_refuses_what_is_no_better_and_what_strays(monkeypatch, after, agr
     assert inferer.reports[0]["routes"] == plain.reports[0]["routes"]
 
 
-@pytest.mark.parametrize("rate, kept", [(0.1, True), (1.0, True), (-0.1, False), (-1.0, False)])
+@pytest.mark.parametrize("rate, kept", [(0.1, True), (0.01, True), (-0.1, False), (-0.01, False)])
 def test_what_is_served_never_has_a_worse_objective_than_the_start(rate, kept, monkeypatch):
     """Steps that climb instead (a negative rate) are never served, steps that descend are."""
-    overrides = {"agreement": 0.0, "steps": 3, "learning_rate": abs(rate)}
-    inferer, scan = routing(overrides=overrides), volume(2)
+    inferer, scan = routing(overrides={**LEARNT, "learning_rate": abs(rate)}), volume(2)
     if rate < 0:
         call = RoutingObjective.__call__
         training = lambda self, *args: (-1 if torch.is_grad_enabled() else 1) * call(self, *args)  # noqa: E731
@@ -559,7 +563,7 @@ def test_presets_are_what_they_say_and_overrides_change_that_alone():
 
 def test_expert_that_does_not_fit_is_named_when_the_scan_is_routed():
     space = {**experts(1), "UCL": unet(3, outputs=3).state_dict()}
-    with pytest.raises(InputError, match=r"'UCL'.*'final_conv"):
+    with pytest.raises(InputError, match=r"'UCL'.*'model.2.conv.weight'"):
         TestTimeRoutingInferer(space)(volume(2), unet())
 
 

@@ -363,7 +363,7 @@ def test_start_of_another_shape_is_refused():
 def test_experts_that_do_not_fit_are_named():
     """One line that names the expert and the first key that differs."""
     network, space = unet(), experts(2)
-    key = "conv_0.conv_0.conv.weight"
+    key = "model.0.conv.weight"
     cases: list[tuple[dict, str]] = [
         ({k: v for k, v in space["B"].items() if k != key}, "lacks"),
         ({**space["B"], key: space["B"][key][:1]}, "shape"),
