@@ -200,7 +200,7 @@ class EncodeMask(Transform):
         self.largest, self.fill = largest, fill
         self.values = None if values is None else list(values)
         self.dtype = dtype
-        self._keep_largest = KeepLargestConnectedComponent(is_onehot=True)
+        self._keep_largest = KeepLargestConnectedComponent(is_onehot=False)
         self._fill_holes = FillHoles()
 
     def __call__(self, targets: NdarrayOrTensor) -> NdarrayOrTensor:

@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from types import TracebackType
 
@@ -20,6 +21,10 @@ __all__ = ["InputError", "one_line_errors", "root_input_error"]
 
 class InputError(ValueError):
     """The input is at fault, not the program: the message says in one line what is wrong, where, and what to do."""
+
+
+# a data loader's worker process sends home what was raised there as the text of its traceback
+_FROM_WORKER = re.compile(rf"^{re.escape(__name__)}\.InputError: (.+)$", re.MULTILINE)
 
 
 def root_input_error(error: BaseException | None) -> InputError | None:
@@ -33,7 +38,9 @@ def root_input_error(error: BaseException | None) -> InputError | None:
         seen.add(id(error))
         if isinstance(error, InputError):
             found = error
-        error = error.__cause__ or error.__context__
+        if text := _FROM_WORKER.search(str(error)):
+            found = InputError(text[1])
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return found
 
 
@@ -48,6 +55,6 @@ def one_line_errors() -> None:
         if cause is None:
             sys.__excepthook__(kind, error, trace)
         else:
-            print(f"error: {cause}", file=sys.stderr)
+            print("error:", " ".join(str(cause).split()), file=sys.stderr)
 
     sys.excepthook = excepthook

@@ -57,7 +57,7 @@ def weighted_average(updates: Mapping[str, Weights], counts: Mapping[str, float]
     if not updates:
         raise InputError("nothing to average: no site sent an update.")
     total = float(sum(counts[site] for site in updates))
-    if not total > 0 or any(counts[site] < 0 for site in updates):
+    if not all(counts[site] > 0 for site in updates):
         raise InputError(f"the sites' numbers of cases must be positive, but are {dict(counts)}.")
     first, reference = next(iter(updates.items()))
     for site, update in updates.items():
@@ -269,6 +269,8 @@ class Federation:
         return {"sites": self.sites, "rounds": self.rounds, "local_epochs": self.local_epochs, "seed": self.seed}
 
     def _save(self) -> None:
+        # the history first: a run interrupted between the two does this round again, and writes it again
+        write_rows(self.output_dir / "history.csv", HISTORY, self.history)
         save_atomically(
             {
                 "settings": self._settings(),
@@ -279,19 +281,19 @@ class Federation:
             },
             self.checkpoint,
         )
-        write_rows(self.output_dir / "history.csv", HISTORY, self.history)
 
     def _load(self) -> None:
         try:
             state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+            settings = state["settings"]
         except Exception as error:
             raise InputError(
                 f"cannot read {self.checkpoint} ({type(error).__name__}); remove it to start anew."
             ) from error
         for name, value in self._settings().items():
-            if state["settings"][name] != value:
+            if settings[name] != value:
                 raise InputError(
-                    f"{self.checkpoint} was begun with {name} {state['settings'][name]}, now it is {value}; "
+                    f"{self.checkpoint} was begun with {name} {settings[name]}, now it is {value}; "
                     "resume with the same, or choose another output folder."
                 )
         self.round, self.weights, self.history = state["round"], state["weights"], list(state["history"])

@@ -60,8 +60,9 @@ class Disc(NamedTuple):
     Attributes:
         center: its centre along the two spatial axes, in pixels.
         diameter: in pixels.
-        confidence: 0 to 1; below about 0.4 there may be no disc in the picture at all.
-        whole: whether the picture is one of the whole fundus rather than a crop around the disc.
+        confidence: 0 to 1; below about 0.35 there may be no disc in the picture at all.
+        whole: whether the picture is one of the whole fundus rather than a crop around the disc: it has a dark border
+            in three corners at least, or a disc smaller than a fifth of its shorter side.
     """
 
     center: tuple[float, float]
@@ -119,8 +120,8 @@ def _field_of_view(rgb: np.ndarray) -> np.ndarray:
     bright = rgb.max(axis=-1)
     full = np.percentile(bright, 98)
     # scanned or brightened photographs have a grey border: what the darkest corner shows is no light yet
-    black = min(*(np.percentile(corner, 98) for corner in _corners(bright)), 0.12 * full)
-    inside = ndimage.binary_opening(bright > max(black + 0.1 * (full - black), 1e-6))
+    black = min(*(np.percentile(corner, 98) for corner in _corners(bright)), 0.08 * full)
+    inside = ndimage.binary_opening(bright > max(black + 0.05 * (full - black), 1e-6))
     areas, count = ndimage.label(inside)
     if count == 0:
         return inside
@@ -357,7 +358,7 @@ class CropToDiscd(MapTransform, InvertibleTransform):
         image_key: str | None = None,
         size_ratio: float = 2.0,
         crop: str = "auto",
-        min_confidence: float = 0.4,
+        min_confidence: float = 0.35,
         allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, allow_missing_keys)

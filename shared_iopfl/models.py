@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -69,8 +70,12 @@ def load_weights(path: str | os.PathLike) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if isinstance(error, pickle.UnpicklingError):  # torch's own words advise to trust the file
+            reason = "it is damaged or holds more than tensors"
         raise InputError(f"cannot read the model {path}: {reason[:160]}; train or download it again.") from error
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, Mapping) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
+    ):
         raise InputError(f"{path} is no plain state_dict (name -> tensor); save the network's state_dict() alone.")
     return dict(state)
 
@@ -85,6 +90,7 @@ def load_experts(ckpt_dir: str, sites: Sequence[str] | None = None) -> dict[str,
     if sites is None:
         names = sorted(path.name for path in Path(ckpt_dir).glob("model_*.pt"))
         sites = [match.group(1) for name in names if (match := re.fullmatch(r"model_(.+)\.pt", name))]
+    sites = [sites] if isinstance(sites, str) else sites
     return {site: load_weights(Path(ckpt_dir) / f"model_{site}.pt") for site in sites}
 
 

@@ -98,12 +98,11 @@ def prostate_style(site: str, seed: int = 0) -> ProstateStyle:
     if site in PROSTATE_STYLES:
         return PROSTATE_STYLES[site]
     random_state = np.random.RandomState(zlib.crc32(f"{seed}/{site}".encode()))
-    known = PROSTATE_STYLES.values()
-    drawn = {}
-    for field in fields(ProstateStyle):
-        values = [getattr(style, field.name) for style in known]
-        drawn[field.name] = float(random_state.uniform(min(values), max(values)))
-    return ProstateStyle(**drawn)
+    known = list(PROSTATE_STYLES.values())
+    share = random_state.dirichlet(np.ones(len(known)))  # one mixture for all fields: tissues must fit each other
+    return ProstateStyle(
+        **{f.name: float(np.dot(share, [getattr(style, f.name) for style in known])) for f in fields(ProstateStyle)}
+    )
 
 
 def smooth_noise(random_state: np.random.RandomState, shape: Sequence[int], cells: Sequence[int]) -> np.ndarray:
@@ -200,15 +199,12 @@ def _draw_surroundings(pelvis: Pelvis, style: ProstateStyle) -> None:
     pelvis.paint(np.abs(skin + vary(13, 18)) - 3, muscle)  # the abdominal wall, and gluteus behind
     for side in (-1, 1):
         pelvis.paint(pelvis.ellipsoid((side * 56, 58, 0), (28, 16, 90), -25 * side), muscle)  # gluteus maximus
-        hip = pelvis.ellipsoid((side * vary(62, 68), vary(-14, -6), 16), (20, 22, 26))  # head of the femur
-        pelvis.paint(hip - 4, cortex)
-        pelvis.paint(hip - 1.5, marrow)
+        hip = pelvis.ellipsoid((side * vary(62, 68), vary(-14, -6), 16), (21, 23, 27))  # head of the femur
         ischium = pelvis.ellipsoid((side * vary(54, 58), vary(14, 22), -20), (11, 17, 24), -20 * side)
-        pelvis.paint(ischium - 2, cortex)
-        pelvis.paint(ischium, marrow)
         pubis = pelvis.ellipsoid((side * 22, vary(-46, -42), -18), (20, 9, 20), 18 * side)
-        pelvis.paint(pubis - 2, cortex)
-        pelvis.paint(pubis, marrow)
+        for bone in (hip, ischium, pubis):
+            pelvis.paint(bone - 2, cortex)
+            pelvis.paint(bone, marrow)
         pelvis.paint(pelvis.ellipsoid((side * vary(42, 46), 2, 0), (7, 42, 60), -12 * side), muscle)  # obturator
     # Veins and small vessels in the fat: bright dots that no threshold tells from gland.
     veins = pelvis.noise(30, 30, max(2, pelvis.size[2] // 2))
@@ -249,7 +245,7 @@ def _draw_organs(pelvis: Pelvis, style: ProstateStyle) -> tuple[np.ndarray, np.n
 
     pelvis.paint(rectum - wall, pelvis.texture(1.3 * style.muscle, 0.3, 40))
     pelvis.paint(rectum, pelvis.texture(style.lumen, 0.2, 12))
-    if style.hot_spot:  # the coil's shaft
+    if style.hot_spot > 0.5:  # the coil's shaft
         pelvis.paint(across - 3, 0.02)
 
     prostate = np.maximum(pelvis.ellipsoid(centre, half) + 1.5 * pelvis.noise(7, 7, 4), wall + 1 - rectum)
@@ -293,6 +289,7 @@ def _scan(
     in_plane, through = (0.8 * blur, 1.2 * blur), (0.01, 0.01)
     gain = 1 + style.hot_spot * np.exp(-np.maximum(rectum, 0) / 12.0)
     contrast = RandAdjustContrast(prob=1, gamma=(0.9 * style.gamma, 1.1 * style.gamma))
+    contrast.set_random_state(state=random_state)
     camera = Compose(
         [
             RandBiasField(degree=3, coeff_range=(0.0, style.bias), prob=1),
@@ -301,6 +298,5 @@ def _scan(
             RandRicianNoise(prob=1, std=style.noise, sample_std=False),
         ]
     ).set_random_state(state=random_state)
-    contrast.set_random_state(state=random_state)
     scan = camera(np.asarray(contrast(image[None])) * gain[None].astype(np.float32))
     return np.clip(np.rint(np.asarray(scan[0]) * style.units), -32768, 32767).astype(np.int16)

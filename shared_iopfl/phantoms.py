@@ -55,7 +55,8 @@ def make_prostate_sites(
         InputError: when sites, cases or size cannot be made.
     """
     names = _check(sites, cases)
-    if len(size := tuple(size)) != 3 or any(n < least for n, least in zip(size, (32, 32, 8))):
+    size = tuple(int(n) for n in np.atleast_1d(size))
+    if len(size) != 3 or any(n < least for n, least in zip(size, (32, 32, 8))):
         raise InputError(f"size {size}: give three numbers of voxels, at least (32, 32, 8)")
     # Voxels run to the left, to the back and to the head; NIfTI's world axes to the right, to the front, to the head.
     spacing = (FIELD_OF_VIEW[0] / size[0], FIELD_OF_VIEW[1] / size[1], 3.0)

@@ -27,8 +27,8 @@ from shared_iopfl.errors import InputError
 
 __all__ = ["CodedMaskReader", "PhotographReader"]
 
-FORMATS = ("PNG", "JPEG", "MPO", "TIFF", "BMP")  # MPO: a JPEG with a second picture behind it, as some cameras write
-LOSSY = ("JPEG", "MPO")
+FORMATS = ("PNG", "JPEG", "TIFF", "BMP")
+LOSSY = ("JPEG", "MPO")  # MPO: how Pillow calls a JPEG with a second picture behind it, as some cameras write
 SUFFIXES = ("png", "jpg", "jpeg", "tif", "tiff", "bmp")
 SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N", "I")  # "I": some 16-bit files in 32-bit integers
 

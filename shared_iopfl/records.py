@@ -307,6 +307,12 @@ class Progress:
         engine.add_event_handler(Events.STARTED, self.start)
         engine.add_event_handler(Events.ITERATION_COMPLETED, lambda _: self.bar.update())
         engine.add_event_handler(Events.COMPLETED, lambda _: self.bar.close())
+        engine.add_event_handler(Events.EXCEPTION_RAISED, self.fail)
 
     def start(self, engine: Engine) -> None:
         self.bar = tqdm(total=len(engine.state.dataloader), desc=self.description, unit="scan")  # type: ignore[arg-type]
+
+    def fail(self, engine: Engine, error: BaseException) -> None:
+        if self.bar is not None:
+            self.bar.close()  # so that the error gets a line of its own
+        raise error

@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from shared_iopfl.errors import InputError
 from shared_iopfl.files import write_text
 
 __all__ = ["read_rows", "replace_rows", "write_json", "write_rows"]
@@ -26,8 +28,16 @@ Row = Mapping[str, Any]
 
 
 def write_json(path: str | os.PathLike, content: Any) -> None:
-    """Write `content` as indented JSON."""
-    write_text(path, json.dumps(content, indent=2, default=str) + "\n")
+    """Write `content` as indented JSON; numbers that JSON does not know (NaN, infinity) as null."""
+    write_text(path, json.dumps(_finite(content), indent=2, default=str, allow_nan=False) + "\n")
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, float):
+        return content if math.isfinite(content) else None
+    if isinstance(content, Mapping):
+        return {key: _finite(value) for key, value in content.items()}
+    return [_finite(value) for value in content] if isinstance(content, (list, tuple)) else content
 
 
 def write_rows(path: str | os.PathLike, columns: Sequence[str], rows: Iterable[Row]) -> None:
@@ -48,11 +58,18 @@ def read_rows(path: str | os.PathLike) -> list[dict[str, str]]:
     if not os.path.isfile(path):
         return []
     with open(path, newline="", encoding="utf-8-sig") as file:  # a table saved by Excel begins with a byte-order mark
-        return list(csv.DictReader(file))
+        try:
+            return list(csv.DictReader(file))
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise InputError(f"cannot read the table {path}: {error}; move it away.") from error
 
 
 def replace_rows(path: str | os.PathLike, columns: Sequence[str], rows: Sequence[Row], same: Sequence[str]) -> None:
     """Add rows to a CSV file in place of those that agree with one of them in all columns of `same`."""
     renewed = {tuple(str(row[column]) for column in same) for row in rows}
-    kept = [row for row in read_rows(path) if tuple(row[column] for column in same) not in renewed]
+    old = read_rows(path)
+    missing = next((column for column in columns if old and column not in old[0]), None)
+    if missing is not None:
+        raise InputError(f"{path} is no table of ours: it has no column '{missing}'; choose another output_dir.")
+    kept = [row for row in old if tuple(row[column] for column in same) not in renewed]
     write_rows(path, columns, [*kept, *rows])

@@ -15,17 +15,23 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 from monai.networks.nets import BasicUNet, DynUNet, SegResNet, UNet
 from torch import Tensor, nn
 
-BATCH = ("batch", {})
+BATCH: tuple[str, dict] = ("batch", {})
 
 
 def _dynunet(dims: int, norm: str | tuple[str, dict], deep: bool) -> DynUNet:
-    levels = {"kernel_size": [3, 3, 3], "strides": [1, 2, 2], "upsample_kernel_size": [2, 2], "filters": [4, 8, 8]}
+    levels: dict[str, Any] = {
+        "kernel_size": [3, 3, 3],
+        "strides": [1, 2, 2],
+        "upsample_kernel_size": [2, 2],
+        "filters": [4, 8, 8],
+    }
     return DynUNet(dims, 3, 2, norm_name=norm, deep_supervision=deep, deep_supr_num=1, **levels)
 
 
@@ -97,7 +103,7 @@ def untouched(*networks: nn.Module) -> Iterator[None]:
     """Nothing that happens inside changes global randomness, nor a network's weights, gradients or training flags."""
 
     def picture() -> tuple:
-        state = np.random.get_state()  # noqa: NPY002 (it is the global state that must not move)
+        state: Any = np.random.get_state()  # noqa: NPY002 (it is the global state that must not move)
         return torch.get_rng_state().tolist(), state[1].tolist(), state[2:], random.getstate()
 
     def flags(network: nn.Module) -> list:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -186,7 +187,7 @@ def pixelwise(scan: Tensor) -> Tensor:
 @pytest.mark.parametrize("term", ["consistency", "entropy", "shape"])
 def test_terms_do_not_depend_on_batch_or_image_size(term):
     """A batch twice over, or the same image with twice the pixels, gives the same value."""
-    weights = {"consistency": 0.0, "entropy": 0.0, "shape": 0.0, term: 1.0}
+    weights: dict[str, Any] = {"consistency": 0.0, "entropy": 0.0, "shape": 0.0, term: 1.0}
     objective, view = RoutingObjective("softmax", **weights), View(flips=(0,), gain=1.2, offset=0.1)
     smooth = F.interpolate(images(2, 1, 6, 6), (192, 192), mode="bicubic")
     value = float(objective(pixelwise, smooth, view))
@@ -220,8 +221,8 @@ def test_consistency_vanishes_where_network_and_view_commute():
 def test_objective_is_the_weighted_sum_of_its_terms():
     scan, view = images(2, 1, 32, 32), View(gain=1.3)
 
-    def value(*weights: float) -> float:
-        return float(RoutingObjective("softmax", *weights)(pixelwise, scan, view))
+    def value(consistency: float, entropy: float, shape: float) -> float:
+        return float(RoutingObjective("softmax", consistency, entropy, shape)(pixelwise, scan, view))
 
     total = 2 * value(1, 0, 0) + 3 * value(0, 1, 0) + 5 * value(0, 0, 1)
     assert value(2, 3, 5) == pytest.approx(total, rel=1e-5)

@@ -210,7 +210,15 @@ def test_sites_may_be_named_on_the_command_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"sites": ()}, {"sites": ("A", "A")}, {"sites": ("../A",)}, {"cases": 0}, {"size": (96, 96)}, {"size": (9, 9, 9)}],
+    [
+        {"sites": ()},
+        {"sites": ("A", "A")},
+        {"sites": ("../A",)},
+        {"cases": 0},
+        {"size": 96},
+        {"size": (96, 96)},
+        {"size": (9, 9, 9)},
+    ],
 )
 def test_what_cannot_be_made_is_refused_before_anything_is_written(tmp_path: Path, wrong: dict) -> None:
     with pytest.raises(InputError):

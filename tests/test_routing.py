@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ from shared_iopfl.errors import InputError
 from shared_iopfl.routers import FreeRoutes, Router
 from shared_iopfl.routing import RoutedBatchNorm, RoutedLayer, collapse, route
 
-PER = ("sample", "volume", "layer")
+PER: tuple[Literal["sample", "volume", "layer"], ...] = ("sample", "volume", "layer")
 ACTIVATIONS = ("softmax", "sigmoid")
 
 
@@ -226,14 +226,16 @@ def test_adaptation_may_change_routes_and_norm_shifts_alone():
 def test_batch_norm_blends_running_and_batch_statistics(statistics, shape):
     """0 is torch's eval mode, 1 its training mode, 0.5 the mean of the two statistics, computed by hand."""
     norm = nn.BatchNorm2d if len(shape) == 4 else nn.BatchNorm3d
-    layers = [make(lambda: nn.Sequential(norm(3)), seed)[0] for seed in (1, 2)]
+    layers = [make(lambda: norm(3), seed) for seed in (1, 2)]
     r = torch.tensor([0.3, 0.7])
     own = {key: value.numpy() for key, value in mixture([layer.state_dict() for layer in layers], r).items()}
     scan = 3 * images(*shape).numpy() + 1
     axes = (0, *range(2, len(shape)))
     mean = (1 - statistics) * own["running_mean"] + statistics * scan.mean(axes)
     var = (1 - statistics) * own["running_var"] + statistics * scan.var(axes)
-    mean, var, weight, bias = (x.reshape(1, 3, *(1,) * (len(shape) - 2)) for x in (mean, var, own["weight"], own["bias"]))
+    mean, var, weight, bias = (
+        x.reshape(1, 3, *(1,) * (len(shape) - 2)) for x in (mean, var, own["weight"], own["bias"])
+    )
     expected = (scan - mean) / np.sqrt(var + layers[0].eps) * weight + bias
     routed = route(layers[0], {"a": layers[0].state_dict(), "b": layers[1].state_dict()}, statistics=statistics)
     routed.start_from(r)
@@ -242,7 +244,7 @@ def test_batch_norm_blends_running_and_batch_statistics(statistics, shape):
 
 def test_gradient_reaches_the_routes_through_running_statistics():
     """With the experts' affine parameters equal, only their running statistics can teach the routes."""
-    layers = [make(lambda: nn.Sequential(nn.BatchNorm2d(3)), seed)[0] for seed in (1, 2)]
+    layers = [make(lambda: nn.BatchNorm2d(3), seed) for seed in (1, 2)]
     layers[1].weight, layers[1].bias = layers[0].weight, layers[0].bias
     routed = route(layers[0], {"a": layers[0].state_dict(), "b": layers[1].state_dict()})
     routed(images(2, 3, 4, 4)).square().mean().backward()

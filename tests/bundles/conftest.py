@@ -21,13 +21,13 @@ from typing import Any
 
 import pytest
 import torch
-from monai.bundle import ConfigWorkflow
+from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.utils import set_determinism
 
 from shared_iopfl.phantoms import make_fundus_sites, make_prostate_sites
 
 BUNDLES = Path(__file__).parents[2] / "bundles"
-TINY = {"image_size": 32, "features": 4, "device": "cpu"}
+TINY: dict[str, Any] = {"image_size": 32, "features": 4, "device": "cpu"}
 CASES = 4
 
 
@@ -54,15 +54,13 @@ def process_as_it_was() -> Iterator[None]:
 def run_config(config: str, bundle: str = "prostate_iopfl", **overrides: Any) -> ConfigWorkflow:
     """What ``python -m monai.bundle run`` does, in this process and on tiny networks."""
     root = BUNDLES / bundle
+    options: dict[str, Any] = {"bundle_root": str(root), **TINY}
+    options.update({key: str(value) if isinstance(value, Path) else value for key, value in overrides.items()})
     with process_as_it_was():
         workflow = ConfigWorkflow(
             config_file=str(root / "configs" / f"{config}.json"),
             logging_file=False,
-            **{
-                "bundle_root": str(root),
-                **TINY,
-                **{k: str(v) if isinstance(v, Path) else v for k, v in overrides.items()},
-            },
+            **options,
         )
         workflow.initialize()
         workflow.run()
@@ -70,18 +68,32 @@ def run_config(config: str, bundle: str = "prostate_iopfl", **overrides: Any) ->
     return workflow
 
 
-def random_models(folder: Path, bundle: str = "prostate_iopfl", names: tuple[str, ...] = ("", "_A", "_B")) -> Path:
-    """A global model and two personalised ones, all different, whose masks hold both classes."""
+def random_models(folder: Path, bundle: str = "prostate_iopfl", sites: tuple[str, ...] = ("A", "B")) -> Path:
+    """A global model of random weights whose masks hold both classes, and personalised ones around it."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = ConfigWorkflow(
-        config_file=str(BUNDLES / bundle / "configs" / "inference.json"), logging_file=False, meta_file=None, **TINY
-    )
-    for seed, name in enumerate(names):
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            config.parser.parse(reset=True)
-            network = config.parser.get_parsed_content("network_def")
-        torch.save(network.state_dict(), folder / f"model{name}.pt")
+    config = ConfigParser()
+    config.read_config(str(BUNDLES / bundle / "configs" / "inference.json"))
+    config.update(TINY)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = config.get_parsed_content("network_def").eval()
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(8, 3, 32, 32, generator=generator) * 2 - 1
+    with torch.no_grad():
+        # running statistics as after training, and logits around zero: without them one class would win everywhere
+        norms = [module for module in network.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+        for norm in norms:
+            norm.momentum = 1.0
+        network.train()(images)
+        logits = network.eval()(images)
+        network.final_conv.bias[1] += (logits[:, 0] - logits[:, 1]).median()
+        torch.save(network.state_dict(), folder / "model.pt")
+        for site in sites:
+            weights = {key: tensor.clone() for key, tensor in network.state_dict().items()}
+            for tensor in weights.values():
+                if tensor.is_floating_point() and tensor.ndim > 1:
+                    tensor += 0.2 * tensor.std() * torch.randn(tensor.shape, generator=generator)
+            torch.save(weights, folder / f"model_{site}.pt")
     return folder
 
 

@@ -52,8 +52,12 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
+def load(path: str | Path) -> Any:
+    return nib.load(path)
+
+
 def mask_of(path: Path) -> np.ndarray:
-    return np.asarray(nib.load(path).dataobj)
+    return np.asarray(load(path).dataobj)
 
 
 def dice(one: np.ndarray, other: np.ndarray) -> float:
@@ -182,7 +186,7 @@ def test_masks_lie_on_their_scans(federated: FederatedRun) -> None:
     cases = rows(federated.folder / "cases.csv")
     assert len(cases) > 0
     for case in cases:
-        mask, scan = nib.load(federated.folder / case["mask"]), nib.load(case["image"])
+        mask, scan = load(federated.folder / case["mask"]), load(case["image"])
         assert mask.shape == scan.shape
         np.testing.assert_array_equal(mask.affine, scan.affine)
 
@@ -220,7 +224,7 @@ def test_a_score_is_that_of_the_written_mask(
     for case in cases:
         recomputed = dice(mask_of(tmp_path / case["mask"]), mask_of(Path(case["label"])))
         assert scores[case["case"]] == pytest.approx(recomputed, abs=1e-6)
-    assert max(scores.values()) > 0
+    assert all(0 < score < 1 for score in scores.values())
 
 
 def test_resumed_is_as_undisturbed(
@@ -266,7 +270,7 @@ def test_scans_of_any_depth(
     nib.save(nib.Nifti1Image(image, affine), tmp_path / "scan.nii.gz")
     models = random_models(tmp_path / "models")
     run_config("inference", dataset_dir=tmp_path / "scan.nii.gz", ckpt_dir=models, output_dir=tmp_path / "masks")
-    mask = nib.load(tmp_path / "masks" / "scan.nii.gz")
+    mask = load(tmp_path / "masks" / "scan.nii.gz")
     assert mask.shape == shape
     np.testing.assert_allclose(mask.affine, affine, atol=1e-6)
     assert set(np.unique(mask.dataobj)) == {0, 1}
@@ -332,7 +336,7 @@ def test_a_bad_file_is_named_in_one_line(
     path = training_file(sites_dir, key)
     content = b"" if damage == "empty" else path.read_bytes()[: path.stat().st_size // 2]
     data = broken(sites_dir, tmp_path / "data", path.name, content)
-    with pytest.raises(Exception) as caught:  # noqa: PT011
+    with pytest.raises(Exception) as caught:
         run_config("federate", dataset_dir=data, output_dir=tmp_path / "run", **{**FEDERATE, "sites": ["A"]})
     cause = root_input_error(caught.value)
     assert cause is not None
@@ -360,7 +364,7 @@ def test_a_wrong_word_is_named_in_one_line(
 ) -> None:
     """What a user may misspell or leave out on the command line ends in one line that repeats it."""
     given = {"dataset_dir": sites_dir / "E" if config == "inference" else sites_dir, "output_dir": tmp_path / "run"}
-    with pytest.raises(Exception) as caught:  # noqa: PT011
+    with pytest.raises(Exception) as caught:
         run_config(config, **{**given, "ckpt_dir": tmp_path / "models", **overrides})
     cause = root_input_error(caught.value)
     assert cause is not None

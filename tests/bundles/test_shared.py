@@ -1,0 +1,79 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What the two bundles must share is the same in both: the method lives in shared_iopfl, the task in JSON."""
+
+from __future__ import annotations
+
+import ast
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ("train", "federate", "evaluate", "inference", "multi_gpu_train")
+# what a task may have that the other has not: slices of a volume; how masks are coded, photographs cropped, read off
+OWN_KEYS = {"slices", "slices_per_case", "coding", "codings", "crop"}
+# what may differ: network channels, loss, transforms, sizes of batches, output and views of the inferer
+TASK_KEYS = {"imports", "site", "passes", "batch_size", "network_def", "loss", "preprocessing_transforms", *OWN_KEYS}
+TASK_KEYS |= {"preprocessing", "postprocessing", "inferer", "handlers", "site_config", "scoring_config"}
+TASK_KEYS |= {"augmentation_transforms", "key_metric"}
+
+
+def read(task: str, config: str) -> dict:
+    return json.loads((ROOT / "bundles" / f"{task}_iopfl" / "configs" / f"{config}.json").read_text())
+
+
+def same(one: dict, other: dict, where: str) -> None:
+    for key in (set(one) | set(other)) - TASK_KEYS:
+        assert key in one and key in other, f"{where}: only one bundle has '{key}'"
+        if isinstance(one[key], dict) and isinstance(other[key], dict):
+            same(one[key], other[key], f"{where}#{key}")
+        else:
+            assert one[key] == other[key], f"{where}#{key}"
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_bundles_differ_in_their_task_only(config: str) -> None:
+    """Keys, hyper-parameters, federation, routing, scoring and engines are the same in both bundles."""
+    same(read("prostate", config), read("fundus", config), config)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_keys_stand_in_the_same_order(config: str) -> None:
+    """A reader of one bundle finds everything at the same place in the other."""
+    one, other = ([key for key in read(task, config) if key not in OWN_KEYS] for task in ("prostate", "fundus"))
+    assert one == other
+
+
+@pytest.mark.parametrize("config", ["inference", "evaluate"])
+def test_handlers_differ_in_measures_only(config: str) -> None:
+    """Both bundles load, fit, record and write by the same handlers in the same order; one adds its measures."""
+    kinds = []
+    for task in ("prostate", "fundus"):
+        content = read(task, config)
+        handlers = content["handlers"] if config == "inference" else content["validate"]["handlers"]
+        kinds.append(
+            [handler["_target_"] for handler in handlers if not handler["_target_"].endswith("MeasureRecorder")]
+        )
+    assert kinds[0] == kinds[1]
+
+
+def test_no_python_asks_which_task_it_serves() -> None:
+    """No module but the phantoms compares anything with a task's name or imports from a bundle."""
+    for path in (ROOT / "shared_iopfl").glob("*.py"):
+        if path.name.startswith("phantom") or path.name == "__main__.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Compare):
+                strings = [n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+                named = [text for text in strings if "prostate" in text.lower() or "fundus" in text.lower()]
+                assert not named, f"{path.name}:{node.lineno} asks for a task: {named}"

@@ -1,0 +1,305 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""FedAvg and its rounds: a checked weighted mean, and a run that an interruption at any instant does not change."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from networks import images, unet, untouched
+from torch import Tensor, nn
+
+from shared_iopfl import federation
+from shared_iopfl.errors import InputError
+from shared_iopfl.federation import Federation, weighted_average
+from shared_iopfl.models import load_weights
+from shared_iopfl.tables import read_rows
+
+# ---- the weighted mean ----------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(1, 1000), min_size=1, max_size=6), st.integers(0, 99))
+@settings(max_examples=30, deadline=None)
+def test_average_is_the_mean_weighed_by_the_number_of_cases(counts, seed):
+    updates = {str(n): {"w": images(3, 2, seed=seed + n)} for n in range(len(counts))}
+    average = weighted_average(updates, {str(n): count for n, count in enumerate(counts)})
+    plain = sum(count * updates[str(n)]["w"].double() for n, count in enumerate(counts)) / sum(counts)
+    torch.testing.assert_close(average["w"].double(), plain, rtol=1e-6, atol=1e-6)
+
+
+def test_average_of_networks_keeps_types_and_takes_part_in_nothing():
+    """Floats are averaged, integer buffers are integers; equal networks stay equal; nothing aliases a site's own."""
+    updates = {site: dict(unet(n).state_dict()) for n, site in enumerate("AB")}
+    kept = copy.deepcopy(updates)
+    average = weighted_average(updates, {"A": 1, "B": 3})
+    assert list(average) == list(updates["A"])
+    assert [tensor.dtype for tensor in average.values()] == [tensor.dtype for tensor in updates["A"].values()]
+    same = weighted_average({"A": updates["A"], "B": copy.deepcopy(updates["A"])}, {"A": 2, "B": 5})
+    assert all(torch.equal(tensor, updates["A"][key]) for key, tensor in same.items())
+    for tensor in (*average.values(), *weighted_average({"A": updates["A"]}, {"A": 1}).values()):
+        tensor.add_(1)
+    assert all(torch.equal(tensor, kept[site][key]) for site in "AB" for key, tensor in updates[site].items())
+
+
+def test_half_precision_is_averaged_in_full():
+    """1024 equal half-precision values: summed in half precision, the mean would drift."""
+    updates = {str(n): {"w": torch.tensor([0.1], dtype=torch.half)} for n in range(1024)}
+    average = weighted_average(updates, dict.fromkeys(updates, 1))["w"]
+    assert average.dtype == torch.half
+    assert torch.equal(average, updates["0"]["w"])
+
+
+GOOD = {"w": torch.ones(2), "n": torch.tensor(3)}
+
+
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        ({"w": torch.ones(2)}, ["'n'"]),
+        ({**GOOD, "extra": torch.ones(1)}, ["'extra'"]),
+        ({**GOOD, "w": torch.ones(3)}, ["'w'", "(3,)", "(2,)"]),
+        ({**GOOD, "w": torch.tensor([1.0, torch.nan])}, ["'w'", "NaN"]),
+        ({**GOOD, "w": torch.tensor([1.0, -torch.inf])}, ["'w'", "infinite"]),
+    ],
+)
+def test_update_that_does_not_fit_names_the_site_and_the_key(wrong, words):
+    with pytest.raises(InputError) as error:
+        weighted_average({"HK": GOOD, "UCL": wrong, "ISBI": GOOD}, {"HK": 1, "UCL": 1, "ISBI": 1})
+    assert all(word in str(error.value) for word in ("'UCL'", *words))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("count", [0, -1, float("nan")])
+def test_site_without_cases_is_refused_by_name(count):
+    with pytest.raises(InputError, match="'UCL'"):
+        weighted_average({"HK": GOOD, "UCL": GOOD}, {"HK": 5, "UCL": count})
+
+
+def test_nothing_to_average_is_refused():
+    with pytest.raises(InputError, match="no site"):
+        weighted_average({}, {})
+
+
+# ---- rounds, with fake clients --------------------------------------------------------------------------------------
+
+
+class Interrupted(BaseException):
+    """As Ctrl-C or a lost machine would."""
+
+
+class Clock:
+    """Counts the instants of a run, and ends it at one of them."""
+
+    def __init__(self) -> None:
+        self.instant, self.end = 0, -1
+
+    def tick(self) -> None:
+        self.instant += 1
+        if self.instant == self.end:
+            raise Interrupted
+
+
+CLOCK = Clock()
+
+
+class FakeClient:
+    """A site whose local weights depend on the global ones, its own past and the round; and its personalised model."""
+
+    def __init__(self, bundle_root: str, site: str, local_epochs: int, overrides: Mapping[str, Any]) -> None:
+        self.site, self.overrides, self.cases = site, dict(overrides), 1 + len(site)
+        network = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+        self.algo = SimpleNamespace(trainer=SimpleNamespace(network=network))
+        self.epoch, self.scored = 0, 0
+        self.personalised = {key: tensor.clone() for key, tensor in network.state_dict().items()}
+
+    def train(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        CLOCK.tick()
+        self.epoch += 1
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.site}{self.epoch}".encode()))
+        update = {
+            key: 0.9 * tensor + 0.1 * torch.randn(tensor.shape, generator=generator)
+            if tensor.is_floating_point()
+            else tensor + 1
+            for key, tensor in weights.items()
+        }
+        for key, tensor in update.items():
+            own = self.personalised[key]
+            self.personalised[key] = own.lerp(tensor, 0.5) if tensor.is_floating_point() else tensor.clone()
+        CLOCK.tick()
+        return update
+
+    def metrics(self) -> dict[str, float]:
+        return {"train_loss": 1 / self.epoch}
+
+    def validate(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
+        CLOCK.tick()
+        return {"val_mean_dice": float(torch.sigmoid(weights["0.weight"].sum()))}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self.epoch, "personalised": self.personalised}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.epoch, self.personalised = state["epoch"], dict(state["personalised"])
+
+
+@pytest.fixture(autouse=True)
+def fakes(monkeypatch) -> None:
+    """Fake clients, and an instant before and after each file that is written."""
+
+    def ticking(write: Callable[..., None]) -> Callable[..., None]:
+        def ticked(*args: Any) -> None:
+            CLOCK.tick()
+            write(*args)
+            CLOCK.tick()
+
+        return ticked
+
+    monkeypatch.setattr(federation, "SiteClient", FakeClient)
+    for name in ("save_atomically", "write_rows", "write_json"):
+        monkeypatch.setattr(federation, name, ticking(getattr(federation, name)))
+    monkeypatch.setattr(CLOCK, "instant", 0)
+    monkeypatch.setattr(CLOCK, "end", -1)
+
+
+def make(folder: Path, **kwargs: Any) -> Federation:
+    return Federation("bundle", **{"sites": ["HK", "UCL"], "rounds": 3, "output_dir": str(folder), **kwargs})
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """All a run leaves that does not depend on the clock on the wall."""
+    rows = [row for row in read_rows(folder / "history.csv") if row["metric"] != "seconds"]
+    models = {path.name: load_weights(path) for path in sorted((folder / "models").glob("*.pt"))}
+    plain = {name: {key: tensor.tolist() for key, tensor in state.items()} for name, state in models.items()}
+    return {"history": rows, "models": plain, "scores": json.loads((folder / "models" / "scores.json").read_text())}
+
+
+def test_interrupted_at_any_instant_and_resumed_a_run_ends_as_an_undisturbed_one(tmp_path):
+    """Weights, personalised models, scores and the whole history, to the bit."""
+    make(tmp_path / "whole").run()
+    expected, instants = outcome(tmp_path / "whole"), CLOCK.instant
+    assert instants > 40
+    for end in range(1, instants + 1):
+        folder = tmp_path / str(end)
+        CLOCK.instant, CLOCK.end = 0, end
+        with pytest.raises(Interrupted):
+            make(folder).run()
+        CLOCK.end = -1
+        make(folder, resume=True).run()
+        assert outcome(folder) == expected, f"interrupted at instant {end}"
+
+
+def test_history_has_each_round_site_and_model_once(tmp_path):
+    """Local training every round; both models every val_interval rounds and at the end."""
+    make(tmp_path, rounds=5, val_interval=2).run()
+    rows = read_rows(tmp_path / "history.csv")
+    assert list(rows[0]) == ["round", "site", "model", "metric", "value"]
+    keys = [(int(row["round"]), row["site"], row["model"], row["metric"]) for row in rows]
+    assert len(set(keys)) == len(keys)
+    local = itertools.product(range(1, 6), ("HK", "UCL"), ("local",), ("train_loss", "seconds"))
+    scored = itertools.product((2, 4, 5), ("HK", "UCL"), ("global", "personalised"), ("val_mean_dice",))
+    assert set(keys) == {*local, *scored}
+    assert all(torch.isfinite(torch.tensor(float(row["value"]))) for row in rows)
+
+
+def test_global_model_is_the_weighted_average_of_each_rounds_updates(tmp_path):
+    """From the first global weights on, which all sites share and the seed decides."""
+    run = make(tmp_path, rounds=2, seed=3)
+    found = run.run()
+    start = make(tmp_path / "other", seed=3)
+    start.start()
+    weights, clients = start.weights, start.clients
+    for _ in range(2):
+        weights = weighted_average({s: c.train(weights) for s, c in clients.items()}, {"HK": 3, "UCL": 4})
+    assert all(torch.equal(tensor, weights[key]) for key, tensor in found.items())
+    published = load_weights(tmp_path / "models" / "model.pt")
+    assert all(torch.equal(tensor, weights[key]) for key, tensor in published.items())
+    other = make(tmp_path / "seed", seed=4)
+    other.start()
+    assert not torch.equal(other.weights["0.weight"], start.weights["0.weight"])
+
+
+def test_scores_are_the_mean_at_the_other_sites(tmp_path):
+    """A personalised model is not praised for its own site; the global model is scored at all."""
+    run = make(tmp_path, sites=["A", "BB", "CCC"], rounds=1)
+    weights = run.run()
+    scores = json.loads((tmp_path / "models" / "scores.json").read_text())
+    assert scores["global"] == pytest.approx(run.clients["A"].validate(weights)["val_mean_dice"])
+    assert scores["A"] == pytest.approx(run.clients["BB"].validate(run.clients["A"].personalised)["val_mean_dice"])
+    make(tmp_path / "alone", sites=["A"], rounds=1).run()
+    assert json.loads((tmp_path / "alone" / "models" / "scores.json").read_text())["A"] is None
+
+
+def test_clients_are_told_their_site_and_folders_and_random_state_is_left_alone(tmp_path):
+    run = make(tmp_path, overrides={"alpha": 0.3, "site": "x"}, local_epochs=2)
+    with untouched():
+        run.run()
+    overrides = run.clients["UCL"].overrides  # type: ignore[attr-defined]
+    assert overrides["site"] == "UCL"
+    assert overrides["alpha"] == 0.3
+    assert overrides["epochs"] == 6
+    assert overrides["ckpt_dir"] == str(tmp_path / "models")
+    assert overrides["output_dir"] != run.clients["HK"].overrides["output_dir"]  # type: ignore[attr-defined]
+
+
+def test_resume_goes_on_only_with_the_same_run_and_a_whole_file(tmp_path):
+    make(tmp_path).run()
+    for changed in ({"rounds": 9}, {"sites": ["HK", "ISBI"]}, {"seed": 1}, {"local_epochs": 2}):
+        with pytest.raises(InputError, match=f"begun with {next(iter(changed))}"):
+            make(tmp_path, resume=True, **changed).run()
+    (tmp_path / "federation.pt").write_bytes(b"half")
+    with pytest.raises(InputError, match=r"federation\.pt"):
+        make(tmp_path, resume=True).run()
+    torch.save({"something": "else"}, tmp_path / "federation.pt")
+    with pytest.raises(InputError, match=r"federation\.pt"):
+        make(tmp_path, resume=True).run()
+    make(tmp_path).run()  # without resume it starts anew
+    make(tmp_path / "new", resume=True).run()  # with nothing to resume it starts
+
+
+def test_runs_that_cannot_be_are_refused(tmp_path):
+    runs: list[dict[str, Any]] = [
+        {"sites": "HK"},
+        {"sites": []},
+        {"sites": ["HK"] * 2},
+        {"rounds": 0},
+        {"local_epochs": 0},
+    ]
+    for wrong in runs:
+        with pytest.raises(InputError, match=next(iter(wrong))):
+            make(tmp_path, **wrong)
+
+
+def test_bad_update_ends_the_run_and_the_last_good_round_stays(tmp_path, monkeypatch):
+    """NaN from one site is named; resumed without the fault, the run ends as if nothing had happened."""
+    make(tmp_path / "whole").run()
+    train = FakeClient.train
+
+    def poisoned(self: FakeClient, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        update = train(self, weights)
+        return {**update, "0.bias": update["0.bias"] * torch.nan} if (self.site, self.epoch) == ("UCL", 2) else update
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FakeClient, "train", poisoned)
+        with pytest.raises(InputError, match=r"'UCL'.*'0\.bias'"):
+            make(tmp_path / "run").run()
+    make(tmp_path / "run", resume=True).run()
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")

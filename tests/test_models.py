@@ -1,0 +1,179 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Model files: whole or not at all, read without running anything in them, and wrong ones named in one line."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ignite.engine import Engine
+from networks import unet
+
+from shared_iopfl.errors import InputError
+from shared_iopfl.models import (
+    CheckedCheckpointLoader,
+    load_experts,
+    load_scores,
+    load_weights,
+    model_path,
+    save_atomically,
+)
+
+STATE = {"weight": torch.arange(3.0), "count": torch.tensor(2)}
+
+
+class Hostile:
+    """Unpickled, it would make the file it is told to."""
+
+    def __init__(self, proof: Path) -> None:
+        self.proof = proof
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.proof),)
+
+
+def one_line(path: Path) -> str:
+    """The message of the `InputError` that reading raises; one line, with the file in it."""
+    with pytest.raises(InputError) as error:
+        load_weights(path)
+    assert "\n" not in str(error.value)
+    assert str(path) in str(error.value)
+    return str(error.value)
+
+
+def test_weights_come_back_as_they_were_saved(tmp_path):
+    save_atomically(STATE, tmp_path / "new" / "model.pt")
+    loaded = load_weights(tmp_path / "new" / "model.pt")
+    assert list(loaded) == list(STATE)
+    assert all(torch.equal(loaded[key], STATE[key]) and loaded[key].dtype == STATE[key].dtype for key in STATE)
+
+
+def test_others_may_read_what_the_umask_lets_them(tmp_path):
+    """Published models are no secret of the user who wrote them, as a temporary file's 0600 would have it."""
+    old = os.umask(0o022)
+    try:
+        save_atomically(STATE, tmp_path / "model.pt")
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE((tmp_path / "model.pt").stat().st_mode) == 0o644
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt(), RuntimeError("disk\nfull"), OSError(28, "No space left")])
+def test_failed_save_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, failure):
+    save_atomically(STATE, tmp_path / "model.pt")
+
+    def fail(content: Any, path: Path) -> None:
+        Path(path).write_bytes(b"half a fi")
+        raise failure
+
+    monkeypatch.setattr(torch, "save", fail)
+    kind = KeyboardInterrupt if isinstance(failure, KeyboardInterrupt) else InputError
+    with pytest.raises(kind) as error:
+        save_atomically({"weight": torch.zeros(3)}, tmp_path / "model.pt")
+    assert "\n" not in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
+    assert torch.equal(load_weights(tmp_path / "model.pt")["weight"], STATE["weight"])
+
+
+def test_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="file"):
+        save_atomically(STATE, tmp_path / "file" / "model.pt")
+
+
+def test_missing_and_broken_files_end_in_one_line(tmp_path):
+    assert "no model" in one_line(tmp_path / "model.pt")
+    (tmp_path / "folder.pt").mkdir()
+    assert "no model" in one_line(tmp_path / "folder.pt")
+    save_atomically(STATE, tmp_path / "whole.pt")
+    content = (tmp_path / "whole.pt").read_bytes()
+    broken = {"empty": b"", "text": b"hello", "half": content[: len(content) // 2], "zip": b"PK\3\4" * 9}
+    for name, wrong in broken.items():
+        (tmp_path / f"{name}.pt").write_bytes(wrong)
+        assert "cannot read" in one_line(tmp_path / f"{name}.pt")
+
+
+@pytest.mark.parametrize("content", [[torch.ones(1)], {"model": STATE}, {"w": 3.0}, torch.ones(2), {1: torch.ones(1)}])
+def test_what_is_no_plain_state_dict_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / "model.pt")
+    assert "state_dict" in one_line(tmp_path / "model.pt")
+
+
+def test_nothing_in_a_file_is_executed(tmp_path):
+    """A pickle that would run code, plain or in torch's own format, is refused and does not run."""
+    proof = tmp_path / "executed"
+    Hostile(proof).__reduce__()[0](str(proof))
+    proof.rmdir()  # it would work
+    torch.save({"weight": Hostile(proof)}, tmp_path / "new.pt")
+    torch.save({"weight": Hostile(proof)}, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Hostile(proof)))
+    for name in ("new", "legacy", "plain"):
+        message = one_line(tmp_path / f"{name}.pt")
+        assert "weights_only" not in message, "torch's advice to trust the file is not ours"
+    assert not proof.exists()
+
+
+def test_experts_of_a_folder(tmp_path):
+    """Every model_<site>.pt, in order, but neither the global model nor others' files; or those asked for."""
+    assert load_experts(str(tmp_path)) == {}
+    assert load_experts(str(tmp_path / "missing")) == {}
+    for name in ("model", "model_UCL", "model_BIDMC", "model_ISBI_1.5", ".model_half", "other"):
+        save_atomically(STATE, tmp_path / f"{name}.pt")
+    assert list(load_experts(str(tmp_path))) == ["BIDMC", "ISBI_1.5", "UCL"]
+    assert list(load_experts(str(tmp_path), ["UCL", "BIDMC"])) == ["UCL", "BIDMC"]
+    assert list(load_experts(str(tmp_path), "UCL")) == ["UCL"]
+    with pytest.raises(InputError, match=r"model_HK\.pt"):
+        load_experts(str(tmp_path), ["HK"])
+
+
+def test_paths_of_models():
+    folder = "models"
+    for name in ("global", "routed", "soup", "paper"):
+        assert model_path(folder, name, "HK") == str(Path(folder, "model.pt"))
+    assert model_path(folder, "personalised", "HK") == str(Path(folder, "model_HK.pt"))
+    assert model_path(folder, "BIDMC", "HK") == str(Path(folder, "model_BIDMC.pt"))
+
+
+def test_scores_of_a_folder(tmp_path):
+    """What was published, without the experts that have none; None where nothing was; one line where it is broken."""
+    assert load_scores(str(tmp_path)) is None
+    (tmp_path / "scores.json").write_text('{"global": 0.8, "A": null}')
+    assert load_scores(str(tmp_path)) == {"global": 0.8}
+    for content in ('{"global": 0.8', "[1]", '{"global": []}'):
+        (tmp_path / "scores.json").write_text(content)
+        with pytest.raises(InputError, match=r"scores\.json"):
+            load_scores(str(tmp_path))
+
+
+def test_checkpoint_loader_loads_at_the_start_of_a_run(tmp_path):
+    network = unet(0)
+    save_atomically(unet(1).state_dict(), tmp_path / "model.pt")
+    engine = Engine(lambda engine, batch: None)
+    CheckedCheckpointLoader(str(tmp_path / "model.pt"), network).attach(engine)
+    engine.run([0])
+    assert all(torch.equal(a, b) for a, b in zip(network.state_dict().values(), unet(1).state_dict().values()))
+
+
+def test_checkpoint_loader_names_file_and_key_and_leaves_the_network(tmp_path):
+    network = unet(0)
+    path = str(tmp_path / "model.pt")
+    save_atomically(unet(1, outputs=3).state_dict(), path)
+    with pytest.raises(InputError) as error:
+        CheckedCheckpointLoader(path, network)(Engine(lambda engine, batch: None))
+    assert path in str(error.value)
+    assert "model.2.conv.weight" in str(error.value)
+    assert all(torch.equal(a, b) for a, b in zip(network.state_dict().values(), unet(0).state_dict().values()))
