@@ -132,9 +132,8 @@ class Pelvis:
         self.random_state = random_state
         axes = [((np.arange(n) + 0.5) / n - 0.5) * extent for n, extent in zip(size, FIELD_OF_VIEW)]
         grid = np.meshgrid(*axes, indexing="ij")
-        bend = (5.0, 5.0, 2.0)
         self.x, self.y, self.z = (
-            (place + amount * self.noise(4, 4, 2)).astype(np.float32) for place, amount in zip(grid, bend)
+            (place + amount * self.noise(4, 4, 2)).astype(np.float32) for place, amount in zip(grid, (5, 5, 2))
         )
         self.edge = 0.35 * FIELD_OF_VIEW[0] / size[0]  # mm: a boundary takes about one voxel
         self.image = np.zeros(self.size, np.float32)
@@ -208,8 +207,7 @@ def _draw_surroundings(pelvis: Pelvis, style: ProstateStyle) -> None:
         pelvis.paint(pelvis.ellipsoid((side * vary(42, 46), 2, 0), (7, 42, 60), -12 * side), muscle)  # obturator
     # Veins and small vessels in the fat: bright dots that no threshold tells from gland.
     veins = pelvis.noise(30, 30, max(2, pelvis.size[2] // 2))
-    around = pelvis.ellipsoid((0, style.position, 4), (36, 34, 22))
-    pelvis.paint(np.maximum(around, 8 * (0.65 - veins)), style.fluid)
+    pelvis.paint(np.maximum(pelvis.ellipsoid((0, style.position, 4), (36, 34, 22)), 8 * (0.65 - veins)), style.fluid)
     if pelvis.random_state.rand() < 0.3:  # the bulb of the penis: gland-like, below the gland
         pelvis.paint(pelvis.ellipsoid((0, style.position, -24), (11, 9, 8)), pelvis.texture(style.peripheral, 0.2, 40))
 
@@ -224,10 +222,9 @@ def _draw_organs(pelvis: Pelvis, style: ProstateStyle) -> tuple[np.ndarray, np.n
 
     # The rectum narrows to the anal canal below, and lies behind the prostate, which it dents.
     radius = style.rectum * vary(0.85, 1.15)
-    narrow = 0.35 + 0.65 / (1 + np.exp(-(pelvis.z + 15) / 2.5))
     behind = centre[1] + half[1] + radius - style.press * vary(0.6, 1.4)
     across = np.hypot(pelvis.x - centre[0] - vary(-3, 3), (pelvis.y - behind) / vary(0.9, 1.1))
-    rectum = across - radius * narrow
+    rectum = across - radius * (0.35 + 0.65 / (1 + np.exp(-(pelvis.z + 15) / 2.5)))
     wall = vary(2, 3.5)
 
     levator = pelvis.ellipsoid((centre[0], centre[1] + 14, -26), (half[0] + 7, half[1] + 24, 34))
