@@ -2,11 +2,16 @@
 # The whole chain on synthetic sites: four federate and personalise, the fifth is routed. ./demo.sh [prostate|fundus]
 source "$(dirname "$0")/.ci/venv.sh"
 task=${1:-prostate}
-case $task in prostate | fundus) ;; *) echo "error: unknown task '$task': prostate or fundus" >&2; exit 1 ;; esac
+case $task in
+    prostate) settings=(--rounds 15 --passes 8) ;;
+    fundus) settings=(--rounds 15 --passes 4) ;;
+    *) echo "error: unknown task '$task': prostate or fundus" >&2; exit 1 ;;
+esac
 out=demo_output/$task
 rm -rf "$out"
-.venv/bin/python -m shared_iopfl phantoms "$task" --output_dir "$out/sites"
+.venv/bin/python -m shared_iopfl phantoms "$task" --output_dir "$out/sites" --cases 12
 .venv/bin/python -m monai.bundle run --config_file "bundles/${task}_iopfl/configs/federate.json" \
     --bundle_root "bundles/${task}_iopfl" --dataset_dir "$out/sites" --output_dir "$out" \
-    --sites "['A','B','C','D']" --outside_sites "['E']" --image_size 64 --features 8 --rounds 12 --val_interval 3
+    --sites "['A','B','C','D']" --outside_sites "['E']" --fractions "[0.5,0.15,0.35]" \
+    --image_size 64 --features 8 --val_interval 3 "${settings[@]}"
 echo "report: $out/report.html"

@@ -23,10 +23,32 @@ from monai.utils import convert_to_dst_type, convert_to_tensor, ensure_tuple_rep
 
 from shared_iopfl.errors import InputError
 
-__all__ = ["BACKGROUND", "DecodeMask", "DecodeMaskd", "EncodeMask", "EncodeMaskd", "EnforceNesting", "EnforceNestingd"]
+__all__ = [
+    "BACKGROUND",
+    "DecodeMask",
+    "DecodeMaskd",
+    "EncodeMask",
+    "EncodeMaskd",
+    "EnforceNesting",
+    "EnforceNestingd",
+    "coding_of",
+]
 
 BACKGROUND = "background"  # the one name in a coding that is no target
 Coding = Mapping[str, Sequence[int]]
+
+
+def coding_of(site: str, coding: Coding | str | Mapping[str, Coding | str], default: str = "index") -> Coding | str:
+    """The coding of one site's masks, for `DecodeMaskd`.
+
+    Args:
+        site: the site's name.
+        coding: one coding, or its name, for all sites; or a dictionary of these by site.
+        default: the coding of sites that such a dictionary leaves out.
+    """
+    if isinstance(coding, str) or BACKGROUND in coding:
+        return coding  # type: ignore[return-value]
+    return coding.get(site, default)  # type: ignore[return-value]
 
 
 class DecodeMask(Transform):
