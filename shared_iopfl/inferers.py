@@ -34,6 +34,7 @@ __all__ = ["StackInferer", "TestTimeRoutingInferer", "from_stack", "to_stack"]
 
 Mode = Literal["episodic", "site", "off"]
 Network = Callable[[Tensor], Tensor]
+SITE_SLICES = 128  # of all its scans, for the statistics of a site's network: one forward's memory
 
 
 def to_stack(volume: Tensor, slices: int = 3) -> Tensor:
@@ -169,24 +170,17 @@ class TestTimeRoutingInferer(StackInferer):
 
         Returns:
             Logits (N, C, *spatial), and a report: ``decision`` ("start" or "adapted"), ``reason``, ``experts``,
-            ``layers``, ``routes`` (layers x experts), ``seconds``, and where it was adapted ``objective_start``,
-            ``objective_end`` and ``agreement``.
+            ``layers``, ``routes`` (layers x experts), ``statistics`` (the share of the scan's own), ``shift`` where it
+            was measured, ``seconds``, and where it was adapted ``objective_start``, ``objective_end``, ``agreement``.
         """
         began = time.perf_counter()
         with torch.inference_mode(False), torch.no_grad():
             stack = stack.clone()  # an inference tensor could not take part in adaptation
-            routed = self._routed(network)
-            routed.start_from(self._start([stack], network))
-            logits = self._predict(stack, routed)
-            report: dict[str, Any] = {
-                "decision": "start",
-                "reason": "no adaptation asked for",
-                "experts": list(routed.experts),
-                "layers": list(routed.layers),
-                "routes": routed.last_routes().tolist(),
-            }
+            some = _evenly(stack, self.settings.adapt_slices)
+            routed, report = self._begin([some], network)
+            logits = self._predict(stack, self._settled(routed, some))
+            report["routes"] = routed.last_routes().tolist()
             if self.settings.steps > 0:
-                some = _evenly(stack, self.settings.adapt_slices)
                 logits = self._adapt_guarded(routed, some, stack, logits, report)
             routed.reset()
         report["seconds"] = round(time.perf_counter() - began, 3)
@@ -203,34 +197,65 @@ class TestTimeRoutingInferer(StackInferer):
             A report as from :meth:`route_scan`, for the site as a whole. The network is :attr:`site_network`.
 
         Raises:
-            InputError: where the settings leave no plain network (routes a sample, the scans' own statistics).
+            InputError: where the settings leave no plain network (routes a sample or a volume).
         """
         settings = self.settings
-        if settings.per != "layer" or settings.statistics > 0:
-            raise InputError("mode 'site' makes one plain network: it needs per='layer' and statistics=0.")
+        if settings.per != "layer":
+            raise InputError("mode 'site' makes one plain network: it needs per='layer'.")
         with self._lock, torch.inference_mode(False), torch.no_grad():
             began = time.perf_counter()
-            stacks = [stack.clone() for batch in scans for stack in self._split(batch)]
-            if not stacks:
+            samples = [_evenly(stack, settings.adapt_slices).clone() for batch in scans for stack in self._split(batch)]
+            if not samples:
                 raise InputError("mode 'site' needs at least one scan of the site; got none.")
-            routed = self._routed(network)
-            routed.start_from(self._start(stacks, network))
-            some = torch.cat([_evenly(stack, settings.adapt_slices) for stack in stacks])
-            start = self._predict(some, routed)
-            report: dict[str, Any] = {
-                "decision": "start",
-                "reason": "no adaptation asked for",
-                "experts": list(routed.experts),
-                "layers": list(routed.layers),
-                "routes": routed.last_routes().tolist(),
-                "scans": len(stacks),
-            }
+            routed, report = self._begin(samples, network)
+            some = _evenly(torch.cat(samples), SITE_SLICES)
+            start = self._predict(some, self._settled(routed, some))
+            report.update(routes=routed.last_routes().tolist(), scans=len(samples))
             if settings.steps > 0:
                 self._adapt_guarded(routed, some, some, start, report)
-            self.site_network = collapse(routed).eval()
+            site = self._settled(routed, some)
+            assert not isinstance(site, RoutedNetwork)
+            self.site_network = site
             routed.reset()
             report["seconds"] = round(time.perf_counter() - began, 3)
         return report
+
+    def _begin(self, samples: Sequence[Tensor], network: nn.Module) -> tuple[RoutedNetwork, dict[str, Any]]:
+        """The routed network at its start for some slices of a scan, or of each of a site's; and the report so far."""
+        settings, experts = self.settings, self._space(network)
+        routed = self._routed(network)
+        report: dict[str, Any] = {
+            "decision": "start",
+            "reason": "no adaptation asked for",
+            "experts": list(routed.experts),
+            "layers": list(routed.layers),
+        }
+        dial = settings.statistics > 0 and settings.shift_scale > 0
+        distances = torch.zeros(len(experts))
+        if settings.start == "distance" or dial:
+            measured = [distribution_distance(network, experts, some.split(self.batch_size)) for some in samples]
+            distances = torch.stack(measured).mean((0, 2))
+        routes = self._start(distances, list(experts))
+        statistics = settings.statistics
+        if dial:
+            shift = float(routes @ distances)
+            statistics *= shift / (shift + settings.shift_scale)
+            report["shift"] = round(shift, 4)
+        report["statistics"] = round(statistics, 4)
+        routed.start_from(routes)
+        routed.set_statistics(statistics)
+        return routed, report
+
+    def _settled(self, routed: RoutedNetwork, some: Tensor) -> nn.Module:
+        """The plain network that a routed one is for a scan, known by some of its slices; plain speed, any batch size.
+
+        Where the routes themselves depend on the slice (``per`` sample or volume) it stays as it is.
+        """
+        if self.settings.per != "layer":
+            return routed
+        if self.settings.statistics > 0:
+            routed(some)
+        return collapse(routed).eval()
 
     def _routed(self, network: nn.Module) -> RoutedNetwork:
         """The routed copy of `network`, built once and again only when its weights have changed."""
@@ -247,7 +272,6 @@ class TestTimeRoutingInferer(StackInferer):
             random=settings.start == "random",
             route_norms=settings.route_norms,
             affine=settings.affine,
-            statistics=settings.statistics,
             dropout=settings.dropout,
             seed=self.seed,
         )
@@ -257,20 +281,16 @@ class TestTimeRoutingInferer(StackInferer):
     def _space(self, network: nn.Module) -> dict[str, Mapping[str, Tensor]]:
         return {"global": network.state_dict(), **self.experts}
 
-    def _start(self, stacks: Sequence[Tensor], network: nn.Module) -> Tensor:
-        """The starting routes (E,) for one scan, or for all of a site's."""
-        experts = self._space(network)
+    def _start(self, distances: Tensor, experts: Sequence[str]) -> Tensor:
+        """The starting routes (E,)."""
         if self.settings.start == "distance":
-            distances = torch.stack(
-                [distribution_distance(network, experts, stack.split(self.batch_size)) for stack in stacks]
-            )
             scores = None
             if self.scores and self.settings.trust:
                 missing = next((name for name in experts if name not in self.scores), None)
                 if missing is not None:
                     raise InputError(f"trust needs a score of every expert: add one of '{missing}', or give trust=0.")
                 scores = [self.scores[name] for name in experts]
-            return distance_routes(distances.mean(0), self.settings.temperature, scores, self.settings.trust)
+            return distance_routes(distances, self.settings.temperature, scores, self.settings.trust)
         if self.settings.start == "global":
             routes = torch.full((len(experts),), 1e-3)
             routes[0] = 1 - 1e-3 * (len(experts) - 1)
@@ -300,7 +320,7 @@ class TestTimeRoutingInferer(StackInferer):
         before = self._objective_value(routed, some)
         self._adapt(routed, some)
         after = self._objective_value(routed, some)
-        logits = self._predict(stack, routed)
+        logits = self._predict(stack, self._settled(routed, some))
         agreement = self._agreement(start, logits)
         report.update(objective_start=before, objective_end=after, agreement=agreement)
         if not (torch.isfinite(logits).all() and math.isfinite(after)):

@@ -107,6 +107,7 @@ class RoutedBatchNorm(RoutedLayer):
     """
 
     statistics: float = 0.0
+    last_statistics: tuple[Tensor, Tensor] | None = None  # mean and variance (C,) of the last forward that blended
 
     @property
     def eps(self) -> float:
@@ -122,6 +123,7 @@ class RoutedBatchNorm(RoutedLayer):
             batch_var, batch_mean = torch.var_mean(wide, dim=dims, correction=0)
             mean = batch_mean[None] if mean is None else torch.lerp(mean, batch_mean[None], blend)
             var = batch_var[None] if var is None else torch.lerp(var, batch_var[None], blend)
+            self.last_statistics = (mean.detach().mean(0), var.detach().mean(0))
         scale = torch.rsqrt(var + self.eps)
         if "weight" in weights:
             scale = scale * weights["weight"]
@@ -130,6 +132,16 @@ class RoutedBatchNorm(RoutedLayer):
             shift = shift + weights["bias"]
         shape = (*scale.shape, *(1,) * (inputs.ndim - 2))
         return torch.addcmul(shift.reshape(shape), wide, scale.reshape(shape)).to(inputs.dtype)
+
+    def plain(self, routes: Tensor) -> nn.Module:
+        """The plain batch norm; where it blends, with the statistics of the last forward in place of running ones."""
+        layer = super().plain(routes)
+        if self.statistics > 0:
+            if self.last_statistics is None:
+                raise InputError("to collapse blended statistics, run the images they are to be those of first.")
+            for name, value in zip(("running_mean", "running_var"), self.last_statistics):
+                layer.get_buffer(name).copy_(value)
+        return layer
 
 
 class RoutedNetwork(nn.Module):
@@ -172,6 +184,8 @@ class RoutedNetwork(nn.Module):
                     parameter.copy_(self._fresh[name])
         for layer in self._routed:
             layer.last_routes = None
+            if isinstance(layer, RoutedBatchNorm):
+                layer.last_statistics = None
 
     def set_statistics(self, statistics: float) -> None:
         """Normalise with running (0), the image's own (1) or blended batch statistics."""
@@ -287,12 +301,16 @@ def _input_channels(layer: nn.Module) -> int | None:
 def collapse(network: RoutedNetwork, routes: Tensor | None = None) -> nn.Module:
     """The plain network that a routed one is under one set of routes: same output, same class, exports as usual.
 
+    Where it blends the images' own statistics into the running ones, those of its last forward are kept: the output is
+    the same for those images, and no longer depends on what shares a batch.
+
     Args:
-        network: the routed network; its batch norm must use running statistics, which a plain network has too.
+        network: the routed network.
         routes: (E,) or (L, E); default: the routes of the last forward (the start before any).
+
+    Raises:
+        InputError: where it blends statistics and there was no forward since its last reset.
     """
-    if any(isinstance(layer, RoutedBatchNorm) and layer.statistics > 0 for layer in network._routed):
-        raise InputError("cannot collapse a network that normalises with the image's own statistics; use running ones.")
     table = network.last_routes() if routes is None else routes.expand(len(network.layers), len(network.experts))
     plain: dict[int, nn.Module] = {id(layer): layer.plain(row) for layer, row in zip(network._routed, table)}
     return copy_network(network.network, plain)

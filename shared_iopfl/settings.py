@@ -36,6 +36,9 @@ class RoutingSettings:
         activation: "softmax", or (the paper) "sigmoid"; normalised either way.
         route_norms: mix the norm layers as well; False keeps the global model's (the paper).
         statistics: batch norm with running (0), the scan's own (1) or blended statistics.
+        shift_scale: the dial: of `statistics` only the part ``shift / (shift + shift_scale)`` is used, the shift being
+            the scan's distance from the experts as the starting routes weigh them. No shift: the running statistics;
+            a large one: the scan's own. 0 switches the dial off and uses `statistics` as it is.
         affine: adaptation may shift the norm layers' weight and bias.
         steps: optimiser steps of adaptation; 0 predicts from the starting routes.
         learning_rate: of Adam.
@@ -43,7 +46,7 @@ class RoutingSettings:
         consistency, entropy, shape: weights of the objective's terms.
         window: of the shape constraint, as a fraction of the image side.
         noise, intensity: strength of the drawn views.
-        adapt_slices: adapt on at most this many slices, evenly spaced over the volume.
+        adapt_slices: measure and adapt on at most this many slices, evenly spaced over the volume.
         average_views: average the prediction over all views that fit the anatomy.
         agreement: guard: the adapted mask must have at least this Dice with the starting one.
     """
@@ -54,7 +57,8 @@ class RoutingSettings:
     per: Literal["sample", "volume", "layer"] = "layer"
     activation: Activation = "softmax"
     route_norms: bool = True
-    statistics: float = 0.0
+    statistics: float = 1.0
+    shift_scale: float = 0.05
     affine: bool = False
     steps: int = 0
     learning_rate: float = 1e-3
@@ -65,7 +69,7 @@ class RoutingSettings:
     window: float = 21 / 384
     noise: float = 0.1
     intensity: float = 0.1
-    adapt_slices: int = 8
+    adapt_slices: int = 16
     average_views: bool = True
     agreement: float = 0.9
 
@@ -87,6 +91,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "temperature": (1e-3, math.inf),
     "trust": (0, math.inf),
     "statistics": (0, 1),
+    "shift_scale": (0, math.inf),
     "steps": (0, math.inf),
     "learning_rate": (0, math.inf),
     "dropout": (0, 0.99),
@@ -111,6 +116,7 @@ PRESETS: dict[str, RoutingSettings] = {
         activation="sigmoid",
         route_norms=False,
         statistics=1.0,
+        shift_scale=0.0,
         affine=True,
         steps=10,
         dropout=0.2,
@@ -124,8 +130,8 @@ PRESETS: dict[str, RoutingSettings] = {
         agreement=0.0,
     ),
     # the uniform mixture of the routing space as it stands
-    "soup": RoutingSettings(start="uniform", average_views=False),
-    # distance routes, then a careful refinement of the routes alone
+    "soup": RoutingSettings(start="uniform", statistics=0.0, average_views=False),
+    # the default, then a careful refinement of the routes alone
     "adapted": RoutingSettings(steps=10, learning_rate=1e-2),
 }
 

@@ -41,6 +41,9 @@ LEARNT = {"steps": 3, "learning_rate": 0.1, "agreement": 0.0, "consistency": 0.0
 
 
 def routing(name: str = "default", overrides: Mapping[str, Any] | None = None, **kwargs: Any) -> TestTimeRoutingInferer:
+    """Running statistics unless told otherwise: most properties are about routes, not about the shift dial."""
+    if name in ("default", "adapted"):
+        overrides = {"statistics": 0.0, **(overrides or {})}
     return TestTimeRoutingInferer(experts(2), settings=preset(name, overrides), **{"flips": [0], **kwargs})
 
 
@@ -229,6 +232,65 @@ def test_mask_does_not_depend_on_the_batch_size(overrides):
     overrides = {"start": "random", **overrides}
     whole, parts = (routing(overrides=overrides, batch_size=size)(volume(5), unet()) for size in (5, 2))
     torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-5)
+
+
+# ---- the shift dial -------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_dial_turns_with_the_shift():
+    """The further a scan's features from what the experts remember, the more of its own statistics are used."""
+    near, far = volume(4), 10 * volume(4)
+    network = unet().train()
+    for _ in range(100):  # its batch norms remember scans like the near one
+        network(to_stack(near[0]))
+    network.eval()
+    space = {"a": network.state_dict()}
+    inferer = TestTimeRoutingInferer(space, settings=preset("default"))
+    for scan in (near, far):
+        inferer(scan, network)
+    one, other = inferer.reports
+    assert 0 <= one["shift"] < 0.01 < other["shift"]
+    assert one["statistics"] < 0.2 < other["statistics"] < 1
+    for report in (one, other):
+        assert report["statistics"] == pytest.approx(report["shift"] / (report["shift"] + 0.05), abs=2e-3)
+
+
+@torch.no_grad()
+def test_without_a_scale_the_dial_is_off():
+    inferer = routing(overrides={"statistics": 0.5, "shift_scale": 0.0, "start": "uniform"})
+    inferer(volume(4), unet())
+    assert inferer.reports[0]["statistics"] == 0.5
+    assert "shift" not in inferer.reports[0]
+
+
+@torch.no_grad()
+def test_prediction_uses_the_statistics_of_the_whole_scan():
+    """With the scan's own statistics alone, the mask is that of the soup in torch's training mode on the whole scan."""
+    overrides = {"statistics": 1.0, "shift_scale": 0.0, "start": "uniform", "average_views": False}
+    scan, network = volume(5), unet()
+    logits = routing(overrides=overrides, batch_size=2)(scan, network)
+    space = [network.state_dict(), *experts(2).values()]
+    soup = unet()
+    soup.load_state_dict({k: torch.stack([s[k].float() for s in space]).mean(0) for k in space[0]})
+    for layer in soup.modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            layer.track_running_stats, layer.running_mean, layer.running_var = False, None, None
+    expected = StackInferer(batch_size=5)(scan, soup)
+    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_site_network_keeps_the_sites_statistics():
+    """In mode "site" the blended statistics are baked in: a plain network, the same for every batch size."""
+    inferer = routing(overrides={"statistics": 1.0, "average_views": False}, mode="site")
+    report = inferer.fit([3 * volume(4), 3 * volume(3, seed=1)], unet())
+    assert 0 < report["statistics"] < 1
+    site = inferer.site_network
+    assert site is not None
+    assert set(site.state_dict()) == set(unet().state_dict())
+    one = StackInferer(batch_size=1)(volume(5), site)
+    torch.testing.assert_close(inferer(volume(5), unet()), one, rtol=1e-4, atol=1e-5)
 
 
 # ---- nothing leaks --------------------------------------------------------------------------------------------------
@@ -504,7 +566,7 @@ def test_refused_site_adaptation_leaves_the_start(monkeypatch):
 
 
 def test_site_mode_refuses_what_leaves_no_plain_network():
-    for overrides in ({"per": "sample"}, {"per": "volume"}, {"statistics": 0.5}):
+    for overrides in ({"per": "sample"}, {"per": "volume"}):
         with pytest.raises(InputError, match="per='layer'"):
             routing(overrides=overrides, mode="site").fit([volume(2)], unet())
     with pytest.raises(InputError, match="at least one scan"):

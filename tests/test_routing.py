@@ -305,9 +305,20 @@ def test_collapse_and_deep_copy_after_a_forward_with_gradient():
     assert torch.allclose(plain(scan), routed(scan), rtol=1e-4, atol=1e-5)
 
 
-def test_collapse_refuses_the_images_own_statistics():
+def test_collapse_keeps_the_statistics_of_the_last_forward():
+    """Before any forward there are none to keep; after it, the plain network gives the same for the same images."""
+    routed = route(unet(), experts(2), statistics=0.5)
     with pytest.raises(InputError, match="statistics"):
-        collapse(route(unet(), experts(2), statistics=0.5))
+        collapse(routed)
+    batch = images(4, 3, 32, 32)
+    with torch.no_grad():
+        expected = routed(batch)
+        plain = collapse(routed)
+        torch.testing.assert_close(plain(batch), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(plain(batch[:1]), expected[:1], rtol=1e-4, atol=1e-5)
+    routed.reset()
+    with pytest.raises(InputError, match="statistics"):
+        collapse(routed)
 
 
 @torch.no_grad()
