@@ -103,7 +103,7 @@ def distribution_distance(
 
 
 def distance_routes(
-    distances: Tensor, temperature: float = 0.3, scores: Sequence[float] | None = None, trust: float = 0.0
+    distances: Tensor, temperature: float = 1.0, scores: Sequence[float] | None = None, trust: float = 0.0
 ) -> Tensor:
     """Routes that lean on the nearest experts: ``softmax(-z / temperature + 100 * trust * score)``.
 

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Where the optic disc is in a photograph of the whole fundus, and the crop around it that the networks expect.
+"""Where the optic disc is in a photograph of the whole fundus, or in a crop of one.
 
 The locator is classical and needs no training. In a small copy of the picture it
 1. tells the field of view from the dark around it: a dark border all round means a whole photograph;
@@ -21,20 +21,17 @@ The locator is classical and needs no training. In a small copy of the picture i
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from monai.config import KeysCollection
-from monai.data import MetaTensor
-from monai.transforms import Crop, InvertibleTransform, MapTransform
 from monai.utils import convert_to_tensor
 from scipy import fft, ndimage
 
-from shared_iopfl.errors import InputError
+from shared_iopfl.field_of_view import field_of_view, is_bordered, is_reddish
 
-__all__ = ["CropToDiscd", "Disc", "find_disc"]
+__all__ = ["Disc", "find_disc"]
 
 MOST_OBLONG = 4  # a picture longer than this many times its width is no fundus photograph
 FIELD = 400  # side, in pixels, of the copy in which a whole field of view is searched
@@ -89,10 +86,10 @@ def find_disc(image: torch.Tensor | np.ndarray) -> Disc:
     if shape.max() > MOST_OBLONG * shape.min() or not torch.isfinite(picture).all():
         return nothing
     glance = _resize(picture, min(1.0, 256 / shape.max()))
-    field = _field_of_view(glance)
-    if not field.any() or not _reddish(glance[field]):
+    field = field_of_view(glance)
+    if not field.any() or not is_reddish(glance[field]):
         return nothing
-    bordered = _bordered(field)
+    bordered = is_bordered(field)
     lit = [
         slice(int(a.min() * z), int(np.ceil((a.max() + 1) * z))) for a, z in zip(field.nonzero(), shape / field.shape)
     ]
@@ -115,36 +112,6 @@ def _resize(picture: torch.Tensor, zoom: float) -> np.ndarray:
     return torch.nn.functional.interpolate(picture[None], size=size, mode=mode)[0].permute(1, 2, 0).numpy()
 
 
-def _field_of_view(rgb: np.ndarray) -> np.ndarray:
-    """The largest bright area without its holes: what the camera saw, without the dark around it."""
-    bright = rgb.max(axis=-1)
-    full = np.percentile(bright, 98)
-    # scanned or brightened photographs have a grey border: what the darkest corner shows is no light yet
-    black = min(*(np.percentile(corner, 98) for corner in _corners(bright)), 0.08 * full)
-    inside = ndimage.binary_opening(bright > max(black + 0.05 * (full - black), 1e-6))
-    areas, count = ndimage.label(inside)
-    if count == 0:
-        return inside
-    largest = 1 + np.argmax(np.bincount(areas.ravel())[1:])
-    return ndimage.binary_fill_holes(areas == largest)
-
-
-def _reddish(pixels: np.ndarray) -> bool:
-    """Whether red is the strongest colour, as in every colour photograph of a fundus; grey ones get the doubt."""
-    red, green, blue = pixels.mean(axis=0)
-    return bool(red >= green and red >= blue)
-
-
-def _bordered(field: np.ndarray) -> bool:
-    """Whether at least three corners lie outside the field; a crop next to the field's edge has two at most."""
-    return sum(not corner.any() for corner in _corners(field)) >= 3
-
-
-def _corners(picture: np.ndarray) -> list[np.ndarray]:
-    n = max(1, min(picture.shape) // 40)
-    return [picture[:n, :n], picture[:n, -n:], picture[-n:, :n], picture[-n:, -n:]]
-
-
 def _search(
     picture: torch.Tensor,
     zoom: float,
@@ -159,7 +126,7 @@ def _search(
         Logit of the confidence (-inf when there is no candidate at all), row, column and diameter in the picture.
     """
     rgb = _resize(picture, zoom)
-    field = _field_of_view(rgb)
+    field = field_of_view(rgb)
     inside = ndimage.binary_erosion(field, iterations=extent // 100)
     if inside.sum() < 64:
         return -np.inf, 0.0, 0.0, 0.0
@@ -327,94 +294,3 @@ def _outline(
     shift *= min(1, 0.5 * radius / max(np.hypot(*shift), 1e-6))
     found = 2 * np.sqrt(area.sum() / np.pi)
     return row + shift[0], column + shift[1], float(np.clip(found, 0.8 * diameter, 1.5 * diameter))
-
-
-class CropToDiscd(MapTransform, InvertibleTransform):
-    """Crop whole fundus photographs to a square around the optic disc; leave pictures that are such crops as they are.
-
-    All keys are cropped alike. The square has `size_ratio` disc diameters a side, never more than the picture's
-    shorter side, and is moved inside the picture where the disc lies near its edge, so that no pixel is made up.
-    `Invertd` pads a mask with zeros back to the photograph's own pixels. Put it before any scaling of intensities.
-
-    The metadata of every key tell what was done, for reports: ``crop_start`` and ``crop_size`` (pixels) and
-    ``crop_confidence`` (0 to 1; NaN when nobody looked).
-
-    Args:
-        keys: what to crop: the picture, its mask.
-        image_key: the picture (3, W, H) to look for the disc in; the first of `keys` if None.
-        size_ratio: the square's side in disc diameters. 2 lies between the public crops, whose discs take from a
-            quarter to three quarters of the side.
-        crop: ``"auto"`` crops whole photographs and leaves crops, ``"always"`` crops both, ``"never"`` leaves both.
-        min_confidence: a picture whose disc is less sure than this is refused, unless `crop` is ``"never"``.
-        allow_missing_keys: don't raise when a key is missing, as in a case without a mask.
-
-    Raises:
-        InputError: (on call) when no disc is found.
-    """
-
-    def __init__(
-        self,
-        keys: KeysCollection,
-        image_key: str | None = None,
-        size_ratio: float = 2.0,
-        crop: str = "auto",
-        min_confidence: float = 0.35,
-        allow_missing_keys: bool = False,
-    ) -> None:
-        super().__init__(keys, allow_missing_keys)
-        if crop not in ("auto", "always", "never"):
-            raise InputError(f'crop must be "auto", "always" or "never", got "{crop}"')
-        if not size_ratio >= 1:
-            raise InputError(f"size_ratio must be at least 1 disc diameter, got {size_ratio}")
-        self.image_key = self.keys[0] if image_key is None else image_key
-        self.size_ratio = size_ratio
-        self.crop = crop
-        self.min_confidence = min_confidence
-        self.cropper = Crop()
-
-    def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict[Hashable, MetaTensor]:
-        d: dict[Hashable, Any] = dict(data)
-        image = d[self.image_key]
-        shape = tuple(image.shape[1:])
-        start, size, confidence = self._square(image)
-        for key in self.key_iterator(d):
-            if tuple(d[key].shape[1:]) != shape:
-                raise InputError(
-                    f"{key} has {_size(d[key])} pixels but {self.image_key} has {_size(image)}: {_file(d[key])}"
-                )
-            # also when nothing is cut off: then every picture has the same trace to invert
-            d[key] = self.cropper(d[key], tuple(slice(a, a + n) for a, n in zip(start, size)))
-            if isinstance(d[key], MetaTensor):
-                d[key].meta.update(crop_start=list(start), crop_size=list(size), crop_confidence=confidence)
-        return d
-
-    def inverse(self, data: Mapping[Hashable, MetaTensor]) -> dict[Hashable, MetaTensor]:
-        d = dict(data)
-        for key in self.key_iterator(d):
-            d[key] = self.cropper.inverse(d[key])
-        return d
-
-    def _square(self, image: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...], float]:
-        """Start and size, in pixels, of what to keep of the picture, and how sure the disc in it is."""
-        shape = tuple(image.shape[1:])
-        if self.crop == "never":
-            return (0, 0), shape, float("nan")
-        disc = find_disc(image)
-        if disc.confidence < self.min_confidence:
-            raise InputError(
-                f"no optic disc found in {_file(image)} (confidence {disc.confidence:.2f}, needed "
-                f'{self.min_confidence:g}): give a disc crop and set crop="never"'
-            )
-        if self.crop == "auto" and not disc.whole:
-            return (0, 0), shape, disc.confidence
-        side = min(round(self.size_ratio * disc.diameter), *shape)
-        start = tuple(int(np.clip(round(c - side / 2), 0, n - side)) for c, n in zip(disc.center, shape))
-        return start, (side, side), disc.confidence
-
-
-def _size(picture: torch.Tensor) -> str:
-    return "x".join(str(n) for n in picture.shape[1:])
-
-
-def _file(picture: torch.Tensor) -> str:
-    return str(getattr(picture, "meta", {}).get("filename_or_obj", "a picture without a file name"))

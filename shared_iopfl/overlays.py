@@ -25,7 +25,7 @@ from monai.utils import ensure_tuple
 from shared_iopfl import pictures
 from shared_iopfl.errors import InputError
 from shared_iopfl.files import whole_file
-from shared_iopfl.sites import case_name
+from shared_iopfl.scan_files import case_name
 
 __all__ = ["SaveOverlayd"]
 

@@ -23,7 +23,7 @@ from monai.transforms import Compose, RandAdjustContrast, RandGaussianNoise
 from PIL import Image, ImageDraw
 from scipy.ndimage import gaussian_filter
 
-from shared_iopfl.phantom_prostate import smooth_noise
+from shared_iopfl.phantom_noise import smooth_noise
 
 __all__ = ["FUNDUS_STYLES", "FundusStyle", "fundus_case", "fundus_style"]
 

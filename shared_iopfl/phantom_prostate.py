@@ -26,9 +26,10 @@ from monai.transforms import (
     RandGibbsNoise,
     RandRicianNoise,
 )
-from scipy.ndimage import zoom
 
-__all__ = ["FIELD_OF_VIEW", "PROSTATE_STYLES", "ProstateStyle", "prostate_case", "prostate_style", "smooth_noise"]
+from shared_iopfl.phantom_noise import smooth_noise
+
+__all__ = ["FIELD_OF_VIEW", "PROSTATE_STYLES", "ProstateStyle", "prostate_case", "prostate_style"]
 
 # Left-right, anterior-posterior and head-foot extent, mm. The pelvis is stretched head to foot to any number of slices.
 FIELD_OF_VIEW = (124.0, 124.0, 48.0)
@@ -103,21 +104,6 @@ def prostate_style(site: str, seed: int = 0) -> ProstateStyle:
     return ProstateStyle(
         **{f.name: float(np.dot(share, [getattr(style, f.name) for style in known])) for f in fields(ProstateStyle)}
     )
-
-
-def smooth_noise(random_state: np.random.RandomState, shape: Sequence[int], cells: Sequence[int]) -> np.ndarray:
-    """Smooth random field around 0, most of it between -1 and 1.
-
-    Args:
-        random_state: where the numbers come from.
-        shape: shape of the field.
-        cells: how many independent values there are along each axis; the fewer, the smoother.
-    """
-    field = random_state.uniform(-1, 1, cells).astype(np.float32)
-    for n, c in zip(shape, cells):  # axis by axis, as a product with the spline's weights: much faster than one zoom
-        weights = zoom(np.eye(c, dtype=np.float32), (n / c, 1), order=3, mode="nearest", grid_mode=True)
-        field = np.tensordot(field, weights, axes=(0, 1))
-    return field
 
 
 class Pelvis:

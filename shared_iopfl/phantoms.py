@@ -23,6 +23,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from shared_iopfl.errors import InputError
+from shared_iopfl.files import whole_file
 from shared_iopfl.phantom_fundus import fundus_case, fundus_style
 from shared_iopfl.phantom_prostate import FIELD_OF_VIEW, prostate_case, prostate_style
 
@@ -126,8 +127,5 @@ def _random_state(seed: int, site: str, case: int) -> np.random.RandomState:
 
 
 def _write(path: Path, save: Callable[[Path], object]) -> None:
-    """Save under another name first, so that an interruption leaves no half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".unfinished_{path.name}")
-    save(unfinished)
-    os.replace(unfinished, path)
+    with whole_file(path) as temporary:
+        save(temporary)

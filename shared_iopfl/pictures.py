@@ -30,7 +30,7 @@ from matplotlib.patheffects import withStroke
 from monai.transforms import LoadImage, Orientation
 
 from shared_iopfl.photographs import CodedMaskReader, PhotographReader
-from shared_iopfl.sites import PICTURES, file_ending
+from shared_iopfl.scan_files import PICTURES, file_ending
 
 __all__ = [
     "WIDTH",

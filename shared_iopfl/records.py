@@ -29,7 +29,7 @@ from tqdm import tqdm
 from shared_iopfl.inferers import TestTimeRoutingInferer
 from shared_iopfl.models import load_weights, save_atomically
 from shared_iopfl.routing import check_experts
-from shared_iopfl.sites import case_name
+from shared_iopfl.scan_files import case_name
 from shared_iopfl.tables import replace_rows, write_json, write_rows
 
 __all__ = [

@@ -31,14 +31,14 @@ class RoutingSettings:
         start: where the routes begin: "distance" (the experts nearest by batch-norm statistics), "uniform" (the soup),
             "global" (the global model, but for 0.001 an expert, so that adaptation can move) or "random" (the paper).
         temperature: of distance routes; small leans on the nearest expert alone.
-        trust: of distance routes: weight of one Dice point of an expert's published score.
+        trust: of distance routes: weight of one Dice point of an expert's published score, where scores are at hand.
         per: routes a "sample" (the paper), a "volume", or a "layer" without a router.
         activation: "softmax", or (the paper) "sigmoid"; normalised either way.
         route_norms: mix the norm layers as well; False keeps the global model's (the paper).
         statistics: batch norm with running (0), the scan's own (1) or blended statistics.
-        shift_scale: the dial: of `statistics` only the part ``shift / (shift + shift_scale)`` is used, the shift being
-            the scan's distance from the experts as the starting routes weigh them. No shift: the running statistics;
-            a large one: the scan's own. 0 switches the dial off and uses `statistics` as it is.
+        usual_shift: the dial: of `statistics` only the part ``1 - usual_shift / shift`` is used, and none below it. The
+            shift is the scan's distance from the experts as the starting routes weigh them; held-out scans of inside
+            sites show up to about 0.05. 0 switches the dial off and uses `statistics` as it is.
         affine: adaptation may shift the norm layers' weight and bias.
         steps: optimiser steps of adaptation; 0 predicts from the starting routes.
         learning_rate: of Adam.
@@ -52,13 +52,13 @@ class RoutingSettings:
     """
 
     start: Literal["distance", "uniform", "global", "random"] = "distance"
-    temperature: float = 0.3
-    trust: float = 0.0
+    temperature: float = 1.0
+    trust: float = 0.5
     per: Literal["sample", "volume", "layer"] = "layer"
     activation: Activation = "softmax"
     route_norms: bool = True
     statistics: float = 1.0
-    shift_scale: float = 0.05
+    usual_shift: float = 0.05
     affine: bool = False
     steps: int = 0
     learning_rate: float = 1e-3
@@ -91,7 +91,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "temperature": (1e-3, math.inf),
     "trust": (0, math.inf),
     "statistics": (0, 1),
-    "shift_scale": (0, math.inf),
+    "usual_shift": (0, math.inf),
     "steps": (0, math.inf),
     "learning_rate": (0, math.inf),
     "dropout": (0, 0.99),
@@ -116,7 +116,7 @@ PRESETS: dict[str, RoutingSettings] = {
         activation="sigmoid",
         route_norms=False,
         statistics=1.0,
-        shift_scale=0.0,
+        usual_shift=0.0,
         affine=True,
         steps=10,
         dropout=0.2,

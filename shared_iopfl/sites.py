@@ -8,52 +8,25 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Where a site's cases are, and which of them train, validate and test.
+"""A site's cases, and which of them train, validate and test.
 
-What lies in ``dataset_dir`` tells the layout, site by site:
-
-1. ``SITE.json``: a MONAI datalist, its paths relative to ``dataset_dir``; goes before a folder of the same name.
-2. ``SITE/images/NAME.png`` and ``SITE/masks/NAME.png``.
-3. ``SITE/{train,test}/ROIs/{image,mask}/NAME.png``: the public four-domain fundus set (DoFE).
-4. ``SITE/NAME.nii.gz`` and ``SITE/NAME_segmentation.nii.gz``: the public six-site prostate set (SAML).
-
-A case is ``{"image", "label", "site", "case", "patient"}``, all strings. Scans are never opened here.
+A case is ``{"image", "label", "site", "case", "patient"}``, all strings. Where its files lie is told by `layouts`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from shared_iopfl.errors import InputError
+from shared_iopfl.layouts import PARTS, known_sites, published_parts
+from shared_iopfl.scan_files import Case, entries
 
-__all__ = [
-    "case_name",
-    "file_ending",
-    "find_cases",
-    "find_scans",
-    "fingerprint",
-    "is_dicom",
-    "list_sites",
-    "site_cases",
-    "split_cases",
-]
+__all__ = ["find_cases", "fingerprint", "list_sites", "site_cases", "split_cases"]
 
-Case = dict[str, str]
-
-VOLUMES = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd")
-PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
-MASK = "_segmentation"  # compared without regard to case: the public sets write it both ways
-MASK_FOLDERS = ("mask", "masks")
-PARTS = ("train", "validation", "test")
-DATALIST_KEYS = {"training": "train", "validation": "validation", "test": "test", "testing": "test"}
 FRACTIONS = (0.6, 0.15, 0.25)
-
-
-# ---- sites and their cases ------------------------------------------------------------------------------------------
 
 
 def list_sites(dataset_dir: str | Path) -> list[str]:
@@ -62,7 +35,7 @@ def list_sites(dataset_dir: str | Path) -> list[str]:
     Raises:
         InputError: when there is no such folder, or it holds no site.
     """
-    sites = _known_sites(Path(dataset_dir))
+    sites = known_sites(Path(dataset_dir))
     if not sites:
         raise InputError(
             f"no sites in {dataset_dir}: expected a folder of scans and masks, or a SITE.json, for each site"
@@ -76,7 +49,7 @@ def find_cases(dataset_dir: str | Path, site: str) -> list[Case]:
     Raises:
         InputError: for an unknown site, one without cases, an image without its mask or a mask without its image.
     """
-    return _sorted(case for part in _official(Path(dataset_dir), site).values() for case in part)
+    return _sorted(case for part in published_parts(Path(dataset_dir), site).values() for case in part)
 
 
 def site_cases(
@@ -101,7 +74,7 @@ def site_cases(
         raise InputError(f"unknown split {split!r}: choose train, validation, test or all")
     if split == "all":
         return find_cases(dataset_dir, site)
-    official = _official(Path(dataset_dir), site)
+    official = published_parts(Path(dataset_dir), site)
     shares = dict(zip(PARTS, _checked(fractions)))
     lacking = [part for part in PARTS if not official[part]]
     if official["train"] and (split == "train" or split in lacking):
@@ -129,6 +102,25 @@ def split_cases(cases: Sequence[Case], seed: int = 0, fractions: Sequence[float]
     """
     where = f"site {cases[0].get('site', '?')}" if cases else "an empty list"
     return _split(cases, dict(zip(PARTS, _checked(fractions))), seed, where)
+
+
+def fingerprint(cases: Sequence[Case]) -> str:
+    """SHA-256 over the sorted names and sizes of the cases' files: which data a run saw, without reading it.
+
+    Raises:
+        InputError: when a file is gone.
+    """
+    lines = []
+    for case in cases:
+        for key in ("image", "label"):
+            if key in case:
+                path = Path(case[key])
+                try:
+                    sizes = [(file.name, file.stat().st_size) for file in (entries(path) if path.is_dir() else [path])]
+                except OSError as error:
+                    raise InputError(f"{path} cannot be read: {error.strerror}") from error
+                lines.append(json.dumps([case.get("site"), case["case"], key, sizes]))
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 
 def _split(cases: Sequence[Case], shares: dict[str, float], seed: int, where: str) -> dict[str, list[Case]]:
@@ -172,253 +164,3 @@ def _checked(fractions: Sequence[float]) -> Sequence[float]:
 
 def _sorted(cases: Iterable[Case]) -> list[Case]:
     return sorted(cases, key=lambda case: case["case"])
-
-
-def _known_sites(root: Path) -> list[str]:
-    if not root.is_dir():
-        raise InputError(f"no such folder: {root}; set dataset_dir to the folder that holds the sites")
-    lists = {entry.stem for entry in _entries(root) if entry.suffix == ".json" and _is_datalist(entry)}
-    folders = {entry.name for entry in _entries(root) if entry.is_dir() and _is_site_folder(entry)}
-    return sorted(lists | folders)
-
-
-def _is_datalist(path: Path) -> bool:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return True  # listed, so that whoever asks for the site hears what is wrong with it
-    return isinstance(content, dict) and not DATALIST_KEYS.keys().isdisjoint(content)
-
-
-def _is_site_folder(folder: Path) -> bool:
-    if (folder / "images").is_dir() or any((folder / part / "ROIs").is_dir() for part in ("train", "test")):
-        return True
-    return any(file_ending(entry) in VOLUMES and entry.is_file() for entry in _entries(folder))
-
-
-def _official(root: Path, site: str) -> dict[str, list[Case]]:
-    """A site's labelled cases by published part; all in ``"train"`` where no split is published."""
-    known = _known_sites(root)
-    if site not in known:
-        what = "holds no cases" if site and (root / str(site)).is_dir() else "is not known"
-        raise InputError(f"site {site!r} {what} in {root}; sites there: {', '.join(known) or 'none'}")
-    folder, datalist = root / site, root / f"{site}.json"
-    patients: dict[Path, str] = {}
-    if datalist.is_file():
-        pairs, patients = _read_datalist(datalist, root)
-    elif (folder / "images").is_dir():
-        pairs = {"train": _pair(folder / "images", folder / "masks")}
-    elif any((folder / part / "ROIs").is_dir() for part in ("train", "test")):
-        published = [folder / part / "ROIs" for part in ("train", "test") if (folder / part / "ROIs").is_dir()]
-        pairs = {rois.parent.name: _pair(rois / "image", rois / "mask") for rois in published}
-    else:
-        pairs = {"train": _pair(folder, folder)}
-
-    names = _unique_names([image for part in pairs.values() for image, _ in part], root)
-    official: dict[str, list[Case]] = {part: [] for part in PARTS}
-    patient_parts: dict[str, str] = {}
-    for part, found in pairs.items():
-        for image, label in found:
-            patient = patients.get(image, names[image])
-            if patient_parts.setdefault(patient, part) != part:
-                raise InputError(
-                    f"patient {patient!r} of {folder} is in two lists: {patient_parts[patient]} and {part}"
-                )
-            official[part].append(
-                {"image": str(image), "label": str(label), "site": site, "case": names[image], "patient": patient}
-            )
-    if not any(official.values()):
-        raise InputError(f"site {site!r} holds no labelled cases in {root}; sites there: {', '.join(known)}")
-    return official
-
-
-# ---- the layouts ----------------------------------------------------------------------------------------------------
-
-
-def _pair(images: Path, masks: Path) -> list[tuple[Path, Path]]:
-    """Images with their masks: the same name in two folders, or the ending ``_segmentation`` in one."""
-    suffix = MASK if images == masks else ""
-    endings = VOLUMES if images == masks else VOLUMES + PICTURES
-    image_of: dict[str, Path] = {}
-    mask_of: dict[str, Path] = {}
-    for folder in (images,) if images == masks else (images, masks):
-        if not folder.is_dir():
-            raise InputError(f"no such folder: {folder}; images need their masks")
-        for entry in _entries(folder):
-            if file_ending(entry) not in endings or not entry.is_file():
-                continue
-            name, found = case_name(entry), image_of
-            if folder == masks and name.lower().endswith(suffix):
-                name, found = name[: len(name) - len(suffix)], mask_of
-            if name in found:
-                raise InputError(f"two files for one case in {folder}: {found[name].name} and {entry.name}; keep one")
-            found[name] = entry
-    unpaired = sorted(image_of.keys() ^ mask_of.keys())
-    if unpaired:
-        name, more = unpaired[0], f" (and {len(unpaired) - 1} more like it)" if len(unpaired) > 1 else ""
-        if name in image_of:
-            expected = masks / f"{name}{suffix}{_suffix(image_of[name])}"
-            raise InputError(f"{image_of[name]} has no mask: expected {expected}{more}")
-        expected = images / f"{name}{_suffix(mask_of[name])}"
-        raise InputError(f"{mask_of[name]} is a mask without its image: expected {expected}{more}")
-    return [(image_of[name], mask_of[name]) for name in sorted(image_of)]
-
-
-def _read_datalist(path: Path, root: Path) -> tuple[dict[str, list[tuple[Path, Path]]], dict[Path, str]]:
-    """The labelled items of a datalist by part, and the patients it names.
-
-    A validation or test list without any label, as public challenges have it, cannot score anything and is left out.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as a JSON datalist: {error}") from error
-    pairs: dict[str, list[tuple[Path, Path]]] = {}
-    patients: dict[Path, str] = {}
-    for key, part in DATALIST_KEYS.items():
-        items = content.get(key) or []
-        if not isinstance(items, list):
-            raise InputError(f"{path}: {key!r} must be a list of items, but is {type(items).__name__}")
-        if part != "train" and not any(isinstance(item, dict) and item.get("label") for item in items):
-            continue
-        for number, item in enumerate(items):
-            where = f"{path}: item {number} of {key!r}"
-            if not isinstance(item, dict) or not all(
-                isinstance(item.get(k), str) and item[k] for k in ("image", "label")
-            ):
-                raise InputError(f"{where} must have an image and a label, each one path, but is {item}")
-            image, label = (_inside(root, item[k], where) for k in ("image", "label"))
-            if image in patients:
-                raise InputError(f"{where} repeats {item['image']}: list each image once")
-            pairs.setdefault(part, []).append((image, label))
-            # not the case name: that changes when another folder's file turns out to be called the same
-            patients[image] = str(item.get("patient") or _path_name(image, root))
-    return pairs, patients
-
-
-def _inside(root: Path, path: str, where: str) -> Path:
-    full = root / path
-    if not full.resolve().is_relative_to(root.resolve()):
-        raise InputError(f"{where} points outside {root}: {path}; keep a site's files below dataset_dir")
-    if not full.exists():
-        raise InputError(f"{where} names a file that is not there: {full}")
-    return full
-
-
-# ---- scans without masks --------------------------------------------------------------------------------------------
-
-
-def find_scans(path: str | Path) -> list[Case]:
-    """The scans to segment, as ``{"image", "case"}``, sorted by path.
-
-    Args:
-        path: one scan (NIfTI, MHA, MHD, NRRD, a picture, a DICOM file), or a folder. Of a folder count the scans in it
-            and in folders named ``image`` or ``images`` below it, and every folder below it that holds DICOM files,
-            which is one scan. Masks (``NAME_segmentation``, folders ``mask`` and ``masks``) and hidden files do not.
-
-    Raises:
-        InputError: when there is nothing at ``path``, or nothing that can be read as a scan.
-    """
-    root = Path(path)
-    if not root.exists():
-        raise InputError(f"no such file or folder: {root}")
-    found = sorted(_scans_below(root, all_kinds=True)) if root.is_dir() else [root]
-    if not found or (root.is_file() and not file_ending(root) and not is_dicom(root)):
-        kinds = f"DICOM or {', '.join(ending[1:] for ending in VOLUMES + PICTURES)}"
-        raise InputError(f"no scan at {root}: expected {kinds}")
-    names = _unique_names(found, root if root.is_dir() else root.parent)
-    return [{"image": str(scan), "case": names[scan]} for scan in found]
-
-
-def _scans_below(folder: Path, all_kinds: bool) -> Iterator[Path]:
-    holds_dicom = False
-    for entry in _entries(folder):
-        if entry.is_dir():
-            is_loop = entry.is_symlink() and folder.resolve().is_relative_to(entry.resolve())
-            if entry.name.lower() not in MASK_FOLDERS and not is_loop:
-                yield from _scans_below(entry, all_kinds=entry.name.lower() in ("image", "images"))
-        elif is_dicom(entry):
-            holds_dicom = True
-        elif all_kinds and file_ending(entry) and not case_name(entry).lower().endswith(MASK):
-            yield entry
-    if holds_dicom:
-        yield folder
-
-
-def is_dicom(path: Path) -> bool:
-    """By its name, or by the letters DICM at byte 128 where the name says nothing, as scanners and archives have it."""
-    if file_ending(path) or path.name.upper() == "DICOMDIR":
-        return file_ending(path) == ".dcm"
-    try:
-        with open(path, "rb") as file:
-            return file.read(132)[128:] == b"DICM"
-    except OSError:
-        return False
-
-
-# ---- names ----------------------------------------------------------------------------------------------------------
-
-
-def case_name(path: str | Path) -> str:
-    """A scan's file name without its ending: ``Case03`` of ``BIDMC/Case03.nii.gz``; a series' folder name."""
-    name = Path(path).name or Path(path).resolve().name
-    return name[: len(name) - len(file_ending(name))]
-
-
-def fingerprint(cases: Sequence[Case]) -> str:
-    """SHA-256 over the sorted names and sizes of the cases' files: which data a run saw, without reading it.
-
-    Raises:
-        InputError: when a file is gone.
-    """
-    lines = []
-    for case in cases:
-        for key in ("image", "label"):
-            if key in case:
-                path = Path(case[key])
-                try:
-                    sizes = [(file.name, file.stat().st_size) for file in (_entries(path) if path.is_dir() else [path])]
-                except OSError as error:
-                    raise InputError(f"{path} cannot be read: {error.strerror}") from error
-                lines.append(json.dumps([case.get("site"), case["case"], key, sizes]))
-    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
-
-
-def file_ending(path: str | Path) -> str:
-    """The ending that tells a scan's format, in lower case (``.nii.gz``, ``.png``, ``.dcm``), or ``""``."""
-    name = Path(path).name.lower()
-    return next((ending for ending in (*VOLUMES, *PICTURES, ".dcm") if name.endswith(ending)), "")
-
-
-def _suffix(path: Path) -> str:
-    return path.name[len(case_name(path)) :]
-
-
-def _path_name(path: Path, root: Path) -> str:
-    relative = path.relative_to(root)
-    return relative.with_name(case_name(path)).as_posix() if relative.name else case_name(path)
-
-
-def _unique_names(paths: Sequence[Path], root: Path) -> dict[Path, str]:
-    """A name for each path: its own, or where several share it, its way down from ``root`` and its ending."""
-    count = Counter(case_name(path) for path in paths)
-    names: dict[Path, str] = {}
-    taken: set[str] = set()
-    for path in paths:
-        name = case_name(path)
-        if count[name] > 1:
-            name = "_".join(path.relative_to(root).parts or (name,)).replace(".", "_")
-        base, number = name, 2
-        while name in taken or (name != case_name(path) and name in count):
-            name, number = f"{base}_{number}", number + 1
-        taken.add(name)
-        names[path] = name
-    return names
-
-
-def _entries(folder: Path) -> list[Path]:
-    """What lies in a folder, sorted, without hidden files (``._Case00.nii.gz`` on disks that a Mac has touched)."""
-    try:
-        return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
-    except OSError as error:
-        raise InputError(f"{folder} cannot be read: {error.strerror}") from error

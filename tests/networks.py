@@ -80,6 +80,10 @@ def images(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def volume(depth: int, seed: int = 0) -> Tensor:
+    return images(1, 1, 32, 32, depth, seed=seed)
+
+
 def routes_of(count: int, seed: int = 0, layers: int | None = None) -> Tensor:
     """Random routes (count,) or (layers, count) that sum to one."""
     shape = (count,) if layers is None else (layers, count)

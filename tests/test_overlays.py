@@ -22,9 +22,10 @@ from PIL import Image
 
 from shared_iopfl import overlays, pictures
 from shared_iopfl.errors import InputError
+from shared_iopfl.masks import SaveMaskd
 from shared_iopfl.overlays import SaveOverlayd
 from shared_iopfl.photographs import PhotographReader
-from shared_iopfl.scans import LoadCased, SaveMaskd
+from shared_iopfl.scans import LoadCased
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ TASK_KEYS |= {"augmentation_transforms", "key_metric"}
 
 
 def read(task: str, config: str) -> dict:
-    return json.loads((ROOT / "bundles" / f"{task}_iopfl" / "configs" / f"{config}.json").read_text())
+    return json.loads((ROOT / "bundles" / f"{task}_iopfl" / "configs" / f"{config}.json").read_text(encoding="utf-8"))
 
 
 def same(one: dict, other: dict, where: str) -> None:
@@ -72,7 +72,7 @@ def test_no_python_asks_which_task_it_serves() -> None:
     for path in (ROOT / "shared_iopfl").glob("*.py"):
         if path.name.startswith("phantom") or path.name == "__main__.py":
             continue
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Compare):
                 strings = [n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
                 named = [text for text in strings if "prostate" in text.lower() or "fundus" in text.lower()]

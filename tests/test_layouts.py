@@ -1,0 +1,188 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Layouts: every public data set is found as it is unpacked, datalists too, and bad folders end in one line."""
+
+from __future__ import annotations
+
+import pytest
+from site_folders import datalist, dofe, names, saml, touch
+
+from shared_iopfl.errors import InputError
+from shared_iopfl.sites import find_cases, list_sites, site_cases
+
+
+@pytest.mark.parametrize("mask", ["_segmentation", "_Segmentation"])
+def test_saml_layout(tmp_path, mask):
+    """The six-site prostate set is read as it is unpacked, with a Mac's hidden files and other folders beside it."""
+    saml(tmp_path, "BIDMC", 3, mask)
+    touch(tmp_path, "BIDMC/._Case00.nii.gz", "BIDMC/.DS_Store", "BIDMC/notes.txt", "__MACOSX/BIDMC/._Case00.nii.gz")
+    (tmp_path / "BIDMC" / "old.nii.gz").mkdir()
+    assert list_sites(tmp_path) == ["BIDMC"]
+    folder = tmp_path / "BIDMC"
+    assert find_cases(tmp_path, "BIDMC")[1] == {
+        "image": str(folder / "Case01.nii.gz"),
+        "label": str(folder / f"Case01{mask}.nii.gz"),
+        "site": "BIDMC",
+        "case": "Case01",
+        "patient": "Case01",
+    }
+    assert names(find_cases(tmp_path, "BIDMC")) == ["Case00", "Case01", "Case02"]
+
+
+@pytest.mark.parametrize("ending", [".nii", ".mha", ".mhd", ".nrrd", ".NII.GZ"])
+def test_volume_endings(tmp_path, ending):
+    """Any volume format will do, and the mask may have another one than its scan."""
+    touch(tmp_path, f"A/some.scan{ending}", "A/some.scan_segmentation.nii.gz", "A/some.scan.raw")
+    assert names(find_cases(tmp_path, "A")) == ["some.scan"]
+
+
+def test_images_and_masks_layout(tmp_path):
+    touch(tmp_path, "A/images/train_1.png", "A/images/test_2.jpg", "A/masks/train_1.png", "A/masks/test_2.bmp")
+    cases = find_cases(tmp_path, "A")
+    assert names(cases) == ["test_2", "train_1"]
+    assert cases[0]["label"].endswith("A/masks/test_2.bmp")
+
+
+def test_fundus_layout_keeps_its_split(tmp_path):
+    """The published test folder is the test part for any seed; validation comes from the train folder."""
+    dofe(tmp_path, train=20, test=5)
+    for seed in range(3):
+        parts = {part: names(site_cases(tmp_path, "D", part, seed)) for part in ("train", "validation", "test")}
+        assert parts["test"] == [f"te{number:02d}" for number in range(5)]
+        assert sorted(parts["train"] + parts["validation"]) == [f"tr{number:02d}" for number in range(20)]
+        assert len(parts["train"]) > len(parts["validation"]) > 0
+    assert len(site_cases(tmp_path, "D", "all")) == 25
+
+
+def test_same_name_in_train_and_test_stays_two_cases(tmp_path):
+    for part in ("train", "test"):
+        touch(tmp_path, *(f"D/{part}/ROIs/{kind}/g1.png" for kind in ("image", "mask")))
+    assert len(set(names(find_cases(tmp_path, "D")))) == 2
+
+
+def test_datalist_goes_before_the_folder_and_keeps_its_lists(tmp_path):
+    saml(tmp_path, "L", 6)
+    items = [{"image": f"L/Case0{n}.nii.gz", "label": f"L/Case0{n}_segmentation.nii.gz"} for n in range(6)]
+    datalist(tmp_path, training=items[:3], validation=items[3:4], testing=items[4:5])
+    assert list_sites(tmp_path) == ["L"]
+    parts = {part: names(site_cases(tmp_path, "L", part)) for part in ("train", "validation", "test", "all")}
+    assert parts["train"] == ["Case00", "Case01", "Case02"]
+    assert parts["validation"] == ["Case03"]
+    assert parts["test"] == ["Case04"]
+    assert len(parts["all"]) == 5
+
+
+def test_datalist_splits_by_its_patients(tmp_path):
+    """Two scans of one patient are never in two parts, whatever the seed."""
+    saml(tmp_path, "L", 20)
+    items = [
+        {"image": f"L/Case{n:02d}.nii.gz", "label": f"L/Case{n:02d}_segmentation.nii.gz", "patient": f"p{n // 2}"}
+        for n in range(20)
+    ]
+    datalist(tmp_path, training=items, test=["unlabelled.nii.gz"])  # a challenge's test list without labels
+    for seed in range(5):
+        parts = [{c["patient"] for c in site_cases(tmp_path, "L", p, seed)} for p in ("train", "validation", "test")]
+        assert sum(map(len, parts)) == 10
+        assert len(set.union(*parts)) == 10
+
+
+def test_other_json_files_are_no_sites(tmp_path):
+    saml(tmp_path, "A", 1)
+    (tmp_path / "info.json").write_text('{"licence": "research"}')
+    assert list_sites(tmp_path) == ["A"]
+
+
+@pytest.mark.parametrize(
+    "item, what",
+    [
+        ({"image": "../x.nii", "label": "L/b.nii"}, "points outside"),
+        ({"image": "/etc/hosts", "label": "L/b.nii"}, "points outside"),
+        ({"image": "L/link.nii", "label": "L/b.nii"}, "points outside"),
+        ({"image": "L/gone.nii", "label": "L/b.nii"}, "is not there"),
+        ({"image": "L/a.nii"}, "must have an image and a label"),
+        ({"image": ["L/a.nii", "L/b.nii"], "label": "L/b.nii"}, "must have an image and a label"),
+        ("L/a.nii", "must have an image and a label"),
+    ],
+)
+def test_bad_datalist_items(tmp_path, item, what):
+    root = tmp_path / "data"
+    touch(tmp_path, "x.nii", "data/L/a.nii", "data/L/b.nii")
+    (root / "L" / "link.nii").symlink_to(tmp_path / "x.nii")
+    datalist(root, training=[item])
+    with pytest.raises(InputError, match=what) as error:
+        find_cases(root, "L")
+    assert "item 0 of 'training'" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "content, what",
+    [
+        ("{", "cannot be read as a JSON datalist"),
+        ('{"training": {}, "test": {"a": 1}}', "must be a list"),
+        ('{"training": []}', "no labelled cases"),
+    ],
+)
+def test_bad_datalist(tmp_path, content, what):
+    (tmp_path / "L.json").write_text(content)
+    with pytest.raises(InputError, match=what):
+        find_cases(tmp_path, "L")
+
+
+def test_datalist_that_leaks_is_refused(tmp_path):
+    """The same image twice, or one patient to train and to test on."""
+    saml(tmp_path, "L", 2)
+    items = [{"image": f"L/Case0{n}.nii.gz", "label": f"L/Case0{n}_segmentation.nii.gz"} for n in (0, 1)]
+    datalist(tmp_path, training=items, test=items[:1])
+    with pytest.raises(InputError, match="repeats"):
+        find_cases(tmp_path, "L")
+    datalist(tmp_path, training=[{**items[0], "patient": "p"}], test=[{**items[1], "patient": "p"}])
+    with pytest.raises(InputError, match=r"'p'.*two lists"):
+        find_cases(tmp_path, "L")
+
+
+# ---- what is refused ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "files, what",
+    [
+        (["A/a.nii.gz"], r"a\.nii\.gz has no mask: expected .*a_segmentation\.nii\.gz"),
+        (["A/a.nii.gz", "A/b.nii.gz", "A/c.nii.gz"], "2 more"),
+        (["A/a_segmentation.nii.gz"], r"mask without its image: expected .*/a\.nii\.gz"),
+        (["A/a.nii", "A/a.nii.gz", "A/a_segmentation.nii"], "two files for one case"),
+        (["A/images/a.png"], "masks"),
+        (["A/images/a.png", "A/masks/b.png"], r"has no mask: expected .*masks/a\.png"),
+        (["A/images/readme.txt", "A/masks/readme.txt"], "no labelled cases"),
+        (["A/train/ROIs/image/a.png"], "no such folder.*mask"),
+        (["A/readme.txt", "B/a.nii"], "'A' holds no cases.* B"),
+        (["B/a.nii", "C/a.nii"], "'A' is not known.* B, C"),
+    ],
+)
+def test_bad_sites(tmp_path, files, what):
+    touch(tmp_path, *files)
+    with pytest.raises(InputError, match=what) as error:
+        find_cases(tmp_path, "A")
+    assert "\n" not in str(error.value)
+
+
+def test_missing_and_empty_folders(tmp_path):
+    with pytest.raises(InputError, match="no such folder"):
+        list_sites(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="no sites in"):
+        list_sites(tmp_path)
+
+
+@pytest.mark.parametrize("site", ["..", "../B", "", ".", None])
+def test_a_site_is_a_name_and_no_path(tmp_path, site):
+    saml(tmp_path, "B", 3)
+    (tmp_path / "A").mkdir()
+    with pytest.raises(InputError):
+        find_cases(tmp_path / "A", site)
