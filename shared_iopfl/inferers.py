@@ -187,7 +187,8 @@ class TestTimeRoutingInferer(StackInferer):
             measured = [distribution_distance(network, experts, some.split(self.batch_size)) for some in samples]
             distances = torch.stack(measured).mean((0, 2))
         routes = self._start(distances, list(experts))
-        statistics = settings.statistics
+        count = sum(len(some) for some in samples)
+        statistics = settings.statistics * count / (count + settings.prior)
         if dial:
             shift = float(routes @ distances)
             statistics *= max(0.0, 1 - settings.usual_shift / shift) if shift > 0 else 0.0

@@ -100,7 +100,8 @@ def load_scores(ckpt_dir: str) -> dict[str, float] | None:
     if not path.is_file():
         return None
     try:
-        return {name: float(value) for name, value in json.loads(path.read_text(encoding="utf-8")).items() if value is not None}
+        scores = json.loads(path.read_text(encoding="utf-8"))
+        return {name: float(value) for name, value in scores.items() if value is not None}
     except (ValueError, TypeError, AttributeError) as error:
         raise InputError(f"cannot read {path}: {error}; it maps each expert's name to its Dice.") from error
 

@@ -210,12 +210,12 @@ def test_dial_turns_with_the_shift():
     one, other = inferer.reports
     assert 0 <= one["shift"] < 0.05 < other["shift"]
     assert one["statistics"] == 0 < other["statistics"] < 1
-    assert other["statistics"] == pytest.approx(1 - 0.05 / other["shift"], abs=2e-3)
+    assert other["statistics"] == pytest.approx(4 / (4 + 4) * (1 - 0.05 / other["shift"]), abs=2e-3)
 
 
 @torch.no_grad()
 def test_without_a_scale_the_dial_is_off():
-    inferer = routing(overrides={"statistics": 0.5, "usual_shift": 0.0, "start": "uniform"})
+    inferer = routing(overrides={"statistics": 0.5, "usual_shift": 0.0, "prior": 0.0, "start": "uniform"})
     inferer(volume(4), unet())
     assert inferer.reports[0]["statistics"] == 0.5
     assert "shift" not in inferer.reports[0]
@@ -224,7 +224,7 @@ def test_without_a_scale_the_dial_is_off():
 @torch.no_grad()
 def test_prediction_uses_the_statistics_of_the_whole_scan():
     """With the scan's own statistics alone, the mask is that of the soup in torch's training mode on the whole scan."""
-    overrides = {"statistics": 1.0, "usual_shift": 0.0, "start": "uniform", "average_views": False}
+    overrides = {"statistics": 1.0, "usual_shift": 0.0, "prior": 0.0, "start": "uniform", "average_views": False}
     scan, network = volume(5), unet()
     logits = routing(overrides=overrides, batch_size=2)(scan, network)
     space = [network.state_dict(), *experts(2).values()]
