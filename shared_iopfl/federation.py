@@ -230,15 +230,16 @@ class Federation:
             The global weights.
         """
         self.start()
-        with SummaryWriter(str(self.output_dir / "tensorboard")) as board:
-            bar = tqdm(total=self.rounds, initial=self.round, desc="rounds", unit="round")
+        with (
+            SummaryWriter(str(self.output_dir / "tensorboard")) as board,
+            tqdm(total=self.rounds, initial=self.round, desc="rounds", unit="round") as bar,
+        ):
             while self.round < self.rounds:
                 self.run_round(bar)
                 for row in self.history:
                     if row["round"] == self.round:
                         board.add_scalar(f"{row['metric']}/{row['model']}_{row['site']}", row["value"], self.round)
                 bar.update()
-            bar.close()
         self._publish()
         return self.weights
 
@@ -266,7 +267,14 @@ class Federation:
             )
 
     def _settings(self) -> dict[str, Any]:
-        return {"sites": self.sites, "rounds": self.rounds, "local_epochs": self.local_epochs, "seed": self.seed}
+        """What has to be the same when a run is resumed; folders and the device may change."""
+        training = {
+            key: list(value) if isinstance(value, (list, tuple)) else value
+            for key, value in self.overrides.items()
+            if isinstance(value, (bool, int, float, str, list, tuple)) and key not in ("dataset_dir", "device")
+        }
+        own = {"sites": self.sites, "rounds": self.rounds, "local_epochs": self.local_epochs, "seed": self.seed}
+        return {**training, **own}
 
     def _save(self) -> None:
         # the history first: a run interrupted between the two does this round again, and writes it again
@@ -291,9 +299,9 @@ class Federation:
                 f"cannot read {self.checkpoint} ({type(error).__name__}); remove it to start anew."
             ) from error
         for name, value in self._settings().items():
-            if settings[name] != value:
+            if settings.get(name) != value:
                 raise InputError(
-                    f"{self.checkpoint} was begun with {name} {settings[name]}, now it is {value}; "
+                    f"{self.checkpoint} was begun with {name} {settings.get(name)}, now it is {value}; "
                     "resume with the same, or choose another output folder."
                 )
         self.round, self.weights, self.history = state["round"], state["weights"], list(state["history"])

@@ -45,6 +45,7 @@ __all__ = [
 
 METRICS = ("site", "role", "case", "model", "metric", "value")
 CASES = ("site", "role", "case", "model", "image", "label", "mask")
+SUMMARY = ("site", "role", "model", "metric", "mean", "sd", "min", "max", "cases")
 
 
 def _spacing(scan: Tensor) -> list[float] | None:
@@ -85,7 +86,9 @@ def case_scores(pred: Tensor, reference: Tensor, targets: Sequence[str]) -> dict
 
 
 class CaseRecorder:
-    """Adds the scores of an evaluator's cases to ``metrics.csv`` and their files to ``cases.csv``.
+    """Adds the scores of an evaluator's cases to ``metrics.csv``, their files to ``cases.csv``, and sums up.
+
+    ``summary.csv`` holds a row a site, model and metric: mean, standard deviation, least, greatest, number of cases.
 
     Args:
         output_dir: where the files are.
@@ -144,6 +147,18 @@ class CaseRecorder:
         same = ("site", "role", "model")
         replace_rows(self.output_dir / "metrics.csv", METRICS, self.metrics, same)
         replace_rows(self.output_dir / "cases.csv", CASES, self.cases, same)
+        replace_rows(self.output_dir / "summary.csv", SUMMARY, self.summary(), same)
+
+    def summary(self) -> list[dict[str, Any]]:
+        """One row a metric over the cases recorded so far, NaN (a distance to an empty mask) left out."""
+        rows = []
+        for metric in dict.fromkeys(row["metric"] for row in self.metrics):
+            values = torch.tensor([float(row["value"]) for row in self.metrics if row["metric"] == metric])
+            values = values[torch.isfinite(values)]
+            figures = [values.mean(), values.std(correction=0), values.min(), values.max()] if len(values) else []
+            named = {name: f"{float(value):.6f}" for name, value in zip(SUMMARY[4:8], figures)}
+            rows.append({**self.labels, "metric": metric, **named, "cases": len(values)})
+        return rows
 
 
 class OutputWriter:

@@ -433,3 +433,40 @@ def test_training_on_two_processes(sites_dir: Path, tmp_path: Path) -> None:
         assert not any(key.startswith("module.") for key in weights(tmp_path / "models" / name))
     assert process.stdout.count("Metrics -- train_loss") == 2  # epochs, of one process
     assert len(list((tmp_path / "eval").glob("events.out.tfevents.*"))) == 2  # of the trainer, of the evaluator
+
+
+def test_summary_agrees_with_the_cases(federated: FederatedRun) -> None:
+    """``summary.csv`` holds the mean and the number of each site's, model's and metric's rows of ``metrics.csv``."""
+    cases: dict[tuple[str, ...], list[float]] = {}
+    for row in rows(federated.folder / "metrics.csv"):
+        key = (row["site"], row["role"], row["model"], row["metric"])
+        cases.setdefault(key, []).append(float(row["value"]))
+    summary = rows(federated.folder / "summary.csv")
+    assert {(row["site"], row["role"], row["model"], row["metric"]) for row in summary} == set(cases)
+    for row in summary:
+        values = [x for x in cases[row["site"], row["role"], row["model"], row["metric"]] if x == x]
+        assert int(row["cases"]) == len(values)
+        if values:
+            assert float(row["mean"]) == pytest.approx(sum(values) / len(values), abs=1e-5)
+
+
+def test_resuming_with_other_settings_is_refused(sites_dir: Path, tmp_path: Path, run_config: Run) -> None:
+    """A run begun with one alpha does not go on with another in silence."""
+    run = {**FEDERATE, "dataset_dir": sites_dir, "output_dir": tmp_path, "rounds": 1}
+    run_config("federate", **run)
+    with pytest.raises((RuntimeError, ValueError)) as raised:
+        run_config("federate", **{**run, "alpha": 0.9, "resume": True})
+    assert "alpha" in str(root_input_error(raised.value))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_whole_chain_on_cuda(sites_dir: Path, tmp_path: Path, run_config: Run) -> None:
+    """Federate, personalise, score and route on CUDA with mixed precision: the same files, with finite Dice."""
+    run_config(
+        "federate", dataset_dir=sites_dir, output_dir=tmp_path, outside_sites=["E"], **{**FEDERATE, "device": "cuda"}
+    )
+    scores = [row for row in rows(tmp_path / "metrics.csv") if row["metric"] == "dice"]
+    assert {row["model"] for row in scores} == {"global", "personalised", "soup", "routed"}
+    assert all(0 <= float(row["value"]) <= 1 for row in scores)
+    assert (tmp_path / "report.html").is_file()
