@@ -181,7 +181,7 @@ class TestTimeRoutingInferer(StackInferer):
             "experts": list(routed.experts),
             "layers": list(routed.layers),
         }
-        dial = settings.statistics > 0 and settings.usual_shift > 0
+        dial = settings.usual_shift > 0 and (settings.start == "distance" or settings.statistics > 0)
         distances = torch.zeros(len(experts))
         if settings.start == "distance" or dial:
             measured = [distribution_distance(network, experts, some.split(self.batch_size)) for some in samples]
@@ -191,8 +191,11 @@ class TestTimeRoutingInferer(StackInferer):
         statistics = settings.statistics * count / (count + settings.prior)
         if dial:
             shift = float(routes @ distances)
-            statistics *= max(0.0, 1 - settings.usual_shift / shift) if shift > 0 else 0.0
-            report["shift"] = round(shift, 4)
+            opening = max(0.0, 1 - settings.usual_shift / shift) if shift > 0 else 0.0
+            statistics *= opening
+            if settings.start == "distance":
+                routes = torch.lerp(torch.full_like(routes, 1 / len(routes)), routes, opening)
+            report.update(shift=round(shift, 4))
         report["statistics"] = round(statistics, 4)
         routed.start_from(routes)
         routed.set_statistics(statistics)

@@ -28,8 +28,9 @@ class RoutingSettings:
     """How a scan is routed. The defaults are what measured best on real sites; :func:`preset` knows others.
 
     Attributes:
-        start: where the routes begin: "distance" (the experts nearest by batch-norm statistics), "uniform" (the soup),
-            "global" (the global model, but for 0.001 an expert, so that adaptation can move) or "random" (the paper).
+        start: where the routes begin: "distance" (the experts nearest by batch-norm statistics, as far as the dial
+            opens), "uniform" (the soup), "global" (the global model, but for 0.001 an expert, so that adaptation can
+            move) or "random" (the paper).
         temperature: of distance routes; small leans on the nearest expert alone.
         trust: of distance routes: weight of one Dice point of an expert's published score, where scores are at hand.
         per: routes a "sample" (the paper), a "volume", or a "layer" without a router.
@@ -39,9 +40,10 @@ class RoutingSettings:
         prior: how many slices (or pictures) the running statistics count for: of `statistics` the part
             ``n / (n + prior)`` is used for n of them, so that one photograph moves them little and a volume much
             (Schneider et al. 2020).
-        usual_shift: the dial: of that, the part ``1 - usual_shift / shift`` is used, and none below it. The shift is
-            the scan's distance from the experts as the starting routes weigh them; held-out scans of inside sites show
-            about 0.05. 0 switches the dial off.
+        usual_shift: the dial. The shift is the scan's distance from the experts as the distance (or starting) routes
+            weigh them; held-out scans of inside sites show about 0.05. The dial opens by ``1 - usual_shift / shift``,
+            and not at all below: so far the routes go from the uniform mixture to the distance routes, and so much of
+            `statistics` is used. 0: no dial, all of both.
         affine: adaptation may shift the norm layers' weight and bias.
         steps: optimiser steps of adaptation; 0 predicts from the starting routes.
         learning_rate: of Adam.

@@ -143,9 +143,9 @@ def test_global_start_serves_the_global_model_within_a_thousandth():
 
 
 @torch.no_grad()
-def test_default_starts_at_the_distance_routes_of_the_scan():
+def test_without_dial_the_start_are_the_distance_routes_of_the_scan():
     network, scan = unet(), volume(3)
-    inferer = routing()
+    inferer = routing(overrides={"usual_shift": 0.0})
     inferer(scan, network)
     space = {"global": network.state_dict(), **experts(2)}
     expected = distance_routes(distribution_distance(network, space, [to_stack(scan[0])]))
@@ -214,7 +214,24 @@ def test_dial_turns_with_the_shift():
 
 
 @torch.no_grad()
-def test_without_a_scale_the_dial_is_off():
+def test_dial_leads_from_the_soup_to_the_distance_routes():
+    """Shut, where the shift is usual: the uniform mixture; open by a half: half way to the distance routes."""
+    scan, network = volume(4), unet()
+    free = routing(overrides={"usual_shift": 0.0})
+    free(scan, network)
+    distance = torch.tensor(free.reports[0]["routes"])
+    measured = routing()
+    measured(scan, network)
+    shift = measured.reports[0]["shift"]
+    for usual, opening in ((2 * shift, 0.0), (shift / 2, 0.5)):
+        inferer = routing(overrides={"usual_shift": usual})
+        inferer(scan, network)
+        expected = 1 / 3 + opening * (distance - 1 / 3)
+        torch.testing.assert_close(torch.tensor(inferer.reports[0]["routes"]), expected, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_without_a_usual_shift_the_dial_is_off():
     inferer = routing(overrides={"statistics": 0.5, "usual_shift": 0.0, "prior": 0.0, "start": "uniform"})
     inferer(volume(4), unet())
     assert inferer.reports[0]["statistics"] == 0.5
@@ -495,7 +512,7 @@ def test_site_routes_are_those_of_the_mean_distance():
     network, scans = unet(), [volume(3), 4 * volume(2, seed=1)]
     space = {"global": network.state_dict(), **experts(2)}
     distances = [distribution_distance(network, space, [to_stack(scan[0])]) for scan in scans]
-    report = routing(mode="site").fit(scans, network)
+    report = routing(overrides={"usual_shift": 0.0}, mode="site").fit(scans, network)
     expected = distance_routes(torch.stack(distances).mean(0))
     torch.testing.assert_close(torch.tensor(report["routes"][0]), expected, rtol=1e-4, atol=1e-5)
 
