@@ -41,7 +41,7 @@ class RoutingSettings:
             ``n / (n + prior)`` is used for n of them, so that one photograph moves them little and a volume much
             (Schneider et al. 2020).
         usual_shift: the dial. The shift is the scan's distance from the experts as the distance (or starting) routes
-            weigh them; held-out scans of inside sites show about 0.05. The dial opens by ``1 - usual_shift / shift``,
+            weigh them; held-out scans of inside sites show up to about 0.1. The dial opens by ``1 - usual_shift / shift``,
             and not at all below: so far the routes go from the uniform mixture to the distance routes, and so much of
             `statistics` is used. 0: no dial, all of both.
         affine: adaptation may shift the norm layers' weight and bias.
@@ -64,7 +64,7 @@ class RoutingSettings:
     route_norms: bool = True
     statistics: float = 1.0
     prior: float = 4.0
-    usual_shift: float = 0.05
+    usual_shift: float = 0.1
     affine: bool = False
     steps: int = 0
     learning_rate: float = 1e-3
