@@ -41,9 +41,9 @@ class RoutingSettings:
             ``n / (n + prior)`` is used for n of them, so that one photograph moves them little and a volume much
             (Schneider et al. 2020).
         usual_shift: the dial. The shift is the scan's distance from the experts as the distance (or starting) routes
-            weigh them; held-out scans of inside sites show up to about 0.1. The dial opens by ``1 - usual_shift / shift``,
-            and not at all below: so far the routes go from the uniform mixture to the distance routes, and so much of
-            `statistics` is used. 0: no dial, all of both.
+            weigh them; held-out scans of inside sites show up to about 0.1. The dial opens by
+            ``1 - usual_shift / shift``, and not at all below: so far the routes go from the uniform mixture to the
+            distance routes, and so much of `statistics` is used. 0: no dial, all of both.
         affine: adaptation may shift the norm layers' weight and bias.
         steps: optimiser steps of adaptation; 0 predicts from the starting routes.
         learning_rate: of Adam.
