@@ -100,11 +100,10 @@ class PersonalizationHandler(EMAHandler):
 
     @torch.no_grad()
     def _update_ema_model(self, engine: Engine, name: str) -> None:
-        if engine.state.epoch <= self.start_epoch:
-            self.count = 0
-        self.count += 1
+        # a model from before the start is what p is until then, but no part of the average
+        self.count = 0 if engine.state.epoch <= self.start_epoch else self.count + 1
         momentum = self.momentum
-        if self.count == 1:
+        if self.count <= 1:
             momentum = 1.0
         elif self.correct_start:
             momentum = (1 - self.alpha) / (1 - self.alpha**self.count)

@@ -109,13 +109,13 @@ def test_uncorrected_average_is_the_recursion():
 
 
 def test_average_begins_after_the_start_epoch():
-    """Up to it, p is the newest local model; then the local models after it, and the last one before."""
+    """Up to it, p is the newest local model; then the average of those after it, with none from before."""
     network, alpha = nn.BatchNorm1d(3), 0.5
     handler = PersonalizationHandler(network, alpha, start_epoch=3)
     local = [state["weight"] for state in train(network, handler, 3)]
     assert torch.equal(handler.ema_model.state_dict()["weight"], local[2])
     local += [state["weight"] for state in train(network, handler, 2, first=4)]
-    expected = averages(local[2:], alpha).float()
+    expected = averages(local[3:], alpha).float()
     torch.testing.assert_close(handler.ema_model.state_dict()["weight"], expected)
 
 
