@@ -34,11 +34,24 @@ from shared_iopfl.errors import InputError
 from shared_iopfl.models import GLOBAL, model_path, save_atomically
 from shared_iopfl.tables import write_json, write_rows
 
-__all__ = ["Federation", "SiteClient", "weighted_average"]
+__all__ = ["Federation", "SiteClient", "check_update", "weighted_average"]
 
 logger = logging.getLogger(__name__)
 Weights = Mapping[str, Tensor]
 HISTORY = ("round", "site", "model", "metric", "value")
+
+
+def check_update(site: str, update: Weights, reference: Weights, whose: str = "the global model") -> None:
+    """Raise `InputError`, naming the site and the key, unless its weights are finite and of the reference's shapes."""
+    difference = set(update) ^ set(reference)
+    if difference:
+        raise InputError(f"site '{site}' sent other keys than {whose}: '{min(difference)}' is in one of them only.")
+    for key, tensor in update.items():
+        if tensor.shape != reference[key].shape:
+            shapes = f"{tuple(tensor.shape)}, not {tuple(reference[key].shape)} as {whose}"
+            raise InputError(f"site '{site}' sent '{key}' of shape {shapes}.")
+        if not torch.isfinite(tensor).all():
+            raise InputError(f"site '{site}' sent NaN or infinite values in '{key}'.")
 
 
 def weighted_average(updates: Mapping[str, Weights], counts: Mapping[str, float]) -> dict[str, Tensor]:
@@ -61,17 +74,7 @@ def weighted_average(updates: Mapping[str, Weights], counts: Mapping[str, float]
         raise InputError(f"the sites' numbers of cases must be positive, but are {dict(counts)}.")
     first, reference = next(iter(updates.items()))
     for site, update in updates.items():
-        difference = set(update) ^ set(reference)
-        if difference:
-            raise InputError(
-                f"site '{site}' sent other keys than '{first}': '{min(difference)}' is in one of them only."
-            )
-        for key, tensor in update.items():
-            if tensor.shape != reference[key].shape:
-                shapes = f"{tuple(tensor.shape)}, not {tuple(reference[key].shape)} as '{first}'"
-                raise InputError(f"site '{site}' sent '{key}' of shape {shapes}.")
-            if not torch.isfinite(tensor).all():
-                raise InputError(f"site '{site}' sent NaN or infinite values in '{key}'.")
+        check_update(site, update, reference, f"'{first}'")
     average = {}
     for key, like in reference.items():
         if like.is_floating_point():
@@ -105,12 +108,14 @@ class SiteClient:
         self.algo.initialize({ExtraItems.CLIENT_NAME: site})
         parser = self.algo.train_workflow.parser  # type: ignore[union-attr]
         self.cases = len(parser.get_parsed_content("train#dataset#data"))
-        self._kept: dict[str, Any] = parser.get_parsed_content("round_state")
+        state = parser.get_parsed_content("round_state")
+        # what the site keeps from round to round, by name; a handler that is switched off is None
+        self.kept: dict[str, Any] = {name: item for name, item in state.items() if item is not None}
 
     @property
     def personalised(self) -> dict[str, Tensor]:
         """The personalised model; read by the client and for its own scoring only."""
-        return self._kept["personalization"].ema_model.state_dict()
+        return self.kept["personalization"].ema_model.state_dict()
 
     def train(self, weights: Weights) -> dict[str, Tensor]:
         """One round: global weights in, local weights out (copies, on the CPU)."""
@@ -121,7 +126,7 @@ class SiteClient:
     def metrics(self) -> dict[str, float]:
         """Of the last round's local training."""
         trainer: Any = self.algo.trainer
-        rate = self._kept["optimizer"].param_groups[0]["lr"]
+        rate = self.kept["optimizer"].param_groups[0]["lr"]
         return {**{name: float(value) for name, value in trainer.state.metrics.items()}, "learning_rate": float(rate)}
 
     def validate(self, weights: Weights) -> dict[str, float]:
@@ -131,7 +136,7 @@ class SiteClient:
 
     def state_dict(self) -> dict[str, Any]:
         trainer: Any = self.algo.trainer
-        kept = {name: item.state_dict() for name, item in self._kept.items()}
+        kept = {name: item.state_dict() for name, item in self.kept.items()}
         scaler = getattr(trainer, "scaler_", None)
         return {
             "epoch": trainer.state.epoch,
@@ -146,7 +151,7 @@ class SiteClient:
         scaler = getattr(trainer, "scaler_", None)
         if scaler is not None and state["scaler"]:
             scaler.load_state_dict(state["scaler"])
-        for name, item in self._kept.items():
+        for name, item in self.kept.items():
             item.load_state_dict(state["kept"][name])
 
 
@@ -266,7 +271,7 @@ class Federation:
                 {"round": self.round, "site": site, "model": model, "metric": metric, "value": float(value)}
             )
 
-    def _settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         """What has to be the same when a run is resumed; folders and the device may change."""
         training = {
             key: list(value) if isinstance(value, (list, tuple)) else value
@@ -281,7 +286,7 @@ class Federation:
         write_rows(self.output_dir / "history.csv", HISTORY, self.history)
         save_atomically(
             {
-                "settings": self._settings(),
+                "settings": self.settings(),
                 "round": self.round,
                 "weights": self.weights,
                 "clients": {site: client.state_dict() for site, client in self.clients.items()},
@@ -298,7 +303,7 @@ class Federation:
             raise InputError(
                 f"cannot read {self.checkpoint} ({type(error).__name__}); remove it to start anew."
             ) from error
-        for name, value in self._settings().items():
+        for name, value in self.settings().items():
             if settings.get(name) != value:
                 raise InputError(
                     f"{self.checkpoint} was begun with {name} {settings.get(name)}, now it is {value}; "

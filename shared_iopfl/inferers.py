@@ -25,10 +25,10 @@ from torch import Tensor, nn
 
 from shared_iopfl.distances import distance_routes, distribution_distance
 from shared_iopfl.errors import InputError
-from shared_iopfl.objectives import Output, RoutingObjective, ViewSampler, foreground, probabilities
+from shared_iopfl.objectives import Output, RoutingObjective, ViewSampler, foreground, mean_prediction
 from shared_iopfl.routing import RoutedNetwork, collapse, route
 from shared_iopfl.settings import RoutingSettings
-from shared_iopfl.stacks import Network, StackInferer
+from shared_iopfl.stacks import Network, StackInferer, evenly
 
 __all__ = ["TestTimeRoutingInferer"]
 
@@ -127,7 +127,7 @@ class TestTimeRoutingInferer(StackInferer):
         began = time.perf_counter()
         with torch.inference_mode(False), torch.no_grad():
             stack = stack.clone()  # an inference tensor could not take part in adaptation
-            some = _evenly(stack, self.settings.adapt_slices)
+            some = evenly(stack, self.settings.adapt_slices)
             routed, report = self._begin([some], network)
             logits = self._predict(stack, self._settled(routed, some))
             report["routes"] = routed.last_routes().tolist()
@@ -155,11 +155,11 @@ class TestTimeRoutingInferer(StackInferer):
             raise InputError("mode 'site' makes one plain network: it needs per='layer'.")
         with self._lock, torch.inference_mode(False), torch.no_grad():
             began = time.perf_counter()
-            samples = [_evenly(stack, settings.adapt_slices).clone() for batch in scans for stack in self._split(batch)]
+            samples = [evenly(stack, settings.adapt_slices).clone() for batch in scans for stack in self._split(batch)]
             if not samples:
                 raise InputError("mode 'site' needs at least one scan of the site; got none.")
             routed, report = self._begin(samples, network)
-            some = _evenly(torch.cat(samples), SITE_SLICES)
+            some = evenly(torch.cat(samples), SITE_SLICES)
             start = self._predict(some, self._settled(routed, some))
             report.update(routes=routed.last_routes().tolist(), scans=len(samples))
             if settings.steps > 0:
@@ -260,11 +260,8 @@ class TestTimeRoutingInferer(StackInferer):
         views = self.views.all(_square(stack)) if self.settings.average_views else []
         if len(views) < 2:
             return self._forward(stack, network)
-        mean = torch.stack(
-            [probabilities(view.undo(self._forward(view.apply(stack), network)), self.output) for view in views]
-        ).mean(0)
-        mean = mean.clamp(1e-7, 1 - 1e-7)
-        return mean.log() if self.output == "softmax" else mean.logit()
+        seen = (view.undo(self._forward(view.apply(stack), network)) for view in views)
+        return mean_prediction(list(seen), self.output)
 
     def _adapt_guarded(
         self, routed: RoutedNetwork, some: Tensor, stack: Tensor, start: Tensor, report: dict[str, Any]
@@ -340,11 +337,3 @@ def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(
         a.device == b.device and a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(one.values(), other.values())
     )
-
-
-def _evenly(stack: Tensor, count: int) -> Tensor:
-    """At most `count` of the stack's inputs, evenly spaced, none of them an end where there are others."""
-    if len(stack) <= count:
-        return stack
-    index = torch.linspace(0, len(stack), count + 1, device=stack.device)[:-1] + len(stack) / count / 2
-    return stack[index.long()]

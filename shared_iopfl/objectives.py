@@ -26,7 +26,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["RoutingObjective", "View", "ViewSampler", "contour_band", "entropy", "foreground", "probabilities"]
+__all__ = [
+    "RoutingObjective",
+    "View",
+    "ViewSampler",
+    "contour_band",
+    "entropy",
+    "foreground",
+    "mean_prediction",
+    "probabilities",
+]
 
 Output = Literal["softmax", "sigmoid"]
 
@@ -119,6 +128,12 @@ class ViewSampler:
 def probabilities(logits: Tensor, output: Output) -> Tensor:
     """Probabilities (B, C, *spatial) of exclusive classes or overlapping targets, in full precision."""
     return torch.softmax(logits.float(), dim=1) if output == "softmax" else torch.sigmoid(logits.float())
+
+
+def mean_prediction(logits: Sequence[Tensor], output: Output) -> Tensor:
+    """Several predictions (B, C, *spatial) as one: the logarithm (or logit) of their mean probability."""
+    mean = torch.stack([probabilities(one, output) for one in logits]).mean(0).clamp(1e-7, 1 - 1e-7)
+    return mean.log() if output == "softmax" else mean.logit()
 
 
 def foreground(probability: Tensor, output: Output) -> Tensor:

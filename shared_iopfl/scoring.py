@@ -30,9 +30,17 @@ class Scoring:
         bundle_root: the bundle whose ``configs/evaluate.json`` is run.
         output_dir: of the run; ``metrics.csv``, ``cases.csv`` and ``masks/`` are added there.
         overrides: of the evaluation config.
+        configs: names of the bundle's configs, the later over the earlier.
     """
 
-    def __init__(self, bundle_root: str, output_dir: str, overrides: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        bundle_root: str,
+        output_dir: str,
+        overrides: Mapping[str, Any] | None = None,
+        configs: Sequence[str] = ("evaluate",),
+    ) -> None:
+        self.configs = [str(Path(bundle_root) / "configs" / f"{name}.json") for name in configs]
         self.bundle_root = bundle_root
         self.output_dir = output_dir
         self.overrides = dict(overrides or {})
@@ -40,14 +48,14 @@ class Scoring:
     def score(self, site: str, model: str, **overrides: Any) -> None:
         """Score one model on one site; `overrides` come on top of the common ones."""
         workflow = ConfigWorkflow(
-            config_file=str(Path(self.bundle_root) / "configs" / "evaluate.json"),
+            config_file=self.configs,
             meta_file=None,
             logging_file=False,
             bundle_root=self.bundle_root,
             output_dir=self.output_dir,
             site=site,
             model=model,
-            **{**self.overrides, **overrides},
+            **{"personalised_metrics": False, **self.overrides, **overrides},
         )
         workflow.initialize()
         workflow.run()

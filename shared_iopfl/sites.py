@@ -24,7 +24,7 @@ from shared_iopfl.errors import InputError
 from shared_iopfl.layouts import PARTS, known_sites, published_parts
 from shared_iopfl.scan_files import Case, entries
 
-__all__ = ["find_cases", "fingerprint", "list_sites", "site_cases", "split_cases"]
+__all__ = ["find_cases", "fingerprint", "fold_cases", "list_sites", "site_cases", "split_cases"]
 
 FRACTIONS = (0.6, 0.15, 0.25)
 
@@ -102,6 +102,43 @@ def split_cases(cases: Sequence[Case], seed: int = 0, fractions: Sequence[float]
     """
     where = f"site {cases[0].get('site', '?')}" if cases else "an empty list"
     return _split(cases, dict(zip(PARTS, _checked(fractions))), seed, where)
+
+
+def fold_cases(
+    dataset_dir: str | Path, site: str, split: str, fold: int, folds: int, seed: int = 0, validation: float = 0.2
+) -> list[Case]:
+    """The cases of one part of a site in one fold of a cross-validation by patient.
+
+    The patients are dealt to the folds in the order of a hash, so that every fold tests as many as the others (or one
+    more or less) and each patient is tested once. Of the rest, the first are for validation. A published split is
+    disregarded: every case is tested.
+
+    Args:
+        dataset_dir: folder of the sites.
+        site: name of the site.
+        split: ``"train"``, ``"validation"`` or ``"test"``.
+        fold: which, from 0.
+        folds: how many, at least 2.
+        seed: another seed, another deal.
+        validation: share of the rest, at least one patient.
+
+    Raises:
+        InputError: for an unknown split or fold, and when there are too few patients.
+    """
+    if split not in PARTS:
+        raise InputError(f"unknown split {split!r}: choose train, validation or test")
+    if folds < 2 or not 0 <= fold < folds:
+        raise InputError(f"fold must be from 0 to folds - 1, and folds at least 2, but they are {fold} and {folds}")
+    cases = find_cases(dataset_dir, site)
+    patients = sorted({case["patient"] for case in cases}, key=lambda patient: (_position(seed, patient), patient))
+    rest = [patient for index, patient in enumerate(patients) if index % folds != fold]
+    if len(patients) < folds or len(rest) < 2:
+        raise InputError(
+            f"{folds} folds need at least {max(folds, 3)} patients, found {len(patients)} in {dataset_dir}/{site}"
+        )
+    count = min(len(rest) - 1, max(1, round(validation * len(rest))))
+    parts = {"validation": set(rest[:count]), "train": set(rest[count:]), "test": set(patients) - set(rest)}
+    return _sorted(case for case in cases if case["patient"] in parts[split])
 
 
 def fingerprint(cases: Sequence[Case]) -> str:

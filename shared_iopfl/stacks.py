@@ -19,7 +19,7 @@ import torch
 from monai.inferers import Inferer
 from torch import Tensor
 
-__all__ = ["StackInferer", "from_stack", "to_stack"]
+__all__ = ["StackInferer", "evenly", "from_stack", "to_stack"]
 
 Network = Callable[[Tensor], Tensor]
 
@@ -38,6 +38,14 @@ def to_stack(volume: Tensor, slices: int = 3) -> Tensor:
 def from_stack(outputs: Tensor) -> Tensor:
     """What a network made of a stack (D, C, H, W), as a volume (C, H, W, D)."""
     return outputs.permute(1, 2, 3, 0)
+
+
+def evenly(stack: Tensor, count: int) -> Tensor:
+    """At most `count` of the stack's inputs, evenly spaced, none of them an end where there are others."""
+    if len(stack) <= count:
+        return stack
+    index = torch.linspace(0, len(stack), count + 1, device=stack.device)[:-1] + len(stack) / count / 2
+    return stack[index.long()]
 
 
 class StackInferer(Inferer):

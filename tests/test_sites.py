@@ -18,7 +18,7 @@ import pytest
 from site_folders import dofe, names, saml
 
 from shared_iopfl.errors import InputError
-from shared_iopfl.sites import find_cases, fingerprint, site_cases, split_cases
+from shared_iopfl.sites import find_cases, fingerprint, fold_cases, site_cases, split_cases
 
 
 def cases_of(*patients: str) -> list[dict[str, str]]:
@@ -96,3 +96,30 @@ def test_fingerprint_tells_names_and_sizes(tmp_path):
     Path(cases[0]["label"]).unlink()
     with pytest.raises(InputError, match="Case00_segmentation"):
         fingerprint(cases)
+
+
+@pytest.mark.parametrize("folds", [2, 3])
+def test_folds_test_each_patient_once_and_share_nobody(tmp_path: Path, folds: int) -> None:
+    """A cross-validation deals every patient to one test part, and no fold trains on whom it tests or validates on."""
+    saml(tmp_path, "A", 7)
+    everybody = {case["case"] for case in find_cases(tmp_path, "A")}
+    tested: list[str] = []
+    for fold in range(folds):
+        parts = {
+            split: {case["case"] for case in fold_cases(tmp_path, "A", split, fold, folds)}
+            for split in ("train", "validation", "test")
+        }
+        assert all(parts.values())
+        assert sum(map(len, parts.values())) == len(everybody) == len(set.union(*parts.values()))
+        tested += parts["test"]
+    assert sorted(tested) == sorted(everybody)
+
+
+@pytest.mark.parametrize(
+    ("fold", "folds", "said"), [(2, 2, "fold must be"), (0, 1, "fold must be"), (0, 9, "patients")]
+)
+def test_impossible_folds_are_refused(tmp_path: Path, fold: int, folds: int, said: str) -> None:
+    """A fold that does not exist, and more folds than patients, end in one line."""
+    saml(tmp_path, "A", 4)
+    with pytest.raises(InputError, match=said):
+        fold_cases(tmp_path, "A", "train", fold, folds)

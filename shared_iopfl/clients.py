@@ -1,0 +1,50 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Which site a bundle's config runs for when nobody names it: what a federated client knows of itself."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from shared_iopfl.errors import InputError
+from shared_iopfl.layouts import known_sites
+
+__all__ = ["own_site"]
+
+# how `MonaiAlgo` hands a client's name to the config: as ``run_name``, with the time behind it
+CLIENT = re.compile(r"(.+)_\d{8}_\d{6}")
+
+
+def own_site(dataset_dir: str | Path, run_name: str | None, default: str) -> str:
+    """The site that bears the federated client's name; else the only one in the folder; else, outside a federation, one
+    by default.
+
+    Args:
+        dataset_dir: folder of the sites.
+        run_name: ``<client>_<date>_<time>``, as `MonaiAlgo` sets it; anything else says nothing.
+        default: name of a site.
+
+    Raises:
+        InputError: where a client finds several sites, and none of its name: it must not train on another's scans.
+    """
+    sites = known_sites(Path(dataset_dir)) if Path(dataset_dir).is_dir() else []
+    client = CLIENT.fullmatch(run_name or "")
+    if client and client[1] in sites:
+        return client[1]
+    if len(sites) == 1:
+        return sites[0]
+    if client and sites:
+        raise InputError(
+            f"client '{client[1]}' is none of the sites in {dataset_dir} ({', '.join(sites)}): name the client as its "
+            "site, or say which with site."
+        )
+    return default

@@ -1,0 +1,392 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The methods inside: each handler by its formula, off by default, and a federation with each of them on."""
+
+from __future__ import annotations
+
+import copy
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from monai.engines import SupervisedTrainer
+from monai.engines.utils import IterationEvents
+from monai.utils import set_determinism
+from networks import images, mixture, unet
+from torch import Tensor, nn
+
+from shared_iopfl.errors import InputError
+from shared_iopfl.federation import Federation, SiteClient, weighted_average
+from shared_iopfl.handlers import RoundHandler
+from shared_iopfl.local_training import (
+    DittoHandler,
+    LocalNormsHandler,
+    ProximalHandler,
+    fine_tune,
+    interpolate,
+    validated_interpolation,
+)
+from shared_iopfl.phantoms import make_prostate_sites
+
+State = dict[str, Tensor]
+
+
+def batches(seed: int = 0, count: int = 3) -> list[dict[str, Tensor]]:
+    return [
+        {"image": images(2, 3, 8, 8, seed=9 * seed + n), "label": images(2, 2, 8, 8, seed=99 + 9 * seed + n)}
+        for n in range(count)
+    ]
+
+
+class Site:
+    """A trainer and the handlers of a site, run as `MonaiAlgo` does: global weights in, one round, local ones out."""
+
+    def __init__(self, seed: int = 0, rate: float = 0.05, adam: bool = False) -> None:
+        self.network = unet()
+        kind: Any = torch.optim.Adam if adam else torch.optim.SGD
+        self.optimizer: torch.optim.Optimizer = kind(self.network.parameters(), lr=rate)
+        self.trainer = SupervisedTrainer(
+            device="cpu",
+            max_epochs=1,
+            train_data_loader=batches(seed),
+            network=self.network,
+            optimizer=self.optimizer,
+            loss_function=nn.MSELoss(),
+            decollate=True,
+            train_handlers=[],
+        )
+        self.losses: list[float] = []
+        self.trainer.add_event_handler(IterationEvents.MODEL_COMPLETED, self._note)
+
+    def _note(self, engine: Any) -> None:
+        output = engine.state.output
+        self.losses.append(float((output[0] if isinstance(output, list) else output)["loss"]))
+
+    def round(self, weights: Mapping[str, Tensor] | None = None) -> State:
+        if weights is not None:
+            self.network.load_state_dict(weights)
+        self.trainer.state.max_epochs = self.trainer.state.epoch + 1
+        self.trainer.run()
+        return {key: tensor.clone() for key, tensor in self.network.state_dict().items()}
+
+
+def equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(tensor, other[key]) for key, tensor in one.items())
+
+
+def distance(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
+    """Between the parameters of two states of the U-Net."""
+    return sum(float((one[name] - other[name]).square().sum()) for name, _ in unet().named_parameters()) ** 0.5
+
+
+def norm_keys(network: nn.Module) -> set[str]:
+    norms = [name for name, module in network.named_modules() if isinstance(module, nn.BatchNorm2d)]
+    return {key for key in network.state_dict() if key.rpartition(".")[0] in norms}
+
+
+# ---- FedProx --------------------------------------------------------------------------------------------------------
+
+
+def test_proximal_term_is_the_formula():
+    """Weights and losses of two rounds are those of a loop that writes mu / 2 * ||w - w_global||^2 out."""
+    site, mu, start = Site(), 0.7, unet(5).state_dict()
+    ProximalHandler(site.network, mu).attach(site.trainer)
+    network, losses = unet(), []
+    for weights in (start, unet(6).state_dict()):
+        local = site.round(weights)
+        network.load_state_dict(weights)
+        network.train()
+        anchor = [parameter.detach().clone() for parameter in network.parameters()]
+        for batch in batches():
+            term = sum((w - a).square().sum() for w, a in zip(network.parameters(), anchor))
+            loss = nn.functional.mse_loss(network(batch["image"]), batch["label"]) + mu / 2 * term
+            grads = torch.autograd.grad(loss, list(network.parameters()))
+            with torch.no_grad():
+                for parameter, grad in zip(network.parameters(), grads):
+                    parameter -= 0.05 * grad
+            losses.append(float(loss.detach()))
+        for key, tensor in network.state_dict().items():
+            torch.testing.assert_close(local[key], tensor, rtol=1e-4, atol=1e-5)
+    assert site.losses == pytest.approx(losses, rel=1e-4)
+
+
+def test_proximal_term_pulls_towards_the_global_model():
+    def strayed(mu: float) -> float:
+        site = Site()
+        ProximalHandler(site.network, mu).attach(site.trainer)
+        start = unet(5).state_dict()
+        return distance(site.round(start), start)
+
+    plain = Site()
+    start = unet(5).state_dict()
+    assert strayed(0) == pytest.approx(distance(plain.round(start), start), rel=1e-5)
+    assert strayed(8) < 0.9 * strayed(1) < 0.9 * strayed(0)
+
+
+# ---- FedBN ----------------------------------------------------------------------------------------------------------
+
+
+class Seen(LocalNormsHandler):
+    """Notes with what weights a round begins."""
+
+    def restore(self, engine: Any) -> None:
+        super().restore(engine)
+        self.begun = {key: tensor.clone() for key, tensor in self.network.state_dict().items()}
+
+
+def test_norms_are_the_sites_own_and_all_else_is_global():
+    """Two sites, three rounds: after the first, each begins with its own norms of the round before."""
+    sites = {name: Site(seed) for seed, name in enumerate("AB")}
+    handlers = {name: Seen(site.network) for name, site in sites.items()}
+    for name, site in sites.items():
+        handlers[name].attach(site.trainer)
+    own = norm_keys(unet())
+    weights: State = dict(unet(5).state_dict())
+    assert equal(handlers["A"].personal_state(weights), weights), "before any round it is the global model"
+    local: dict[str, State] = {}
+    for _ in range(3):
+        before, local = local, {name: site.round(weights) for name, site in sites.items()}
+        for name, handler in handlers.items():
+            for key, tensor in handler.begun.items():
+                expected = before[name] if before and key in own else weights
+                assert torch.equal(tensor, expected[key]), key
+        weights = weighted_average(local, {"A": 1, "B": 1})
+    personal = {name: handler.personal_state(weights) for name, handler in handlers.items()}
+    for key, tensor in personal["A"].items():
+        assert torch.equal(tensor, local["A"][key] if key in own else weights[key])
+        if key in own and tensor.is_floating_point():
+            assert not torch.equal(tensor, personal["B"][key])
+
+
+def test_local_norms_survive_an_interruption(tmp_path):
+    site, other = Site(), Site()
+    first, second = LocalNormsHandler(site.network), LocalNormsHandler(other.network)
+    first.attach(site.trainer)
+    weights = site.round(unet(5).state_dict())
+    torch.save(first.state_dict(), tmp_path / "state.pt")
+    second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    site.round(weights)  # goes on: what was saved does not change with it
+    weights = dict(unet(6).state_dict())
+    personal = second.personal_state(weights)
+    assert not equal(personal, weights)
+    for tensor in personal.values():
+        tensor.zero_()
+    second.attach(other.trainer)
+    assert not equal(other.round(weights), Site().round(weights))
+
+
+# ---- Ditto ----------------------------------------------------------------------------------------------------------
+
+
+def ditto(pull: float, adam: bool = False, **kwargs: Any) -> tuple[Site, DittoHandler]:
+    site = Site(adam=adam, **kwargs)
+    RoundHandlerWithoutData(site.optimizer).attach(site.trainer)
+    handler = DittoHandler(site.network, site.optimizer, pull)
+    handler.attach(site.trainer)
+    return site, handler
+
+
+class RoundHandlerWithoutData(RoundHandler):
+    """A new optimiser each round; the batches of these tests are not drawn."""
+
+    def start(self, engine: Any) -> None:
+        self.forget(engine)
+
+
+@pytest.mark.parametrize("adam", [False, True])
+def test_without_pull_ditto_is_local_training_on_the_same_batches(adam):
+    """Whatever global weights come in: the personal model goes on from its own, at the trainer's rate of the moment."""
+    site, handler = ditto(0.0, adam)
+    alone = Site(adam=adam)
+    RoundHandlerWithoutData(alone.optimizer).attach(alone.trainer)
+    start = unet(5).state_dict()
+    for n, rate in enumerate((0.05, 0.01, 0.02)):
+        for one in (site, alone):
+            one.optimizer.param_groups[0]["lr"] = rate
+        site.round(unet(5 + n).state_dict())
+        expected = alone.round(start if n == 0 else None)
+        for key, tensor in handler.personal_state().items():
+            torch.testing.assert_close(tensor, expected[key], rtol=1e-4, atol=1e-5)
+
+
+def test_pull_keeps_the_personal_model_near_the_global_one():
+    def strayed(pull: float) -> float:
+        site, handler = ditto(pull)
+        weights = unet(5).state_dict()
+        for _ in range(3):
+            site.round(weights)
+        return distance(handler.personal_state(), weights)
+
+    assert strayed(15) < 0.7 * strayed(1) < 0.7 * strayed(0)
+
+
+def test_ditto_leaves_the_local_model_alone():
+    """The site sends what it would without a personal model; and the personal model is no part of it."""
+    site, handler = ditto(0.5, adam=True)
+    plain = Site(adam=True)
+    RoundHandlerWithoutData(plain.optimizer).attach(plain.trainer)
+    for n in range(2):
+        weights = unet(5 + n).state_dict()
+        assert equal(site.round(weights), plain.round(weights))
+    assert site.losses == plain.losses
+    assert not equal(handler.personal_state(), site.network.state_dict())
+
+
+def test_ditto_survives_an_interruption(tmp_path):
+    weights = [unet(5 + n).state_dict() for n in range(3)]
+    whole, handler = ditto(0.5, adam=True)
+    for n, given_weights in enumerate(weights):
+        whole.round(given_weights)
+        if n == 1:
+            torch.save(handler.state_dict(), tmp_path / "state.pt")
+    resumed, other = ditto(0.5, adam=True)
+    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    resumed.round(weights[2])
+    assert equal(other.personal_state(), handler.personal_state())
+
+
+@pytest.mark.parametrize("wrong", [-0.1, float("nan"), float("inf")])
+def test_weights_of_the_pull_out_of_range_are_refused(wrong):
+    site = Site()
+    with pytest.raises(InputError, match="proximal"):
+        ProximalHandler(site.network, wrong)
+    with pytest.raises(InputError, match="ditto"):
+        DittoHandler(site.network, site.optimizer, wrong)
+
+
+# ---- between global and personalised --------------------------------------------------------------------------------
+
+
+@given(st.floats(0, 1))
+@settings(max_examples=10, deadline=None)
+def test_interpolation_is_the_weighted_mean_and_exact_at_its_ends(share):
+    one, other = unet(1).state_dict(), unet(2).state_dict()
+    kept = copy.deepcopy(one)
+    between = interpolate(one, other, share)
+    for key, tensor in mixture([one, other], [1 - share, share]).items():
+        torch.testing.assert_close(between[key], tensor, rtol=1e-4, atol=1e-5)
+        assert between[key].dtype == one[key].dtype
+    assert equal(interpolate(one, other, 0), one)
+    assert all(torch.equal(t, other[k]) for k, t in interpolate(one, other, 1).items() if t.is_floating_point())
+    for tensor in between.values():
+        tensor.zero_()
+    assert equal(one, kept)
+
+
+@given(st.lists(st.sampled_from([0.1, 0.5, 0.9, float("nan")]), min_size=4, max_size=4), st.floats(0, 1))
+@settings(max_examples=40, deadline=None)
+def test_validated_interpolation_is_never_worse_than_global_and_takes_the_smaller_share(dice, global_dice):
+    """Scored by whatever validation says; the global model is a candidate even where it was not asked for."""
+    shares = (1.0, 0.75, 0.5, 0.25)
+    table = {0.0: global_dice, **dict(zip(shares, dice))}
+    one, other = {"w": torch.zeros(1)}, {"w": torch.ones(1)}
+    share, state = validated_interpolation(one, other, lambda weights: table[float(weights["w"])], shares)
+    best = max([global_dice, *(value for value in dice if value == value)])
+    assert table[share] == best
+    assert share == min(s for s, value in table.items() if value == best)
+    assert float(state["w"]) == share
+
+
+def test_share_outside_its_range_is_refused():
+    for share in (-0.1, 1.1, float("nan")):
+        with pytest.raises(InputError, match="share"):
+            interpolate({}, {}, share)
+
+
+# ---- switched by the training config --------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def _process_as_it_was() -> Iterator[None]:
+    """A config seeds the process and changes how it reports errors."""
+    hook, path, benchmark = sys.excepthook, list(sys.path), torch.backends.cudnn.benchmark
+    yield
+    sys.excepthook, sys.path[:], torch.backends.cudnn.benchmark = hook, path, benchmark
+    set_determinism(None)
+
+
+@pytest.fixture(scope="module")
+def sites_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sites")
+    make_prostate_sites(folder, sites=("A", "B"), cases=4, size=(32, 32, 8))
+    return folder
+
+
+def federation(data: Path, folder: Path, resume: bool = False, **overrides: Any) -> Federation:
+    tiny = {"image_size": 32, "features": 4, "device": "cpu", "passes": 2, "batch_size": 2, "slices_per_case": 2}
+    quiet = {"verbose": False, "tensorboard": False, "save_checkpoints": False, "val_interval": 0}
+    bundle = str(Path(__file__).parents[1] / "bundles" / "prostate_iopfl")
+    given_overrides = {"dataset_dir": str(data), **tiny, **quiet, **overrides}
+    return Federation(bundle, ["A", "B"], 2, str(folder), overrides=given_overrides, val_interval=0, resume=resume)
+
+
+def personal(client: SiteClient, weights: State) -> State:
+    if "ditto" in client.kept:
+        return client.kept["ditto"].personal_state()
+    return client.kept["local_norms"].personal_state(weights) if "local_norms" in client.kept else weights
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("switch", [{}, {"proximal": 0.1}, {"local_norms": True}, {"ditto": 0.5}])
+def test_federation_with_a_switch_on_runs_and_resumes(sites_dir, tmp_path, switch, monkeypatch):
+    """Interrupted in its second round and resumed: global and site's own models to the bit; off, the handler is not."""
+    whole = federation(sites_dir, tmp_path / "whole", **switch)
+    whole.run()
+    names = {"optimizer", "lr_scheduler", "personalization"} | (set(switch) & {"local_norms", "ditto"})
+    assert all(set(client.kept) == names for client in whole.clients.values())
+
+    train = SiteClient.train
+
+    def train_until_the_power_goes(self: SiteClient, *arguments: Any) -> State:
+        if self.site == "B" and self.algo.trainer.state.epoch == 1:  # type: ignore[union-attr]
+            raise KeyboardInterrupt
+        return train(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SiteClient, "train", train_until_the_power_goes)
+        with pytest.raises(KeyboardInterrupt):
+            federation(sites_dir, tmp_path / "part", **switch).run()
+    resumed = federation(sites_dir, tmp_path / "part", resume=True, **switch)
+    resumed.run()
+    assert equal(resumed.weights, whole.weights)
+    for site in "AB":
+        one, other = (personal(run.clients[site], run.weights) for run in (resumed, whole))
+        assert equal(one, other)
+        assert equal(one, whole.weights) == ("ditto" not in switch and "local_norms" not in switch)
+
+
+@pytest.mark.slow
+def test_switches_change_what_is_learnt_and_fine_tuning_changes_nothing_else(sites_dir, tmp_path):
+    plain = federation(sites_dir, tmp_path / "plain")
+    plain.run()
+    # a personal model beside the local one changes no weight that is sent; the others do
+    assert equal(federation(sites_dir, tmp_path / "ditto", ditto=0.5).run(), plain.weights)
+    for name, switch in {"proximal": {"proximal": 1.0}, "norms": {"local_norms": True}}.items():
+        assert not equal(federation(sites_dir, tmp_path / name, **switch).run(), plain.weights)
+
+    client, published = plain.clients["A"], tmp_path / "plain" / "models" / "model_A.pt"
+    before, stamp = copy.deepcopy(client.state_dict()), os.stat(published).st_mtime_ns
+    tuned = fine_tune(client, plain.weights, 2)
+    again = fine_tune(client, plain.weights, 2)
+    assert equal(tuned, again) and not equal(tuned, plain.weights)
+    assert os.stat(published).st_mtime_ns == stamp
+    assert equal(client.personalised, before["kept"]["personalization"]["model"])
+    assert client.state_dict()["epoch"] == before["epoch"]
+    by_hand = client.train(client.train(plain.weights))
+    assert equal(tuned, by_hand)
+    rate = client.kept["optimizer"].param_groups[0]["lr"]
+    assert rate == pytest.approx(0.1 * 0.001), "the tail's small rate"
