@@ -62,7 +62,7 @@ class RoutingSettings:
     per: Literal["sample", "volume", "layer"] = "layer"
     activation: Activation = "softmax"
     route_norms: bool = True
-    statistics: float = 0.5
+    statistics: float = 1.0
     prior: float = 4.0
     usual_shift: float = 0.1
     affine: bool = False
