@@ -12,9 +12,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
 import fire
 
-from shared_iopfl.errors import one_line_errors
+from shared_iopfl.errors import InputError, one_line_errors
+from shared_iopfl.manifest import check_manifest
+from shared_iopfl.packaging import package, publish
 from shared_iopfl.phantoms import make_fundus_sites, make_prostate_sites
 from shared_iopfl.report import print_table, write_report
 from shared_iopfl.sites import list_sites, site_cases
@@ -33,6 +40,39 @@ def report(output_dir: str) -> None:
     print_table(output_dir)
 
 
+def check(models_dir: str) -> None:
+    """Hold a published model set to its manifest, and say what it is."""
+    manifest = check_manifest(models_dir)
+    print(f"{len(manifest['files'])} files as published, of the sites {', '.join(manifest['sites']) or 'none'}")
+    print(f"terms: {manifest['terms']}")
+
+
+def flare(
+    bundle: str, sites: Sequence[str], output_dir: str, env: str = "sim", rounds: int = 60, **options: Any
+) -> None:
+    """Federate with NVIDIA FLARE: --env sim or poc on this machine, prod over several (see docs/flare.md).
+
+    Further options: --dataset_dir, --min_sites, --round_timeout; with --env prod also --startup_kit and --username, to
+    submit the job at once; and every key of the bundle's federate.json and train.json.
+    """
+    _flare().federate(env, bundle, sites, rounds, output_dir, **options)
+
+
+def flare_publish(output_dir: str, sites: Sequence[str]) -> None:
+    """Publish personalised models of a FLARE run: those of the named sites, and no others."""
+    for path in _flare().publish_sites(output_dir, sites):
+        print(path)
+
+
+def _flare() -> ModuleType:
+    try:
+        return import_module("shared_iopfl.flare")
+    except ModuleNotFoundError as error:
+        if "nvflare" not in str(error.name):
+            raise
+        raise InputError("NVIDIA FLARE is not installed: pip install 'shared_iopfl[flare]'.") from error
+
+
 def main() -> None:
     """Run the command named on the command line."""
     one_line_errors()
@@ -41,6 +81,11 @@ def main() -> None:
             "prepare": prepare,
             "phantoms": {"prostate": make_prostate_sites, "fundus": make_fundus_sites},
             "report": report,
+            "publish": fire.decorators.SetParseFns(from_dir=str, to_dir=str, terms=str)(publish),
+            "check": check,
+            "package": package,
+            "flare": flare,
+            "flare_publish": flare_publish,
         },
         name="shared_iopfl",
     )

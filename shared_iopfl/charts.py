@@ -8,12 +8,12 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The report's charts: Dice by case, learning curves, routes."""
+"""The report's charts: Dice by case, learning curves, routes, differences with their intervals, gain by shift."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from matplotlib.ticker import MaxNLocator
 
 from shared_iopfl.pictures import WIDTH, colours, plain
 
-__all__ = ["curves_picture", "dice_picture", "routes_picture"]
+__all__ = ["curves_picture", "dice_picture", "forest_picture", "gains_picture", "routes_picture"]
 
 _SLANT: dict[str, Any] = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"}
 
@@ -127,4 +127,76 @@ def routes_picture(weights: np.ndarray, experts: Sequence[str], cases: Sequence[
         if len(names) <= 40:  # more could not be read: numbers instead
             slant = _SLANT if max(map(len, names)) > 3 else {}
             panel.set_xticks(range(len(names)), [plain(name) for name in names], **slant)
+    return figure
+
+
+def forest_picture(
+    panels: Mapping[str, Mapping[str, tuple[float, float, float]]],
+    label: str,
+    colour: Mapping[str, str],
+    bounds: Collection[str] = (),
+) -> Figure:
+    """One panel a site, or one for all: each method's difference as a dot on its interval, 0 as a line.
+
+    What lies so far on the left that the others could not be told apart is an arrow with its figure.
+
+    Args:
+        panels: ``{panel: {method: (difference, low, high)}}``, the same methods in each, in the order to draw them from
+            above; an interval that is NaN is not drawn.
+        label: title of the horizontal axis.
+        colour: of the methods that stand out.
+        bounds: methods to draw hollow, with their names in italics.
+    """
+    methods = list(next(iter(panels.values())))
+    figure, axes = _panels(list(panels), height=0.27 * len(methods) + 0.75, share_x=True, most_columns=3)
+    figure.set_figwidth(WIDTH if len(panels) == 1 else figure.get_figwidth())
+    ends = np.array([found[method] for found in panels.values() for method in methods])
+    floor = min(-3, -1.5 * float(np.nanmax(ends)), 1.5 * float(np.nanpercentile(np.nanmin(ends, axis=1), 15)))
+    for panel, found in zip(axes, panels.values()):
+        panel.grid(axis="y", visible=False)
+        panel.grid(axis="x", color="#E4E4E4", linewidth=0.8)
+        panel.axvline(0, color="#59636E", linewidth=1.2, zorder=1)
+        for at, (method, (mean, low, high)) in enumerate(found.items()):
+            ink = colour.get(method, "#6E7781" if method in bounds else "#30363D")
+            size = 46 if method in colour else 30
+            words: dict[str, Any] = {"fontsize": 8.5, "va": "center", "color": ink}
+            text = f"{mean:+.1f}".replace("-", "\u2212")
+            if mean < floor:
+                panel.scatter([floor], [at], s=size, color=ink, marker="<", zorder=3)
+            else:
+                panel.hlines(at, max(low, floor), high, color=ink, linewidth=2.4 if method in colour else 1.6, zorder=2)
+                face = "white" if method in bounds else ink
+                panel.scatter([mean], [at], s=size, color=face, edgecolors=ink, zorder=3)
+            if len(panels) == 1:
+                text += f" [{low:+.1f}, {high:+.1f}]".replace("-", "\u2212") if math.isfinite(low) else ""
+                panel.annotate(text, (1.01, at), xycoords=("axes fraction", "data"), **words)
+            elif mean < floor:
+                panel.annotate(text, (floor, at), xytext=(7, 0), textcoords="offset points", **words)
+        panel.set_yticks(range(len(methods)), [plain(method) for method in methods])
+        panel.set_ylim(len(methods) - 0.4, -0.6)
+        for method, tick in zip(methods, panel.get_yticklabels()):
+            tick.set(fontstyle="italic" if method in bounds else "normal", color=colour.get(method, "black"))
+            tick.set_fontweight("bold" if method in colour else "normal")
+    figure.supxlabel(label, fontsize=9.5)
+    return figure
+
+
+def gains_picture(sites: Mapping[str, Sequence[tuple[float, float]]], label: str) -> Figure:
+    """Gain against shift, ``{site: [(shift, gain), ...]}``: a dot a case, a ring at each site's mean."""
+    figure = Figure(figsize=(WIDTH * 2 / 3, 3.8), layout="constrained")
+    panel = figure.subplots()
+    colour = colours(list(sites))
+    panel.axhline(0, color="#59636E", linewidth=1.2, zorder=1)
+    for site, points in sites.items():
+        shift, gain = np.transpose(points)
+        panel.scatter(shift, gain, s=17, color=colour[site], alpha=0.6, linewidths=0, label=plain(site), zorder=2)
+        mean = [shift.mean()], [gain.mean()]
+        panel.scatter(*mean, s=95, color="white", edgecolors=colour[site], linewidths=2.4, zorder=3)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.grid(color="#E4E4E4", linewidth=0.8)
+    panel.set_axisbelow(True)
+    panel.tick_params(labelsize=8.5)
+    panel.set_xlabel("shift of the scan", fontsize=9.5)
+    panel.set_ylabel(label, fontsize=9.5)
+    figure.legend(loc="outside upper left", ncols=6, frameon=False, fontsize=9, markerscale=1.6, handletextpad=0.1)
     return figure

@@ -30,6 +30,7 @@ from shared_iopfl.baselines import fine_tune, labelled_routes, validated_interpo
 from shared_iopfl.errors import InputError
 from shared_iopfl.federation import Federation
 from shared_iopfl.models import GLOBAL, load_experts, load_weights, model_path, save_atomically
+from shared_iopfl.review import collect_review
 from shared_iopfl.scoring import Scoring
 from shared_iopfl.stacks import to_stack
 from shared_iopfl.tables import read_rows, write_json, write_rows
@@ -293,10 +294,11 @@ class Comparison:
         return bool(self._rows(run, site, method))
 
     def collect(self) -> None:
-        """Gather the runs' scores in ``comparison.csv``."""
+        """Gather the runs' scores in ``comparison.csv``, and those of the review lists in ``review.csv``."""
         rows = []
         for path in sorted(self.output_dir.glob("seed*/*side_*/metrics.csv")):
             seed, fold = path.parts[-3].removeprefix("seed"), path.parts[-2].split("_", 1)[1]
             for row in read_rows(path):
                 rows.append({**row, "seed": seed, "fold": fold, "method": row["model"]})
         write_rows(self.output_dir / "comparison.csv", COLUMNS, [{key: row[key] for key in COLUMNS} for row in rows])
+        collect_review(self.output_dir)

@@ -23,11 +23,10 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from shared_iopfl import charts, pictures
-from shared_iopfl.comparison_scores import FEWEST_CASES, Site
-from shared_iopfl.comparison_tables import Contest, interval
-from shared_iopfl.documents import Row, Table
+from shared_iopfl.comparison_scores import Site
+from shared_iopfl.comparison_tables import Contest
 from shared_iopfl.pages import picture
-from shared_iopfl.scores import finite_mean, read_columns, read_json, show
+from shared_iopfl.scores import FEWEST_CASES, MINUS, finite_mean, read_columns, read_json, show
 
 __all__ = ["Shifts", "cases_section", "read_shifts"]
 
@@ -52,32 +51,20 @@ class Shifts:
     contest: Contest
     points: Mapping[str, list[tuple[float, float]]]
 
-    def table(self) -> Table:
-        """Sites from the smallest shift to the largest."""
-        assert self.contest.own is not None
-        heads = ["site", "mean shift", f"{self.contest.own} \u2212 {self.contest.reference} [95% interval]", "cases"]
-        rows = []
-        for site, points in sorted(self.points.items(), key=lambda item: float(np.mean(item[1], axis=0)[0])):
-            found = self.contest.dice.difference(self.contest.own, self.contest.reference, site)
-            rows.append(Row(site, [f"{np.mean(points, axis=0)[0]:.3f}", interval(found), str(len(points))]))
-        return Table(heads, rows)
+    def means(self) -> dict[str, float]:
+        """Mean shift of each site."""
+        return {site: float(np.mean(points, axis=0)[0]) for site, points in self.points.items()}
 
-    def in_words(self) -> str:
-        """How closely the gain follows the shift."""
-        text = (
-            "The shift is the scan's distance from the experts, as the method measures it without labels. A dial that "
-            "works gains where the shift is large, and stays at 0 where there is none."
-        )
+    def in_short(self) -> list[tuple[str, str]]:
+        """How closely the gain follows the shift, as `Contest.in_short` has it."""
         shift, gain = np.concatenate([np.asarray(points) for points in self.points.values()]).T
         if len(shift) < FEWEST_CASES or np.ptp(shift) == 0 or np.ptp(gain) == 0:
-            return text
+            return []
         thirds = np.array_split(gain[np.argsort(shift, kind="stable")], 3)
         low, high = (show("dice", float(third.mean()), "+") for third in (thirds[0], thirds[-1]))
-        return (
-            f"{text} Rank correlation of gain and shift over {len(shift)} cases: "
-            f"{spearmanr(shift, gain).statistic:.2f}. Mean gain of the third with the smallest shift {low}, of the "
-            f"third with the largest {high} points."
-        ).replace(": -", ": \u2212")
+        correlation = f"{spearmanr(shift, gain).statistic:.2f}".replace("-", MINUS)
+        text = f"{low} points in the third of the cases with the smallest shift, {high} in that with the largest"
+        return [(f"Gain and shift {self.contest.role}", f"{text}; rank correlation {correlation}, n = {len(shift)}.")]
 
     def section(self) -> str:
         """The picture, as HTML."""
@@ -119,9 +106,7 @@ def cases_section(output_dir: Path, contest: Contest) -> str:
         for row in read_columns(path, "site case model image label mask"):
             if row["image"] and row["mask"] and row["model"] in (contest.own, contest.reference):
                 files[seed, row["site"], row["case"], row["model"]] = path.parent, row
-    base = pictures.colours(())
-    # the reference is the global model's line in these pictures, our own has the colour it has in a run's report
-    colour = {**base, contest.own: base["personalised" if contest.role == "inside" else "routed"]}
+    colour = {**pictures.colours(()), **contest.colour}
     html = ""
     for name, site in contest.dice.sites.items():
         views, left_out = [], []

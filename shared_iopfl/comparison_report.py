@@ -21,10 +21,10 @@ from html import escape
 from pathlib import Path
 
 from shared_iopfl import charts
-from shared_iopfl.comparison_cases import cases_section, read_shifts
+from shared_iopfl.comparison_cases import Shifts, cases_section, read_shifts
 from shared_iopfl.comparison_scores import BEST_EXPERT, read_comparison
-from shared_iopfl.comparison_tables import Contest, choices_table, facts, in_short, interval, reading_notes
-from shared_iopfl.documents import Block, Heading, Text, markdown, to_html
+from shared_iopfl.comparison_tables import Contest, choices_table, facts, interval, reading_notes
+from shared_iopfl.documents import Block, Bullets, Heading, Text, markdown, to_html
 from shared_iopfl.errors import InputError
 from shared_iopfl.files import write_text
 from shared_iopfl.pages import page, picture
@@ -37,6 +37,11 @@ REFERENCE = {"inside": "FedAvg", "outside": "global"}
 OWN = {"inside": "personalised", "outside": "default"}
 BOUNDS = ("labelled routes",)
 _USE = "Figures are foreground Dice of held-out patients. For research use only, not for diagnosis."
+
+_SHIFT = (
+    "The shift is the scan's distance from the experts, as the method measures it without labels. A dial that works "
+    "gains where the shift is large and stays at 0 where there is none."
+)
 
 
 def write_comparison(
@@ -65,11 +70,14 @@ def write_comparison(
     """
     output_dir = Path(output_dir)
     contests = _contests(output_dir, reference, own, bounds)
-    intro, short = facts(contests), in_short(contests)
-    text: list[Block] = [Text(intro), Text(_USE), *([Heading("In short"), *short] if short else [])]
-    body = f'<p class="facts">{escape(intro)}</p><p class="use">{escape(_USE)}</p>{to_html(text[2:])}'
-    for contest in contests:
-        of_role, pictured = _role_parts(output_dir, contest)
+    shifts = [read_shifts(output_dir, contest) for contest in contests]
+    items = [item for c, s in zip(contests, shifts) for item in [*c.in_short(), *(s.in_short() if s else [])]]
+    short: list[Block] = [Heading("In short"), Bullets(items)] if items else []
+    intro = facts(contests)
+    text: list[Block] = [Text(intro), Text(_USE), *short]
+    body = f'<p class="facts">{escape(intro)}</p><p class="use">{escape(_USE)}</p>{to_html(short)}'
+    for contest, measured in zip(contests, shifts):
+        of_role, pictured = _role_parts(output_dir, contest, measured)
         text += of_role
         body += pictured
     choices = choices_table(output_dir)
@@ -101,7 +109,7 @@ def _contests(
     return contests
 
 
-def _role_parts(output_dir: Path, contest: Contest) -> tuple[list[Block], str]:
+def _role_parts(output_dir: Path, contest: Contest, shifts: Shifts | None) -> tuple[list[Block], str]:
     """The tables of a role, and its part of the page, which has pictures besides."""
     role = contest.role.capitalize()
     scores: list[Block] = [Heading(role), Heading("Dice by site", 3), contest.means()]
@@ -112,10 +120,10 @@ def _role_parts(output_dir: Path, contest: Contest) -> tuple[list[Block], str]:
     more = [metric for metric in contest.metrics if metric != "dice"]
     means = [contest.means(metric) for metric in more]
     measures: list[Block] = [Heading("Other measures", 3), *means] if means else []
-    shifts = read_shifts(output_dir, contest)
-    dial: list[Block] = []
-    if shifts:
-        dial = [Heading("Gain and shift", 3), shifts.table(), Text(shifts.in_words(), "caption")]
+    sites: list[Block] = []
+    if table := contest.by_site(shifts.means() if shifts else {}):
+        sites = [Heading(f"{contest.own} site by site", 3), table]
+        sites += [Text(_SHIFT, "caption")] if shifts else []
     shown = cases_section(output_dir, contest)
     if shown:
         dashed = "global model" if contest.reference == "global" else f"global model, {contest.reference}"
@@ -132,12 +140,12 @@ def _role_parts(output_dir: Path, contest: Contest) -> tuple[list[Block], str]:
         + to_html(reference)
         + _forests(contest)
         + to_html(others)
-        + to_html(dial)
+        + to_html(sites)
         + (shifts.section() if shifts else "")
         + to_html(measures)
         + shown
     )
-    return [*scores, *contest.notes(), *reference, *others, *dial, *measures], html
+    return [*scores, *contest.notes(), *reference, *others, *sites, *measures], html
 
 
 def _forests(contest: Contest) -> str:
@@ -156,11 +164,11 @@ def _forests(contest: Contest) -> str:
         f"Difference to {contest.reference} with its 95% interval: right of the line is better. Coloured: "
         f"{contest.own or 'none'}. Hollow: bounds, which used labels or hindsight."
     )
-    mean = charts.forest_picture({f"{contest.role}, mean of sites": panel()}, label, contest.own, contest.bounds)
+    mean = charts.forest_picture({f"{contest.role}, mean of sites": panel()}, label, contest.colour, contest.bounds)
     html = picture(mean, escape(caption))
     if len(dice.sites) > 1:
         sites = {site: panel(site) for site in dice.sites}
-        html += picture(charts.forest_picture(sites, label, contest.own, contest.bounds), "The same, site by site.")
+        html += picture(charts.forest_picture(sites, label, contest.colour, contest.bounds), "The same, site by site.")
     return html
 
 

@@ -153,8 +153,7 @@ class RoleScores:
         if cases >= FEWEST_CASES:
             drawn = (self.resampled[:, one] - self.resampled[:, two])[:, chosen].mean(1)
             low, high = np.percentile(drawn, (2.5, 97.5))
-        # adding 0 makes of -0.0 what people write
-        return Difference(*(round(float(value), _DIGITS) + 0.0 for value in (mean, low, high)), cases)
+        return Difference(_exact(mean), _exact(low), _exact(high), cases)
 
     def wins_and_losses(self, method: str, other: str) -> tuple[int, int]:
         """On how many cases a method is more than half a point above another, and on how many below."""
@@ -171,7 +170,7 @@ class RoleScores:
         for name, site in self.sites.items():
             differences = np.round(site.values[self.at(method)] - site.values[self.at(other)], _DIGITS)
             at = np.unravel_index(np.nanargmin(differences), differences.shape)
-            found.append((float(differences[at]) + 0.0, name, site.cases[int(at[1])]))
+            found.append((_exact(differences[at]), name, site.cases[int(at[1])]))
         return min(found)
 
     def worst_twentieth(self, method: str) -> float:
@@ -189,6 +188,10 @@ class RoleScores:
         return sorted(self.methods, key=lambda method: (method in bounds, -self.mean(method), method))
 
 
+def _exact(value: float) -> float:
+    return round(float(value), _DIGITS) + 0.0  # adding 0 makes of -0.0 what people write
+
+
 def read_comparison(output_dir: str | Path) -> dict[str, dict[str, RoleScores]]:
     """``comparison.csv`` by role and metric, Dice first; the order of its rows does not matter.
 
@@ -200,8 +203,8 @@ def read_comparison(output_dir: str | Path) -> dict[str, dict[str, RoleScores]]:
     """
     path = Path(output_dir) / "comparison.csv"
     rows = read_columns(path, "seed fold site role method case metric value")
-    if not any(row["metric"] == "dice" for row in rows):
-        raise InputError(f"{path} has no Dice: run the bundle's compare.json with this folder as output_dir first")
+    if not rows:
+        raise InputError(f"{path} holds no scores: run the bundle's compare.json with this folder as output_dir first")
     found: dict[tuple[str, str], dict[str, dict[str, _Values]]] = {}
     folds: dict[str, set[str]] = {role: set() for role in ROLES}
     for row in rows:
@@ -226,6 +229,8 @@ def read_comparison(output_dir: str | Path) -> dict[str, dict[str, RoleScores]]:
             if made.sites:
                 scores.setdefault(role, {})[metric] = made
                 experts = experts or made.best_experts
+        if role in scores and "dice" not in scores[role]:
+            raise InputError(f"{path} has no Dice {role}: run the comparison to its end")
     return scores
 
 

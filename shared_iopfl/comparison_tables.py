@@ -21,12 +21,13 @@ from typing import Any
 
 import numpy as np
 
+from shared_iopfl import pictures
 from shared_iopfl.comparison_scores import RESAMPLES, Difference, RoleScores
-from shared_iopfl.documents import Block, Bullets, Row, Table, Text
+from shared_iopfl.documents import Block, Row, Table, Text
 from shared_iopfl.errors import InputError
 from shared_iopfl.scores import DASH, FEWEST_CASES, MINUS, finite, heading, show
 
-__all__ = ["Contest", "choices_table", "facts", "in_short", "interval", "reading_notes"]
+__all__ = ["Contest", "choices_table", "facts", "interval", "reading_notes"]
 
 TARGET, HARM = 0.010, 0.003  # Dice: what the own method should gain on the mean of sites, what no site may lose
 
@@ -69,6 +70,12 @@ class Contest:
     @property
     def dice(self) -> RoleScores:
         return self.metrics["dice"]
+
+    @property
+    def colour(self) -> dict[str, str]:
+        """Our own method's colour: the one that a run's report gives to its kind."""
+        kind = "personalised" if self.role == "inside" else "routed"
+        return {self.own: pictures.colours(())[kind]} if self.own else {}
 
     @property
     def rivals(self) -> list[str]:
@@ -119,6 +126,19 @@ class Contest:
         rows = [Row(m, self._duel(self.own, m), italic=m in self.bounds) for m in self.rivals]
         return Table([*heads, "largest loss of a case"], rows)
 
+    def by_site(self, shifts: Mapping[str, float]) -> Table | None:
+        """What our own method gains on each site, from the smallest shift to the largest where the shifts are known."""
+        if self.own is None or self.own == self.reference:
+            return None
+        heads = ["mean shift"] * bool(shifts)
+        rows = []
+        for site in sorted(self.dice.sites, key=lambda site: shifts.get(site, math.inf)):
+            found = self.dice.difference(self.own, self.reference, site)
+            shift = [show("", shifts.get(site, math.nan))] * bool(shifts)
+            rows.append(Row(site, [*shift, interval(found), found.verdict, str(found.cases)]))
+        difference = f"{self.own} {MINUS} {self.reference} [95% interval]"
+        return Table(["site", *heads, difference, "verdict", "cases"], rows)
+
     def _duel(self, method: str, other: str) -> list[str]:
         difference = self.dice.difference(method, other)
         wins, losses = self.dice.wins_and_losses(method, other)
@@ -130,14 +150,17 @@ class Contest:
         """What has to be said under the tables: which experts hindsight chose, what was undefined."""
         blocks: list[Block] = []
         if self.dice.best_experts:
-            chosen = ", ".join(f"{expert} at {site}" for site, expert in self.dice.best_experts.items())
-            text = f"The best expert in hindsight is that of {chosen}; the mean expert is what one taken blindly gives."
+            sites: dict[str, list[str]] = {}
+            for site, expert in self.dice.best_experts.items():
+                sites.setdefault(expert, []).append(site)
+            chosen = "; ".join(f"{expert} (at {', '.join(at)})" for expert, at in sites.items())
+            text = f"Best expert in hindsight: {chosen}. The mean expert is what one taken blindly gives on average."
             blocks.append(Text(text, "caption"))
         for metric, scores in self.metrics.items():
             if scores.undefined:
                 counts = ", ".join(f"{method} {count}" for method, count in scores.undefined.items())
-                text = "What is undefined for one method, such as a distance to an empty mask, is left out for all"
-                blocks.append(Text(f"{heading(metric)}: {text}: {counts}.", "caption"))
+                text = f"{heading(metric)}: what is undefined for one method, such as a distance to an empty mask, is"
+                blocks.append(Text(f"{text} left out for all. Undefined: {counts}.", "caption"))
         return blocks
 
     def in_short(self) -> list[tuple[str, str]]:
@@ -187,12 +210,6 @@ def facts(contests: Sequence[Contest]) -> str:
         counts = f"{_count(len(dice.sites), 'site')}, {_count(dice.cases, 'case')}, {_count(len(dice.seeds), 'seed')}"
         parts.append(f"{contest.role}: {counts}, {folds}, {_count(len(dice.methods), 'method')}")
     return " \u00b7 ".join(parts) + f" \u00b7 {RESAMPLES:,} resamples"
-
-
-def in_short(contests: Sequence[Contest]) -> list[Block]:
-    """What the comparison says, as a list; nothing where our own methods were not run."""
-    items = [item for contest in contests for item in contest.in_short()]
-    return [Bullets(items)] if items else []
 
 
 def reading_notes(bounds: bool) -> str:

@@ -25,7 +25,14 @@ from torch import Tensor, nn
 
 from shared_iopfl.distances import distance_routes, distribution_distance
 from shared_iopfl.errors import InputError
-from shared_iopfl.objectives import Output, RoutingObjective, ViewSampler, foreground, mean_prediction
+from shared_iopfl.objectives import (
+    Output,
+    RoutingObjective,
+    ViewSampler,
+    foreground,
+    mean_prediction,
+    view_agreement,
+)
 from shared_iopfl.routing import RoutedNetwork, collapse, route
 from shared_iopfl.settings import RoutingSettings
 from shared_iopfl.stacks import Network, StackInferer, evenly
@@ -58,7 +65,8 @@ class TestTimeRoutingInferer(StackInferer):
         seed: of routers and views.
 
     Attributes:
-        reports: what was done for the last scans (at most 1024), oldest first; see :meth:`route_scan`.
+        reports: what was done for the last scans (at most 1024), oldest first; see :meth:`route_scan`. In mode "site",
+            what the views say of the mask, where there are views.
     """
 
     __test__ = False  # a name in the method's words, not a pytest class
@@ -102,15 +110,13 @@ class TestTimeRoutingInferer(StackInferer):
                 if self.site_network is None:
                     raise InputError("mode 'site' needs a network of the site: give site_model, or call fit() first.")
                 site = self.site_network.to(inputs.device)
-                return self._join([self._predict(stack, site) for stack in self._split(inputs)])
-            if not isinstance(network, nn.Module):
+                served = [self._predict(stack, site) for stack in self._split(inputs)]
+            elif isinstance(network, nn.Module):
+                served = [self.route_scan(stack, network) for stack in self._split(inputs)]
+            else:
                 raise ValueError(f"test-time routing needs an nn.Module to route, but got {type(network).__name__}.")
-            outputs = []
-            for stack in self._split(inputs):
-                output, report = self.route_scan(stack, network)
-                outputs.append(output)
-                self.reports.append(report)
-            return self._join(outputs)
+            self.reports.extend(report for _, report in served if report)
+            return self._join([output for output, _ in served])
 
     def route_scan(self, stack: Tensor, network: nn.Module) -> tuple[Tensor, dict[str, Any]]:
         """Route one scan.
@@ -122,15 +128,17 @@ class TestTimeRoutingInferer(StackInferer):
         Returns:
             Logits (N, C, *spatial), and a report: ``decision`` ("start" or "adapted"), ``reason``, ``experts``,
             ``layers``, ``routes`` (layers x experts), ``statistics`` (the share of the scan's own), ``shift`` where it
-            was measured, ``seconds``, and where it was adapted ``objective_start``, ``objective_end``, ``agreement``.
+            was measured, ``seconds``, where it was averaged over views ``quality`` and ``areas`` (see
+            :func:`~shared_iopfl.objectives.view_agreement`), and where it was adapted ``objective_start``,
+            ``objective_end``, ``agreement``.
         """
         began = time.perf_counter()
         with torch.inference_mode(False), torch.no_grad():
             stack = stack.clone()  # an inference tensor could not take part in adaptation
             some = evenly(stack, self.settings.adapt_slices)
             routed, report = self._begin([some], network)
-            logits = self._predict(stack, self._settled(routed, some))
-            report["routes"] = routed.last_routes().tolist()
+            logits, agreed = self._predict(stack, self._settled(routed, some))
+            report.update(agreed, routes=routed.last_routes().tolist())
             if self.settings.steps > 0:
                 logits = self._adapt_guarded(routed, some, stack, logits, report)
             routed.reset()
@@ -160,8 +168,8 @@ class TestTimeRoutingInferer(StackInferer):
                 raise InputError("mode 'site' needs at least one scan of the site; got none.")
             routed, report = self._begin(samples, network)
             some = evenly(torch.cat(samples), SITE_SLICES)
-            start = self._predict(some, self._settled(routed, some))
-            report.update(routes=routed.last_routes().tolist(), scans=len(samples))
+            start, agreed = self._predict(some, self._settled(routed, some))
+            report.update(agreed, routes=routed.last_routes().tolist(), scans=len(samples))
             if settings.steps > 0:
                 self._adapt_guarded(routed, some, some, start, report)
             site = self._settled(routed, some)
@@ -255,13 +263,17 @@ class TestTimeRoutingInferer(StackInferer):
         together = self.settings.per == "volume" or self.settings.statistics > 0
         return [stack] if together and isinstance(network, RoutedNetwork) else super()._batches(stack, network)
 
-    def _predict(self, stack: Tensor, network: Network) -> Tensor:
-        """Logits of a stack; averaged over views, they are the logarithm (or logit) of the mean probability."""
+    def _predict(self, stack: Tensor, network: Network) -> tuple[Tensor, dict[str, Any]]:
+        """Logits of a stack; averaged over views, they are the logarithm (or logit) of the mean probability.
+
+        With it what the views' agreement says of the mask; nothing where there is one view.
+        """
         views = self.views.all(_square(stack)) if self.settings.average_views else []
         if len(views) < 2:
-            return self._forward(stack, network)
-        seen = (view.undo(self._forward(view.apply(stack), network)) for view in views)
-        return mean_prediction(list(seen), self.output)
+            return self._forward(stack, network), {}
+        seen = [view.undo(self._forward(view.apply(stack), network)) for view in views]
+        mean = mean_prediction(seen, self.output)
+        return mean, view_agreement(seen, mean, self.output)
 
     def _adapt_guarded(
         self, routed: RoutedNetwork, some: Tensor, stack: Tensor, start: Tensor, report: dict[str, Any]
@@ -270,7 +282,7 @@ class TestTimeRoutingInferer(StackInferer):
         before = self._objective_value(routed, some)
         self._adapt(routed, some)
         after = self._objective_value(routed, some)
-        logits = self._predict(stack, self._settled(routed, some))
+        logits, agreed = self._predict(stack, self._settled(routed, some))
         agreement = self._agreement(start, logits)
         report.update(objective_start=before, objective_end=after, agreement=agreement)
         if not (torch.isfinite(logits).all() and math.isfinite(after)):
@@ -280,7 +292,8 @@ class TestTimeRoutingInferer(StackInferer):
         elif agreement < self.settings.agreement:
             report["reason"] = f"adapted mask strays from the start (Dice {agreement:.3f})"
         else:
-            report.update(decision="adapted", reason="objective improved", routes=routed.last_routes().tolist())
+            report.update(agreed, decision="adapted", reason="objective improved")
+            report["routes"] = routed.last_routes().tolist()
             return logits
         routed.reset()
         return start

@@ -12,10 +12,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
-import re
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,26 @@ from torch import Tensor, nn
 
 from shared_iopfl.errors import InputError
 from shared_iopfl.files import whole_file
+from shared_iopfl.manifest import LIMIT, MODEL_FILE, SCORES, plain_name, read_checked, read_manifest
 from shared_iopfl.routing import check_experts
 from shared_iopfl.settings import PRESETS
 
 __all__ = ["CheckedCheckpointLoader", "load_experts", "load_scores", "load_weights", "model_path", "save_atomically"]
 
 GLOBAL = "global"
+# of a state_dict's tensors; what is left out (complex, quantised, float8) no network here is made of
+HALF = {torch.float16, torch.bfloat16}
+DTYPES = {
+    *HALF,
+    torch.float32,
+    torch.float64,
+    torch.bool,
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+}
 
 
 def model_path(ckpt_dir: str, model: str = GLOBAL, site: str = "") -> str:
@@ -43,10 +58,13 @@ def model_path(ckpt_dir: str, model: str = GLOBAL, site: str = "") -> str:
         model: "global", or what routes from it ("routed" or a preset's name): ``model.pt``. "personalised":
             ``model_<site>.pt``. Any other: ``model_<model>.pt``, such as another site's expert.
         site: whose personalised model.
+
+    Raises:
+        InputError: for a name that leads out of the folder.
     """
     if model in (GLOBAL, "routed", *PRESETS):
         return str(Path(ckpt_dir) / "model.pt")
-    return str(Path(ckpt_dir) / f"model_{site if model == 'personalised' else model}.pt")
+    return str(Path(ckpt_dir) / plain_name(f"model_{site if model == 'personalised' else model}.pt"))
 
 
 def save_atomically(content: Any, path: str | os.PathLike) -> None:
@@ -61,13 +79,22 @@ def save_atomically(content: Any, path: str | os.PathLike) -> None:
 def load_weights(path: str | os.PathLike) -> dict[str, Tensor]:
     """A plain state_dict from a file, on the CPU; nothing in the file is executed.
 
+    A file of a published set is held to its manifest first. Half precision, in which a set may be stored, comes back
+    as float32.
+
     Raises:
-        InputError: where there is no file, or it holds anything but named tensors.
+        InputError: where there is no file, it is not the published one, or it holds anything but finite, dense tensors
+            by name.
     """
-    if not os.path.isfile(path):
-        raise InputError(f"no model at {path}: train it first, or give the folder that holds it with --ckpt_dir.")
+    content = read_checked(path)
+    if content is None:
+        raise InputError(
+            f"no model at {path}: this folder comes without trained weights; train them first (federate.json, "
+            "train.json), or give the folder that holds them with --ckpt_dir."
+        )
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        _check_archive(content)
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if isinstance(error, pickle.UnpicklingError):  # torch's own words advise to trust the file
@@ -77,7 +104,28 @@ def load_weights(path: str | os.PathLike) -> dict[str, Tensor]:
         isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
     ):
         raise InputError(f"{path} is no plain state_dict (name -> tensor); save the network's state_dict() alone.")
-    return dict(state)
+    if sum(tensor.numel() * tensor.element_size() for tensor in state.values()) > LIMIT:
+        raise InputError(f"{path} holds more than {LIMIT} bytes of tensors; train or download it again.")
+    return {key: _checked(tensor, key, path) for key, tensor in state.items()}
+
+
+def _check_archive(content: bytes) -> None:
+    """Raise unless this is the archive that `torch.save` writes, and it does not unpack to more than it is."""
+    if not content.startswith(b"PK\3\4"):  # what else torch would read is of before 2020
+        raise zipfile.BadZipFile("it is no file of torch.save, or damaged")
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        if sum(member.file_size for member in archive.infolist()) > len(content):
+            raise zipfile.BadZipFile("it unpacks to more than it is")
+
+
+def _checked(tensor: Tensor, key: str, path: str | os.PathLike) -> Tensor:
+    dense = tensor.layout == torch.strided and tensor.device.type == "cpu" and tensor.dtype in DTYPES
+    # a tensor that repeats its few numbers by strides is small in the file and may fill the memory
+    if not dense or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise InputError(f"{path} holds no plain tensor in '{key}'; save the network's state_dict() alone.")
+    if not torch.isfinite(tensor).all():
+        raise InputError(f"{path} has NaN or infinite values in '{key}'; train or download it again.")
+    return tensor.float() if tensor.dtype in HALF else tensor
 
 
 def load_experts(ckpt_dir: str, sites: Sequence[str] | None = None) -> dict[str, dict[str, Tensor]]:
@@ -85,22 +133,29 @@ def load_experts(ckpt_dir: str, sites: Sequence[str] | None = None) -> dict[str,
 
     Args:
         ckpt_dir: the folder.
-        sites: which; None: all that are there, in alphabetical order (none at all gives an empty routing space).
+        sites: which; None: all that are there or that its manifest lists, in alphabetical order (none at all gives an
+            empty routing space).
+
+    Raises:
+        InputError: as :func:`load_weights`; one that is there and that the manifest does not list is an error too.
     """
     if sites is None:
-        names = sorted(path.name for path in Path(ckpt_dir).glob("model_*.pt"))
-        sites = [match.group(1) for name in names if (match := re.fullmatch(r"model_(.+)\.pt", name))]
+        files = (read_manifest(ckpt_dir) or {"files": {}})["files"]
+        published = {name for name, entry in files.items() if not entry.get("released")}
+        names = published | {path.name for path in Path(ckpt_dir).glob("model_*.pt")}
+        sites = [match[1] for name in sorted(names) if (match := MODEL_FILE.fullmatch(name)) and match[1]]
     sites = [sites] if isinstance(sites, str) else sites
-    return {site: load_weights(Path(ckpt_dir) / f"model_{site}.pt") for site in sites}
+    return {site: load_weights(model_path(ckpt_dir, "personalised", site)) for site in sites}
 
 
 def load_scores(ckpt_dir: str) -> dict[str, float] | None:
     """The published ``scores.json`` of a folder, expert -> mean Dice at the other sites; None where there is none."""
-    path = Path(ckpt_dir) / "scores.json"
-    if not path.is_file():
+    path = Path(ckpt_dir) / SCORES
+    content = read_checked(path)
+    if content is None:
         return None
     try:
-        scores = json.loads(path.read_text(encoding="utf-8"))
+        scores = json.loads(content)
         return {name: float(value) for name, value in scores.items() if value is not None}
     except (ValueError, TypeError, AttributeError) as error:
         raise InputError(f"cannot read {path}: {error}; it maps each expert's name to its Dice.") from error

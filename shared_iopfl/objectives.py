@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,7 @@ __all__ = [
     "foreground",
     "mean_prediction",
     "probabilities",
+    "view_agreement",
 ]
 
 Output = Literal["softmax", "sigmoid"]
@@ -134,6 +135,37 @@ def mean_prediction(logits: Sequence[Tensor], output: Output) -> Tensor:
     """Several predictions (B, C, *spatial) as one: the logarithm (or logit) of their mean probability."""
     mean = torch.stack([probabilities(one, output) for one in logits]).mean(0).clamp(1e-7, 1 - 1e-7)
     return mean.log() if output == "softmax" else mean.logit()
+
+
+def view_agreement(logits: Sequence[Tensor], mean: Tensor, output: Output) -> dict[str, Any]:
+    """How far several predictions of one scan agree with their mean: without a label, the best sign of a bad mask.
+
+    Args:
+        logits: the predictions (N, C, *spatial), of a volume all its slices.
+        mean: what :func:`mean_prediction` made of them.
+        output: of the network.
+
+    Returns:
+        ``quality``, in [0, 1]: the Dice of each prediction's mask with the mean's, averaged over predictions and
+        targets; 0 for a target that the mean's mask lacks, as nothing found is nothing to trust. ``areas``: the share
+        of the pixels that the mean's mask gives to each target.
+    """
+
+    def masks(one: Tensor) -> Tensor:
+        if output == "sigmoid":
+            return one > 0
+        return torch.stack([one.argmax(1) == target for target in range(1, one.shape[1])], dim=1)
+
+    agreed = masks(mean)
+    axes = [axis for axis in range(agreed.ndim) if axis != 1]
+    dice = torch.stack(
+        [
+            2 * (agreed & seen).sum(axes) / (agreed.sum(axes) + seen.sum(axes)).clamp(min=1)
+            for seen in map(masks, logits)
+        ]
+    )
+    areas = agreed.float().mean(axes)
+    return {"quality": round(float(dice.mean()), 4), "areas": [round(float(area), 6) for area in areas]}
 
 
 def foreground(probability: Tensor, output: Output) -> Tensor:

@@ -40,6 +40,7 @@ __all__ = [
     "RoutesRecorder",
     "SiteFitter",
     "case_scores",
+    "reported_case",
     "write_routes",
 ]
 
@@ -217,7 +218,10 @@ class MeasureRecorder:
 
 
 class RoutesRecorder:
-    """Writes ``routes.json`` and ``routes.csv``: what the guard decided for each scan, which experts it leaned on."""
+    """Writes ``routes.json`` and ``routes.csv``: what the guard decided for each scan, which experts it leaned on.
+
+    The inferer's whole report of a scan is left in the engine's output as "report", for the handlers that come after.
+    """
 
     def __init__(self, inferer: TestTimeRoutingInferer, output_dir: str) -> None:
         self.inferer = inferer
@@ -235,13 +239,19 @@ class RoutesRecorder:
 
     def record(self, engine: Engine) -> None:
         state: Any = engine.state
-        for batch in state.batch:
+        for batch, output in zip(state.batch, state.output):
             if self.inferer.reports:
-                case = batch.get("case") or case_name(batch["image"].meta["filename_or_obj"])
-                self.cases[case] = self.inferer.reports.popleft()
+                report = output["report"] = self.inferer.reports.popleft()
+                if "routes" in report:
+                    self.cases[reported_case(batch)] = report
 
     def write(self, engine: Engine) -> None:
         write_routes(self.cases, self.output_dir)
+
+
+def reported_case(batch: Mapping[str, Any]) -> str:
+    """What a scan of an evaluator's batch is called in the tables."""
+    return batch.get("case") or case_name(batch["image"].meta["filename_or_obj"])
 
 
 def write_routes(cases: Mapping[str, Mapping[str, Any]], output_dir: str | os.PathLike) -> None:

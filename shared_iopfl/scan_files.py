@@ -15,13 +15,14 @@ What is a scan is told by names, and for DICOM by four letters in the file; scan
 
 from __future__ import annotations
 
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from shared_iopfl.errors import InputError
 
-__all__ = ["case_name", "entries", "file_ending", "find_scans", "is_dicom", "unique_names"]
+__all__ = ["case_name", "entries", "file_ending", "find_scans", "is_dicom", "printable", "unique_names"]
 
 Case = dict[str, str]
 
@@ -55,13 +56,14 @@ def find_scans(path: str | Path) -> list[Case]:
     return [{"image": str(scan), "case": names[scan]} for scan in found]
 
 
-def _scans_below(folder: Path, all_kinds: bool) -> Iterator[Path]:
-    holds_dicom = False
+def _scans_below(folder: Path, all_kinds: bool, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    holds_dicom, above = False, (*above, folder.resolve())
     for entry in entries(folder):
         if entry.is_dir():
-            is_loop = entry.is_symlink() and folder.resolve().is_relative_to(entry.resolve())
+            is_loop = entry.is_symlink() and any(path.is_relative_to(entry.resolve()) for path in above)
             if entry.name.lower() not in MASK_FOLDERS and not is_loop:
-                yield from _scans_below(entry, all_kinds=entry.name.lower() in ("image", "images"))
+                below = list(_scans_below(entry, entry.name.lower() in ("image", "images"), above))
+                yield from below or ([entry] if all_kinds and file_ending(entry) else [])
         elif is_dicom(entry):
             holds_dicom = True
         elif all_kinds and file_ending(entry) and not case_name(entry).lower().endswith(MASK):
@@ -74,6 +76,8 @@ def is_dicom(path: Path) -> bool:
     """By its name, or by the letters DICM at byte 128 where the name says nothing, as scanners and archives have it."""
     if file_ending(path) or path.name.upper() == "DICOMDIR":
         return file_ending(path) == ".dcm"
+    if not path.is_file():
+        return False  # a pipe would wait for its other end for ever
     try:
         with open(path, "rb") as file:
             return file.read(132)[128:] == b"DICM"
@@ -93,8 +97,16 @@ def file_ending(path: str | Path) -> str:
     return next((ending for ending in (*VOLUMES, *PICTURES, ".dcm") if name.endswith(ending)), "")
 
 
+def printable(text: str) -> str:
+    """The text with an underscore for each character that no table or log can hold.
+
+    Those are control characters, and what Python makes of a file name that is not UTF-8.
+    """
+    return "".join("_" if unicodedata.category(letter) in ("Cc", "Cs") else letter for letter in text)
+
+
 def unique_names(paths: Sequence[Path], root: Path) -> dict[Path, str]:
-    """A name for each path: its own, or where several share it, its way down from ``root`` and its ending."""
+    """A printable name for each path: its own, or where several share it, its way down from ``root`` and its ending."""
     count = Counter(case_name(path) for path in paths)
     names: dict[Path, str] = {}
     taken: set[str] = set()
@@ -102,7 +114,8 @@ def unique_names(paths: Sequence[Path], root: Path) -> dict[Path, str]:
         name = case_name(path)
         if count[name] > 1:
             name = "_".join(path.relative_to(root).parts or (name,)).replace(".", "_")
-        base, number = name, 2
+        name = base = printable(name)
+        number = 2
         while name in taken or (name != case_name(path) and name in count):
             name, number = f"{base}_{number}", number + 1
         taken.add(name)

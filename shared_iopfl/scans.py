@@ -94,6 +94,8 @@ class LoadCased(MapTransform):
     def _load(self, path: Path, reader: ImageReader | None, channels: int) -> MetaTensor:
         if not path.exists():
             raise InputError(f"no such file: {path}")
+        if not (path.is_file() or path.is_dir()):
+            raise InputError(f"{path} is neither a file nor a folder: give the scan itself")  # a pipe would never end
         if path.is_file() and path.stat().st_size == 0:
             raise InputError(f"{path} is empty (0 bytes): export or copy it again")
         try:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import pickle
 import stat
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from ignite.engine import Engine
 from networks import unet
 
 from shared_iopfl.errors import InputError
+from shared_iopfl.manifest import LIMIT
 from shared_iopfl.models import (
     CheckedCheckpointLoader,
     load_experts,
@@ -127,11 +129,69 @@ def test_nothing_in_a_file_is_executed(tmp_path):
     assert not proof.exists()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_comes_back_as_single(tmp_path, dtype):
+    """Whole numbers stay whole, and what half precision held is exactly what is there."""
+    state = {"weight": torch.tensor([0.1, -3.0]).to(dtype), "count": torch.tensor(2)}
+    save_atomically(state, tmp_path / "model.pt")
+    loaded = load_weights(tmp_path / "model.pt")
+    assert {key: tensor.dtype for key, tensor in loaded.items()} == {"weight": torch.float32, "count": torch.int64}
+    assert torch.equal(loaded["weight"], state["weight"].float())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_values_that_are_no_numbers_are_refused(tmp_path, value):
+    save_atomically({"fine": torch.ones(2), "broken": torch.tensor([1.0, value])}, tmp_path / "model.pt")
+    assert "'broken'" in one_line(tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.eye(3).to_sparse(),
+        torch.ones(2, dtype=torch.complex64),
+        torch.ones(2, device="meta"),
+        torch.ones(1).expand(10**8),
+    ],
+    ids=["sparse", "complex", "meta", "expanded"],
+)
+def test_tensors_of_other_kinds_are_refused(tmp_path, tensor):
+    torch.save({"odd": tensor}, tmp_path / "model.pt")
+    assert "'odd'" in one_line(tmp_path / "model.pt") or "cannot read" in one_line(tmp_path / "model.pt")
+
+
+def test_a_small_file_of_huge_tensors_is_refused(tmp_path):
+    """Whether its tensors repeat their numbers, its archive is packed, or it is large itself: nothing is filled."""
+    many = torch.ones(1).expand(LIMIT // 8)
+    torch.save({"one": many, "two": many, "three": many}, tmp_path / "strides.pt")
+    assert "bytes of tensors" in one_line(tmp_path / "strides.pt")
+    save_atomically({"weight": torch.zeros(10**6)}, tmp_path / "model.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "model.pt") as plain,
+        zipfile.ZipFile(tmp_path / "packed.pt", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for name in plain.namelist():
+            packed.writestr(name, plain.read(name))
+    assert (tmp_path / "packed.pt").stat().st_size < 10**5
+    assert "unpacks" in one_line(tmp_path / "packed.pt")
+    os.truncate(tmp_path / "model.pt", LIMIT + 1)  # a hole: it takes no room
+    assert "too large" in one_line(tmp_path / "model.pt")
+
+
+def test_formats_before_the_archive_are_refused(tmp_path):
+    """They are read by other code of torch's, which nothing written today needs."""
+    torch.save(STATE, tmp_path / "model.pt", _use_new_zipfile_serialization=False)
+    assert "no file of torch.save" in one_line(tmp_path / "model.pt")
+    save_atomically(STATE, tmp_path / "whole.pt")
+    (tmp_path / "both.pt").write_bytes((tmp_path / "model.pt").read_bytes() + (tmp_path / "whole.pt").read_bytes())
+    assert "no file of torch.save" in one_line(tmp_path / "both.pt")
+
+
 def test_experts_of_a_folder(tmp_path):
     """Every model_<site>.pt, in order, but neither the global model nor others' files; or those asked for."""
     assert load_experts(str(tmp_path)) == {}
     assert load_experts(str(tmp_path / "missing")) == {}
-    for name in ("model", "model_UCL", "model_BIDMC", "model_ISBI_1.5", ".model_half", "other"):
+    for name in ("model", "model_UCL", "model_BIDMC", "model_ISBI_1.5", "model_final", ".model_half", "other"):
         save_atomically(STATE, tmp_path / f"{name}.pt")
     assert list(load_experts(str(tmp_path))) == ["BIDMC", "ISBI_1.5", "UCL"]
     assert list(load_experts(str(tmp_path), ["UCL", "BIDMC"])) == ["UCL", "BIDMC"]
@@ -146,6 +206,14 @@ def test_paths_of_models():
         assert model_path(folder, name, "HK") == str(Path(folder, "model.pt"))
     assert model_path(folder, "personalised", "HK") == str(Path(folder, "model_HK.pt"))
     assert model_path(folder, "BIDMC", "HK") == str(Path(folder, "model_BIDMC.pt"))
+
+
+@pytest.mark.parametrize("site", ["../elsewhere", "a/b", "/etc/passwd", "a\\b"])
+def test_no_name_of_a_site_leads_out_of_the_folder(tmp_path, site):
+    """Neither for reading nor for writing."""
+    for action in (lambda: model_path("models", "personalised", site), lambda: load_experts(str(tmp_path), [site])):
+        with pytest.raises(InputError, match="plain name"):
+            action()
 
 
 def test_scores_of_a_folder(tmp_path):

@@ -72,7 +72,7 @@ def test_train_evaluate_infer(sites_dir: Path, tmp_path: Path, run_config: Run) 
     assert weights(models / "model.pt").keys() == weights(models / "model_A.pt").keys()
     assert list(output.glob("events.out.tfevents.*"))
 
-    run_config("evaluate", dataset_dir=sites_dir, site="A", **common)
+    run_config("evaluate", dataset_dir=sites_dir, site="A", split="test", **common)
     test_cases = {case["case"] for case in site_cases(sites_dir, "A", "test")}
     assert {row["case"] for row in rows(output / "metrics.csv")} == test_cases
 

@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -32,6 +33,8 @@ from monai.bundle import (
     verify_net_in_out,
 )
 
+from shared_iopfl.errors import root_input_error
+
 BUNDLES = Path(__file__).parents[2] / "bundles"
 NAMES = sorted(path.parents[1].name for path in BUNDLES.glob("*/configs/metadata.json"))
 SCHEMA = Path(__file__).with_name("metadata_schema.json")
@@ -42,6 +45,7 @@ TRAIN_IDS = (
     "dataset_dir",
     "val_interval",
     "train#trainer",
+    "train#trainer#max_epochs",
     "train#dataset",
     "train#dataset#data",
     "train#handlers",
@@ -119,6 +123,24 @@ def test_versions_are_those_of_the_requirements(name: str) -> None:
     assert stated == {package: pinned[package] for package in stated}
 
 
+def test_nothing_is_too_large_for_the_zoo(name: str, tmp_path: Path) -> None:
+    """25 MB a file, so also the models, which in half precision are half of 31 MB."""
+    files = [path for path in (BUNDLES / name).rglob("*") if path.is_file() and "eval" not in path.parts]
+    assert [path.name for path in files if path.stat().st_size > 25 * 2**20] == []
+    network = parser_of(name, "inference", ckpt_dir=str(tmp_path)).get_parsed_content("network_def")
+    torch.save({key: tensor.half() for key, tensor in network.state_dict().items()}, tmp_path / "model.pt")
+    assert (tmp_path / "model.pt").stat().st_size < 25 * 2**20
+
+
+def test_no_path_of_a_machine(name: str) -> None:
+    """A bundle runs where it lies: configs name no folder but their own."""
+    for path in (BUNDLES / name / "configs").iterdir():
+        assert (
+            re.findall(r"(?:/(?:home|root|mnt|media|tmp|usr|var|opt|work\w*|Users)|~|[A-Z]:\\)/", path.read_text())
+            == []
+        ), path.name
+
+
 @pytest.mark.parametrize(("config", "ids"), [("inference", INFERENCE_IDS), ("train", TRAIN_IDS)])
 def test_ids_that_the_zoo_asks_for(name: str, config: str, ids: tuple[str, ...]) -> None:
     parser = parser_of(name, config)
@@ -147,6 +169,24 @@ def test_properties(name: str, config: str, kind: str, tmp_path: Path, make_site
     assert workflow.check_properties() == []
 
 
+def test_inference_is_looked_at_without_scans(name: str, tmp_path: Path, run_config: Callable[..., Any]) -> None:
+    """The zoo checks properties where there is no data; a run without any still ends in one line."""
+    workflow = ConfigWorkflow(
+        workflow_type="infer",
+        config_file=str(BUNDLES / name / "configs" / "inference.json"),
+        logging_file=False,
+        bundle_root=str(BUNDLES / name),
+        dataset_dir=str(tmp_path / "data"),
+        output_dir=str(tmp_path / "eval"),
+        ckpt_dir=str(tmp_path / "models"),
+    )
+    workflow.initialize()
+    assert workflow.check_properties() == []
+    with pytest.raises(Exception) as error:
+        run_config("inference", name, dataset_dir=tmp_path / "data", output_dir=tmp_path, ckpt_dir=tmp_path)
+    assert "no such file or folder" in str(root_input_error(error.value))
+
+
 def test_network_takes_and_gives_what_the_metadata_says(name: str) -> None:
     verify_net_in_out(net_id="network_def", device="cpu", bundle_root=str(BUNDLES / name), **files_of(name))
     wrong: dict[str, Any] = {"_meta_#network_data_format#outputs#pred#num_channels": 7}
@@ -154,9 +194,9 @@ def test_network_takes_and_gives_what_the_metadata_says(name: str) -> None:
         verify_net_in_out(net_id="network_def", device="cpu", **files_of(name), **wrong)
 
 
-def test_size_of_the_network(name: str) -> None:
-    """As large as the method's U-Net, 7.77 million parameters, to half a per cent."""
-    network = parser_of(name, "inference").get_parsed_content("network_def")
+def test_size_of_the_network(name: str, tmp_path: Path) -> None:
+    """As large as the method's U-Net, 7.77 million parameters, to half a per cent, where no models say otherwise."""
+    network = parser_of(name, "inference", ckpt_dir=str(tmp_path)).get_parsed_content("network_def")
     assert sum(parameter.numel() for parameter in network.parameters()) == pytest.approx(7.77e6, rel=5e-3)
 
 
@@ -198,6 +238,64 @@ def test_onnx_export(name: str, tmp_path: Path) -> None:
     (logits,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
     with torch.no_grad():
         np.testing.assert_allclose(logits, network(images).numpy(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scans", ["a scan", "a site"])
+def test_routed_model_exports(
+    name: str,
+    scans: str,
+    tmp_path: Path,
+    make_sites: Callable[[str, Path], Path],
+    random_models: Callable[..., Path],
+    run_config: Callable[..., ConfigWorkflow],
+) -> None:
+    """The one network that a scan, or all of a site's, is routed to is plain: it exports, and gives the same masks."""
+    folder = make_sites(name, tmp_path / "sites") / "E"
+    scan = next(path for path in folder.rglob("*09.*") if "masks" not in path.parts)
+    models = random_models(tmp_path / "models", name)
+    common: dict[str, Any] = {
+        "dataset_dir": scan if scans == "a scan" else folder,
+        "ckpt_dir": models,
+        "overlays": False,
+    }
+    file = tmp_path / "site.pt"
+    run_config("inference", name, mode="site", site_model=file, output_dir=tmp_path / "made", **common)
+    size: dict[str, Any] = {"features": 4}
+    ckpt_export(
+        net_id="network_def", filepath=str(file.with_suffix(".ts")), ckpt_file=str(file), **files_of(name), **size
+    )
+    run_config("inference", name, mode="off", ckpt=file, output_dir=tmp_path / "plain", **common)
+    exported = {"network_def": f"$torch.jit.load('{file.with_suffix('.ts')}')", "handlers#0#_disabled_": True}
+    run_config("inference", name, mode="off", output_dir=tmp_path / "exported", **exported, **common)
+    masks = {path.name: path.read_bytes() for path in (tmp_path / "plain").iterdir() if path.suffix in (".gz", ".png")}
+    assert masks
+    assert {name: (tmp_path / "exported" / name).read_bytes() for name in masks} == masks
+
+    onnx = {"input_shape": [1, 3, 32, 48], "use_trace": True, **files_of(name), **size}
+    onnx_export(net_id="network_def", filepath=str(file.with_suffix(".onnx")), ckpt_file=str(file), **onnx)
+    network = parser_of(name, "inference", **size).get_parsed_content("network_def").eval()
+    network.load_state_dict(torch.load(file, weights_only=True))
+    images = torch.rand(1, 3, 32, 48, generator=torch.Generator().manual_seed(0))
+    session = onnxruntime.InferenceSession(str(file.with_suffix(".onnx")))
+    (logits,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    with torch.no_grad():
+        np.testing.assert_allclose(logits, network(images).numpy(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_published_models_export(name: str, half: bool, tmp_path: Path) -> None:
+    """Also those stored in half precision, which the exported model computes with in single."""
+    network = parser_of(name, "inference", features=4).get_parsed_content("network_def").eval()
+    state = {key: tensor.half() if half and tensor.ndim > 1 else tensor for key, tensor in network.state_dict().items()}
+    torch.save(state, tmp_path / "model.pt")
+    exported = str(tmp_path / "model.ts")
+    ckpt_export("network_def", exported, ckpt_file=str(tmp_path / "model.pt"), features=4, **files_of(name))
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = torch.jit.load(exported)(images)
+        assert logits.dtype == torch.float32
+        torch.testing.assert_close(logits, network(images), atol=1e-2 if half else 1e-5, rtol=1e-2 if half else 1e-5)
 
 
 def test_logging_is_quiet_where_progress_bars_run(name: str) -> None:

@@ -1,0 +1,24 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What MONAI Label imports of torchvision when it starts. Only its pathology and deepedit apps ever call it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["make_grid", "save_image"]
+
+
+def make_grid(*args: Any, **kwargs: Any) -> Any:
+    raise NotImplementedError("torchvision is not installed, only a stand-in for it: install one that fits torch.")
+
+
+save_image = make_grid

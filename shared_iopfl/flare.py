@@ -1,0 +1,301 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The same federation over several machines, by NVIDIA FLARE: simulated, on loopback, or in production.
+
+See ``docs/flare.md``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from nvflare.fuel.flare_api.flare_api import new_secure_session
+from nvflare.recipe import PocEnv, ProdEnv, SimEnv
+
+from shared_iopfl.errors import InputError
+from shared_iopfl.federation import check_update
+from shared_iopfl.flare_client import ENVIRONMENT
+from shared_iopfl.flare_job import FederationRecipe, describe, first_state, read_state, write_files
+from shared_iopfl.flare_server import CHECKPOINT, RESULTS, Rounds
+from shared_iopfl.masks import check_writable
+from shared_iopfl.models import load_weights, model_path, save_atomically
+from shared_iopfl.provenance import write_run
+from shared_iopfl.sites import site_cases
+
+__all__ = ["FlareRun", "federate", "publish_sites"]
+
+ENVIRONMENTS = ("sim", "poc", "prod")
+LOGIN = 30.0  # seconds to wait for the server
+
+
+class FlareRun:
+    """A federation by FLARE, described by the bundle's ``federate.json`` as the one-process run is.
+
+    Args:
+        bundle: the bundle's folder.
+        sites: names of the inside sites, which are the names of FLARE's clients too.
+        rounds: number of rounds.
+        output_dir: where the files go: ``models/model.pt``, ``history.csv``, ``run.json`` and ``flare.pt``; on one
+            machine also ``sites/<site>``, what each site keeps to itself, and ``flare``, FLARE's workspace.
+        dataset_dir: folder of the sites; None in production, where each site names its own.
+        min_sites: a round with fewer usable updates ends the job; default: all sites.
+        round_timeout: seconds after which a round goes on without those who have not answered; 0: wait for all.
+        settings: any other key of ``federate.json`` or ``train.json``; ``resume`` goes on from ``flare.pt``.
+
+    Raises:
+        InputError: where one of them is not as it must be, before anything starts.
+    """
+
+    def __init__(
+        self,
+        bundle: str,
+        sites: Sequence[str],
+        rounds: int,
+        output_dir: str,
+        dataset_dir: str | None = None,
+        min_sites: int | None = None,
+        round_timeout: int = 0,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.bundle = Path(bundle).resolve()
+        self.output_dir = Path(output_dir).resolve()
+        self.dataset_dir = None if dataset_dir is None else Path(dataset_dir).resolve()
+        given = {**(settings or {}), "sites": _names(sites), "rounds": rounds}
+        self.device = given.pop("device", None)
+        self.federation, self.settings = describe(self.bundle, given)
+        self.sites = self.federation.sites
+        self.min_sites = len(self.sites) if min_sites is None else min_sites
+        self.round_timeout = round_timeout
+        if not isinstance(self.min_sites, int) or not 1 <= self.min_sites <= len(self.sites):
+            raise InputError(f"min_sites must be 1 to {len(self.sites)}, the sites, but is {min_sites!r}.")
+        if not isinstance(round_timeout, int) or round_timeout < 0:
+            raise InputError(f"round_timeout must be whole seconds, 0 for none, but is {round_timeout!r}.")
+        self.state: dict[str, Any] = {}
+
+    def simulate(self) -> Path:
+        """Run in FLARE's simulator: a process a site, on this machine.
+
+        Returns:
+            The global model's file.
+        """
+        workspace = self._start_here()
+        if re.search(r"[\s'\"\\]", str(workspace)):
+            raise InputError(f"FLARE's simulator takes no path with spaces or quotes: {workspace}; choose another.")
+        self._execute(SimEnv(clients=self.sites, workspace_root=str(workspace), log_config="concise"))
+        return self._finish(workspace)
+
+    def prove(self) -> Path:
+        """Run as a proof of concept: a provisioned server and clients that speak TLS to each other over loopback.
+
+        Returns:
+            The global model's file.
+        """
+        workspace = self._start_here()
+        os.environ["NVFLARE_POC_WORKSPACE"] = str(workspace)
+        env = PocEnv(num_clients=len(self.sites), clients=self.sites)
+        try:
+            return self._finish(Path(self._execute(env).get_result(clean_up=False) or workspace))
+        finally:
+            env.stop()
+
+    def export(self) -> Path:
+        """Write the job that a FLARE admin submits.
+
+        Returns:
+            The job's folder.
+        """
+        self._begin()
+        with self._recipe() as recipe:
+            recipe.export(str(self.output_dir / "job"))
+            return self.output_dir / "job" / recipe.name
+
+    def submit(self, startup_kit: str, username: str | None = None) -> Path:
+        """Submit the job to a running FLARE system, wait for its end and collect the results.
+
+        Args:
+            startup_kit: the admin's folder, as provisioned.
+            username: the admin's name; default: the folder's.
+
+        Returns:
+            The global model's file.
+        """
+        kit = Path(startup_kit).resolve()
+        if not (kit / "startup").is_dir():
+            raise InputError(f"no startup kit at {kit}: give the admin's folder, in which 'startup' lies.")
+        username = username or kit.name
+        self._check_connected(kit, username)
+        self._begin()
+        env = ProdEnv(startup_kit_location=str(kit), username=username, login_timeout=LOGIN)
+        result = self._execute(env).get_result()
+        if result is None:
+            raise InputError("FLARE gave no result; the job's log at the server tells why.")
+        return self._finish(Path(result))
+
+    def _start_here(self) -> Path:
+        """Check every site's data, and begin; FLARE's workspace."""
+        if self.dataset_dir is None:
+            raise InputError("no dataset_dir: on one machine, give the folder that holds the sites.")
+        of = self.federation.overrides
+        for site in self.sites:
+            for part in ("train", "validation") if self.federation.val_interval else ("train",):
+                site_cases(self.dataset_dir, site, part, of["split_seed"], of["fractions"])
+        workspace = self.output_dir / "flare"
+        if self.federation.resume:
+            self._collect(workspace)  # what a run that was cut off has left
+        self._begin()
+        for variable in ENVIRONMENT.values():
+            os.environ.pop(variable, None)  # they speak of one site; here the job names the paths of all
+        return workspace
+
+    def _check_connected(self, kit: Path, username: str) -> None:
+        """A site that is not connected when a job starts takes no part in any of its rounds."""
+        try:
+            with closing(new_secure_session(username, str(kit), timeout=LOGIN)) as session:
+                there = {client.name for client in session.get_system_info().client_info}
+        except Exception as error:
+            raise InputError(f"no FLARE server answers to {kit} ({type(error).__name__}): is it running?") from error
+        if missing := [site for site in self.sites if site not in there]:
+            raise InputError(f"not connected to FLARE: {', '.join(missing)}; start them, or leave them out of sites.")
+
+    def _begin(self) -> None:
+        """Find the state to begin with, and write what is run."""
+        check_writable(self.output_dir)
+        path = self.output_dir / CHECKPOINT
+        earlier = sorted((self.output_dir / "models").glob("*.pt"))
+        if self.federation.resume and path.is_file():
+            self.state = read_state(path, self.federation)
+        elif earlier:
+            raise InputError(f"{earlier[0]} is of an earlier run: choose another output_dir, or move its models away.")
+        else:
+            self.state = first_state(self.bundle, self.federation)
+        settings = {**self.settings, "min_sites": self.min_sites, "engine": f"nvflare {version('nvflare')}"}
+        here = [] if self.dataset_dir is None else self.sites
+        write_run(str(self.output_dir), settings, str(self.dataset_dir), here)
+
+    @contextmanager
+    def _recipe(self, all_there: bool = False) -> Iterator[FederationRecipe]:
+        machine = {
+            "bundle": str(self.bundle),
+            "dataset_dir": str(self.dataset_dir),
+            "output_dir": str(self.output_dir),
+        }
+        rounds = Rounds(
+            sites=self.sites,
+            rounds=self.federation.rounds,
+            min_sites=self.min_sites,
+            val_interval=self.federation.val_interval,
+            round_timeout=self.round_timeout,
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            files = Path(folder)
+            here = None if self.dataset_dir is None else machine
+            write_files(files, self.bundle, self.federation, self.state, self.device, here)
+            needed = len(self.sites) if all_there else self.min_sites
+            yield FederationRecipe(f"{self.bundle.name}_federation", rounds, needed, files)
+
+    def _execute(self, env: Any) -> Any:
+        with self._recipe(all_there=isinstance(env, PocEnv)) as recipe:
+            try:
+                return recipe.run(env)
+            except RuntimeError as error:
+                raise InputError(f"FLARE stopped: {str(error).splitlines()[0]}") from error
+
+    def _collect(self, result: Path) -> int:
+        """Bring what the server wrote last to the output folder, as which it is laid out; the number of rounds done."""
+        found = sorted(result.rglob(f"{RESULTS}/{CHECKPOINT}"), key=lambda path: path.stat().st_mtime)
+        if not found:
+            return 0
+        state = read_state(found[-1], self.federation)
+        if self.state and state["run"] != self.state["run"]:  # of an earlier run in the same workspace
+            return 0
+        shutil.copytree(found[-1].parent, self.output_dir, dirs_exist_ok=True)
+        return state["round"]
+
+    def _finish(self, result: Path) -> Path:
+        done = max(self._collect(result), self.state["round"])
+        if done < self.federation.rounds:
+            raise InputError(f"stopped after {done} of {self.federation.rounds} rounds: the logs in {result} tell why.")
+        return Path(model_path(str(self.output_dir / "models")))
+
+
+def federate(
+    env: str,
+    bundle: str,
+    sites: Sequence[str],
+    rounds: int,
+    output_dir: str,
+    dataset_dir: str | None = None,
+    min_sites: int | None = None,
+    round_timeout: int = 0,
+    startup_kit: str | None = None,
+    username: str | None = None,
+    **settings: Any,
+) -> None:
+    """Run, export or submit a federation (see `FlareRun`) and say where it is.
+
+    Args:
+        env: "sim", "poc", or "prod": export, or submit where there is a `startup_kit`.
+    """
+    if env not in ENVIRONMENTS:
+        raise InputError(f"unknown env {env!r}: choose {', '.join(ENVIRONMENTS)}.")
+    run = FlareRun(str(bundle), sites, rounds, str(output_dir), dataset_dir, min_sites, round_timeout, settings)
+    if env == "prod" and dataset_dir is not None:
+        raise InputError("in production each site names its own data (IOPFL_DATASET_DIR there): leave out dataset_dir.")
+    if env == "prod" and startup_kit is None:
+        job = run.export()
+        print(f"job: {job}\nsubmit it: nvflare job submit -j {job}")
+    elif env == "prod":
+        print("global model:", run.submit(str(startup_kit), username))
+    else:
+        print("global model:", run.simulate() if env == "sim" else run.prove())
+
+
+def publish_sites(output_dir: str, sites: Sequence[str]) -> list[Path]:
+    """Publish personalised models: copy them from where their sites keep them to ``models``, as experts for others.
+
+    Args:
+        output_dir: of the run; at a site, its own.
+        sites: whose models; nothing is published unnamed.
+
+    Returns:
+        The published files.
+
+    Raises:
+        InputError: where a site has no personalised model, or it does not fit the global one.
+    """
+    checked = {}
+    for site in _names(sites):
+        folder = Path(output_dir) / "sites" / site
+        weights = load_weights(model_path(str(folder), "personalised", site))
+        check_update(site, weights, load_weights(model_path(str(folder))))
+        checked[site] = weights
+    published = []
+    for site, weights in checked.items():
+        published.append(Path(model_path(str(Path(output_dir) / "models"), "personalised", site)))
+        save_atomically(weights, published[-1])
+    return published
+
+
+def _names(sites: Sequence[str]) -> list[str]:
+    if isinstance(sites, str) or not sites:
+        raise InputError(f"sites must be a list of names, such as \"['BIDMC','HK']\", but is {sites!r}.")
+    for site in sites:
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", str(site)) or site == "server":
+            raise InputError(f"site {site!r} can be no client of FLARE: use letters, digits, '-' and '_'.")
+    return [str(site) for site in sites]

@@ -1,0 +1,206 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What runs at a site in an NVIDIA FLARE job: the site's client of the one-process run, behind FLARE's Client API.
+
+Local weights, the number of training cases and figures leave the site. The personalised model, the data, the site's
+paths and what its errors say stay: they lie in ``<output_dir>/sites/<site>``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import nvflare.client as flare
+import torch
+from nvflare.apis.fl_constant import FLMetaKey
+from nvflare.app_common.abstract.fl_model import FLModel
+
+from shared_iopfl.errors import InputError, root_input_error
+from shared_iopfl.federation import SiteClient
+from shared_iopfl.masks import check_writable
+from shared_iopfl.models import model_path, save_atomically
+
+__all__ = ["ENVIRONMENT", "JOB_FILE", "Member", "bundle_fingerprint", "run"]
+
+JOB_FILE = "federation.json"
+LOG_FILE = "training.log"
+# what a site says about itself goes before what the job says
+ENVIRONMENT = {
+    "bundle": "IOPFL_BUNDLE",
+    "dataset_dir": "IOPFL_DATASET_DIR",
+    "output_dir": "IOPFL_OUTPUT_DIR",
+    "device": "IOPFL_DEVICE",
+}
+# loggers whose lines may name a site's files
+PRIVATE_LOGGERS = ("ignite", "monai", "shared_iopfl", "py.warnings")
+own = logging.getLogger(__name__)
+shared = logging.getLogger("iopfl")  # its lines are in FLARE's log too
+
+
+def bundle_fingerprint(bundle_root: str | os.PathLike) -> str:
+    """SHA-256 of the bundle's training config: sites that train differently must not be averaged unnoticed."""
+    path = Path(bundle_root) / "configs" / "train.json"
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise InputError(f"no bundle at {bundle_root}: cannot read {path} ({error.strerror}).") from error
+
+
+class Member:
+    """A site as one job sees it.
+
+    Args:
+        job: what the job asks for, as `shared_iopfl.flare` writes it into ``federation.json``.
+        site: the site's name.
+        environment: of the process; what it says in the variables of `ENVIRONMENT` goes before the job's word.
+    """
+
+    def __init__(self, job: Mapping[str, Any], site: str, environment: Mapping[str, str] = os.environ) -> None:
+        self.job = job
+        self.site = site
+        self.paths: dict[str, Any] = {
+            name: environment.get(variable) or job.get(name) for name, variable in ENVIRONMENT.items()
+        }
+        self.folder = Path(self._path("output_dir")) / "sites" / site
+        check_writable(self.folder)
+        self.round = job["done"]  # the last one that counts here; a resumed job may fall back behind what this site did
+        self._client: SiteClient | None = None
+
+    def _path(self, name: str) -> str:
+        if not self.paths[name]:
+            raise InputError(f"site '{self.site}' has no {name}: set {ENVIRONMENT[name]} there.")
+        return self.paths[name]
+
+    @property
+    def client(self) -> SiteClient:
+        """Made at the first task, so that what is wrong at a site fails that task and not the process."""
+        if self._client is None:
+            self._client = self._start()
+        return self._client
+
+    def _start(self) -> SiteClient:
+        bundle, dataset_dir = self._path("bundle"), self._path("dataset_dir")
+        if bundle_fingerprint(bundle) != self.job["fingerprint"]:
+            raise InputError(
+                f"the bundle {bundle} of site '{self.site}' trains in another way than the federation's: its "
+                "configs/train.json differs; install the same version."
+            )
+        overrides = {
+            **self.job["overrides"],
+            "site": self.site,
+            "dataset_dir": dataset_dir,
+            "output_dir": str(self.folder),
+            "ckpt_dir": str(self.folder),
+            "epochs": self.job["rounds"] * self.job["local_epochs"],
+        }
+        if self.paths["device"]:
+            overrides["device"] = self.paths["device"]
+        with torch.random.fork_rng():
+            torch.manual_seed(self.job["seed"])
+            client = SiteClient(bundle, self.site, self.job["local_epochs"], overrides)
+        earlier = [number for number in self._states() if number <= self.round]
+        if earlier:
+            state = torch.load(self._state(max(earlier)), map_location="cpu", weights_only=True)
+            client.load_state_dict(state)
+            shared.info("goes on from its state after round %d", max(earlier))
+        return client
+
+    def _state(self, number: int) -> Path:
+        return self.folder / f"state_{self.job['run']}_{number}.pt"
+
+    def _states(self) -> list[int]:
+        """The rounds of this run after which the site's state lies here."""
+        return [int(path.stem.rpartition("_")[2]) for path in self.folder.glob(f"state_{self.job['run']}_*.pt")]
+
+    def _keep(self, number: int) -> None:
+        """Keep the state after a round and the one before it: the server may fall back by one round, not by two."""
+        save_atomically(self.client.state_dict(), self._state(number))
+        self.round = number
+        for path in set(self.folder.glob("state_*.pt")) - {self._state(number), self._state(number - 1)}:
+            path.unlink()
+
+    def answer(self, task: str, received: FLModel) -> FLModel:
+        """Do a task; what goes wrong is told by its kind alone, and in full in the site's own ``training.log``."""
+        try:
+            return self.validate(received) if task == "validate" else self.train(received)
+        except Exception as error:
+            kind = type(root_input_error(error) or error).__name__
+            # FLARE redirects `print`, with which `logging` would format the traceback
+            own.error("'%s' failed: %s", task, "".join(traceback.format_exception(error)))
+            shared.warning("'%s' failed with %s; see %s", task, kind, self.folder / LOG_FILE)
+            self._client = None  # half a round may have passed; the next task begins with the last state that was kept
+            return FLModel(metrics={}, meta={"error": kind})
+
+    def train(self, received: FLModel) -> FLModel:
+        """Global weights in, local weights out; the personalised model moves on in the site's folder."""
+        began = time.perf_counter()
+        update = self.client.train(received.params)
+        self._keep(received.current_round + 1)  # FLARE counts from 0
+        return FLModel(
+            params={key: tensor.contiguous() for key, tensor in update.items()},  # FLARE sends no other
+            metrics={**self.client.metrics(), "seconds": time.perf_counter() - began},
+            meta={FLMetaKey.NUM_STEPS_CURRENT_ROUND: self.client.cases},
+        )
+
+    def validate(self, received: FLModel) -> FLModel:
+        """Figures of the global and the personalised model on the site's validation cases."""
+        save_atomically(dict(received.params), model_path(str(self.folder)))
+        models = {"global": received.params, "personalised": self.client.personalised}
+        return FLModel(
+            metrics={
+                f"{name}/{metric}": value
+                for name, weights in models.items()
+                for metric, value in self.client.validate(weights).items()
+            }
+        )
+
+    @contextmanager
+    def own_log(self) -> Iterator[None]:
+        """Have what the training logs in the site's own file: FLARE hands a site's error log on to the server."""
+        handler = logging.FileHandler(self.folder / LOG_FILE, encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+        loggers = [logging.getLogger(name) for name in PRIVATE_LOGGERS]
+        for logger in loggers:
+            logger.addHandler(handler)
+            logger.propagate = False
+        try:
+            yield
+        finally:
+            for logger in loggers:
+                logger.removeHandler(handler)
+                logger.propagate = True
+            handler.close()
+
+
+def run(script: str) -> None:
+    """Take part in a job until it ends.
+
+    Args:
+        script: the job's client script, beside which ``federation.json`` lies.
+    """
+    flare.init()
+    job = json.loads(Path(script).with_name(JOB_FILE).read_text(encoding="utf-8"))
+    member = Member(job, flare.get_site_name())
+    with member.own_log():
+        while flare.is_running():
+            received = flare.receive()
+            if received is None:
+                break
+            flare.send(member.answer("validate" if flare.is_evaluate() else "train", received))

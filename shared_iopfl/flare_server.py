@@ -1,0 +1,204 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What runs at NVIDIA FLARE's server: the rounds, and what is kept of them.
+
+The server needs this package and no data. It receives local weights and numbers, checks them, and averages with the
+very function of the one-process run, in the order of the sites: both engines give the same global weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from nvflare.apis.fl_constant import FLMetaKey
+from nvflare.apis.fl_context import FLContext
+from nvflare.app_common.abstract.fl_model import FLModel
+from nvflare.app_common.abstract.model import ModelLearnable, ModelLearnableKey, make_model_learnable
+from nvflare.app_common.abstract.model_persistor import ModelPersistor
+from nvflare.app_common.app_constant import AppConstants
+from nvflare.app_common.workflows.model_controller import ModelController
+from nvflare.app_opt.pt.decomposers import TensorDecomposer
+from nvflare.fuel.utils import fobs
+from torch import Tensor
+
+from shared_iopfl.errors import InputError
+from shared_iopfl.federation import HISTORY, check_update, weighted_average
+from shared_iopfl.models import model_path, save_atomically
+from shared_iopfl.tables import write_rows
+
+__all__ = ["CHECKPOINT", "RESULTS", "Rounds", "ServerFiles"]
+
+RESULTS = "iopfl"  # folder in the server's run, laid out as the output_dir of a one-process run
+CHECKPOINT = "flare.pt"
+
+
+class ServerFiles(ModelPersistor):
+    """What the server keeps: after every round the global model as a plain state_dict, the history, and a checkpoint.
+
+    The checkpoint is what a run goes on from; the one it begins with comes with the job.
+
+    Attributes:
+        round: the last one done.
+        history: rows of ``history.csv``.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state: dict[str, Any] = {}
+        self.history: list[dict[str, Any]] = []
+
+    @property
+    def round(self) -> int:
+        return self.state["round"]
+
+    def load_model(self, fl_ctx: FLContext) -> ModelLearnable:
+        fobs.register(TensorDecomposer)  # weights cross the wire as tensors, of whatever precision they are
+        folder = fl_ctx.get_engine().get_workspace().get_app_custom_dir(fl_ctx.get_job_id())
+        self.state = torch.load(Path(folder) / CHECKPOINT, map_location="cpu", weights_only=True)
+        self.history = list(self.state["history"])
+        return make_model_learnable(weights=self.state["weights"], meta_props={})
+
+    def save_model(self, model: ModelLearnable, fl_ctx: FLContext) -> None:
+        weights = model[ModelLearnableKey.WEIGHTS]
+        self.state = {**self.state, "round": self.round + 1, "weights": weights, "history": self.history}
+        self.save_history(fl_ctx)
+        save_atomically(weights, model_path(str(self._folder(fl_ctx) / "models")))
+        save_atomically(self.state, self._folder(fl_ctx) / CHECKPOINT)
+
+    def save_history(self, fl_ctx: FLContext) -> None:
+        write_rows(self._folder(fl_ctx) / "history.csv", HISTORY, self.history)
+
+    @staticmethod
+    def _folder(fl_ctx: FLContext) -> Path:
+        return Path(fl_ctx.get_engine().get_workspace().get_run_dir(fl_ctx.get_job_id())) / RESULTS
+
+
+class Rounds(ModelController):
+    """FedAvg over all the sites: train, check, average, and have the sites score what came out.
+
+    FLARE's own `FedAvg` adds updates up in the order of their arrival, in single precision, integer buffers too; waits
+    for every site without end, or takes a random choice of them; and leaves the last global model without a score.
+
+    A site that fails, does not answer in time or sends what does not fit is left out of the round; it is asked again in
+    the next one.
+
+    Args:
+        sites: the sites, in the order in which they are averaged.
+        rounds: number of rounds.
+        min_sites: a round with fewer usable updates ends the job.
+        val_interval: have both models scored every so many rounds (and at the end); 0: never.
+        round_timeout: seconds after which a round goes on without those who have not answered; 0: wait for all.
+        persistor_id: the component that keeps the global model.
+    """
+
+    def __init__(
+        self,
+        sites: list[str],
+        rounds: int,
+        min_sites: int,
+        val_interval: int = 1,
+        round_timeout: int = 0,
+        persistor_id: str = AppConstants.DEFAULT_PERSISTOR_ID,
+    ) -> None:
+        super().__init__(persistor_id=persistor_id, ignore_result_error=True)
+        self.sites = sites
+        self.rounds = rounds
+        self.min_sites = min_sites
+        self.val_interval = val_interval
+        self.round_timeout = round_timeout
+        self.persistor_id = persistor_id
+        self.round = 0
+
+    def run(self) -> None:
+        model = self.load_model()
+        model.total_rounds = self.rounds
+        try:
+            while self.persistor.round < self.rounds:
+                self.round = self.persistor.round + 1
+                self.info(f"Round {self.round} of {self.rounds}")
+                model.current_round = self.round - 1  # FLARE counts from 0
+                model.params = self._train(model)
+                if self.val_interval and (self.round % self.val_interval == 0 or self.round == self.rounds):
+                    self._validate(model)
+                self.save_model(model)
+        finally:
+            self.persistor.save_history(self.fl_ctx)
+
+    def _train(self, model: FLModel) -> dict[str, Tensor]:
+        """The mean of the sites' local weights, each weighed by its number of training cases."""
+        updates: dict[str, Mapping[str, Tensor]] = {}
+        counts: dict[str, float] = {}
+        for site, reply in self._ask("train", model).items():
+            try:
+                count = _number(reply.meta.get(FLMetaKey.NUM_STEPS_CURRENT_ROUND))
+                if count <= 0:
+                    raise InputError(f"site '{site}' says that it has {count} training cases.")
+                check_update(site, reply.params, model.params)
+                metrics = {name: _number(value) for name, value in (reply.metrics or {}).items()}
+            except Exception as error:  # whatever a site sends, the others go on
+                self._fail(site, str(error))
+                continue
+            updates[site], counts[site] = reply.params, count
+            self._note(site, "local", metrics)
+        if len(updates) < self.min_sites:
+            raise InputError(
+                f"round {self.round}: {len(updates)} of {len(self.sites)} sites sent a usable update, fewer than "
+                f"min_sites {self.min_sites}; the log tells what became of the others."
+            )
+        return weighted_average(updates, counts)
+
+    def _validate(self, model: FLModel) -> None:
+        """Every site scores the global model and its own personalised one; only the figures come here."""
+        for site, reply in self._ask(AppConstants.TASK_VALIDATION, model).items():
+            try:
+                metrics = {name: _number(value) for name, value in reply.metrics.items()}
+            except Exception as error:
+                self._fail(site, str(error))
+                continue
+            for name, value in metrics.items():
+                whose, _, metric = name.partition("/")
+                self._note(site, whose, {metric: value})
+
+    def _ask(self, task: str, model: FLModel) -> dict[str, FLModel]:
+        """The sites' answers, in the order of `sites`; one that has none is noted and left out."""
+        there = {client.name for client in self.engine.get_clients()}
+        targets = [site for site in self.sites if site in there]
+        replies = self.send_model_and_wait(task_name=task, data=model, targets=targets, timeout=self.round_timeout)
+        by_site = {reply.meta["client_name"]: reply for reply in replies}
+        answers = {}
+        for site in self.sites:
+            if site not in by_site:
+                self._fail(site, f"no answer to '{task}'.")
+            elif error := by_site[site].meta.get("error"):
+                self._fail(site, f"{error} at '{task}'; the site's own training.log tells more.")
+            else:
+                answers[site] = by_site[site]
+        return answers
+
+    def _fail(self, site: str, reason: str) -> None:
+        self.warning(f"Round {self.round}: site '{site}' is left out: {reason}")
+        self._note(site, "local", {"failed": 1.0})
+
+    def _note(self, site: str, model: str, metrics: Mapping[str, float]) -> None:
+        for metric, value in metrics.items():
+            row = {"round": self.round, "site": site, "model": model, "metric": metric, "value": value}
+            self.persistor.history.append(row)
+
+
+def _number(value: Any) -> float:
+    """What a site tells besides weights is numbers; anything else is refused."""
+    if isinstance(value, (bool, torch.Tensor)) or not isinstance(value, (int, float)) or math.isinf(value):
+        raise InputError(f"a number is expected, but {type(value).__name__} {str(value)[:40]!r} was sent.")
+    return float(value)

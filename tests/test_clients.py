@@ -1,0 +1,59 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""A federated client finds its site by its name or by its folder, and never takes another's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from site_folders import saml
+
+from shared_iopfl.clients import own_site
+from shared_iopfl.errors import InputError
+
+STARTED = "20260101_120000"
+
+
+@pytest.fixture
+def sites(tmp_path: Path) -> Path:
+    for name in ("ISBI", "ISBI_1.5", "HK"):
+        saml(tmp_path, name, 1)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["ISBI", "ISBI_1.5", "HK"])
+def test_client_is_the_site_of_its_name(sites: Path, name: str) -> None:
+    """The whole name: one site's may begin with another's."""
+    assert own_site(sites, f"{name}_{STARTED}", "UCL") == name
+
+
+def test_client_with_one_site_in_its_folder_is_that_site(tmp_path: Path) -> None:
+    saml(tmp_path, "HK", 1)
+    assert own_site(tmp_path, f"site-1_{STARTED}", "UCL") == "HK"
+    assert own_site(tmp_path, None, "UCL") == "HK"
+
+
+def test_client_that_is_none_of_several_sites_is_refused(sites: Path) -> None:
+    """It would train on another site's scans; the line says which sites there are."""
+    with pytest.raises(InputError, match=r"'site-1'.*HK, ISBI, ISBI_1\.5"):
+        own_site(sites, f"site-1_{STARTED}", "HK")
+
+
+@pytest.mark.parametrize("run_name", [None, "", "my experiment", "HK"])
+def test_outside_a_federation_it_is_the_default(sites: Path, run_name: str | None) -> None:
+    assert own_site(sites, run_name, "ISBI") == "ISBI"
+
+
+def test_without_data_it_is_the_default(tmp_path: Path) -> None:
+    """A config must resolve before there is data: tools that bring their own data ask for the site too."""
+    assert own_site(tmp_path / "nowhere", None, "UCL") == "UCL"
+    assert own_site(tmp_path, f"HK_{STARTED}", "UCL") == "UCL"

@@ -1,0 +1,99 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What leaves a client through the privacy filter: a part of what changed, bounded, and the same from the same seed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from monai.fl.utils.constants import WeightType
+from monai.fl.utils.exchange_object import ExchangeObject
+from networks import images, unet, untouched
+from torch import Tensor
+
+from shared_iopfl.errors import InputError
+from shared_iopfl.fl_filters import ArrivedWeights, SelectiveSharing
+
+CHANGES = {"a": images(40, 50), "b": 100 * images(30, 10, seed=1), "count": torch.tensor(3)}
+
+
+def sent(changes: dict[str, Tensor], epoch: int = 1, **options: Any) -> dict[str, Tensor]:
+    data = ExchangeObject(dict(changes), weight_type=WeightType.WEIGHT_DIFF, statistics={"current_epoch": epoch})
+    return SelectiveSharing(**options)(data, {}).weights
+
+
+def test_small_changes_are_withheld_and_large_ones_clipped() -> None:
+    """In each tensor by its own scale; integers pass."""
+    result = sent(CHANGES, percentile=20, clip=90)
+    for name in "ab":
+        size, kept = CHANGES[name].abs(), result[name].abs()
+        assert float((kept == 0).float().mean()) == pytest.approx(0.2, abs=0.01)
+        assert float((size > kept.max()).float().mean()) == pytest.approx(0.1, abs=0.01)
+        assert size[kept == 0].max() <= size[kept > 0].min()
+        between = (kept > 0) & (size <= kept.max())
+        assert torch.equal(result[name][between], CHANGES[name][between])
+    assert torch.equal(result["count"], CHANGES["count"])
+
+
+def test_everything_passes_an_open_filter() -> None:
+    result = sent(CHANGES, percentile=0, clip=100, share=1)
+    assert all(torch.equal(result[name], change) for name, change in CHANGES.items())
+
+
+def test_a_random_part_of_the_rest_is_sent() -> None:
+    """Another one each round, the same from the same seed, and global randomness is not asked."""
+    with untouched():
+        one, again, later, other = (
+            sent(CHANGES, epoch, percentile=0, share=0.3, seed=seed) for epoch, seed in ((1, 0), (1, 0), (2, 0), (1, 1))
+        )
+    for name in "ab":
+        assert float((one[name] != 0).float().mean()) == pytest.approx(0.3, abs=0.08)
+        assert torch.equal(one[name], again[name])
+        assert not torch.equal(one[name] != 0, later[name] != 0)
+        assert not torch.equal(one[name] != 0, other[name] != 0)
+
+
+def test_the_servers_values_stay_between_the_old_and_the_sites() -> None:
+    """So a variance stays one."""
+    old, new = unet(0).state_dict(), unet(1).state_dict()
+    result = sent({name: new[name] - old[name] for name in old}, share=0.7)
+    for name, tensor in old.items():
+        value = tensor + result[name]
+        low, high = torch.minimum(tensor, new[name]), torch.maximum(tensor, new[name])
+        assert ((value >= low - 1e-5) & (value <= high + 1e-5)).all(), name
+        if name.endswith("running_var"):
+            assert (value > 0).all()
+
+
+def test_full_weights_are_changed_in_part_and_only_where_the_server_knows_them() -> None:
+    """As the differences are, to what arrived last; weights that never arrived do not leave."""
+    old, new = {"a": torch.ones(40, 50)}, {"a": torch.ones(40, 50) + CHANGES["a"], "own": torch.ones(2)}
+    arrived = ArrivedWeights()
+    options: dict[str, Any] = {"arrived": arrived, "percentile": 20, "clip": 90, "share": 0.5}
+    nothing = SelectiveSharing(**options)(ExchangeObject(dict(new), weight_type=WeightType.WEIGHTS))
+    assert nothing.weights == {}
+    assert arrived(ExchangeObject(old)).weights is old
+    old["a"] += 1  # the server goes on with its own tensors
+    data = ExchangeObject(dict(new), weight_type=WeightType.WEIGHTS, statistics={"current_epoch": 1})
+    result = SelectiveSharing(**options)(data).weights
+    assert list(result) == ["a"]
+    expected = sent({"a": CHANGES["a"]}, **{**options, "arrived": None})["a"]
+    torch.testing.assert_close(result["a"] - 1, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"percentile": -1}, {"percentile": 99}, {"clip": 101}, {"share": 0}, {"share": 1.5}], ids=str
+)
+def test_bounds_outside_their_range_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(InputError, match=next(iter(wrong))):
+        SelectiveSharing(**wrong)  # type: ignore[arg-type]

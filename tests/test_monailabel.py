@@ -1,0 +1,338 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Both bundles in a real MONAI Label server: `deploy/monailabel/serve.sh` starts it, `try.py` talks to it.
+
+Run by ``deploy/monailabel/test.sh``, which makes the environment first; without that environment all of it is skipped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from monai.bundle import ConfigParser
+from networks import images, make
+from PIL import Image
+from torch import nn
+
+from shared_iopfl.manifest import write_manifest
+from shared_iopfl.phantoms import make_fundus_sites, make_prostate_sites
+
+ROOT = Path(__file__).parents[1]
+DEPLOY = ROOT / "deploy" / "monailabel"
+VENV = Path(os.environ.get("MONAILABEL_VENV", ROOT / ".venv-monailabel"))
+SITES = ("A", "B")
+ARCHITECTURE = {"features": 4, "image_size": 32}
+# a busy machine may take minutes to import what the server needs
+PATIENCE = 900
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not (VENV / ".stamp").is_file(), reason="no MONAI Label here: deploy/monailabel/test.sh"),
+]
+
+
+@dataclass
+class Server:
+    """A running server, the task its scans are of, and where its files are."""
+
+    bundle: str
+    url: str
+    app: Path
+    studies: Path
+    masks: Path  # of the scans, drawn by a person
+    scratch: Path
+
+    @property
+    def ending(self) -> str:
+        return ".png" if "fundus" in self.bundle else ".nii.gz"
+
+    @property
+    def scans(self) -> list[str]:
+        return sorted(path.name[: -len(self.ending)] for path in self.studies.glob(f"*{self.ending}"))
+
+    @property
+    def models(self) -> Path:
+        return self.app / "model" / self.bundle / "models"
+
+    def start(self, *command: str) -> subprocess.Popen[str]:
+        """A command of the client, without waiting for it."""
+        client = [str(VENV / "bin" / "python"), str(DEPLOY / "try.py"), "--url", self.url, *command]
+        return subprocess.Popen(client, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=self.scratch)
+
+    def ask(self, *command: str) -> str:
+        """What a command of the client prints."""
+        return answer(self.start(*command))
+
+    def infer(self, scan: str, *options: str) -> np.ndarray:
+        """A mask as the server serves it."""
+        return answered(*self.start_infer(scan, *options))
+
+    def start_infer(self, scan: str, *options: str) -> tuple[subprocess.Popen[str], Path]:
+        file = self.scratch / f"{time.monotonic_ns()}{self.ending}"
+        return self.start("infer", self.bundle, scan, "--output", str(file), *options), file
+
+    def own_mask(self, scan: str, **overrides: Any) -> np.ndarray:
+        """The mask that the bundle itself makes of a scan, by ``python -m monai.bundle run`` on the server's models."""
+        folder = self.scratch / f"own{time.monotonic_ns()}"
+        folder.mkdir()
+        (folder / f"{scan}{self.ending}").symlink_to(self.studies / f"{scan}{self.ending}")
+        options = {
+            "config_file": ROOT / "bundles" / self.bundle / "configs" / "inference.json",
+            "bundle_root": self.app / "model" / self.bundle,
+            "dataset_dir": folder,
+            "output_dir": folder / "out",
+            "overlays": False,
+            **overrides,
+        }
+        flat = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+        command = [sys.executable, "-m", "monai.bundle", "run", *flat]
+        ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        assert ended.returncode == 0, ended.stderr[-2000:]
+        return read(folder / "out" / f"{scan}{self.ending}")
+
+
+def answer(client: subprocess.Popen[str]) -> str:
+    printed, _ = client.communicate(timeout=PATIENCE)
+    assert client.returncode == 0, printed
+    return printed
+
+
+def answered(client: subprocess.Popen[str], file: Path) -> np.ndarray:
+    answer(client)
+    return read(file)
+
+
+def read(file: Path) -> np.ndarray:
+    return np.asarray(Image.open(file)) if file.suffix == ".png" else np.asarray(nib.load(file).dataobj)
+
+
+def make_models(folder: Path, bundle: str) -> None:
+    """A published set of small networks with random weights, whose masks hold both classes."""
+
+    def build() -> nn.Module:
+        config = ConfigParser()
+        config.read_config(str(ROOT / "bundles" / bundle / "configs" / "inference.json"))
+        config.update(ARCHITECTURE)
+        return config.get_parsed_content("network_def")
+
+    folder.mkdir(parents=True)
+    states = []
+    for seed in range(1 + len(SITES)):
+        network = make(build, seed)
+        with torch.no_grad():
+            last = [module for module in network.modules() if isinstance(module, nn.Conv2d)][-1]
+            last.bias -= network(images(8, 3, 32, 32)).movedim(1, 0).flatten(1).median(1).values
+        states.append(network.state_dict())
+    torch.save(states[0], folder / "model.pt")
+    for site, other in zip(SITES, states[1:]):
+        near = {
+            key: torch.lerp(tensor, other[key], 0.4) if tensor.is_floating_point() else tensor
+            for key, tensor in states[0].items()
+        }
+        torch.save(near, folder / f"model_{site}.pt")
+    write_manifest(folder, ARCHITECTURE, terms="random weights, for a test")
+
+
+def make_studies(folder: Path, bundle: str) -> Path:
+    """Scans for the server, none as wide as high; beside the folder, in ``masks``, what a person would draw."""
+    sites, masks = folder.parent / "sites", folder.parent / "masks"
+    folder.mkdir()
+    masks.mkdir()
+    if "fundus" in bundle:
+        make_fundus_sites(sites, sites=("E",), cases=3, size=128, photographs=True)
+        drawn = {path: sites / "E" / "masks" / path.name for path in (sites / "E" / "images").glob("*.png")}
+    else:
+        make_prostate_sites(sites, sites=("E",), cases=3, size=(40, 32, 8))
+        found = [path for path in (sites / "E").glob("*.nii.gz") if "_segmentation" not in path.name]
+        drawn = {path: path.with_name(path.name.replace(".nii.gz", "_segmentation.nii.gz")) for path in found}
+    for scan, mask in drawn.items():
+        scan.rename(folder / scan.name)
+        mask.rename(masks / scan.name)
+    return masks
+
+
+@pytest.fixture(scope="module", params=["prostate_iopfl", "fundus_iopfl"])
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server with both bundles and scans for one of them."""
+    folder = tmp_path_factory.mktemp(request.param)
+    models = []
+    for bundle in ("prostate_iopfl", "fundus_iopfl"):
+        make_models(folder / "published" / bundle, bundle)
+        models += ["--models", f"{bundle}={folder / 'published' / bundle}"]
+    masks = make_studies(folder / "studies", request.param)
+    (folder / "scratch").mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    paths = ["--app", str(folder / "app"), "--studies", str(folder / "studies")]
+    with open(folder / "server.log", "w") as log:
+        process = subprocess.Popen(
+            [str(DEPLOY / "serve.sh"), *paths, "--port", port, *models],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            url = f"http://127.0.0.1:{port}"
+            wait_for(url, process, folder / "server.log")
+            yield Server(request.param, url, folder / "app", folder / "studies", masks, folder / "scratch")
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGTERM)
+                process.wait(60)
+
+
+def wait_for(url: str, process: subprocess.Popen, log: Path) -> None:
+    end = time.monotonic() + PATIENCE
+    while process.poll() is None and time.monotonic() < end:
+        try:
+            urllib.request.urlopen(f"{url}/info/").read()
+            return
+        except OSError:
+            time.sleep(0.5)
+    raise AssertionError(f"the server did not start: {log.read_text()[-2000:]}")
+
+
+def test_both_bundles_are_served_with_all_models(server: Server) -> None:
+    """The client finds both bundles, the global and every personalised model of each, the scans and the trainers."""
+    info = json.loads(urllib.request.urlopen(f"{server.url}/info/").read())
+    assert set(info["models"]) == set(info["trainers"]) == {"prostate_iopfl", "fundus_iopfl"}
+    for model in info["models"].values():
+        files = model["config"]["model_filename"]
+        assert files[0] == "model.pt", "the first is what is served by default"
+        assert sorted(files[1:]) == [f"model_{site}.pt" for site in SITES]
+    assert info["datastore"]["total"] == 3
+    assert "prostate_iopfl" in server.ask("info")
+
+
+def test_served_mask_is_the_bundles_own(server: Server) -> None:
+    """Whether the server has the scan or is sent it: voxel by voxel what the bundle writes, in the scan's own grid."""
+    scan = server.scans[0]
+    file = server.studies / f"{scan}{server.ending}"
+    served, sent = server.infer(scan), server.infer(str(file))
+    own = server.own_mask(scan)
+    assert 0 < (served > 0).mean() < 1, "a mask of one class would be right by chance"
+    np.testing.assert_array_equal(served, own)
+    np.testing.assert_array_equal(sent, own)
+    assert served.dtype == np.uint8
+    assert served.shape == read(file).shape[: served.ndim], "of a photograph, height and width"
+
+
+def test_mask_has_the_values_that_its_labels_say(server: Server) -> None:
+    """A viewer names the values of a mask by the labels it is told."""
+    info = json.loads(urllib.request.urlopen(f"{server.url}/info/").read())
+    labels = info["models"][server.bundle]["labels"]
+    values = {"prostate_iopfl": {"prostate": 1}, "fundus_iopfl": {"optic disc": 1, "optic cup": 2}}
+    assert labels == values[server.bundle]
+    assert set(np.unique(server.infer(server.scans[0]))) == {0, *labels.values()}
+
+
+def test_volume_keeps_its_place_in_the_patient(server: Server) -> None:
+    """The affine of a served volume is its scan's."""
+    if server.ending == ".png":
+        pytest.skip("a photograph has no affine")
+    scan = server.scans[0]
+    client, file = server.start_infer(scan)
+    answered(client, file)
+    np.testing.assert_allclose(nib.load(file).affine, nib.load(server.studies / f"{scan}.nii.gz").affine, atol=1e-5)
+
+
+def test_other_bundle_is_served_too(server: Server, tmp_path: Path) -> None:
+    """One server, both tasks: a scan of the other kind, sent by the client, gets its mask."""
+    other = "prostate_iopfl" if server.ending == ".png" else "fundus_iopfl"
+    make_studies(tmp_path / "studies", other)
+    scan = sorted((tmp_path / "studies").iterdir())[0]
+    mask = tmp_path / f"mask{'.png' if other.startswith('fundus') else '.nii.gz'}"
+    server.ask("infer", other, str(scan), "--output", str(mask))
+    assert read(mask).shape == read(scan).shape[: read(mask).ndim]
+    assert read(mask).any()
+
+
+def test_chosen_personalised_model_is_served_as_it_is(server: Server) -> None:
+    """A site that asks for its own model gets that model's mask; without a choice the scan is routed."""
+    scan = server.scans[0]
+    routed = server.infer(scan)
+    for site in SITES:
+        file = f"model_{site}.pt"
+        chosen = server.infer(scan, "--model_filename", file)
+        np.testing.assert_array_equal(chosen, server.own_mask(scan, ckpt=server.models / file, mode="off"))
+        assert (chosen != routed).any()
+    np.testing.assert_array_equal(server.infer(scan), routed, "a choice is for one request")
+
+
+def test_same_request_gives_the_same_mask(server: Server) -> None:
+    """What was served in between, another scan or by another model, leaves no trace."""
+    first, second, _ = server.scans
+    before = server.infer(first)
+    server.infer(second)
+    server.infer(first, "--model_filename", "model_B.pt")
+    np.testing.assert_array_equal(server.infer(first), before)
+
+
+def test_two_at_once_get_what_each_gets_alone(server: Server) -> None:
+    """Clients that ask at the same time for different scans and models do not mix."""
+    requests = [(server.scans[0],), (server.scans[1],), (server.scans[0], "--model_filename", "model_A.pt")]
+    alone = [server.infer(*request) for request in requests]
+    together = [answered(*started) for started in [server.start_infer(*request) for request in requests]]
+    for one, other in zip(alone, together):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_batch_keeps_the_masks_that_single_requests_give(server: Server) -> None:
+    """After a batch, the server holds each scan's mask, to be fetched."""
+    server.ask("batch", server.bundle)
+    for scan in server.scans:
+        kept = server.scratch / f"kept_{scan}{server.ending}"
+        server.ask("mask", scan, str(kept))
+        np.testing.assert_array_equal(read(kept), server.infer(scan))
+
+
+def test_training_on_two_labelled_cases_changes_what_is_served(server: Server) -> None:
+    """With the server's own settings for validation. The new model serves at once; other sites' models stay."""
+    *labelled, scan = server.scans
+    experts = {site: digest(server.models / f"model_{site}.pt") for site in SITES}
+    old, before = digest(server.models / "model.pt"), server.infer(scan)
+    for case in labelled:
+        server.ask("label", case, str(server.masks / f"{case}{server.ending}"))
+    server.ask("train", server.bundle, "--max_epochs", "2")
+    assert digest(server.models / "model.pt") != old
+    assert {site: digest(server.models / f"model_{site}.pt") for site in SITES} == experts
+    served = server.infer(scan)
+    assert (served != before).any()
+    # the running server keeps the experts it started with: the site's own new model joins them at the next start
+    np.testing.assert_array_equal(served, server.own_mask(scan, sites=list(SITES)))
+
+
+def test_site_trains_and_serves_without_touching_published_files(server: Server) -> None:
+    """After training, a fresh process takes the whole folder as it is, the site's own new model among the experts."""
+    names = {path.name for path in server.models.glob("model_*.pt")}
+    assert len(names) == len(SITES) + 1
+    assert server.own_mask(server.scans[0]).any()
+
+
+def digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()

@@ -1,0 +1,205 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The review list puts the doubtful masks first, needs no label, changes no mask, and is judged rightly."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from monai.engines import SupervisedEvaluator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+import shared_iopfl.inferers
+from shared_iopfl.inferers import TestTimeRoutingInferer
+from shared_iopfl.objectives import mean_prediction, view_agreement
+from shared_iopfl.records import RoutesRecorder
+from shared_iopfl.review import (
+    ReviewQuality,
+    ReviewRecorder,
+    collect_review,
+    review_by_site,
+    review_quality,
+    review_rows,
+)
+from shared_iopfl.settings import preset
+from shared_iopfl.tables import read_rows, write_json, write_rows
+
+ORGAN = (slice(4, 12), slice(4, 12))
+
+
+class Sided(nn.Module):
+    """Finds what is bright, and sooner on one side than on the other: a weak organ looks different in the mirror."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(1)
+        self.conv = nn.Conv2d(1, 2, 1)
+        with torch.no_grad():
+            self.conv.weight[:] = torch.tensor([0.0, 1.0]).reshape(2, 1, 1, 1)
+            self.conv.bias.zero_()
+
+    def forward(self, images: Tensor) -> Tensor:
+        FORWARDS.append(len(images))
+        side = torch.linspace(-1, 1, images.shape[2])[:, None]
+        return self.conv(self.norm(images)) + torch.stack([torch.zeros_like(side), side])
+
+
+FORWARDS: list[int] = []  # of every copy of the network
+
+
+def scan(brightness: float) -> Tensor:
+    """A picture (1, 16, 16) with an organ, dark around it."""
+    image = torch.full((1, 16, 16), -5.0)
+    image[0][ORGAN] = brightness
+    return image
+
+
+def routing(mode: Any = "episodic", **overrides: Any) -> TestTimeRoutingInferer:
+    settings = preset("default", {"statistics": 0.0, **overrides})
+    return TestTimeRoutingInferer({"A": Sided().state_dict()}, mode, settings, flips=[0], slices=None)
+
+
+def serve(folder: Path, scans: dict[str, float], inferer: TestTimeRoutingInferer) -> list[dict[str, str]]:
+    """The list that an evaluator without any label writes; nothing where it writes none."""
+    SupervisedEvaluator(
+        device=torch.device("cpu"),
+        val_data_loader=DataLoader([{"image": scan(b), "case": case} for case, b in scans.items()], batch_size=1),
+        network=Sided(),
+        inferer=inferer,
+        val_handlers=[RoutesRecorder(inferer, str(folder)), ReviewRecorder(inferer, str(folder))],
+    ).run()
+    return read_rows(folder / "review.csv")
+
+
+def test_a_scan_whose_views_disagree_comes_first_but_after_an_empty_mask(tmp_path: Path) -> None:
+    rows = serve(tmp_path, {"firm": 5.0, "nothing": -5.0, "weak": 0.1, "clear": 5.0}, routing())
+    assert [row["case"] for row in rows] == ["nothing", "weak", "clear", "firm"]
+    assert [row["rank"] for row in rows] == ["1", "2", "3", "4"]
+    quality = [float(row["quality"]) for row in rows]
+    assert quality[0] == 0 and 0.3 < quality[1] < 0.9 and quality[2:] == [1, 1]
+    assert [row["reasons"].split("; ")[0] for row in rows[:2]] == ["empty mask", "views disagree"]
+    assert all(float(row["shift"]) > 0 and row["decision"] == "start" for row in rows)
+    assert "quality" in (tmp_path / "routes.json").read_text(encoding="utf-8")
+
+
+def test_the_list_of_a_site_s_own_network_needs_no_routes(tmp_path: Path) -> None:
+    inferer = routing("site")
+    inferer.fit([scan(5.0)[None]], Sided())
+    rows = serve(tmp_path, {"firm": 5.0, "weak": 0.1}, inferer)
+    assert [(row["case"], row["shift"], row["decision"]) for row in rows] == [("weak", "", ""), ("firm", "", "")]
+    assert not (tmp_path / "routes.json").exists()
+
+
+@pytest.mark.parametrize("inferer", [routing("off"), routing(average_views=False)])
+def test_a_single_view_gives_no_list(tmp_path: Path, inferer: TestTimeRoutingInferer) -> None:
+    serve(tmp_path, {"firm": 5.0, "weak": 0.1}, inferer)
+    assert not (tmp_path / "review.csv").exists()
+
+
+@torch.no_grad()
+def test_quality_changes_no_mask_and_costs_no_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, images = Sided().eval(), torch.stack([scan(0.1), scan(5.0)])
+    inferer, plain = routing(), routing()
+    FORWARDS.clear()
+    found, cost = inferer(images, network), len(FORWARDS)
+    monkeypatch.setattr(shared_iopfl.inferers, "view_agreement", lambda *_: {})
+    FORWARDS.clear()
+    assert torch.equal(plain(images, network), found) and len(FORWARDS) == cost
+    assert all("quality" in report for report in inferer.reports)
+    assert not any("quality" in report for report in plain.reports)
+    # equal experts: the routed network is the plain one
+    seen = [network(images), network(images.flip(2)).flip(2)]
+    torch.testing.assert_close(found, mean_prediction(seen, "softmax"), rtol=1e-4, atol=1e-5)
+
+
+def test_agreement_is_the_mean_over_views_and_targets() -> None:
+    """Two targets of four pixels by hand; one that is missing counts 0, whatever a view says of it."""
+    both = torch.tensor([[1.0, 1, 1, 1], [-1, -1, -1, -1]])[None]
+    half = torch.tensor([[1.0, 1, -1, -1], [1, -1, -1, -1]])[None]
+    found = view_agreement([both, half], both, "sigmoid")
+    assert found["quality"] == pytest.approx((1 + 2 * 2 / 6 + 0 + 0) / 4, abs=1e-4)
+    assert found["areas"] == [1, 0]
+    classes = torch.tensor([[0.0, 0, 9, 9], [1, 1, 0, 0], [0, 0, 1, 1]])[None]
+    assert view_agreement([classes], classes, "softmax") == {"quality": 0.5, "areas": [0.5, 0]}
+
+
+def test_equal_quality_is_ordered_by_name() -> None:
+    names = ["c10", "b", "a", "c2"]
+    for order in (names, names[::-1]):
+        assert [row["case"] for row in review_rows({n: {"quality": 0.5, "areas": [1]} for n in order})] == sorted(names)
+    reports = {"b": {"quality": 0.2}, "a": {"quality": 0.3}, "unknown": {"decision": "start"}}
+    assert [row["case"] for row in review_rows(reports)] == ["b", "a"]
+
+
+@pytest.mark.parametrize(
+    ("report", "reasons"),
+    [
+        ({"quality": 1.0, "areas": [0.1, 0.1], "shift": 0.2}, ""),
+        ({"quality": 1.0, "areas": [0.1, 0.1], "shift": 0.21}, "large shift"),
+        ({"quality": 0.5, "areas": [0.1, 0.0], "shift": 0.3}, "target 2 is missing; large shift"),
+        ({"quality": 0.0, "areas": [0.0, 0.0]}, "empty mask"),
+        ({"quality": 0.8, "decision": "start", "reason": "no adaptation asked for"}, "views disagree"),
+        ({"quality": 1.0, "decision": "start", "reason": "it strays", "objective_start": 0.1}, "it strays"),
+        ({"quality": 1.0, "decision": "adapted", "reason": "improved", "objective_start": 0.1}, ""),
+    ],
+)
+def test_reasons_are_what_speaks_against_a_mask(report: dict[str, Any], reasons: str) -> None:
+    assert review_rows({"case": report}, large_shift=0.2)[0]["reasons"] == reasons
+
+
+def test_a_list_is_judged_by_rank_and_by_the_worst_it_shows_first() -> None:
+    """Twenty cases: the worst two, looked for among the first four."""
+    true = {f"{n:02}": n / 20 for n in range(20)}
+    assert review_quality(true, {case: value**2 for case, value in true.items()}) == ReviewQuality(
+        20, pytest.approx(1), 1.0
+    )
+    assert review_quality(true, {case: -value for case, value in true.items()}) == ReviewQuality(
+        20, pytest.approx(-1), 0.0
+    )
+    assert review_quality(true, {**true, "01": 0.9}).found == 0.5
+    assert review_quality(true, {**true, "01": 0.19}).found == 1.0  # last of the first four
+    # 1 - 6 * (1 + 1) / (4 * 15), the middle two exchanged
+    small = review_quality(dict(zip("abcd", (1, 2, 3, 4))), dict(zip("abcd", (1, 3, 2, 4))))
+    assert small == ReviewQuality(4, pytest.approx(0.8), 1.0)
+    flat = review_quality(true, dict.fromkeys(true, 1.0))
+    assert math.isnan(flat.spearman) and flat.found == 1.0  # all alike: by name, and the worst have the first names
+    few = review_quality({"a": 1.0, "b": math.nan, "c": 0.5}, {"a": 1.0, "b": 0.1})
+    assert few.cases == 1 and math.isnan(few.spearman)
+    assert review_quality({}, {}).cases == 0
+
+
+def test_comparison_puts_quality_beside_dice(tmp_path: Path) -> None:
+    """Of our own method, outside, and of cases with a known quality; each seed's list is judged on its own."""
+    collect_review(tmp_path)
+    assert not (tmp_path / "review.csv").exists()
+    for seed, turn in ((0, 1), (1, -1)):
+        run = tmp_path / f"seed{seed}" / "outside_S 1"
+        dice = {f"c{n}": 0.5 + n / 10 for n in range(4)}
+        rows = [(model, "dice", case, value) for model in ("default", "global") for case, value in dice.items()]
+        rows.append(("default", "asd_mm", "c0", 3.0))
+        columns = ("site", "role", "case", "model", "metric", "value")
+        table = [dict(zip(columns, ("S 1", "outside", case, m, metric, value))) for m, metric, case, value in rows]
+        write_rows(run / "metrics.csv", columns, table)
+        known = {case: {"quality": 0.5 + turn * value / 4} for case, value in dice.items() if case != "c3"}
+        write_json(run / "masks" / "S 1" / "default" / "routes.json", {"cases": {**known, "c3": {"shift": 0.1}}})
+    collect_review(tmp_path)
+    rows = read_rows(tmp_path / "review.csv")
+    assert list(rows[0]) == ["seed", "fold", "site", "case", "quality", "dice"]
+    assert {(row["seed"], row["fold"], row["site"], row["case"]) for row in rows} == {
+        (seed, "S 1", "S 1", f"c{n}") for seed in "01" for n in range(3)
+    }
+    assert float(rows[0]["quality"]) == 0.625 and float(rows[0]["dice"]) == 0.5
+    assert review_by_site(rows) == {"S 1": ReviewQuality(6, pytest.approx(0.0), 0.5)}
