@@ -56,7 +56,7 @@ def make_comparison(folder: Path) -> Path:
             "outside",
             "global",
             "default",
-            {"paper": -0.3, "labelled routes": 0.05, "expert X": 0.001, "expert Y": -0.01},
+            {"paper": -0.3, "labelled routes": 0.05, "expert X": 0.001, "expert Y": -0.011},
         ),
     ):
         gains = {reference: 0.0, own: 0.02, **more}
