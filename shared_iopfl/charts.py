@@ -150,7 +150,10 @@ def forest_picture(
     methods = list(next(iter(panels.values())))
     figure, axes = _panels(list(panels), height=0.27 * len(methods) + 0.75, share_x=True, most_columns=3)
     figure.set_figwidth(WIDTH if len(panels) == 1 else figure.get_figwidth())
-    ends = np.array([found[method] for found in panels.values() for method in methods])
+    # a bound may stretch the axis to the right, but not let what failed stretch it to the left
+    ends = np.array(
+        [found[m] for found in panels.values() for m in methods if m not in bounds or {*methods} <= {*bounds}]
+    )
     floor = min(-3, -1.5 * float(np.nanmax(ends)), 1.5 * float(np.nanpercentile(np.nanmin(ends, axis=1), 15)))
     for panel, found in zip(axes, panels.values()):
         panel.grid(axis="y", visible=False)

@@ -8,17 +8,21 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Which site a bundle's config runs for when nobody names it: what a federated client knows of itself."""
+"""What is a machine's own when a bundle runs on it: its site, and models that are no longer the published ones."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
+
+from ignite.engine import Engine, Events
 
 from shared_iopfl.errors import InputError
 from shared_iopfl.layouts import known_sites
+from shared_iopfl.manifest import release
 
-__all__ = ["own_site"]
+__all__ = ["OwnModels", "own_site"]
 
 # how `MonaiAlgo` hands a client's name to the config: as ``run_name``, with the time behind it
 CLIENT = re.compile(r"(.+)_\d{8}_\d{6}")
@@ -48,3 +52,21 @@ def own_site(dataset_dir: str | Path, run_name: str | None, default: str) -> str
             "site, or say which with site."
         )
     return default
+
+
+class OwnModels:
+    """Before a trainer writes models into the folder of a published set, says in its manifest that they are not it.
+
+    A handler, not a step of the config's ``run``, which `MonaiAlgo` leaves out.
+
+    Args:
+        ckpt_dir: the folder.
+        names: of the files that training writes.
+    """
+
+    def __init__(self, ckpt_dir: str, names: Iterable[str]) -> None:
+        self.ckpt_dir = ckpt_dir
+        self.names = list(names)
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, lambda _: release(self.ckpt_dir, self.names))

@@ -162,7 +162,7 @@ def _forests(contest: Contest) -> str:
 
     caption = (
         f"Difference to {contest.reference} with its 95% interval: right of the line is better. Coloured: "
-        f"{contest.own or 'none'}. Hollow: bounds, which used labels or hindsight."
+        f"{contest.own or 'none'}. Hollow: bounds, which used labels or hindsight. Arrow: beyond the axis."
     )
     mean = charts.forest_picture({f"{contest.role}, mean of sites": panel()}, label, contest.colour, contest.bounds)
     html = picture(mean, escape(caption))

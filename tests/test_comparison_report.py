@@ -247,16 +247,16 @@ def test_cases_whose_files_are_gone_are_named_and_the_rest_is_shown(quick, tmp_p
 def test_differences_are_drawn_with_their_intervals_and_what_is_far_off_as_an_arrow():
     found = {
         "own": (1.0, 0.5, 1.5),
-        "bound": (2.0, 1.0, 3.0),
+        "bound": (20.0, 10.0, 30.0),
         "far": (-30.0, -32.0, -28.0),
         "no": (0.5, np.nan, np.nan),
     }
     more = {f"m{i}": (0.0, -0.5, 0.5) for i in range(8)}
     figure = charts.forest_picture({"S": found | more}, "points", {"own": "#009E73"}, {"bound"})
     (panel,) = figure.axes
-    assert panel.get_xlim()[0] > -6 and panel.get_xlim()[1] > 3
+    assert panel.get_xlim()[0] > -6 and panel.get_xlim()[1] > 30
     texts = [text.get_text() for text in panel.texts]
-    assert texts[:4] == ["+1.0 [+0.5, +1.5]", "+2.0 [+1.0, +3.0]", f"{MINUS}30.0 [{MINUS}32.0, {MINUS}28.0]", "+0.5"]
+    assert texts[:4] == ["+1.0 [+0.5, +1.5]", "+20.0 [+10.0, +30.0]", f"{MINUS}30.0 [{MINUS}32.0, {MINUS}28.0]", "+0.5"]
     assert [tick.get_fontstyle() for tick in panel.get_yticklabels()][:3] == ["normal", "italic", "normal"]
 
 

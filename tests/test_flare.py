@@ -404,7 +404,7 @@ def test_run_cut_off_at_any_instant_and_resumed_ends_with_the_same_weights(datas
     whole = train(tmp_path / "whole" / "out", tmp_path / "whole" / "work", False)
     history = figures(tmp_path / "whole" / "out")
     last = instants
-    assert last == 3 * (
+    assert last == 2 * (
         2 * 2 + 2 * 2 + 2
     )  # in each round, a message and a file for each task and site; the server's two
     for number in range(1, last + 1):
@@ -562,6 +562,16 @@ def test_site_keeps_two_states_of_its_run_and_none_of_another(tmp_path, fake):
         assert names == [f"state_{run}_{number}.pt" for number in (3, 4)]
     assert Member({**JOB, "run": "first", "done": 4}, "A", place).client.epoch == 0
     assert [Member({**JOB, "run": "second", "done": n}, "A", place).client.epoch for n in (2, 3, 4, 9)] == [0, 3, 4, 4]
+
+
+def test_site_scores_the_global_model_and_its_own(tmp_path, fake):
+    member = Member(JOB, "A", {"IOPFL_OUTPUT_DIR": str(tmp_path), "IOPFL_BUNDLE": str(BUNDLE)})
+    member.answer("train", FLModel(params={"w": torch.zeros(2)}, current_round=0))
+    figures = member.answer("validate", FLModel(params={"w": torch.full((2,), 7.0)}, current_round=0)).metrics
+    own = float(member.client.personalised["w"].double().mean())
+    assert figures == {"global/val_mean_dice": 7.0, "personalised/val_mean_dice": own}
+    assert own != 7.0
+    assert load_weights(tmp_path / "sites" / "A" / "model.pt")["w"].tolist() == [7, 7]
 
 
 # ---- publishing ------------------------------------------------------------------------------------------------------

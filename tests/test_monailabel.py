@@ -24,7 +24,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,11 +32,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
-import torch
-from monai.bundle import ConfigParser
-from networks import images, make
 from PIL import Image
-from torch import nn
 
 from shared_iopfl.manifest import write_manifest
 from shared_iopfl.phantoms import make_fundus_sites, make_prostate_sites
@@ -108,11 +104,16 @@ class Server:
             "overlays": False,
             **overrides,
         }
-        flat = [text for name, value in options.items() for text in (f"--{name}", str(value))]
-        command = [sys.executable, "-m", "monai.bundle", "run", *flat]
-        ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-        assert ended.returncode == 0, ended.stderr[-2000:]
+        run_bundle(options)
         return read(folder / "out" / f"{scan}{self.ending}")
+
+
+def run_bundle(options: Mapping[str, Any]) -> None:
+    """``python -m monai.bundle run`` in a process of its own, as a user runs it."""
+    flat = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    command = [sys.executable, "-m", "monai.bundle", "run", *flat]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert ended.returncode == 0, ended.stderr[-2000:]
 
 
 def answer(client: subprocess.Popen[str]) -> str:
@@ -130,31 +131,26 @@ def read(file: Path) -> np.ndarray:
     return np.asarray(Image.open(file)) if file.suffix == ".png" else np.asarray(nib.load(file).dataobj)
 
 
-def make_models(folder: Path, bundle: str) -> None:
-    """A published set of small networks with random weights, whose masks hold both classes."""
-
-    def build() -> nn.Module:
-        config = ConfigParser()
-        config.read_config(str(ROOT / "bundles" / bundle / "configs" / "inference.json"))
-        config.update(ARCHITECTURE)
-        return config.get_parsed_content("network_def")
-
-    folder.mkdir(parents=True)
-    states = []
-    for seed in range(1 + len(SITES)):
-        network = make(build, seed)
-        with torch.no_grad():
-            last = [module for module in network.modules() if isinstance(module, nn.Conv2d)][-1]
-            last.bias -= network(images(8, 3, 32, 32)).movedim(1, 0).flatten(1).median(1).values
-        states.append(network.state_dict())
-    torch.save(states[0], folder / "model.pt")
-    for site, other in zip(SITES, states[1:]):
-        near = {
-            key: torch.lerp(tensor, other[key], 0.4) if tensor.is_floating_point() else tensor
-            for key, tensor in states[0].items()
-        }
-        torch.save(near, folder / f"model_{site}.pt")
-    write_manifest(folder, ARCHITECTURE, terms="random weights, for a test")
+def make_models(folder: Path, bundle: str) -> Path:
+    """A published set of tiny models, trained for seconds, so that their masks hold something."""
+    make = make_fundus_sites if "fundus" in bundle else make_prostate_sites
+    make(folder / "sites", sites=SITES, cases=4, size=48 if "fundus" in bundle else (40, 32, 8))
+    options = {
+        "config_file": ROOT / "bundles" / bundle / "configs" / "federate.json",
+        "bundle_root": ROOT / "bundles" / bundle,
+        "dataset_dir": folder / "sites",
+        "output_dir": folder,
+        "sites": list(SITES),
+        "outside_sites": [],
+        "fractions": [0.5, 0.25, 0.25],
+        "rounds": 6,
+        "passes": 16,
+        "val_interval": 0,
+        **ARCHITECTURE,
+    }
+    run_bundle(options)
+    write_manifest(folder / "models", ARCHITECTURE, terms="synthetic, for a test")
+    return folder / "models"
 
 
 def make_studies(folder: Path, bundle: str) -> Path:
@@ -181,8 +177,7 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     folder = tmp_path_factory.mktemp(request.param)
     models = []
     for bundle in ("prostate_iopfl", "fundus_iopfl"):
-        make_models(folder / "published" / bundle, bundle)
-        models += ["--models", f"{bundle}={folder / 'published' / bundle}"]
+        models += ["--models", f"{bundle}={make_models(folder / 'federation' / bundle, bundle)}"]
     masks = make_studies(folder / "studies", request.param)
     (folder / "scratch").mkdir()
     with socket.socket() as free:

@@ -37,12 +37,15 @@ from torch import Tensor
 
 from shared_iopfl.errors import root_input_error
 from shared_iopfl.federation import SiteClient
+from shared_iopfl.manifest import check_manifest, write_manifest
 from shared_iopfl.sites import site_cases
 
 BUNDLES = Path(__file__).parents[2] / "bundles"
 NAMES = sorted(path.parents[1].name for path in BUNDLES.glob("*/configs/metadata.json"))
 TINY: dict[str, Any] = {"image_size": 32, "features": 4, "device": "cpu", "passes": 1, "batch_size": 2}
 FILTERS = "configs/fl_filters.json"
+
+pytestmark = pytest.mark.filterwarnings("ignore:executing the bundle config")
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -57,10 +60,13 @@ def data(name: str, tmp_path_factory: pytest.TempPathFactory, make_sites: Callab
 
 @pytest.fixture
 def bundle(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the bundle, as a federated system gives one to each client; the working folder is elsewhere."""
+    """A copy of the bundle, as a federated system gives one to each client; the working folder is elsewhere.
+
+    Without published models: what it is with them is a test of its own.
+    """
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    return Path(shutil.copytree(BUNDLES / name, tmp_path / name))
+    return Path(shutil.copytree(BUNDLES / name, tmp_path / name, ignore=shutil.ignore_patterns("models", "eval")))
 
 
 @pytest.fixture
@@ -204,7 +210,10 @@ def test_evaluation_tells_of_both_models(
 ) -> None:
     """The site's own model is scored as if it had arrived; masks and tables are those of what arrived, written once."""
     models = random_models(bundle.parent / "models", name)
-    arrived, own = load(models / "model.pt"), load(models / "model_A.pt")
+    arrived = load(models / "model.pt")
+    own = {key: tensor.clone() for key, tensor in arrived.items()}
+    own["final_conv.bias"][-1] -= 10  # no longer sees the last target
+    torch.save(own, models / "model_A.pt")
     algo = make(config_train_filename=None)
     alone, others = algo.evaluate(exchange(arrived)).metrics, algo.evaluate(exchange(own)).metrics
     algo.evaluate(exchange(arrived))
@@ -222,11 +231,37 @@ def test_evaluation_tells_of_both_models(
     assert (bundle / "eval" / "metrics.csv").read_bytes() == table
 
 
+def test_rounds_in_the_folder_of_published_models(
+    name: str, bundle: Path, data: Path, random_models: Callable[..., Path], run_config: Callable[..., ConfigWorkflow]
+) -> None:
+    """Their size is the client's; what it writes is its own from then on; what it does not write stays as published."""
+    models = random_models(bundle / "models", name, ("A", "B"))
+    write_manifest(models, {"features": 4, "image_size": 32}, "research only")
+    published = {path.name: path.read_bytes() for path in models.glob("*.pt")}
+    own = {"dataset_dir": str(data), "device": "cpu", "passes": 1}
+    algo = MonaiAlgo(str(bundle), train_kwargs=dict(own), eval_kwargs=dict(own))
+    algo.initialize({ExtraItems.CLIENT_NAME: "A"})
+    arrived = load(models / "model.pt")
+    before = algo.evaluate(exchange(arrived)).metrics
+    check_manifest(models)
+    assert {path.name: path.read_bytes() for path in models.glob("*.pt")} == published
+    algo.train(exchange(arrived))
+    after = algo.evaluate(exchange(arrived)).metrics
+    algo.finalize()
+    assert set(after) == set(before) == {"val_mean_dice", "personalised_val_mean_dice"}
+    check_manifest(models)
+    assert (models / "model_B.pt").read_bytes() == published["model_B.pt"]
+    assert (models / "model_A.pt").read_bytes() != published["model_A.pt"]
+    masks = bundle.parent / "masks"
+    run_config("inference", name, bundle_root=bundle, dataset_dir=data / "E", ckpt_dir=models, output_dir=masks)
+    assert {"A", "B", "global"} <= set(json.loads((masks / "routes.json").read_text())["experts"])
+
+
 def test_only_validation_tells_of_both_models(
     name: str, data: Path, bundle: Path, random_models: Callable[..., Path], run_config: Callable[..., ConfigWorkflow]
 ) -> None:
     """A final scoring of the global model on test cases scores that one alone."""
-    models = random_models(bundle / "models", name)
+    models = random_models(bundle.parent / "models", name)
     told = {}
     for split in ("validation", "test"):
         common = {"dataset_dir": data, "site": "A", "ckpt_dir": models, "output_dir": bundle / "eval"}
@@ -347,6 +382,7 @@ def test_third_party_federation(name: str, data: Path, tmp_path: Path) -> None:
             assert set(metrics) == {"val_mean_dice", "personalised_val_mean_dice"}
             assert all(0 <= value <= 1 for value in metrics.values())
     assert list((tmp_path / "elsewhere").iterdir()) == []
+    shipped = {path.name for path in (BUNDLES / name).glob("models/*")}
     for client in "AB":  # each made its own personalised model, and no other's
         models = {path.name for path in (tmp_path / client / "app" / "models").iterdir()}
-        assert models == {"model.pt", "model_final.pt", f"model_{client}.pt"}
+        assert models == shipped | {"model.pt", "model_final.pt", f"model_{client}.pt"}

@@ -34,6 +34,9 @@ from monai.bundle import (
 )
 
 from shared_iopfl.errors import root_input_error
+from shared_iopfl.manifest import check_manifest
+from shared_iopfl.models import load_experts, load_weights
+from shared_iopfl.routing import check_experts
 
 BUNDLES = Path(__file__).parents[2] / "bundles"
 NAMES = sorted(path.parents[1].name for path in BUNDLES.glob("*/configs/metadata.json"))
@@ -69,7 +72,8 @@ def parser_of(name: str, config: str, **overrides: Any) -> ConfigParser:
 def files_of(name: str) -> dict[str, Any]:
     """What the command-line functions of `monai.bundle` want to know of a bundle."""
     configs = BUNDLES / name / "configs"
-    return {"meta_file": str(configs / "metadata.json"), "config_file": str(configs / "inference.json")}
+    files = {"meta_file": configs / "metadata.json", "config_file": configs / "inference.json"}
+    return {**{key: str(path) for key, path in files.items()}, "bundle_root": str(BUNDLES / name)}
 
 
 def random_checkpoint(name: str, path: Path) -> torch.nn.Module:
@@ -81,16 +85,28 @@ def random_checkpoint(name: str, path: Path) -> torch.nn.Module:
 
 
 def test_rooms(name: str) -> None:
-    """Licence, configs and documentation are where the zoo looks for them, and no weights lie about."""
+    """Licence, configs, documentation and models are where the zoo looks for them."""
     root = BUNDLES / name
     configs = ("metadata", "train", "evaluate", "inference", "federate", "multi_gpu_train")
-    expected = ["LICENSE", "docs/README.md", "docs/data_license.txt", "configs/logging.conf"]
+    expected = ["LICENSE", "models/model.pt", "docs/README.md", "docs/data_license.txt", "configs/logging.conf"]
     missing = [file for file in (*expected, *(f"configs/{c}.json" for c in configs)) if not (root / file).is_file()]
     assert missing == []
     licence = (root / "LICENSE").read_text()
     assert "Apache License" in licence
     assert "END OF TERMS AND CONDITIONS" in licence
     assert (root / "LICENSE").read_bytes() == (BUNDLES.parent / "LICENSE").read_bytes()
+
+
+def test_shipped_models_are_the_published_ones(name: str) -> None:
+    """To the byte, of the network that the configs build, and with terms; the data's own terms lie in the docs."""
+    models = BUNDLES / name / "models"
+    manifest = check_manifest(models)
+    assert "not for diagnosis" in manifest["terms"]
+    for config in ("train", "evaluate", "inference"):
+        network = parser_of(name, config).get_parsed_content("network_def")
+        network.load_state_dict(load_weights(models / "model.pt"))
+    check_experts(network, load_experts(str(models)))
+    assert [path.name for path in models.glob("*.pt") if path.name not in manifest["files"]] == []
 
 
 def test_metadata_follows_the_schema(name: str, tmp_path: Path) -> None:
@@ -188,7 +204,7 @@ def test_inference_is_looked_at_without_scans(name: str, tmp_path: Path, run_con
 
 
 def test_network_takes_and_gives_what_the_metadata_says(name: str) -> None:
-    verify_net_in_out(net_id="network_def", device="cpu", bundle_root=str(BUNDLES / name), **files_of(name))
+    verify_net_in_out(net_id="network_def", device="cpu", **files_of(name))
     wrong: dict[str, Any] = {"_meta_#network_data_format#outputs#pred#num_channels": 7}
     with pytest.raises(ValueError, match="channel"):
         verify_net_in_out(net_id="network_def", device="cpu", **files_of(name), **wrong)
