@@ -20,6 +20,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
+import numpy as np
+
 from shared_iopfl import charts
 from shared_iopfl.comparison_cases import Shifts, cases_section, read_shifts
 from shared_iopfl.comparison_scores import BEST_EXPERT, read_comparison
@@ -117,7 +119,8 @@ def _role_parts(output_dir: Path, contest: Contest, shifts: Shifts | None) -> tu
     others: list[Block] = []
     if table := contest.against_others():
         others = [Heading(f"{contest.own} against every other method", 3), table]
-    more = [metric for metric in contest.metrics if metric != "dice"]
+    # what is the same for every method, such as a measure of the reference masks, tells nothing of the methods
+    more = [m for m, scores in contest.metrics.items() if m != "dice" and np.ptp(scores.site_means, axis=0).any()]
     means = [contest.means(metric) for metric in more]
     measures: list[Block] = [Heading("Other measures", 3), *means] if means else []
     sites: list[Block] = []

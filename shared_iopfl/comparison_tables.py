@@ -222,7 +222,7 @@ def reading_notes(bounds: bool) -> str:
         "change, the spread over seeds shows. Verdict: better or worse where the interval leaves out 0; tie where it "
         "stays within half a point of it; else unclear. A case is won or lost by more than half a point. The largest "
         "loss is that of one case with one seed; the worst twentieth is the mean of that share of all sites' cases, "
-        "with each seed."
+        "with each seed. Set off from the others: the method that is held to the targets."
     )
     return text + " In italics: bounds, which used labels or hindsight and are nobody's to have." * bounds
 

@@ -114,6 +114,7 @@ def test_a_bound_is_in_italics_and_never_wins(quick, tmp_path):
     assert f"**Best other method inside**: Ditto; personalised {MINUS} Ditto is +1.0 [+1.0, +1.0]: better." in text
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "<em>labelled</em>" in page and "<b>labelled" not in page and "<b>77.6" not in page
+    assert "Best other" not in inside(tmp_path, personalised=dice(0) + 0.02, labelled=dice(0) + 0.1)
 
 
 def test_single_experts_are_not_shown_and_the_best_one_is_a_bound(folder):
@@ -139,6 +140,16 @@ def test_other_measures_have_their_means_and_the_best_of_a_distance_is_the_small
     cup, distance = (dict(rows_of(f"# x\n\n{table}\n", "x")) for table in tables[1:3])
     assert cup["FedAvg"][2] == "68.6" and cup["**personalised**"][2] == "**70.1**"
     assert distance["FedAvg"][2] == "4.31" and distance["**personalised**"][2] == "**4.30**"
+
+
+def test_a_measure_of_the_references_alone_is_no_table(quick, tmp_path):
+    """It is the same for every method."""
+    values = {"FedAvg": dice(0), "Ditto": dice(0) + 0.01}
+    rows = score_rows("inside", {"A": values}) + score_rows("inside", {"A": values}, "vcdr")
+    rows += score_rows("inside", {"A": dict.fromkeys(values, dice(0))}, "vcdr_reference")
+    write_comparison(write_scores(tmp_path, rows))
+    text = (tmp_path / "comparison.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| (vcdr.*?) \|", text, re.M) == ["vcdr"]
 
 
 def test_choices_are_shown_with_what_they_were_chosen_from(folder):
