@@ -52,8 +52,8 @@ def flare(
 ) -> None:
     """Federate with NVIDIA FLARE: --env sim or poc on this machine, prod over several (see docs/flare.md).
 
-    Further options: --dataset_dir, --min_sites, --round_timeout; with --env prod also --startup_kit and --username, to
-    submit the job at once; and every key of the bundle's federate.json and train.json.
+    Further options: --dataset_dir, --min_sites, --round_timeout, --own_process; with --env prod also --startup_kit and
+    --username, to submit the job at once; and every key of the bundle's federate.json and train.json.
     """
     _flare().federate(env, bundle, sites, rounds, output_dir, **options)
 

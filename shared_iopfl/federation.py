@@ -12,13 +12,18 @@
 
 Knows clients and weights, nothing of images. Only the local weights leave a client; its personalised model is written
 by the client itself, next to the global one, because here both ends are one machine.
+
+A site that fails a round is left out of it and comes back in the next. One that hangs holds up all the others: time
+limits are FLARE's (`shared_iopfl.flare`, ``round_timeout``), where each site has a process of its own.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,56 +38,14 @@ from tqdm import tqdm
 from shared_iopfl.errors import InputError
 from shared_iopfl.models import GLOBAL, model_path, save_atomically
 from shared_iopfl.tables import write_json, write_rows
+from shared_iopfl.updates import Failures, check_update, far_off, weighted_average
 
 __all__ = ["Federation", "SiteClient", "check_update", "weighted_average"]
 
 logger = logging.getLogger(__name__)
 Weights = Mapping[str, Tensor]
 HISTORY = ("round", "site", "model", "metric", "value")
-
-
-def check_update(site: str, update: Weights, reference: Weights, whose: str = "the global model") -> None:
-    """Raise `InputError`, naming the site and the key, unless its weights are finite and of the reference's shapes."""
-    difference = set(update) ^ set(reference)
-    if difference:
-        raise InputError(f"site '{site}' sent other keys than {whose}: '{min(difference)}' is in one of them only.")
-    for key, tensor in update.items():
-        if tensor.shape != reference[key].shape:
-            shapes = f"{tuple(tensor.shape)}, not {tuple(reference[key].shape)} as {whose}"
-            raise InputError(f"site '{site}' sent '{key}' of shape {shapes}.")
-        if not torch.isfinite(tensor).all():
-            raise InputError(f"site '{site}' sent NaN or infinite values in '{key}'.")
-
-
-def weighted_average(updates: Mapping[str, Weights], counts: Mapping[str, float]) -> dict[str, Tensor]:
-    """FedAvg: the mean of the sites' weights, each weighed by its number of training cases.
-
-    Summed in double precision in the order of `updates`; integer buffers (batch-norm counters) stay integers and are
-    the first site's.
-
-    Args:
-        updates: site -> state_dict.
-        counts: site -> positive number.
-
-    Raises:
-        InputError: naming the site whose update differs from the first one's in keys or shapes, or is not finite.
-    """
-    if not updates:
-        raise InputError("nothing to average: no site sent an update.")
-    total = float(sum(counts[site] for site in updates))
-    if not all(counts[site] > 0 for site in updates):
-        raise InputError(f"the sites' numbers of cases must be positive, but are {dict(counts)}.")
-    first, reference = next(iter(updates.items()))
-    for site, update in updates.items():
-        check_update(site, update, reference, f"'{first}'")
-    average = {}
-    for key, like in reference.items():
-        if like.is_floating_point():
-            mean = sum(update[key].double() * (counts[site] / total) for site, update in updates.items())
-            average[key] = torch.as_tensor(mean).to(like.dtype)
-        else:
-            average[key] = like.clone()
-    return average
+UNFINISHED = "." + 12 * "[0-9a-f]" + "_*"  # files that a run was writing when it was killed; see `whole_file`
 
 
 class SiteClient:
@@ -137,7 +100,7 @@ class SiteClient:
     def state_dict(self) -> dict[str, Any]:
         trainer: Any = self.algo.trainer
         kept = {name: item.state_dict() for name, item in self.kept.items()}
-        scaler = getattr(trainer, "scaler_", None)
+        scaler = getattr(trainer, "scaler", None)
         return {
             "epoch": trainer.state.epoch,
             "iteration": trainer.state.iteration,
@@ -147,8 +110,11 @@ class SiteClient:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         trainer: Any = self.algo.trainer
+        for engine in (trainer, self.algo.evaluator):
+            # where a run raised, ignite keeps it as begun: the next one would end at once, having trained nothing
+            engine._internal_run_generator = None  # type: ignore[union-attr]
         trainer.state.epoch, trainer.state.iteration = state["epoch"], state["iteration"]
-        scaler = getattr(trainer, "scaler_", None)
+        scaler = getattr(trainer, "scaler", None)
         if scaler is not None and state["scaler"]:
             scaler.load_state_dict(state["scaler"])
         for name, item in self.kept.items():
@@ -160,8 +126,11 @@ class Federation:
 
     Writes ``models/model.pt`` (global), ``models/model_<site>.pt`` (personalised) and ``models/scores.json`` (mean
     validation Dice of each at the other sites, for distance routes that trust good experts), ``history.csv``,
-    TensorBoard events, and after every round ``federation.pt``, from which ``resume`` goes on to the weights of an
-    undisturbed run.
+    ``failures.csv`` once a site has failed, TensorBoard events, and after every round ``federation.pt``, from which
+    ``resume`` goes on to the weights of an undisturbed run.
+
+    A site fails a round when its training raises or its update is refused: it is then as it was before, and asked again
+    in the next one. The reason, which may name the site's files, stays in the log and in ``failures.csv``.
 
     Args:
         bundle_root: the bundle whose ``configs/train.json`` each site runs.
@@ -171,6 +140,9 @@ class Federation:
         local_epochs: epochs a round.
         overrides: of the training config, the same for all sites; ``site`` and ``output_dir`` are set for each.
         val_interval: score both models on the sites' validation cases every so many rounds (and at the end); 0: never.
+        min_sites: a round goes on without those that failed while at least so many deliver; 0: it takes all sites.
+        max_update_norm: refuse an update that lies more than so many times as far from the global model as the median
+            of the others' does (from three sites on); 0: no bound. The default lets in ten times as many steps.
         resume: go on from ``federation.pt`` where there is one.
         seed: of the first global model.
     """
@@ -184,6 +156,8 @@ class Federation:
         local_epochs: int = 1,
         overrides: Mapping[str, Any] | None = None,
         val_interval: int = 1,
+        min_sites: int = 0,
+        max_update_norm: float = 10.0,
         resume: bool = False,
         seed: int = 0,
     ) -> None:
@@ -191,6 +165,8 @@ class Federation:
             raise InputError(f"sites must be a list of different names, such as \"['BIDMC','HK']\", but is {sites!r}.")
         if rounds < 1 or local_epochs < 1:
             raise InputError(f"rounds and local_epochs must be at least 1, but are {rounds} and {local_epochs}.")
+        if not max_update_norm >= 0:
+            raise InputError(f"max_update_norm must be 0 (no bound) or positive, but is {max_update_norm!r}.")
         self.bundle_root = bundle_root
         self.sites = list(sites)
         self.rounds = rounds
@@ -198,12 +174,14 @@ class Federation:
         self.local_epochs = local_epochs
         self.overrides = dict(overrides or {})
         self.val_interval = val_interval
+        self.max_update_norm = max_update_norm
         self.resume = resume
         self.seed = seed
         self.round = 0
         self.weights: dict[str, Tensor] = {}
         self.clients: dict[str, SiteClient] = {}
         self.history: list[dict[str, Any]] = []
+        self.failures = Failures(len(self.sites), min_sites)
 
     @property
     def checkpoint(self) -> Path:
@@ -211,6 +189,8 @@ class Federation:
 
     def start(self) -> None:
         """Make the clients (which reads and checks every site's training cases), and resume if asked to."""
+        for path in self.output_dir.rglob(UNFINISHED):
+            path.unlink()
         for site in tqdm(self.sites, desc="sites", unit="site"):
             overrides = {
                 **self.overrides,
@@ -236,14 +216,15 @@ class Federation:
         """
         self.start()
         with (
-            SummaryWriter(str(self.output_dir / "tensorboard")) as board,
+            _tensorboard(self.output_dir / "tensorboard") as board,
             tqdm(total=self.rounds, initial=self.round, desc="rounds", unit="round") as bar,
         ):
             while self.round < self.rounds:
                 self.run_round(bar)
-                for row in self.history:
-                    if row["round"] == self.round:
-                        board.add_scalar(f"{row['metric']}/{row['model']}_{row['site']}", row["value"], self.round)
+                try:
+                    self._draw(board)
+                except OSError as error:
+                    raise InputError(f"cannot write to {self.output_dir} ({error}): free space, then resume") from error
                 bar.update()
         self._publish()
         return self.weights
@@ -251,25 +232,54 @@ class Federation:
     def run_round(self, bar: Any = None) -> None:
         """One round: every site trains from the global weights; their weights are checked and averaged."""
         self.round += 1
+        before = {site: copy.deepcopy(client.state_dict()) for site, client in self.clients.items()}
         updates: dict[str, dict[str, Tensor]] = {}
+        metrics: dict[str, dict[str, float]] = {}
         for site, client in self.clients.items():
             if bar is not None:
                 bar.set_postfix_str(site)
             began = time.perf_counter()
-            updates[site] = client.train(self.weights)
-            self._note(site, "local", {**client.metrics(), "seconds": time.perf_counter() - began})
-        self.weights = weighted_average(updates, {site: client.cases for site, client in self.clients.items()})
+            try:
+                update = client.train(self.weights)
+                check_update(site, update, self.weights)
+                metrics[site] = {**client.metrics(), "seconds": time.perf_counter() - began}
+                updates[site] = update
+            except Exception as error:
+                self._leave_out(site, error, before[site])
+        for site, refusal in far_off(updates, self.weights, self.max_update_norm).items():
+            del updates[site]
+            self._leave_out(site, refusal, before[site])
+        for site in updates:
+            self._note(site, "local", metrics[site])
+        self.weights = weighted_average(updates, {site: self.clients[site].cases for site in updates})
         if self.val_interval and (self.round % self.val_interval == 0 or self.round == self.rounds):
-            for site, client in self.clients.items():
-                self._note(site, "global", client.validate(self.weights))
-                self._note(site, "personalised", client.validate(client.personalised))
+            for site in updates:
+                client = self.clients[site]
+                try:
+                    self._note(site, "global", client.validate(self.weights))
+                    self._note(site, "personalised", client.validate(client.personalised))
+                except Exception as error:
+                    self._leave_out(site, error, client.state_dict())
         self._save()
+
+    def _leave_out(self, site: str, error: Exception, before: Mapping[str, Any]) -> None:
+        """Note a failure, or raise if too few sites are left; and put the site back to where it was."""
+        self.failures.add(self.round, site, error)
+        self._note(site, "local", {"failed": 1.0})
+        self.clients[site].load_state_dict(before)
+        # what the refused round has left there; the site's next round, or the end of the run, writes it anew
+        Path(model_path(str(self.output_dir / "models"), "personalised", site)).unlink(missing_ok=True)
+
+    def _draw(self, board: SummaryWriter) -> None:
+        for row in self.history:
+            if row["round"] == self.round:
+                board.add_scalar(f"{row['metric']}/{row['model']}_{row['site']}", row["value"], self.round)
+        board.flush()
 
     def _note(self, site: str, model: str, metrics: Mapping[str, float]) -> None:
         for metric, value in metrics.items():
-            self.history.append(
-                {"round": self.round, "site": site, "model": model, "metric": metric, "value": float(value)}
-            )
+            row = {"round": self.round, "site": site, "model": model, "metric": metric, "value": float(value)}
+            self.history.append(row)
 
     def settings(self) -> dict[str, Any]:
         """What has to be the same when a run is resumed; folders and the device may change."""
@@ -284,6 +294,7 @@ class Federation:
     def _save(self) -> None:
         # the history first: a run interrupted between the two does this round again, and writes it again
         write_rows(self.output_dir / "history.csv", HISTORY, self.history)
+        self.failures.write(self.output_dir / "failures.csv")
         save_atomically(
             {
                 "settings": self.settings(),
@@ -291,6 +302,7 @@ class Federation:
                 "weights": self.weights,
                 "clients": {site: client.state_dict() for site, client in self.clients.items()},
                 "history": self.history,
+                "failures": self.failures.rows,
             },
             self.checkpoint,
         )
@@ -298,7 +310,9 @@ class Federation:
     def _load(self) -> None:
         try:
             state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-            settings = state["settings"]
+            settings, clients = dict(state["settings"]), dict(state["clients"])
+            self.round, self.weights, self.history = state["round"], state["weights"], list(state["history"])
+            self.failures.resume(state.get("failures", []))
         except Exception as error:
             raise InputError(
                 f"cannot read {self.checkpoint} ({type(error).__name__}); remove it to start anew."
@@ -309,21 +323,38 @@ class Federation:
                     f"{self.checkpoint} was begun with {name} {settings.get(name)}, now it is {value}; "
                     "resume with the same, or choose another output folder."
                 )
-        self.round, self.weights, self.history = state["round"], state["weights"], list(state["history"])
         for site, client in self.clients.items():
-            client.load_state_dict(state["clients"][site])
+            client.load_state_dict(clients[site])
         logger.info("resumed after round %d", self.round)
 
     def _publish(self) -> None:
         """Write the models, and how each of them does at the inside sites it was not made for."""
         folder = self.output_dir / "models"
-        models = {GLOBAL: self.weights, **{site: client.personalised for site, client in self.clients.items()}}
+        delivered = {row["site"] for row in self.history if row["model"] == "local" and row["metric"] != "failed"}
+        present = [site for site in self.sites if site in delivered]
+        models = {GLOBAL: self.weights, **{site: self.clients[site].personalised for site in present}}
         for name, weights in models.items():
             path = model_path(str(folder), GLOBAL if name == GLOBAL else "personalised", name)
             save_atomically({key: tensor.cpu() for key, tensor in weights.items()}, path)
-        write_json(folder / "scores.json", {name: self._score(name, weights) for name, weights in models.items()})
+        judges = [site for site in present if site not in self.failures.of(self.round)]
+        write_json(folder / "scores.json", {name: self._score(name, judges, models[name]) for name in models})
+        if absent := [site for site in self.sites if site not in delivered]:
+            raise InputError(
+                f"site '{absent[0]}' failed all {self.rounds} rounds and has no personalised model; {folder} holds "
+                f"the others', and {self.output_dir / 'failures.csv'} says why."
+            )
 
-    def _score(self, name: str, weights: Weights) -> float | None:
+    def _score(self, name: str, judges: Sequence[str], weights: Weights) -> float | None:
         """Mean validation Dice over the sites other than a model's own: whether it can be trusted elsewhere."""
-        others = [client.validate(weights)["val_mean_dice"] for site, client in self.clients.items() if site != name]
+        others = [self.clients[site].validate(weights)["val_mean_dice"] for site in judges if site != name]
         return sum(others) / len(others) if others else None
+
+
+@contextmanager
+def _tensorboard(folder: Path) -> Iterator[SummaryWriter]:
+    board = SummaryWriter(str(folder))
+    try:
+        yield board
+    finally:
+        with suppress(OSError):  # where the disk is full, the run says so itself
+            board.close()

@@ -56,6 +56,8 @@ class FlareRun:
         dataset_dir: folder of the sites; None in production, where each site names its own.
         min_sites: a round with fewer usable updates ends the job; default: all sites.
         round_timeout: seconds after which a round goes on without those who have not answered; 0: wait for all.
+        own_process: a site does each task in a process of its own. That takes longer, but one that dies costs its site
+            the round, where else FLARE ends the whole job.
         settings: any other key of ``federate.json`` or ``train.json``; ``resume`` goes on from ``flare.pt``.
 
     Raises:
@@ -71,6 +73,7 @@ class FlareRun:
         dataset_dir: str | None = None,
         min_sites: int | None = None,
         round_timeout: int = 0,
+        own_process: bool = False,
         settings: Mapping[str, Any] | None = None,
     ) -> None:
         self.bundle = Path(bundle).resolve()
@@ -82,6 +85,7 @@ class FlareRun:
         self.sites = self.federation.sites
         self.min_sites = len(self.sites) if min_sites is None else min_sites
         self.round_timeout = round_timeout
+        self.own_process = own_process
         if not isinstance(self.min_sites, int) or not 1 <= self.min_sites <= len(self.sites):
             raise InputError(f"min_sites must be 1 to {len(self.sites)}, the sites, but is {min_sites!r}.")
         if not isinstance(round_timeout, int) or round_timeout < 0:
@@ -207,7 +211,7 @@ class FlareRun:
             here = None if self.dataset_dir is None else machine
             write_files(files, self.bundle, self.federation, self.state, self.device, here)
             needed = len(self.sites) if all_there else self.min_sites
-            yield FederationRecipe(f"{self.bundle.name}_federation", rounds, needed, files)
+            yield FederationRecipe(f"{self.bundle.name}_federation", rounds, needed, self.own_process, files)
 
     def _execute(self, env: Any) -> Any:
         with self._recipe(all_there=isinstance(env, PocEnv)) as recipe:
@@ -243,6 +247,7 @@ def federate(
     dataset_dir: str | None = None,
     min_sites: int | None = None,
     round_timeout: int = 0,
+    own_process: bool = False,
     startup_kit: str | None = None,
     username: str | None = None,
     **settings: Any,
@@ -254,7 +259,9 @@ def federate(
     """
     if env not in ENVIRONMENTS:
         raise InputError(f"unknown env {env!r}: choose {', '.join(ENVIRONMENTS)}.")
-    run = FlareRun(str(bundle), sites, rounds, str(output_dir), dataset_dir, min_sites, round_timeout, settings)
+    run = FlareRun(
+        str(bundle), sites, rounds, str(output_dir), dataset_dir, min_sites, round_timeout, own_process, settings
+    )
     if env == "prod" and dataset_dir is not None:
         raise InputError("in production each site names its own data (IOPFL_DATASET_DIR there): leave out dataset_dir.")
     if env == "prod" and startup_kit is None:

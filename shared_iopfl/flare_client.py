@@ -80,7 +80,6 @@ class Member:
         }
         self.folder = Path(self._path("output_dir")) / "sites" / site
         check_writable(self.folder)
-        self.round = job["done"]  # the last one that counts here; a resumed job may fall back behind what this site did
         self._client: SiteClient | None = None
 
     def _path(self, name: str) -> str:
@@ -88,14 +87,23 @@ class Member:
             raise InputError(f"site '{self.site}' has no {name}: set {ENVIRONMENT[name]} there.")
         return self.paths[name]
 
-    @property
-    def client(self) -> SiteClient:
-        """Made at the first task, so that what is wrong at a site fails that task and not the process."""
+    def client(self, done: int) -> SiteClient:
+        """The site's client, as it was after so many rounds at most.
+
+        Made at the first task, so that what is wrong at a site fails that task and not the process. It begins with what
+        the site has kept of this run: the process may be new, or the server have fallen back behind the site.
+        """
         if self._client is None:
-            self._client = self._start()
+            client = self._make()
+            earlier = [number for number in self._states() if number <= done]
+            if earlier:
+                state = torch.load(self._state(max(earlier)), map_location="cpu", weights_only=True)
+                client.load_state_dict(state)
+                shared.info("goes on from its state after round %d", max(earlier))
+            self._client = client
         return self._client
 
-    def _start(self) -> SiteClient:
+    def _make(self) -> SiteClient:
         bundle, dataset_dir = self._path("bundle"), self._path("dataset_dir")
         if bundle_fingerprint(bundle) != self.job["fingerprint"]:
             raise InputError(
@@ -114,13 +122,7 @@ class Member:
             overrides["device"] = self.paths["device"]
         with torch.random.fork_rng():
             torch.manual_seed(self.job["seed"])
-            client = SiteClient(bundle, self.site, self.job["local_epochs"], overrides)
-        earlier = [number for number in self._states() if number <= self.round]
-        if earlier:
-            state = torch.load(self._state(max(earlier)), map_location="cpu", weights_only=True)
-            client.load_state_dict(state)
-            shared.info("goes on from its state after round %d", max(earlier))
-        return client
+            return SiteClient(bundle, self.site, self.job["local_epochs"], overrides)
 
     def _state(self, number: int) -> Path:
         return self.folder / f"state_{self.job['run']}_{number}.pt"
@@ -129,10 +131,9 @@ class Member:
         """The rounds of this run after which the site's state lies here."""
         return [int(path.stem.rpartition("_")[2]) for path in self.folder.glob(f"state_{self.job['run']}_*.pt")]
 
-    def _keep(self, number: int) -> None:
+    def _keep(self, client: SiteClient, number: int) -> None:
         """Keep the state after a round and the one before it: the server may fall back by one round, not by two."""
-        save_atomically(self.client.state_dict(), self._state(number))
-        self.round = number
+        save_atomically(client.state_dict(), self._state(number))
         for path in set(self.folder.glob("state_*.pt")) - {self._state(number), self._state(number - 1)}:
             path.unlink()
 
@@ -150,24 +151,28 @@ class Member:
 
     def train(self, received: FLModel) -> FLModel:
         """Global weights in, local weights out; the personalised model moves on in the site's folder."""
+        done = received.current_round  # FLARE counts from 0
+        client = self.client(done)
         began = time.perf_counter()
-        update = self.client.train(received.params)
-        self._keep(received.current_round + 1)  # FLARE counts from 0
+        update = client.train(received.params)
+        seconds = time.perf_counter() - began
+        self._keep(client, done + 1)
         return FLModel(
             params={key: tensor.contiguous() for key, tensor in update.items()},  # FLARE sends no other
-            metrics={**self.client.metrics(), "seconds": time.perf_counter() - began},
-            meta={FLMetaKey.NUM_STEPS_CURRENT_ROUND: self.client.cases},
+            metrics={**client.metrics(), "seconds": seconds},
+            meta={FLMetaKey.NUM_STEPS_CURRENT_ROUND: client.cases},
         )
 
     def validate(self, received: FLModel) -> FLModel:
         """Figures of the global and the personalised model on the site's validation cases."""
+        client = self.client(received.current_round + 1)
         save_atomically(dict(received.params), model_path(str(self.folder)))
-        models = {"global": received.params, "personalised": self.client.personalised}
+        models = {"global": received.params, "personalised": client.personalised}
         return FLModel(
             metrics={
                 f"{name}/{metric}": value
                 for name, weights in models.items()
-                for metric, value in self.client.validate(weights).items()
+                for metric, value in client.validate(weights).items()
             }
         )
 

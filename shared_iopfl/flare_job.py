@@ -52,11 +52,13 @@ class FederationRecipe(FedAvgRecipe):
         rounds: the server's part.
         needed: the job starts once so many of its sites are connected, without those who are not; it ends when fewer
             are left.
+        own_process: a site does each task in a process of its own, started by the ``python3`` that its FLARE finds.
         files: folder with ``server`` and ``client``, whose contents travel with the job (see `write_files`).
     """
 
-    def __init__(self, name: str, rounds: Rounds, needed: int, files: Path) -> None:
+    def __init__(self, name: str, rounds: Rounds, needed: int, own_process: bool, files: Path) -> None:
         self._rounds = rounds
+        self._own_process = own_process
         super().__init__(
             name=name,
             min_clients=needed,
@@ -74,16 +76,13 @@ class FederationRecipe(FedAvgRecipe):
         return self._rounds
 
     def _prepare_client_apps(self) -> None:
+        how: dict[str, Any] = {"execution_mode": ExecutionMode.IN_PROCESS, "task_script_path": SCRIPT}
+        if self._own_process:
+            command = ["python3", "-u", f"custom/{SCRIPT}"]
+            how = {"execution_mode": ExecutionMode.EXTERNAL_PROCESS, "command": command, "launch_once": False}
+        how |= {"params_exchange_format": ExchangeFormat.PYTORCH, "server_expected_format": ExchangeFormat.PYTORCH}
         for site in self._rounds.sites:  # and no other client of the FLARE system
-            self._job.to(
-                ClientAPIExecutor(
-                    execution_mode=ExecutionMode.IN_PROCESS,
-                    task_script_path=SCRIPT,
-                    params_exchange_format=ExchangeFormat.PYTORCH,
-                    server_expected_format=ExchangeFormat.PYTORCH,
-                ),
-                site,
-            )
+            self._job.to(ClientAPIExecutor(**how), site)
 
 
 def describe(bundle: Path, given: Mapping[str, Any]) -> tuple[Federation, dict[str, Any]]:
@@ -193,7 +192,6 @@ def write_files(
         "device": device,
         "fingerprint": bundle_fingerprint(bundle),
         "run": state["run"],
-        "done": state["round"],
         "rounds": federation.rounds,
         "local_epochs": federation.local_epochs,
         "seed": federation.seed,

@@ -176,6 +176,8 @@ class Rounds(ModelController):
         there = {client.name for client in self.engine.get_clients()}
         targets = [site for site in self.sites if site in there]
         replies = self.send_model_and_wait(task_name=task, data=model, targets=targets, timeout=self.round_timeout)
+        if self.abort_signal.triggered:
+            raise InputError(f"round {self.round}: the job was ended from outside.")
         by_site = {reply.meta["client_name"]: reply for reply in replies}
         answers = {}
         for site in self.sites:

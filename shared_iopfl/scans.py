@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import gzip
 import logging
 import re
 from collections.abc import Hashable, Mapping, Sequence
@@ -101,6 +102,8 @@ class LoadCased(MapTransform):
         try:
             if file_ending(path) in NIFTI:
                 _check_nifti_header(path)
+                if path.suffix.lower() == ".gz":
+                    _check_sum(path)
             loaded = self._load_image(path, reader=reader or _reader_for(path))
         except InputError:
             raise
@@ -203,6 +206,13 @@ class _SeriesReader(ITKReader):
         if meta.HasKey(key) and meta[key] > 0.1 * image.GetSpacing()[2]:
             raise InputError(f"{folder} has slices missing or unevenly spaced (by {meta[key]:.3g} mm): copy it again")
         return image
+
+
+def _check_sum(path: Path) -> None:
+    """Read a compressed file to its end, where its checksum lies: nibabel stops at the last voxel and never sees it."""
+    with gzip.open(path) as file:
+        while file.read(1 << 22):
+            pass
 
 
 def _check_nifti_header(path: Path) -> None:

@@ -139,6 +139,7 @@ class RoundsHere(Rounds):
     def __init__(self, wire: Wire, workspace: Path, **options: Any) -> None:
         super().__init__(**options)
         self.wire, self.persistor, self.told = wire, ServerFiles(), []
+        self.abort_signal = SimpleNamespace(triggered=False)
         places = {"get_app_custom_dir": workspace / "server", "get_run_dir": workspace}
         paths = SimpleNamespace(**{name: lambda job, path=path: str(path) for name, path in places.items()})
         clients = [SimpleNamespace(name=site) for site in wire.members]
@@ -510,7 +511,6 @@ JOB: dict[str, Any] = {
     "device": None,
     "fingerprint": flare_client.bundle_fingerprint(BUNDLE),
     "run": "run",
-    "done": 0,
     "rounds": 2,
     "local_epochs": 3,
     "seed": 0,
@@ -525,7 +525,7 @@ def test_what_a_site_says_of_itself_goes_before_the_job(tmp_path, fake):
         "IOPFL_OUTPUT_DIR": str(tmp_path),
         "IOPFL_DEVICE": "cuda:1",
     }
-    overrides = Member(JOB, "A", environment).client.overrides
+    overrides = Member(JOB, "A", environment).client(0).overrides
     folder = str(tmp_path / "sites" / "A")
     assert overrides == {
         "alpha": 0.5,
@@ -543,12 +543,12 @@ def test_site_that_lacks_a_folder_or_has_another_bundle_takes_no_part(tmp_path, 
         Member(JOB, "A", {})
     place = {"IOPFL_OUTPUT_DIR": str(tmp_path)}
     with pytest.raises(InputError, match="IOPFL_BUNDLE"):
-        Member(JOB, "A", place).client  # noqa: B018 (making it is what fails)
+        Member(JOB, "A", place).client(0)
     with pytest.raises(InputError, match="IOPFL_DATASET_DIR"):
-        Member({**JOB, "dataset_dir": None}, "A", {**place, "IOPFL_BUNDLE": str(BUNDLE)}).client  # noqa: B018
+        Member({**JOB, "dataset_dir": None}, "A", {**place, "IOPFL_BUNDLE": str(BUNDLE)}).client(0)
     other = REPOSITORY / "bundles" / "fundus_iopfl"
     with pytest.raises(InputError, match="trains in another way"):
-        Member(JOB, "A", {**place, "IOPFL_BUNDLE": str(other)}).client  # noqa: B018
+        Member(JOB, "A", {**place, "IOPFL_BUNDLE": str(other)}).client(0)
 
 
 def test_site_keeps_two_states_of_its_run_and_none_of_another(tmp_path, fake):
@@ -560,15 +560,15 @@ def test_site_keeps_two_states_of_its_run_and_none_of_another(tmp_path, fake):
             assert member.answer("train", FLModel(params=dict(weights), current_round=number)).params
         names = sorted(path.name for path in member.folder.glob("state_*"))
         assert names == [f"state_{run}_{number}.pt" for number in (3, 4)]
-    assert Member({**JOB, "run": "first", "done": 4}, "A", place).client.epoch == 0
-    assert [Member({**JOB, "run": "second", "done": n}, "A", place).client.epoch for n in (2, 3, 4, 9)] == [0, 3, 4, 4]
+    assert Member({**JOB, "run": "first"}, "A", place).client(4).epoch == 0
+    assert [Member({**JOB, "run": "second"}, "A", place).client(done).epoch for done in (2, 3, 4, 9)] == [0, 3, 4, 4]
 
 
 def test_site_scores_the_global_model_and_its_own(tmp_path, fake):
     member = Member(JOB, "A", {"IOPFL_OUTPUT_DIR": str(tmp_path), "IOPFL_BUNDLE": str(BUNDLE)})
     member.answer("train", FLModel(params={"w": torch.zeros(2)}, current_round=0))
     figures = member.answer("validate", FLModel(params={"w": torch.full((2,), 7.0)}, current_round=0)).metrics
-    own = float(member.client.personalised["w"].double().mean())
+    own = float(member.client(1).personalised["w"].double().mean())
     assert figures == {"global/val_mean_dice": 7.0, "personalised/val_mean_dice": own}
     assert own != 7.0
     assert load_weights(tmp_path / "sites" / "A" / "model.pt")["w"].tolist() == [7, 7]

@@ -32,10 +32,15 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
+from monai.bundle import ConfigParser
+from networks import make
 from PIL import Image
+from torch import nn
 
 from shared_iopfl.manifest import write_manifest
 from shared_iopfl.phantoms import make_fundus_sites, make_prostate_sites
+from shared_iopfl.stacks import to_stack
 
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy" / "monailabel"
@@ -131,32 +136,38 @@ def read(file: Path) -> np.ndarray:
     return np.asarray(Image.open(file)) if file.suffix == ".png" else np.asarray(nib.load(file).dataobj)
 
 
-def make_models(folder: Path, bundle: str) -> Path:
-    """A published set of tiny models, trained for seconds, so that their masks hold something."""
-    make = make_fundus_sites if "fundus" in bundle else make_prostate_sites
-    make(folder / "sites", sites=SITES, cases=4, size=48 if "fundus" in bundle else (40, 32, 8))
-    options = {
-        "config_file": ROOT / "bundles" / bundle / "configs" / "federate.json",
-        "bundle_root": ROOT / "bundles" / bundle,
-        "dataset_dir": folder / "sites",
-        "output_dir": folder,
-        "sites": list(SITES),
-        "outside_sites": [],
-        "fractions": [0.5, 0.25, 0.25],
-        "rounds": 6,
-        "passes": 16,
-        "val_interval": 0,
-        **ARCHITECTURE,
-    }
-    run_bundle(options)
-    write_manifest(folder / "models", ARCHITECTURE, terms="synthetic, for a test")
-    return folder / "models"
+def make_models(folder: Path, bundle: str, studies: Path) -> Path:
+    """A published set of tiny random networks, near each other and made to see some organ in the scans."""
+
+    def parser() -> ConfigParser:
+        config = ConfigParser()
+        config.read_config(str(ROOT / "bundles" / bundle / "configs" / "inference.json"))
+        config.update({**ARCHITECTURE, "dataset_dir": str(studies)})
+        return config
+
+    folder.mkdir(parents=True)
+    scans = [case["image"].as_tensor() for case in parser().get_parsed_content("dataset")]
+    inputs = torch.cat([scan[None] if scan.ndim == 3 else to_stack(scan) for scan in scans])
+    networks = [make(lambda: parser().get_parsed_content("network_def"), seed) for seed in range(1 + len(SITES))]
+    for name, network in zip(("model", *(f"model_{site}" for site in SITES)), networks):
+        with torch.no_grad():
+            for weight, common in zip(network.parameters(), networks[0].parameters()):
+                weight.lerp_(common, 0.8)
+            for module in network.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.momentum = 1.0
+            network.train()(inputs)
+            last = [module for module in network.modules() if isinstance(module, nn.Conv2d)][-1]
+            last.bias -= network.eval()(inputs).movedim(1, 0).flatten(1).median(1).values
+        torch.save(network.state_dict(), folder / f"{name}.pt")
+    write_manifest(folder, ARCHITECTURE, terms="random weights, for a test")
+    return folder
 
 
 def make_studies(folder: Path, bundle: str) -> Path:
     """Scans for the server, none as wide as high; beside the folder, in ``masks``, what a person would draw."""
     sites, masks = folder.parent / "sites", folder.parent / "masks"
-    folder.mkdir()
+    folder.mkdir(parents=True)
     masks.mkdir()
     if "fundus" in bundle:
         make_fundus_sites(sites, sites=("E",), cases=3, size=128, photographs=True)
@@ -175,15 +186,17 @@ def make_studies(folder: Path, bundle: str) -> Path:
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server with both bundles and scans for one of them."""
     folder = tmp_path_factory.mktemp(request.param)
-    models = []
+    models, masks = [], {}
     for bundle in ("prostate_iopfl", "fundus_iopfl"):
-        models += ["--models", f"{bundle}={make_models(folder / 'federation' / bundle, bundle)}"]
-    masks = make_studies(folder / "studies", request.param)
+        masks[bundle] = make_studies(folder / bundle / "studies", bundle)
+        published = make_models(folder / bundle / "published", bundle, folder / bundle / "studies")
+        models += ["--models", f"{bundle}={published}"]
+    studies = folder / request.param / "studies"
     (folder / "scratch").mkdir()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    paths = ["--app", str(folder / "app"), "--studies", str(folder / "studies")]
+    paths = ["--app", str(folder / "app"), "--studies", str(studies)]
     with open(folder / "server.log", "w") as log:
         process = subprocess.Popen(
             [str(DEPLOY / "serve.sh"), *paths, "--port", port, *models],
@@ -194,7 +207,7 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         try:
             url = f"http://127.0.0.1:{port}"
             wait_for(url, process, folder / "server.log")
-            yield Server(request.param, url, folder / "app", folder / "studies", masks, folder / "scratch")
+            yield Server(request.param, url, folder / "app", studies, masks[request.param], folder / "scratch")
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGTERM)
@@ -259,9 +272,8 @@ def test_volume_keeps_its_place_in_the_patient(server: Server) -> None:
 def test_other_bundle_is_served_too(server: Server, tmp_path: Path) -> None:
     """One server, both tasks: a scan of the other kind, sent by the client, gets its mask."""
     other = "prostate_iopfl" if server.ending == ".png" else "fundus_iopfl"
-    make_studies(tmp_path / "studies", other)
-    scan = sorted((tmp_path / "studies").iterdir())[0]
-    mask = tmp_path / f"mask{'.png' if other.startswith('fundus') else '.nii.gz'}"
+    scan = sorted((server.studies.parents[1] / other / "studies").iterdir())[0]
+    mask = tmp_path / scan.name
     server.ask("infer", other, str(scan), "--output", str(mask))
     assert read(mask).shape == read(scan).shape[: read(mask).ndim]
     assert read(mask).any()
@@ -322,10 +334,10 @@ def test_training_on_two_labelled_cases_changes_what_is_served(server: Server) -
     np.testing.assert_array_equal(served, server.own_mask(scan, sites=list(SITES)))
 
 
-def test_site_trains_and_serves_without_touching_published_files(server: Server) -> None:
-    """After training, a fresh process takes the whole folder as it is, the site's own new model among the experts."""
+def test_sites_own_new_model_joins_the_published_ones(server: Server) -> None:
+    """Training names it as no published expert is; a fresh process takes the folder, manifest and all, as it is."""
     names = {path.name for path in server.models.glob("model_*.pt")}
-    assert len(names) == len(SITES) + 1
+    assert names == {"model_own.pt", *(f"model_{site}.pt" for site in SITES)}
     assert server.own_mask(server.scans[0]).any()
 
 

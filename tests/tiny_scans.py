@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import locale
 from pathlib import Path
 
 import nibabel as nib
@@ -55,6 +56,7 @@ def dicom_series(folder: Path, array: np.ndarray, uid: str = "1.2.3") -> Path:
     itk = pytest.importorskip("itk")
     folder.mkdir()
     direction = rotation()
+    category = locale.setlocale(locale.LC_ALL)  # ITK's DICOM writer leaves "C" behind
     for k, slice_values in enumerate(array):
         image = itk.image_from_array(slice_values[None])
         position = np.array([5, 6, 7]) + 3.0 * k * direction[:, 2]
@@ -71,4 +73,5 @@ def dicom_series(folder: Path, array: np.ndarray, uid: str = "1.2.3") -> Path:
         io = itk.GDCMImageIO.New()
         io.KeepOriginalUIDOn()
         itk.ImageFileWriter.New(image, FileName=str(folder / f"IM{k}.dcm"), ImageIO=io).Update()
+    locale.setlocale(locale.LC_ALL, category)
     return folder

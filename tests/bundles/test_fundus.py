@@ -133,7 +133,7 @@ def test_federation_leaves_its_files(federated: Path) -> None:
         assert all(isinstance(tensor, torch.Tensor) for tensor in state.values())
     assert not (federated / "models" / "model_E.pt").exists()
     assert all((federated / name).is_file() for name in ("federation.pt", "history.csv", "run.json"))
-    html = (federated / "report.html").read_text()
+    html = (federated / "report.html").read_text(encoding="utf-8")
     assert "</html>" in html
     assert "vcdr error" in html
     assert "Left out" not in html
@@ -233,7 +233,7 @@ def test_public_masks_are_read_as_they_are_coded(public: PublicRun, sites: Path)
     check_references(public.folder, sites / "B", "Domain2", 5)
     for case in rows(public.folder / "cases.csv"):
         check_mask(public.folder / case["mask"], pixels(case["image"]).shape)
-    assert "Left out" not in (public.folder / "report.html").read_text()
+    assert "Left out" not in (public.folder / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_coding_for_each_site(sites: Path, tmp_path: Path, run_config: Run) -> None:

@@ -131,7 +131,7 @@ def test_federation_leaves_its_files(federated: FederatedRun) -> None:
         assert not equal(personalised, shared)
     assert not (folder / "models" / "model_E.pt").exists()
     assert (folder / "federation.pt").is_file()
-    assert "</html>" in (folder / "report.html").read_text()
+    assert "</html>" in (folder / "report.html").read_text(encoding="utf-8")
     hidden = [path for path in folder.rglob(".*") if path.is_file()]
     assert hidden == []
 

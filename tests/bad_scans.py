@@ -1,0 +1,375 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Bad and odd inputs, as hospitals' folders hold them beside good scans: each gets a mask, or is refused in a line."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import shutil
+import struct
+import zlib
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_scans import AFFINES, affine_of, dicom_series, nifti
+
+from shared_iopfl.phantom_fundus import fundus_case, fundus_style
+
+Make = Callable[[Path], Any]
+RNG = np.random.RandomState(0)
+BODY = RNG.rand(18, 20, 4).astype(np.float32)
+# file -> (how it is made, what it is refused for; None: it gets a mask)
+Corpus = dict[str, tuple[Make, str | None]]
+
+
+# ---- volumes --------------------------------------------------------------------------------------------------------
+
+
+def array(values: np.ndarray, affine: np.ndarray = AFFINES["LPS"], kind: type = nib.Nifti1Image) -> Make:
+    return lambda path: nib.save(kind(values, affine), path)
+
+
+def content(data: bytes) -> Make:
+    return lambda path: path.write_bytes(data)
+
+
+def stored(make: Make, name: str, change: Callable[[bytes], bytes]) -> Make:
+    """A good file, changed byte by byte."""
+
+    def spoil(path: Path) -> None:
+        good = path.with_name(name)
+        make(good)
+        data = change(good.read_bytes())
+        good.unlink()
+        path.write_bytes(data)
+
+    return spoil
+
+
+def header(**fields: Any) -> Make:
+    """A NIfTI file whose header says otherwise, unchecked."""
+
+    def make(path: Path) -> None:
+        nifti(path, BODY)
+        changed = nib.load(path).header.copy()
+        changed["vox_offset"] = 352  # nibabel has set it to 0
+        for field, value in fields.items():
+            changed[field] = value
+        data = path.read_bytes()
+        path.write_bytes(changed.binaryblock + data[len(changed.binaryblock) :])
+
+    return make
+
+
+def voxel_sizes(*sizes: float) -> Make:
+    return header(sform_code=0, qform_code=0, pixdim=[1, *sizes, 0, 0, 0, 0])
+
+
+def big_endian(path: Path) -> None:
+    image = nib.Nifti1Image((BODY * 1000).astype(">i2"), AFFINES["RAS"])
+    swapped = nib.Nifti1Image(image.dataobj, image.affine, image.header.as_byteswapped(">"))
+    nib.save(swapped, path)
+
+
+def int64(path: Path) -> None:
+    nib.save(nib.Nifti1Image((BODY * 250).astype(np.int64), AFFINES["LPS"], dtype="int64"), path)
+
+
+def with_value(value: float, base: np.ndarray = BODY) -> np.ndarray:
+    changed = base.copy()
+    changed[3, 4, 1] = value
+    return changed
+
+
+def itk_image(values: np.ndarray, **options: Any) -> Make:
+    def make(path: Path) -> None:
+        itk = pytest.importorskip("itk")
+        itk.imwrite(itk.image_from_array(values, **options), str(path))
+
+    return make
+
+
+def folder(path: Path) -> None:
+    path.mkdir()
+    (path / "notes.txt").write_text("unpacked")
+
+
+def loop(path: Path) -> None:
+    path.symlink_to(path.name)
+
+
+def dangling(path: Path) -> None:
+    path.symlink_to("gone" + path.name)
+
+
+def series(change: Callable[[Path], Any] = lambda folder: None, values: np.ndarray | None = None) -> Make:
+    def make(path: Path) -> None:
+        dicom_series(path, (BODY.T * 1000).astype(np.int16) if values is None else values)
+        change(path)
+
+    return make
+
+
+def mixed(path: Path) -> None:
+    for file in dicom_series(path.with_name("another"), (BODY.T * 1000).astype(np.int16), uid="1.2.9").iterdir():
+        file.rename(path / f"x{file.name}")
+    path.with_name("another").rmdir()
+
+
+def without_pixels(path: Path) -> None:
+    for file in path.iterdir():
+        data = file.read_bytes()
+        file.write_bytes(data[: data.index(b"\xe0\x7f\x10\x00")])
+
+
+def missing_raw(path: Path) -> None:
+    itk_image(BODY.T)(path)
+    path.with_suffix(".raw").unlink(missing_ok=True)
+    path.with_suffix(".zraw").unlink(missing_ok=True)
+
+
+READ = "cannot be read as a scan"
+VOLUMES: Corpus = {
+    # no scan at all
+    "empty.nii.gz": (content(b""), "0 bytes"),
+    "text.nii.gz": (content(b"patient moved, scan again\n" * 20), READ),
+    "text.nii": (content(b"patient moved, scan again\n" * 40), READ),
+    "zeros.nii": (content(bytes(5000)), READ),
+    "noise.nii": (content(RNG.bytes(5000)), READ),
+    "picture.nii.gz": (stored(lambda p: Image.new("RGB", (50, 50)).save(p), "p.png", bytes), READ),
+    "nothing_zipped.nii.gz": (content(gzip.compress(b"")), READ),
+    "html.mha": (content(b"<html>login expired</html>"), READ),
+    "text.nrrd": (content(b"NRRD"), READ),
+    "folder.nii.gz": (folder, READ),
+    "loop.nii.gz": (loop, "no such file"),
+    "dangling.nii": (dangling, "no such file"),
+    "pipe.nii.gz": (os.mkfifo, "neither a file nor a folder"),
+    # cut, damaged
+    "cut.nii.gz": (stored(array(BODY), "g.nii.gz", lambda data: data[: len(data) // 2]), READ),
+    "cut.nii": (stored(array(BODY), "g.nii", lambda data: data[:-100]), READ),
+    "header_alone.nii": (stored(array(BODY), "g.nii", lambda data: data[:352]), READ),
+    "wrong_sum.nii.gz": (stored(array(BODY), "g.nii.gz", lambda data: data[:-8] + bytes(8)), READ),
+    "wrong_magic.nii": (stored(array(BODY), "g.nii", lambda data: data[:344] + b"xxxx" + data[348:]), READ),
+    "cut.mha": (stored(itk_image(BODY.T), "g.mha", lambda data: data[:-500]), READ),
+    "cut.nrrd": (stored(itk_image(BODY.T), "g.nrrd", lambda data: data[: len(data) // 2]), READ),
+    "lost_raw.mhd": (missing_raw, READ),
+    # shapes
+    "axis_0.nii": (array(BODY[:, :0]), "axis of length 0"),
+    "axis_negative.nii": (header(dim=[3, 18, -20, 4, 1, 1, 1, 1]), READ),
+    "axes_huge.nii": (header(dim=[3, 30000, 30000, 30000, 1, 1, 1, 1]), READ),
+    "axes_none.nii": (header(dim=[0, 18, 20, 4, 1, 1, 1, 1]), "expected a 3D scan|axis of length 0|" + READ),
+    "series.nii.gz": (array(np.stack([BODY] * 3, -1)), "extract one volume first"),
+    "field.nii.gz": (array(np.stack([BODY] * 3, -1)[..., None, :]), "expected a 3D scan"),
+    "line.nii.gz": (array(BODY[:, 0, 0]), "expected a 3D scan"),
+    "voxel.nii.gz": (array(BODY[:1, :1, :1]), "nothing to see"),
+    "rgb.nii.gz": (array(np.zeros((6, 6, 2), [("R", "u1"), ("G", "u1"), ("B", "u1")])), "RGB"),
+    "rgb.mha": (itk_image((BODY.T[..., None].repeat(3, -1) * 255).astype(np.uint8), is_vector=True), READ),
+    "complex.nii.gz": (array(BODY.astype(np.complex64)), "complex"),
+    # values
+    "nan.nii.gz": (array(with_value(np.nan)), "1 NaN or infinite"),
+    "inf.nii.gz": (array(with_value(-np.inf)), "1 NaN or infinite"),
+    "all_nan.nii.gz": (array(BODY * np.nan), "NaN or infinite"),
+    "beyond_single.nii.gz": (array(BODY.astype(np.float64) * 1e300), "NaN or infinite"),
+    "zero.nii.gz": (array(BODY * 0), "nothing to see"),
+    "constant.nii.gz": (array(BODY * 0 + 7), "nothing to see"),
+    # grids
+    "spacing_0.nii": (voxel_sizes(0, 0, 0), "mend its header"),
+    "spacing_nan.nii": (voxel_sizes(np.nan, 1, 1), "mend its header"),
+    "singular.nii.gz": (array(BODY, affine_of(np.array([[1, 1, 0], [1, 1, 0], [0, 0, 3.0]]))), "mend its header"),
+    "affine_nan.nii": (header(srow_y=[np.nan] * 4), "mend its header"),
+    "affine_0.nii": (header(srow_z=[0] * 4), "mend its header"),
+    # DICOM
+    "slice_missing": (series(lambda path: (path / "IM1.dcm").unlink()), "slices missing"),
+    "slice_cut": (series(lambda path: os.truncate(path / "IM2.dcm", 200)), r"IM2\.dcm first"),
+    "two_series": (series(mixed), "2 DICOM series"),
+    "no_pixels": (series(without_pixels), "."),
+    "report": (lambda path: (path.mkdir(), (path / "a.dcm").write_bytes(b"text")), "."),
+    "blank_series": (series(values=np.full((4, 20, 18), 5, np.int16)), "nothing to see"),
+    # odd, but scans
+    "good.nii.gz": (array(BODY), None),
+    "good.mha": (itk_image(BODY.T), None),
+    "good.mhd": (itk_image(BODY.T), None),
+    "good.nrrd": (itk_image((BODY.T * 99).astype(np.uint16)), None),
+    "good_series": (series(), None),
+    "series_and_notes": (series(lambda path: (path / "notes.txt").write_text("moved")), None),
+    "nifti2.nii.gz": (array(BODY, kind=nib.Nifti2Image), None),
+    "big_endian.nii": (big_endian, None),
+    "scaled.nii": (header(scl_slope=2.5, scl_inter=-100), None),
+    "slope_nan.nii": (header(scl_slope=np.nan, scl_inter=np.nan), None),
+    **{
+        f"{kind}.nii.gz": (array((BODY * 250).astype(kind) if kind != "int8" else (BODY * 100).astype(kind)), None)
+        for kind in ("int8", "uint8", "int16", "uint16", "int32", "uint32", "float64")
+    },
+    "int64.nii.gz": (int64, None),
+    "full_uint16.nii.gz": (array(np.where(BODY > 0.5, 65535, 0).astype(np.uint16)), None),
+    "negative.nii.gz": (array(BODY * 1000 - 2000), None),
+    "huge_values.nii.gz": (array(BODY * np.float32(1e30)), None),
+    "widest_values.nii.gz": (array(((BODY - 0.5) * 3e38).astype(np.float32)), None),
+    "tiny_values.nii.gz": (array(BODY * np.float32(1e-30)), None),
+    "one_bright_voxel.nii.gz": (array(with_value(1e6, BODY * 0)), None),
+    "outlier.nii.gz": (array(with_value(1e9)), None),
+    "spacing_huge.nii.gz": (array(BODY, np.diag([1e5, 1e5, 1e5, 1])), None),
+    "spacing_tiny.nii.gz": (array(BODY, np.diag([1e-4, 1e-4, 1e-4, 1])), None),
+    "spacing_negative.nii": (voxel_sizes(-0.7, -0.9, -3), None),
+    "far_away.nii.gz": (array(BODY, affine_of(np.eye(3), (1e5, -1e5, 1e5))), None),
+    **{f"{name}.nii.gz": (array(BODY, affine), None) for name, affine in AFFINES.items()},
+    "strides.nii.gz": (array(BODY[::-1, :, ::-1]), None),
+    "fortran.nii.gz": (array(np.asfortranarray(BODY)), None),
+    "one_slice.nii.gz": (array(BODY[..., :1]), None),
+    "flat.nii.gz": (array(BODY[..., 0]), None),
+    "trailing_1.nii.gz": (array(BODY[..., None]), None),
+    "one_row.nii.gz": (array(BODY[:1]), None),
+    "one_column.nii.gz": (array(BODY[:1, :1]), None),
+    "two_voxels.nii.gz": (array(BODY[:2, :1, :1]), None),
+    "long.nii.gz": (array(RNG.rand(300, 3, 2).astype(np.float32)), None),
+    "UPPER.NII.GZ": (stored(array(BODY), "g.nii.gz", bytes), None),
+    "with space, comma & ümlaut.nii.gz": (array(BODY), None),
+    "two\nlines.nii.gz": (array(BODY), None),
+    "{case} {0}.nii.gz": (array(BODY), None),
+    os.fsdecode(b"latin_\xfc.nii.gz"): (array(BODY), None),
+    "twice.nii": (array(BODY), None),
+    "twice.nii.gz": (array(BODY), None),
+}  # fmt: skip
+
+
+# ---- pictures -------------------------------------------------------------------------------------------------------
+
+
+def eye(size: int = 96, seed: int = 0) -> Image.Image:
+    """A crop around the optic disc."""
+    picture, _ = fundus_case(fundus_style("A"), size, np.random.RandomState(seed))
+    return Image.fromarray(picture)
+
+
+EYE = eye()
+
+
+def picture(image: Image.Image = EYE, **options: Any) -> Make:
+    return lambda path: image.save(path, **options)
+
+
+def encoded(form: str, image: Image.Image = EYE, **options: Any) -> bytes:
+    buffer = BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def turned(path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    EYE.crop((0, 8, 96, 88)).transpose(Image.Transpose.ROTATE_90).save(path, exif=exif, quality=95)
+
+
+def large(path: Path) -> None:
+    """A whole photograph, 4000 by 4000."""
+    whole, _ = fundus_case(fundus_style("A"), 300, np.random.RandomState(0), photograph=True)
+    square = Image.new("RGB", (400, 400))
+    square.paste(Image.fromarray(whole), (0, 50))
+    square.resize((4000, 4000)).save(path, quality=90)
+
+
+def png_of_16_bits(image: Image.Image) -> bytes:
+    """RGB of 16 bits a channel, which Pillow cannot write."""
+    values = np.asarray(image).astype(">u2") * 257
+    rows = b"".join(b"\0" + row.tobytes() for row in values)
+    return png_file(image.width, image.height, 16, zlib.compress(rows))
+
+
+def png_file(width: int, height: int, bits: int, data: bytes) -> bytes:
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    first = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + first + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+def transparent() -> Image.Image:
+    clear = EYE.convert("RGBA")
+    clear.putalpha(Image.fromarray(np.where(np.arange(96) < 4, 0, 255).astype(np.uint8)[None].repeat(96, 0)))
+    return clear
+
+
+NO_PICTURE = "not a PNG, JPEG, TIFF or BMP"
+NOISE = Image.fromarray(RNG.randint(0, 256, (96, 96, 3)).astype(np.uint8))
+PICTURES: Corpus = {
+    "empty.png": (content(b""), "0 bytes"),
+    "text.png": (content(b"no picture\n" * 20), NO_PICTURE),
+    "login.jpg": (content(b"<html>login expired</html>"), NO_PICTURE),
+    "noise.tif": (content(RNG.bytes(4000)), NO_PICTURE),
+    "gif.png": (content(encoded("GIF")), NO_PICTURE),
+    "moving.png": (content(encoded("GIF", save_all=True, append_images=[NOISE])), NO_PICTURE),
+    "webp.jpg": (content(encoded("WEBP")), NO_PICTURE),
+    "volume.png": (stored(array(BODY), "v.nii.gz", bytes), NO_PICTURE),
+    "cut.png": (content(encoded("PNG")[:4000]), "broken picture"),
+    "cut.jpg": (content(encoded("JPEG")[:1500]), "broken picture"),
+    "cut.tif": (content(encoded("TIFF")[:4000]), "broken picture|" + NO_PICTURE),
+    "cut.bmp": (content(encoded("BMP")[:4000]), "broken picture"),
+    "raw_ycbcr.tif": (picture(EYE.convert("YCbCr")), "broken picture"),  # which Pillow writes but cannot read
+    "damaged.png": (content(png_file(96, 96, 8, b"not zipped")), "broken picture"),
+    "bomb.png": (content(png_file(60000, 60000, 8, zlib.compress(bytes(1000)))), "megapixels"),
+    "no_area.png": (content(png_file(0, 0, 8, zlib.compress(b""))), "broken picture|" + NO_PICTURE),
+    "pages.tif": (content(encoded("TIFF", save_all=True, append_images=[NOISE])), "2 pages"),
+    "pixel.png": (picture(Image.new("RGB", (1, 1), (9, 5, 1))), "only 1x1 pixels"),
+    "row.png": (picture(EYE.resize((300, 1))), "only 300x1 pixels"),
+    "column.jpg": (picture(EYE.resize((1, 300))), "only 1x300 pixels"),
+    "grey.png": (picture(EYE.convert("L")), "got grey"),
+    "grey_as_rgb.png": (picture(EYE.convert("L").convert("RGB")), "got grey"),
+    "grey_alpha.png": (picture(EYE.convert("LA")), "got grey"),
+    "grey_16.png": (picture(Image.fromarray(np.asarray(EYE.convert("L")).astype(np.uint16) * 257)), "got grey"),
+    "black_white.png": (picture(EYE.convert("1")), "got grey"),
+    "float.tif": (picture(EYE.convert("F")), "floating-point"),
+    "black.png": (picture(Image.new("RGB", (96, 96))), "got grey"),
+    "red.png": (picture(Image.new("RGB", (96, 96), (200, 60, 20))), "no optic disc"),
+    "static.png": (picture(NOISE), "no optic disc"),
+    "folder.png": (folder, "cannot be read|broken picture"),
+    "loop.jpg": (loop, "no such file"),
+    "pipe.png": (os.mkfifo, "neither a file nor a folder"),
+    "good.png": (picture(), None),
+    "good.jpg": (picture(quality=95), None),
+    "good.tiff": (picture(), None),
+    "good.bmp": (picture(), None),
+    "LOUD.JPG": (content(encoded("JPEG", quality=95)), None),
+    "jpeg.png": (content(encoded("JPEG", quality=95)), None),
+    "progressive.jpg": (picture(quality=95, progressive=True), None),
+    "worst.jpg": (picture(quality=20), None),
+    "packed.tif": (picture(compression="tiff_lzw"), None),
+    "deep.png": (content(png_of_16_bits(EYE)), None),
+    "rgba.png": (picture(EYE.convert("RGBA")), None),
+    "transparent.png": (picture(transparent()), None),
+    "palette.png": (picture(EYE.quantize(64)), None),
+    "cmyk.jpg": (picture(EYE.convert("CMYK"), quality=95), None),
+    "cmyk.tif": (picture(EYE.convert("CMYK")), None),
+    "ycbcr.tif": (picture(EYE, compression="jpeg", quality=95), None),
+    "turned.jpg": (turned, None),
+    "wide.png": (picture(EYE.crop((0, 8, 96, 88))), None),
+    "large.jpg": (large, None),
+    "small.png": (picture(EYE.resize((24, 24))), None),
+    "with space, comma & ümlaut.png": (picture(), None),
+    os.fsdecode(b"latin_\xfc.png"): (content(encoded("PNG")), None),
+}  # fmt: skip
+
+CORPORA = {"prostate_iopfl": VOLUMES, "fundus_iopfl": PICTURES}
+
+
+def make_corpus(corpus: Corpus, root: Path) -> Path:
+    """All of a corpus in one folder."""
+    root.mkdir(parents=True)
+    for name, (make, _) in corpus.items():
+        make(root / name)
+    shutil.rmtree(root / "another", ignore_errors=True)
+    return root

@@ -1,0 +1,222 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Bad and odd inputs through the bundles' own inference: a mask on the scan, or one line that names the file."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+from bad_scans import CORPORA, Corpus, make_corpus
+from monai.bundle import ConfigWorkflow
+from PIL import Image, ImageOps
+
+from shared_iopfl.errors import root_input_error
+from shared_iopfl.scan_files import find_scans, printable
+
+BUNDLES = Path(__file__).parents[2] / "bundles"
+ODD = {"prostate_iopfl": ("sheared.nii.gz", "one_row.nii.gz"), "fundus_iopfl": ("turned.jpg", "palette.png")}
+BAD = {"prostate_iopfl": "cut.nii.gz", "fundus_iopfl": "cut.png"}
+ENDINGS = (".nii.gz", ".nii", ".mha", ".nrrd", ".png")
+LABELS = {"prostate_iopfl": {0, 1}, "fundus_iopfl": {0, 1, 2}}
+Run = Callable[..., ConfigWorkflow]
+
+
+@dataclass
+class Served:
+    """What a run over a whole corpus left behind."""
+
+    bundle: str
+    scans: Path
+    models: Path
+    output: Path
+    line: str  # that the run ended in
+    reasons: dict[str, str]  # of the failed ones, file name -> reason
+
+    @property
+    def corpus(self) -> Corpus:
+        return CORPORA[self.bundle]
+
+    def masks(self) -> dict[str, Path]:
+        """Those written, file name of the scan -> mask."""
+        written = {}
+        for scan in find_scans(self.scans):
+            paths = [self.output / f"{scan['case']}{ending}" for ending in ENDINGS]
+            written.update({Path(scan["image"]).name: path for path in paths if path.exists()})
+        return written
+
+
+def failed(output: Path) -> dict[str, str]:
+    with (output / "failed.csv").open(newline="", encoding="utf-8") as file:
+        return {Path(row["file"]).name: row["reason"] for row in csv.DictReader(file)}
+
+
+def run_to_its_end(run_config: Run, bundle: str, **overrides: Any) -> str:
+    """The line that a run with failures ends in."""
+    with pytest.raises(Exception) as caught:
+        run_config("inference", bundle, **overrides)
+    cause = root_input_error(caught.value)
+    assert cause is not None, caught.value
+    return str(cause)
+
+
+@pytest.fixture(scope="module", params=CORPORA)
+def served(
+    request: Any, tmp_path_factory: pytest.TempPathFactory, run_config: Run, random_models: Callable[..., Path]
+) -> Served:
+    bundle, root = request.param, tmp_path_factory.mktemp(request.param)
+    scans = make_corpus(CORPORA[bundle], root / "scans")
+    models, output = random_models(root / "models", bundle), root / "masks"
+    options = {"dataset_dir": scans, "ckpt_dir": models, "output_dir": output}
+    line = run_to_its_end(run_config, bundle, overlays=False, **options)
+    return Served(bundle, scans, models, output, line, failed(output))
+
+
+def test_there_are_many_of_them() -> None:
+    refused = [name for corpus in CORPORA.values() for name, (_, what) in corpus.items() if what]
+    assert len(refused) >= 60
+    assert sum(len(corpus) for corpus in CORPORA.values()) - len(refused) >= 60
+
+
+def test_every_input_ends_in_a_mask_or_in_a_line_that_names_it(served: Served) -> None:
+    masks, wrong = served.masks(), {}
+    for name, (_, what) in served.corpus.items():
+        line = served.reasons.get(printable(name))
+        if what is None:
+            fits = line is None and name in masks
+        else:
+            fits = line is not None and bool(re.search(what, line)) and name in line and name not in masks
+        if not fits:
+            wrong[name] = line
+    assert not wrong, "\n".join(f"{name}: {line}" for name, line in wrong.items())
+
+
+def test_nothing_else_is_written(served: Served) -> None:
+    """A mask for each that has not failed, the run's tables, no half files; every line is one line."""
+    good = [name for name, (_, what) in served.corpus.items() if what is None]
+    tables = {"failed.csv", "routes.csv", "routes.json", "review.csv", "measures.csv"}
+    others = {path.name for path in served.output.iterdir()} - {path.name for path in served.masks().values()}
+    assert others <= tables
+    assert len(served.masks()) == len(good)
+    assert not any("\n" in reason for reason in served.reasons.values())
+    routed = json.loads((served.output / "routes.json").read_text())["cases"]
+    assert len(routed) == len(good)
+
+
+def test_the_run_ends_in_a_line_that_counts_them(served: Served) -> None:
+    bad = sum(what is not None for _, what in served.corpus.values())
+    assert served.line == f"{bad} of {len(served.corpus)} scans failed: see {served.output / 'failed.csv'}"
+
+
+def test_masks_of_odd_scans_lie_on_them(served: Served) -> None:
+    """The scan's own shape and affine, or pixels as they are looked at; the values of a mask and no others."""
+    for name, mask in served.masks().items():
+        scan = served.scans / name
+        if mask.suffix == ".png":
+            with Image.open(scan) as picture:
+                size = ImageOps.exif_transpose(picture).size
+            values = np.asarray(Image.open(mask))
+            assert values.shape == size[::-1], name
+        elif ".nii" in name.lower():
+            image: Any = nib.load(scan)
+            written: Any = nib.load(mask)
+            values = np.asarray(written.dataobj)
+            assert values.shape == image.shape, name
+            np.testing.assert_array_equal(written.affine, image.affine, name)
+        elif scan.is_dir():
+            values = np.asarray(nib.load(mask).dataobj)  # type: ignore[attr-defined]
+            assert values.shape == (18, 20, 4), name
+        else:
+            itk = pytest.importorskip("itk")
+            image, written = itk.imread(str(scan)), itk.imread(str(mask))
+            values = itk.array_from_image(written)
+            assert written.GetLargestPossibleRegion().GetSize() == image.GetLargestPossibleRegion().GetSize(), name
+            assert list(written.GetOrigin()) == list(image.GetOrigin()), name
+        assert set(np.unique(values)) <= LABELS[served.bundle], name
+
+
+def test_a_scan_gets_the_mask_that_it_gets_alone(served: Served, tmp_path: Path, run_config: Run) -> None:
+    """The failures before it leave no trace, and alone it leaves no ``failed.csv``, not even another run's."""
+    (tmp_path / "failed.csv").write_text("case,file,reason\n")
+    for name in ODD[served.bundle]:
+        options = {"ckpt_dir": served.models, "output_dir": tmp_path, "overlays": False}
+        run_config("inference", served.bundle, dataset_dir=served.scans / name, **options)
+        mask = served.masks()[name]
+        assert (tmp_path / mask.name).read_bytes() == mask.read_bytes()
+    assert not (tmp_path / "failed.csv").exists()
+
+
+@pytest.mark.parametrize("mode", ["episodic", "site"])
+def test_a_bad_scan_alone_is_named_at_once(served: Served, mode: str, tmp_path: Path, run_config: Run) -> None:
+    scan = served.scans / BAD[served.bundle]
+    options = {"dataset_dir": scan, "ckpt_dir": served.models, "output_dir": tmp_path, "mode": mode}
+    assert str(scan) in run_to_its_end(run_config, served.bundle, **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def some_scans(served: Served, folder: Path) -> Path:
+    """Two that get masks, and a bad one between them."""
+    folder.mkdir()
+    first, second = ODD[served.bundle]
+    for place, name in (("a", first), ("b", BAD[served.bundle]), ("c", second)):
+        (folder / f"{place}_{name}").write_bytes((served.scans / name).read_bytes())
+    return folder
+
+
+def test_the_network_of_a_site_is_made_of_the_good_scans(served: Served, tmp_path: Path, run_config: Run) -> None:
+    scans, output = some_scans(served, tmp_path / "scans"), tmp_path / "masks"
+    options = {"ckpt_dir": served.models, "output_dir": output, "mode": "site", "overlays": False}
+    line = run_to_its_end(run_config, served.bundle, dataset_dir=scans, **options)
+    assert line.startswith("1 of 3 scans failed")
+    assert (output / "site.pt").is_file()
+    assert json.loads((output / "routes.json").read_text())["cases"]["site"]["scans"] == 2
+
+
+def test_no_scan_is_let_off_in_training_and_evaluation() -> None:
+    """What is learnt or scored must be what was asked for: there a bad scan ends the run."""
+    for bundle in CORPORA:
+        for config in ("train", "evaluate", "federate", "multi_gpu_train"):
+            assert "tolerant" not in (BUNDLES / bundle / "configs" / f"{config}.json").read_text().lower()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_command_line(served: Served, workers: int, tmp_path: Path) -> None:
+    """With overlays, and with worker processes too: one line, status 1, and every good scan has its mask."""
+    root = BUNDLES / served.bundle
+    options = {"bundle_root": root, "dataset_dir": served.scans, "ckpt_dir": served.models, "output_dir": tmp_path}
+    options |= {"image_size": 32, "features": 4, "device": "cpu", "dataloader#num_workers": workers}
+    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(root / "configs" / "inference.json")]
+    process = subprocess.run(
+        [*command, *(part for key, value in options.items() for part in (f"--{key}", str(value)))],
+        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=600, check=False,
+    )  # fmt: skip
+    assert process.returncode == 1
+    assert [line for line in process.stderr.splitlines() if line.startswith("error: ")] == [
+        f"error: {served.line.split(': see')[0]}: see {tmp_path / 'failed.csv'}"
+    ]
+    assert "Traceback" not in process.stdout + process.stderr
+    assert failed(tmp_path) == served.reasons
+    for mask in served.masks().values():
+        assert (tmp_path / mask.name).read_bytes() == mask.read_bytes(), mask.name
+    overlays = list(tmp_path.glob("*_overlay.png"))
+    assert len(overlays) >= len(served.masks()) - 5  # a scan of one row makes no picture

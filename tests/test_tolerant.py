@@ -1,0 +1,247 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""A folder is served to its end: what fails is named, what is at fault for all ends the run."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from monai.data import DataLoader
+from monai.transforms import Compose
+from tiny_scans import VALUES, nifti
+
+from shared_iopfl.errors import InputError, root_input_error
+from shared_iopfl.inferers import TestTimeRoutingInferer
+from shared_iopfl.masks import SaveMaskd
+from shared_iopfl.records import RoutesRecorder
+from shared_iopfl.scan_files import find_scans
+from shared_iopfl.scans import LoadCased
+from shared_iopfl.tolerant import Failure, ScanWriter, TolerantDataset, TolerantEvaluator, tolerant_collate
+
+Fault = Callable[[str], None]
+
+
+def no_fault(case: str) -> None:
+    """Nothing is wrong with this scan."""
+
+
+def fault(case: str, error: BaseException) -> Fault:
+    def raise_for(name: str) -> None:
+        if name == case:
+            raise error
+
+    return raise_for
+
+
+class Inferer(TestTimeRoutingInferer):
+    """Foreground is what is bright; leaves a report of each scan, as routing does, before it may fail."""
+
+    def __init__(self, fails: Fault) -> None:
+        super().__init__()
+        self.fails = fails
+
+    def __call__(self, inputs: Any, network: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        case = Path(inputs.meta["filename_or_obj"][0]).name[0]
+        self.reports.append({"routes": [[1.0]], "layers": ["all"], "experts": ["global"], "of": case})
+        self.fails(case)
+        return (inputs > 0.5).to(torch.uint8)
+
+
+def serve(
+    folder: Path, output: Path, loading: Fault = no_fault, inference: Fault = no_fault, writing: Fault = no_fault,
+    workers: int = 0,
+) -> TolerantEvaluator:  # fmt: skip
+    """Serve a folder of scans called a, b, c, ... as a bundle does, with a fault at some stage."""
+
+    def at(fails: Fault) -> Callable[[dict], dict]:
+        def transform(data: dict) -> dict:
+            fails(data["case"])
+            return data
+
+        return transform
+
+    inferer = Inferer(inference)
+    dataset = TolerantDataset(find_scans(folder), Compose([at(loading), LoadCased("image")]))
+    evaluator = TolerantEvaluator(
+        output_dir=output,
+        device=torch.device("cpu"),
+        val_data_loader=DataLoader(dataset, batch_size=1, num_workers=workers, collate_fn=tolerant_collate),
+        network=torch.nn.Identity(),
+        inferer=inferer,
+        val_handlers=[ScanWriter([at(writing), SaveMaskd(output_dir=output)]), RoutesRecorder(inferer, str(output))],
+    )
+    evaluator.logger.setLevel(logging.CRITICAL)
+    evaluator.run()
+    return evaluator
+
+
+def rows(output: Path) -> list[dict[str, str]]:
+    with (output / "failed.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def masks(output: Path) -> list[str]:
+    return sorted(path.name[0] for path in output.glob("*.nii"))
+
+
+@pytest.fixture
+def scans(tmp_path: Path) -> Path:
+    folder = tmp_path / "scans"
+    folder.mkdir()
+    for name in "abcd":
+        nifti(folder / f"{name}.nii", VALUES)
+    return folder
+
+
+@pytest.mark.parametrize("stage", ["loading", "inference", "writing"])
+@pytest.mark.parametrize(
+    "error", [InputError("b is blurred:\nscan again"), RuntimeError("sizes differ"), KeyError("x")]
+)
+def test_a_scan_that_fails_at_any_stage_is_named_and_the_others_are_written(scans, tmp_path, stage, error):
+    output = tmp_path / "out"
+    with pytest.raises(InputError, match=r"^1 of 4 scans failed: see .*failed\.csv$"):
+        serve(scans, output, **{stage: fault("b", error)})
+    assert masks(output) == ["a", "c", "d"]
+    (row,) = rows(output)
+    assert (row["case"], row["file"]) == ("b", str(scans / "b.nii"))
+    told = {
+        InputError: "b is blurred: scan again",
+        RuntimeError: "RuntimeError: sizes differ",
+        KeyError: "KeyError: 'x'",
+    }
+    assert row["reason"] == told[type(error)]
+
+
+@pytest.mark.parametrize("stage", ["loading", "inference", "writing"])
+def test_a_failed_scans_report_is_not_taken_for_the_next_ones(scans, tmp_path, stage):
+    output, kept = tmp_path / "out", {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("shared_iopfl.records.write_routes", lambda cases, _: kept.update(cases))
+        with pytest.raises(InputError, match="1 of 4"):
+            serve(scans, output, **{stage: fault("b", RuntimeError())})
+    assert {case: report["of"] for case, report in kept.items()} == {name: name for name in "acd"}
+
+
+def test_without_failures_there_is_no_table(scans, tmp_path):
+    """Nor one from another run."""
+    (tmp_path / "failed.csv").write_text("case,file,reason\n")
+    serve(scans, tmp_path)
+    assert masks(tmp_path) == ["a", "b", "c", "d"]
+    assert not (tmp_path / "failed.csv").exists()
+
+
+def test_all_may_fail(scans, tmp_path):
+    def nothing_loads(case: str) -> None:
+        raise InputError(f"{case} is broken")
+
+    with pytest.raises(InputError, match="4 of 4 scans failed"):
+        serve(scans, tmp_path, loading=nothing_loads)
+    assert [row["case"] for row in rows(tmp_path)] == ["a", "b", "c", "d"]
+
+
+def test_the_table_is_there_before_the_end(scans, tmp_path):
+    """A run that is killed at the third scan has told of the first."""
+
+    def faults(case: str) -> None:
+        fault("a", InputError("a is broken"))(case)
+        fault("c", KeyboardInterrupt())(case)
+
+    with pytest.raises(KeyboardInterrupt):
+        serve(scans, tmp_path, inference=faults)
+    assert [row["case"] for row in rows(tmp_path)] == ["a"]
+
+
+HOPELESS = {
+    "memory": MemoryError(),
+    "memory of the device": torch.OutOfMemoryError("CUDA out of memory"),
+    "memory of a tensor": RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+    "disk": OSError(errno.ENOSPC, "No space left on device"),
+    "the user": KeyboardInterrupt(),
+}
+
+
+@pytest.mark.parametrize("stage", ["loading", "inference", "writing"])
+@pytest.mark.parametrize("what", HOPELESS)
+def test_what_the_next_scan_would_not_survive_ends_the_run(scans, tmp_path, stage, what):
+    with pytest.raises(BaseException) as caught:
+        serve(scans, tmp_path, **{stage: fault("b", HOPELESS[what])})
+    assert "scans failed" not in str(caught.value)
+    assert masks(tmp_path) == ["a"]
+
+
+def test_a_full_disk_ends_the_run_in_its_own_line(scans, tmp_path, monkeypatch):
+    def full(array: np.ndarray, source: Path, affine: Any, target: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("shared_iopfl.masks._write", full)
+    with pytest.raises(InputError, match=r"cannot write to .*No space left"):
+        serve(scans, tmp_path)
+    assert not (tmp_path / "failed.csv").exists()
+
+
+def test_a_mask_that_cannot_be_written_where_others_can_is_its_scans_failure(scans, tmp_path, monkeypatch):
+    """A scan that went away, a name too long for the disk: the folder is tried, and is not at fault."""
+    write = SaveMaskd.__call__
+
+    def gone(self: SaveMaskd, data: dict) -> dict:
+        if data["case"] == "b":
+            (scans / "b.nii").unlink()
+        return write(self, data)
+
+    monkeypatch.setattr(SaveMaskd, "__call__", gone)
+    with pytest.raises(InputError, match="1 of 4"):
+        serve(scans, tmp_path)
+    assert masks(tmp_path) == ["a", "c", "d"]
+
+
+@pytest.mark.parametrize("stage", ["loading", "inference"])
+def test_a_scan_given_alone_raises_what_is_wrong_with_it(scans, tmp_path, stage):
+    with pytest.raises(Exception) as caught:
+        serve(scans / "b.nii", tmp_path, **{stage: fault("b", InputError("b is blurred"))})
+    assert str(root_input_error(caught.value)) == "b is blurred"
+
+
+def test_worker_processes_lose_no_failure(scans, tmp_path):
+    """What a worker catches comes home with its batch."""
+    (scans / "b.nii").write_bytes(b"")
+    with pytest.raises(InputError, match="1 of 4"):
+        serve(scans, tmp_path, workers=2)
+    assert masks(tmp_path) == ["a", "c", "d"]
+    assert "0 bytes" in rows(tmp_path)[0]["reason"]
+
+
+def test_a_batch_of_several_keeps_those_that_loaded():
+    failure = Failure("b", "b.nii", "broken")
+    batch = tolerant_collate([{"image": torch.ones(1, 2), "case": "a"}, failure])
+    assert batch["image"].shape == (1, 1, 2)
+    assert batch["case"] == ["a"]
+    assert batch["failures"] == [failure]
+    assert len(tolerant_collate([failure])["image"]) == 0
+    assert set(tolerant_collate([{"image": torch.ones(1)}])) == {"image"}
+
+
+def test_names_that_no_table_can_hold_are_written_with_underscores(tmp_path):
+    folder = tmp_path / "scans"
+    folder.mkdir()
+    for name in ("a.nii", "b\udcff\n.nii"):
+        (folder / name).write_bytes(b"")
+    with pytest.raises(InputError, match="2 of 2"):
+        serve(folder, tmp_path)
+    assert [row["case"] for row in rows(tmp_path)] == ["a", "b__"]
+    assert "b_ .nii is empty" in rows(tmp_path)[1]["reason"]
