@@ -35,11 +35,12 @@ from shared_iopfl.objectives import (
 )
 from shared_iopfl.routing import RoutedNetwork, collapse, route
 from shared_iopfl.settings import RoutingSettings
-from shared_iopfl.stacks import Network, StackInferer, evenly
+from shared_iopfl.stacks import Network, StackInferer, bounded, evenly
 
 __all__ = ["TestTimeRoutingInferer"]
 
 Mode = Literal["episodic", "site", "off"]
+STEP_PIXELS = 2**18  # a backward: 16 slices of 128 x 128, one of 384 x 384
 SITE_SLICES = 128  # of all its scans, for the statistics of a site's network: one forward's memory
 
 
@@ -192,7 +193,9 @@ class TestTimeRoutingInferer(StackInferer):
         dial = settings.usual_shift > 0 and (settings.start == "distance" or settings.statistics > 0)
         distances = torch.zeros(len(experts))
         if settings.start == "distance" or dial:
-            measured = [distribution_distance(network, experts, some.split(self.batch_size)) for some in samples]
+            measured = [
+                distribution_distance(network, experts, some.split(bounded(self.batch_size, some))) for some in samples
+            ]
             distances = torch.stack(measured).mean((0, 2))
         routes = self._start(distances, list(experts))
         count = sum(len(some) for some in samples)
@@ -302,6 +305,12 @@ class TestTimeRoutingInferer(StackInferer):
         objective, generator = self._objective(), torch.Generator().manual_seed(self.seed)
         optimizer = torch.optim.Adam(routed.trainable(), lr=self.settings.learning_rate)
         routed.set_dropout(generator)
+        # With routes a layer, slices meet in the statistics alone. Those of the scan at the start are kept, so
+        # that a step needs the memory of a few slices, not of all.
+        apart = self.settings.per == "layer"
+        if apart and self.settings.statistics > 0:
+            routed(images)
+            routed.freeze_statistics(True)
         try:
             # full precision: half-precision gradients of a mean over a volume vanish
             with torch.enable_grad(), torch.autocast(images.device.type, enabled=False):
@@ -309,9 +318,12 @@ class TestTimeRoutingInferer(StackInferer):
                     start = step * self.batch_size % len(images)
                     batch = images.roll(-start, 0)[: self.batch_size]
                     optimizer.zero_grad(set_to_none=True)
-                    objective(routed, batch, self.views.draw(generator, _square(images))).backward()
+                    view = self.views.draw(generator, _square(images))
+                    for part in batch.split(bounded(len(batch), batch, STEP_PIXELS) if apart else len(batch)):
+                        (objective(routed, part, view) * (len(part) / len(batch))).backward()
                     optimizer.step()
         finally:
+            routed.freeze_statistics(False)
             routed.set_dropout(None)
 
     def _objective(self) -> RoutingObjective:

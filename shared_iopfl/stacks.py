@@ -19,9 +19,10 @@ import torch
 from monai.inferers import Inferer
 from torch import Tensor
 
-__all__ = ["StackInferer", "evenly", "from_stack", "to_stack"]
+__all__ = ["StackInferer", "bounded", "evenly", "from_stack", "to_stack"]
 
 Network = Callable[[Tensor], Tensor]
+FORWARD_PIXELS = 2**19  # a forward: enough to keep the hardware busy, and a bound on memory at any image size
 
 
 def to_stack(volume: Tensor, slices: int = 3) -> Tensor:
@@ -48,12 +49,17 @@ def evenly(stack: Tensor, count: int) -> Tensor:
     return stack[index.long()]
 
 
+def bounded(count: int, stack: Tensor, pixels: int = FORWARD_PIXELS) -> int:
+    """`count`, or as many of the stack's inputs as have so many pixels; at least one."""
+    return max(1, min(count, pixels // max(1, stack[0, 0].numel())))
+
+
 class StackInferer(Inferer):
     """Plain inference with a 2D network over volumes, or over images as they are.
 
     Args:
         slices: neighbouring slices that make a network input, odd; None: the inputs go in as they are.
-        batch_size: slices (or images) a forward.
+        batch_size: slices (or images) a forward, or fewer where they are large (three of 384 x 384).
     """
 
     def __init__(self, slices: int | None = 3, batch_size: int = 16) -> None:
@@ -77,4 +83,4 @@ class StackInferer(Inferer):
         return torch.cat([network(batch).float() for batch in self._batches(stack, network)])
 
     def _batches(self, stack: Tensor, network: Network) -> Iterable[Tensor]:
-        return stack.split(self.batch_size)
+        return stack.split(bounded(self.batch_size, stack))

@@ -1,0 +1,106 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Timing two things side by side, and saying on what machine."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import monai
+import torch
+
+__all__ = ["alternate", "machine", "peak_memory", "spread"]
+
+
+def _seconds(work: Callable[[], Any], device: torch.device) -> float:
+    began = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
+
+
+def alternate(
+    one: Callable[[], Any], other: Callable[[], Any], device: torch.device, repeats: int = 5, warm: int = 1
+) -> dict[str, Any]:
+    """Time `one` and `other` in turn, so that what else the machine does meets both.
+
+    Returns:
+        ``ratio``: of neighbouring pairs, one over other; ``seconds`` of both. Each with median, min and max.
+    """
+    for _ in range(warm):
+        _seconds(other, device), _seconds(one, device)
+    pairs = []
+    for index in range(repeats):
+        # each goes first as often as last: a machine that slows down as it warms up favours neither
+        if index % 2:
+            first = _seconds(one, device)
+            pairs.append((first, _seconds(other, device)))
+        else:
+            last = _seconds(other, device)
+            pairs.append((_seconds(one, device), last))
+    return {
+        "ratio": spread([a / b for a, b in pairs]),
+        "seconds": spread([a for a, _ in pairs]),
+        "seconds_of_other": spread([b for _, b in pairs]),
+    }
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, min and max."""
+    return {
+        "median": round(statistics.median(values), 4),
+        "min": round(min(values), 4),
+        "max": round(max(values), 4),
+    }
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What the figures were taken on, and with which versions."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        names = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        name = names[0] if names else name
+    found: dict[str, Any] = {"device": device.type, "cpu": name, "threads": torch.get_num_threads()}
+    if device.type == "cuda":
+        found["gpu"] = torch.cuda.get_device_name(device)
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "monai": monai.__version__}
+    return {"machine": found, "versions": versions}
+
+
+def peak_memory(module: str, *arguments: str) -> float:
+    """GiB that ``python -m module arguments`` holds at most, a process of its own.
+
+    The module prints ``resource`` peak of itself; on CUDA the allocator's peak instead (see :func:`print_peak`).
+    """
+    command = [sys.executable, "-m", module, *arguments]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return round(float(output.strip().splitlines()[-1]), 3)
+
+
+def print_peak(device: torch.device, before: float = 0.0) -> None:
+    """Print the peak memory of this process in GiB, less what it held `before`."""
+    print(_peak(device) - before)
+
+
+def _peak(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
