@@ -352,7 +352,10 @@ class Federation:
 
 @contextmanager
 def _tensorboard(folder: Path) -> Iterator[SummaryWriter]:
-    board = SummaryWriter(str(folder))
+    try:
+        board = SummaryWriter(str(folder))
+    except OSError as error:
+        raise InputError(f"cannot write to {folder} ({error}): free space, then resume") from error
     try:
         yield board
     finally:
