@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -20,11 +21,12 @@ import fire
 import torch
 from torch import Tensor, nn
 
-from benchmarks.networks import make_experts, make_network
+from benchmarks.networks import agree, make_experts, make_network, naive
+from benchmarks.reference import NaiveInferer
 from benchmarks.timing import alternate, machine, peak_memory, print_peak
 from shared_iopfl.inferers import TestTimeRoutingInferer
 from shared_iopfl.objectives import RoutingObjective, View, ViewSampler, entropy, probabilities
-from shared_iopfl.routing import route
+from shared_iopfl.routing import copy_network, route
 from shared_iopfl.settings import RoutingSettings, preset
 from shared_iopfl.stacks import StackInferer
 
@@ -38,21 +40,41 @@ def _volume(size: int, slices: int, device: torch.device) -> Tensor:
     return nn.functional.interpolate(coarse, size=(size, size, slices), mode="trilinear").to(device)
 
 
-def _inferer(network: nn.Module, experts: int, settings: RoutingSettings, mode: Any = "episodic") -> Any:
-    return TestTimeRoutingInferer(make_experts(network, experts - 1), mode, settings, flips=(0,))
+def _inferer(network: nn.Module, experts: int, settings: RoutingSettings, **options: Any) -> TestTimeRoutingInferer:
+    return TestTimeRoutingInferer(make_experts(network, experts - 1), settings=settings, flips=(0,), **options)
 
 
-def _step_over_plain(network: nn.Module, experts: int, images: Tensor, repeats: int) -> dict[str, Any]:
-    """One step on the routes, two views, against forward and backward of the plain network on the same two views."""
+def _check_masks(network: nn.Module, experts: int, settings: RoutingSettings, scan: Tensor) -> float:
+    """The largest difference in probability between the fast episodic path and the naive one."""
+    fast = _inferer(network, experts, settings)
+    slow = NaiveInferer(fast.experts, settings=settings, flips=(0,))
+    with torch.no_grad():
+        masks = [probabilities(inferer(scan, network), "softmax") for inferer in (fast, slow)]
+    return agree(masks[0], masks[1])
+
+
+def _step_over_plain(network: nn.Module, experts: int, images: Tensor, repeats: int) -> tuple[dict[str, Any], float]:
+    """One step on the routes, two views, against forward and backward of the plain network on the same two views.
+
+    With it the largest difference between its gradient to the routes and that of the naive network.
+    """
     space = {"global": network.state_dict(), **make_experts(network, experts - 1)}
     routed = route(network, space)
     objective = RoutingObjective(consistency=1.0, entropy=0.1, views=ViewSampler())
     view = View(flips=(0,), gain=1.05)
 
+    def gradient(module: nn.Module) -> Tensor:
+        routed.zero_grad()
+        objective(module, images[:1], view).backward()
+        return torch.cat([parameter.grad for parameter in routed.trainable() if parameter.grad is not None])
+
+    fast, slow = gradient(routed), gradient(naive(routed))
+    difference = agree(fast / slow.abs().max(), slow / slow.abs().max())
+
     def optimiser(module: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.Adam([p for p in module.parameters() if p.requires_grad], lr=1e-3)
 
-    plain = make_network(network.final_conv.in_channels, images.device)  # type: ignore[union-attr, arg-type]
+    plain = copy_network(network)
     of_routes, of_plain = optimiser(routed), optimiser(plain)
 
     def adapt() -> None:
@@ -66,7 +88,10 @@ def _step_over_plain(network: nn.Module, experts: int, images: Tensor, repeats: 
         sum(entropy(probabilities(logits, "softmax"), "softmax") for logits in seen).backward()  # type: ignore[union-attr]
         of_plain.step()
 
-    return alternate(adapt, train, images.device, repeats)
+    return alternate(adapt, train, images.device, repeats), difference
+
+
+PARTS = ("step", "episodic", "site", "memory")
 
 
 def measure(
@@ -78,6 +103,7 @@ def measure(
     repeats: int = 5,
     memory_slices: int = 24,
     memory_size: int = 384,
+    parts: str | Sequence[str] = PARTS,
 ) -> dict[str, Any]:
     """Time the episodic default on a volume, its parts, and the peak memory on a larger volume.
 
@@ -87,37 +113,45 @@ def measure(
         slices, image_size: of the volume that is timed.
         features: of BasicUNet.
         repeats: timed pairs.
-        memory_slices, memory_size: of the volume whose peak memory is measured; 0 slices: not measured.
+        memory_slices, memory_size: of the volume whose peak memory is measured.
+        parts: which of "step", "episodic", "site" and "memory" to measure.
     """
     place = torch.device(device)
     network, scan = make_network(features, place), _volume(image_size, slices, place)
     plain = StackInferer()
-
-    @torch.no_grad()
-    def masks(inferer: StackInferer) -> Tensor:
-        return inferer(scan, network)
-
-    ratios, seconds = {}, {}
-    settings = preset("default")
     # the dial shut off: random networks have no usual shift, and the default's dearest case is an open dial
-    for name, chosen in {
-        "episodic": replace(settings, usual_shift=0.0),
-        "episodic_one_view": replace(settings, usual_shift=0.0, average_views=False),
-        "adapted": replace(preset("adapted"), usual_shift=0.0),
-    }.items():
-        inferer = _inferer(network, experts, chosen)
-        timed = alternate(lambda inferer=inferer: masks(inferer), lambda: masks(plain), place, repeats)  # type: ignore[misc]
+    default = replace(preset("default"), usual_shift=0.0)
+    ratios: dict[str, Any] = {}
+    seconds: dict[str, Any] = {}
+    differences: dict[str, float] = {}
+    memory: dict[str, float] = {}
+
+    def over_plain(name: str, inferer: StackInferer) -> None:
+        @torch.no_grad()
+        def masks(inferer: StackInferer) -> Tensor:
+            return inferer(scan, network)
+
+        timed = alternate(lambda: masks(inferer), lambda: masks(plain), place, repeats)
         ratios[f"{name}_over_plain"], seconds[name] = timed["ratio"], timed["seconds"]
         seconds["plain"] = timed["seconds_of_other"]
-    site = _inferer(network, experts, replace(settings, average_views=False), "site")
-    site.fit([scan], network)
-    ratios["site_over_plain"] = alternate(lambda: masks(site), lambda: masks(plain), place, repeats)["ratio"]
-    images = torch.randn(4, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
-    images = images.to(place, memory_format=torch.channels_last)
-    step = _step_over_plain(network, experts, images, repeats)
-    ratios["step_over_plain"], seconds["step"] = step["ratio"], step["seconds"]
-    memory = {}
-    if memory_slices:
+
+    if "step" in parts:
+        images = torch.randn(4, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
+        images = images.to(place, memory_format=torch.channels_last)
+        step, differences["gradient"] = _step_over_plain(network, experts, images, repeats)
+        ratios["step_over_plain"], seconds["step"] = step["ratio"], step["seconds"]
+    if "episodic" in parts:
+        differences["episodic"] = _check_masks(network, experts, default, scan[..., : min(4, slices)])
+        over_plain("episodic", _inferer(network, experts, default))
+        over_plain("episodic_one_view", _inferer(network, experts, replace(default, average_views=False)))
+        over_plain("adapted", _inferer(network, experts, replace(preset("adapted"), usual_shift=0.0)))
+    if "site" in parts:
+        one_view = replace(default, average_views=False)
+        differences["site"] = _check_masks(network, experts, one_view, scan[..., : min(4, slices)])
+        site = _inferer(network, experts, one_view, mode="site")
+        site.fit([scan], network)
+        over_plain("site", site)
+    if "memory" in parts:
         arguments = [device, str(experts), str(memory_slices), str(memory_size), str(features)]
         for name in ("default", "adapted"):
             memory[name] = peak_memory("benchmarks.adaptation", *arguments, name)
@@ -125,6 +159,7 @@ def measure(
         "ratios": ratios,
         "seconds": seconds,
         "peak_memory_gib": memory,
+        "differences": differences,
         "settings": {
             "experts": experts,
             "slices": slices,
@@ -132,7 +167,7 @@ def measure(
             "features": features,
             "memory_volume": [memory_slices, memory_size, memory_size],
             "repeats": repeats,
-            "routing": asdict(settings),
+            "routing": asdict(default),
         },
         **machine(place),
     }

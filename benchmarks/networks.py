@@ -15,7 +15,6 @@ from __future__ import annotations
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from monai.networks.nets import BasicUNet
 from torch import Tensor, nn
 
@@ -50,15 +49,22 @@ def make_experts(network: nn.Module, count: int) -> States:
 
 
 class _NaiveLayer(nn.Module):
-    """A routed layer as one would first write it: a loop over samples, in it a loop over experts."""
+    """A routed layer as one would first write it: a loop over samples, in it a loop over experts.
+
+    Where it blends the images' own statistics, those of the first images it saw stay.
+    """
 
     def __init__(self, routed: RoutedLayer) -> None:
         super().__init__()
         self.routed = routed
+        self.own: tuple[Tensor, Tensor] | None = None
 
     def forward(self, inputs: Tensor) -> Tensor:
         routes = self.routed.routes(inputs)
         routes = routes.expand(len(inputs), -1)
+        if self.own is None and isinstance(self.routed, RoutedBatchNorm) and self.routed.blends:
+            values = inputs.transpose(0, 1).flatten(1)
+            self.own = values.mean(1), values.var(1, correction=0)
         outputs = []
         for sample, row in zip(inputs, routes):
             weights = {}
@@ -72,20 +78,18 @@ class _NaiveLayer(nn.Module):
         return torch.cat(outputs)
 
     def _plain(self, weights: dict[str, Tensor], sample: Tensor) -> Tensor:
-        if isinstance(self.routed, RoutedBatchNorm):
-            return F.batch_norm(
-                sample,
-                weights["running_mean"],
-                weights["running_var"],
-                weights.get("weight"),
-                weights.get("bias"),
-                eps=self.routed.eps,
-            )
-        return cast(Tensor, torch.func.functional_call(self.routed.layer, weights, (sample,)))
+        if not isinstance(self.routed, RoutedBatchNorm):
+            return cast(Tensor, torch.func.functional_call(self.routed.layer, weights, (sample,)))
+        mean, var = weights["running_mean"], weights["running_var"]
+        if self.own is not None:
+            share = self.routed.statistics
+            mean, var = ((1 - share) * kept + share * own for kept, own in zip((mean, var), self.own))
+        normal = (sample - mean[:, None, None]) / torch.sqrt(var[:, None, None] + self.routed.eps)
+        return normal * weights["weight"][:, None, None] + weights["bias"][:, None, None]
 
 
 def naive(network: RoutedNetwork) -> nn.Module:
-    """The same routed network with all its layers in the naive form; for running statistics only."""
+    """The same routed network with all its layers in the naive form, sharing what adaptation trains."""
     return copy_network(
         network.network,
         {id(layer): _NaiveLayer(layer) for layer in network.modules() if isinstance(layer, RoutedLayer)},

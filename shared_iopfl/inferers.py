@@ -193,10 +193,7 @@ class TestTimeRoutingInferer(StackInferer):
         dial = settings.usual_shift > 0 and (settings.start == "distance" or settings.statistics > 0)
         distances = torch.zeros(len(experts))
         if settings.start == "distance" or dial:
-            measured = [
-                distribution_distance(network, experts, some.split(bounded(self.batch_size, some))) for some in samples
-            ]
-            distances = torch.stack(measured).mean((0, 2))
+            distances = torch.stack([self._distances(some, network) for some in samples]).mean(0)
         routes = self._start(distances, list(experts))
         count = sum(len(some) for some in samples)
         statistics = settings.statistics * count / (count + settings.prior)
@@ -211,6 +208,11 @@ class TestTimeRoutingInferer(StackInferer):
         routed.start_from(routes)
         routed.set_statistics(statistics)
         return routed, report
+
+    def _distances(self, some: Tensor, network: nn.Module) -> Tensor:
+        """How far some slices of a scan are from each expert (E,)."""
+        batches = some.split(bounded(self.batch_size, some))
+        return distribution_distance(network, self._space(network), batches).mean(1)
 
     def _settled(self, routed: RoutedNetwork, some: Tensor) -> nn.Module:
         """The plain network that a routed one is for a scan, known by some of its slices; plain speed, any batch size.
