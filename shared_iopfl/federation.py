@@ -13,8 +13,8 @@
 Knows clients and weights, nothing of images. Only the local weights leave a client; its personalised model is written
 by the client itself, next to the global one, because here both ends are one machine.
 
-A site that fails a round is left out of it and comes back in the next. One that hangs holds up all the others: time
-limits are FLARE's (`shared_iopfl.flare`, ``round_timeout``), where each site has a process of its own.
+A site that fails a round, or takes too long, is left out of it and comes back in the next. Whatever a site does can be
+ended only where it has a process of its own: by FLARE's time limits (`shared_iopfl.flare`, ``round_timeout``).
 """
 
 from __future__ import annotations
@@ -22,21 +22,20 @@ from __future__ import annotations
 import copy
 import logging
 import time
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from monai.fl.client import MonaiAlgo
-from monai.fl.utils.constants import ExtraItems
-from monai.fl.utils.exchange_object import ExchangeObject
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from shared_iopfl.errors import InputError
 from shared_iopfl.models import GLOBAL, model_path, save_atomically
+from shared_iopfl.site_client import SiteClient, check_time_limit, time_limit
 from shared_iopfl.tables import write_json, write_rows
 from shared_iopfl.updates import Failures, check_update, far_off, weighted_average
 
@@ -48,89 +47,18 @@ HISTORY = ("round", "site", "model", "metric", "value")
 UNFINISHED = "." + 12 * "[0-9a-f]" + "_*"  # files that a run was writing when it was killed; see `whole_file`
 
 
-class SiteClient:
-    """One site's `MonaiAlgo` on the bundle's training config, and what of it has to survive an interruption.
-
-    Args:
-        bundle_root: the bundle.
-        site: the site's name.
-        local_epochs: epochs a round.
-        overrides: of the training config, id -> value.
-    """
-
-    def __init__(self, bundle_root: str, site: str, local_epochs: int, overrides: Mapping[str, Any]) -> None:
-        self.site = site
-        self.algo = MonaiAlgo(
-            bundle_root=bundle_root,
-            local_epochs=local_epochs,
-            send_weight_diff=False,
-            train_kwargs=dict(overrides),
-            config_evaluate_filename="configs/train.json",
-            eval_kwargs=dict(overrides),
-        )
-        self.algo.initialize({ExtraItems.CLIENT_NAME: site})
-        parser = self.algo.train_workflow.parser  # type: ignore[union-attr]
-        self.cases = len(parser.get_parsed_content("train#dataset#data"))
-        state = parser.get_parsed_content("round_state")
-        # what the site keeps from round to round, by name; a handler that is switched off is None
-        self.kept: dict[str, Any] = {name: item for name, item in state.items() if item is not None}
-
-    @property
-    def personalised(self) -> dict[str, Tensor]:
-        """The personalised model; read by the client and for its own scoring only."""
-        return self.kept["personalization"].ema_model.state_dict()
-
-    def train(self, weights: Weights) -> dict[str, Tensor]:
-        """One round: global weights in, local weights out (copies, on the CPU)."""
-        self.algo.train(ExchangeObject(weights=dict(weights)))
-        update = self.algo.get_weights().weights
-        return {key: tensor.clone() for key, tensor in update.items()}
-
-    def metrics(self) -> dict[str, float]:
-        """Of the last round's local training."""
-        trainer: Any = self.algo.trainer
-        rate = self.kept["optimizer"].param_groups[0]["lr"]
-        return {**{name: float(value) for name, value in trainer.state.metrics.items()}, "learning_rate": float(rate)}
-
-    def validate(self, weights: Weights) -> dict[str, float]:
-        """The site's validation metrics of any weights."""
-        result = self.algo.evaluate(ExchangeObject(weights=dict(weights))).metrics
-        return {name: float(value) for name, value in (result or {}).items()}
-
-    def state_dict(self) -> dict[str, Any]:
-        trainer: Any = self.algo.trainer
-        kept = {name: item.state_dict() for name, item in self.kept.items()}
-        scaler = getattr(trainer, "scaler", None)
-        return {
-            "epoch": trainer.state.epoch,
-            "iteration": trainer.state.iteration,
-            "scaler": scaler.state_dict() if scaler is not None else {},
-            "kept": kept,
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        trainer: Any = self.algo.trainer
-        for engine in (trainer, self.algo.evaluator):
-            # where a run raised, ignite keeps it as begun: the next one would end at once, having trained nothing
-            engine._internal_run_generator = None  # type: ignore[union-attr]
-        trainer.state.epoch, trainer.state.iteration = state["epoch"], state["iteration"]
-        scaler = getattr(trainer, "scaler", None)
-        if scaler is not None and state["scaler"]:
-            scaler.load_state_dict(state["scaler"])
-        for name, item in self.kept.items():
-            item.load_state_dict(state["kept"][name])
-
-
 class Federation:
     """The whole inside run: FedAvg over the sites, with a personalised model at each.
 
     Writes ``models/model.pt`` (global), ``models/model_<site>.pt`` (personalised) and ``models/scores.json`` (mean
     validation Dice of each at the other sites, for distance routes that trust good experts), ``history.csv``,
     ``failures.csv`` once a site has failed, TensorBoard events, and after every round ``federation.pt``, from which
-    ``resume`` goes on to the weights of an undisturbed run.
+    ``resume`` goes on to the weights of an undisturbed run. The one of the round before is kept too, as
+    ``federation_previous.pt``, for a disk that spoils the newest.
 
-    A site fails a round when its training raises or its update is refused: it is then as it was before, and asked again
-    in the next one. The reason, which may name the site's files, stays in the log and in ``failures.csv``.
+    A site fails a round when its training raises or takes too long, or its update is refused: it is then as it was
+    before, and asked again in the next one. The reason, which may name the site's files, stays in the log and in
+    ``failures.csv``.
 
     Args:
         bundle_root: the bundle whose ``configs/train.json`` each site runs.
@@ -143,6 +71,8 @@ class Federation:
         min_sites: a round goes on without those that failed while at least so many deliver; 0: it takes all sites.
         max_update_norm: refuse an update that lies more than so many times as far from the global model as the median
             of the others' does (from three sites on); 0: no bound. The default lets in ten times as many steps.
+        site_timeout: a site may take so many seconds for a round's training, and as many to score a model; 0: no limit.
+            See :func:`~shared_iopfl.site_client.time_limit` for what it can break off.
         resume: go on from ``federation.pt`` where there is one.
         seed: of the first global model.
     """
@@ -158,6 +88,7 @@ class Federation:
         val_interval: int = 1,
         min_sites: int = 0,
         max_update_norm: float = 10.0,
+        site_timeout: float = 0.0,
         resume: bool = False,
         seed: int = 0,
     ) -> None:
@@ -167,6 +98,7 @@ class Federation:
             raise InputError(f"rounds and local_epochs must be at least 1, but are {rounds} and {local_epochs}.")
         if not max_update_norm >= 0:
             raise InputError(f"max_update_norm must be 0 (no bound) or positive, but is {max_update_norm!r}.")
+        check_time_limit(site_timeout)
         self.bundle_root = bundle_root
         self.sites = list(sites)
         self.rounds = rounds
@@ -175,6 +107,7 @@ class Federation:
         self.overrides = dict(overrides or {})
         self.val_interval = val_interval
         self.max_update_norm = max_update_norm
+        self.site_timeout = site_timeout
         self.resume = resume
         self.seed = seed
         self.round = 0
@@ -186,6 +119,10 @@ class Federation:
     @property
     def checkpoint(self) -> Path:
         return self.output_dir / "federation.pt"
+
+    @property
+    def previous(self) -> Path:
+        return self.output_dir / "federation_previous.pt"
 
     def start(self) -> None:
         """Make the clients (which reads and checks every site's training cases), and resume if asked to."""
@@ -205,7 +142,7 @@ class Federation:
                 self.clients[site] = SiteClient(self.bundle_root, site, self.local_epochs, overrides)
         first = self.clients[self.sites[0]].algo
         self.weights = {k: v.detach().cpu().clone() for k, v in first.trainer.network.state_dict().items()}  # type: ignore[union-attr]
-        if self.resume and self.checkpoint.is_file():
+        if self.resume:
             self._load()
 
     def run(self) -> dict[str, Tensor]:
@@ -240,7 +177,8 @@ class Federation:
                 bar.set_postfix_str(site)
             began = time.perf_counter()
             try:
-                update = client.train(self.weights)
+                with time_limit(site, self.site_timeout):
+                    update = client.train(self.weights)
                 check_update(site, update, self.weights)
                 metrics[site] = {**client.metrics(), "seconds": time.perf_counter() - began}
                 updates[site] = update
@@ -256,11 +194,15 @@ class Federation:
             for site in updates:
                 client = self.clients[site]
                 try:
-                    self._note(site, "global", client.validate(self.weights))
-                    self._note(site, "personalised", client.validate(client.personalised))
+                    self._note(site, "global", self._validate(site, self.weights))
+                    self._note(site, "personalised", self._validate(site, client.personalised))
                 except Exception as error:
                     self._leave_out(site, error, client.state_dict())
         self._save()
+
+    def _validate(self, site: str, weights: Weights) -> dict[str, float]:
+        with time_limit(site, self.site_timeout):
+            return self.clients[site].validate(weights)
 
     def _leave_out(self, site: str, error: Exception, before: Mapping[str, Any]) -> None:
         """Note a failure, or raise if too few sites are left; and put the site back to where it was."""
@@ -305,26 +247,38 @@ class Federation:
                 "failures": self.failures.rows,
             },
             self.checkpoint,
+            self.previous if self.round > 1 else None,
         )
+        if self.round == 1:
+            self.previous.unlink(missing_ok=True)  # another run's
 
     def _load(self) -> None:
-        try:
-            state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-            settings, clients = dict(state["settings"]), dict(state["clients"])
-            self.round, self.weights, self.history = state["round"], state["weights"], list(state["history"])
-            self.failures.resume(state.get("failures", []))
-        except Exception as error:
-            raise InputError(
-                f"cannot read {self.checkpoint} ({type(error).__name__}); remove it to start anew."
-            ) from error
+        """Go on from the newest checkpoint that can be read, if there is any."""
+        state, unreadable = None, []
+        for path in (self.checkpoint, self.previous):
+            if path.is_file():
+                try:
+                    state = _read(path)
+                    break
+                except Exception as error:
+                    unreadable.append(f"{path} ({type(error).__name__})")
+        if state is None and not unreadable:
+            return
+        if state is None:
+            raise InputError(f"cannot read {' nor '.join(unreadable)}; remove what cannot be read to start anew.")
         for name, value in self.settings().items():
-            if settings.get(name) != value:
+            if state["settings"].get(name) != value:
                 raise InputError(
-                    f"{self.checkpoint} was begun with {name} {settings.get(name)}, now it is {value}; "
+                    f"{path} was begun with {name} {state['settings'].get(name)}, now it is {value}; "
                     "resume with the same, or choose another output folder."
                 )
+        self.round, self.weights, self.history = state["round"], state["weights"], list(state["history"])
+        self.failures.resume(state["failures"])
         for site, client in self.clients.items():
-            client.load_state_dict(clients[site])
+            client.load_state_dict(state["clients"][site])
+        if unreadable:
+            self.checkpoint.unlink()  # it must not take the place of the one that can be read
+            logger.warning("cannot read %s: going on from the round before", unreadable[0])
         logger.info("resumed after round %d", self.round)
 
     def _publish(self) -> None:
@@ -346,7 +300,7 @@ class Federation:
 
     def _score(self, name: str, judges: Sequence[str], weights: Weights) -> float | None:
         """Mean validation Dice over the sites other than a model's own: whether it can be trusted elsewhere."""
-        others = [self.clients[site].validate(weights)["val_mean_dice"] for site in judges if site != name]
+        others = [self._validate(site, weights)["val_mean_dice"] for site in judges if site != name]
         return sum(others) / len(others) if others else None
 
 
@@ -361,3 +315,14 @@ def _tensorboard(folder: Path) -> Iterator[SummaryWriter]:
     finally:
         with suppress(OSError):  # where the disk is full, the run says so itself
             board.close()
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A checkpoint, or whatever is raised by what is none, or not a whole one."""
+    with zipfile.ZipFile(path) as archive:
+        if archive.testzip() is not None:  # torch reads over a flipped bit
+            raise zipfile.BadZipFile
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    for key in ("settings", "round", "weights", "clients", "history", "failures"):
+        state[key]
+    return state

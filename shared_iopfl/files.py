@@ -24,10 +24,14 @@ __all__ = ["whole_file", "write_text"]
 
 
 @contextmanager
-def whole_file(target: str | os.PathLike) -> Iterator[Path]:
+def whole_file(target: str | os.PathLike, previous: str | os.PathLike | None = None) -> Iterator[Path]:
     """A temporary file beside the target, which takes the target's name at the end or goes when something fails.
 
     Synced before it is renamed: after a crash there is the old file or the new one, never half of one.
+
+    Args:
+        target: the file.
+        previous: what the target's old content is kept as. Between the two renames, only this one is there.
 
     Raises:
         InputError: when the folder cannot be written to, naming it.
@@ -39,6 +43,8 @@ def whole_file(target: str | os.PathLike) -> Iterator[Path]:
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
+        if previous is not None and target.exists():
+            os.replace(target, previous)
         os.replace(temporary, target)
     except OSError as error:
         reason = error.strerror or str(error)

@@ -12,9 +12,11 @@
 
 from __future__ import annotations
 
+import zlib
+
 import numpy as np
 import torch
-from monai.fl.utils.constants import WeightType
+from monai.fl.utils.constants import ExtraItems, WeightType
 from monai.fl.utils.exchange_object import ExchangeObject
 from monai.fl.utils.filters import Filter
 from monai.utils.enums import EngineStatsKeys
@@ -57,7 +59,7 @@ class SelectiveSharing(Filter):
         percentile: of the magnitudes of a tensor's changes; smaller changes are withheld. 0: none.
         clip: the percentile that larger changes are clipped to. 100: none.
         share: of the other changes, drawn anew in each round, that is sent, in (0, 1].
-        seed: of the drawing, which depends on it and the round alone; other sites should have other seeds.
+        seed: of the drawing, which depends on it, the round and the client's name, where it is told one.
     """
 
     def __init__(
@@ -81,7 +83,8 @@ class SelectiveSharing(Filter):
     def __call__(self, data: ExchangeObject, extra: dict | None = None) -> ExchangeObject:
         """The same object, with filtered weights in place of those it came with."""
         epoch = int((data.statistics or {}).get(EngineStatsKeys.CURRENT_EPOCH, 0))
-        seed = int(np.random.SeedSequence((self.seed, epoch)).generate_state(1)[0])
+        site = zlib.crc32(str((extra or {}).get(ExtraItems.CLIENT_NAME, "")).encode())  # 0 without a name
+        seed = int(np.random.SeedSequence((self.seed, epoch, site)).generate_state(1)[0])
         generator = torch.Generator().manual_seed(seed)
         weights = {name: torch.as_tensor(tensor) for name, tensor in (data.weights or {}).items()}
         if data.weight_type == WeightType.WEIGHT_DIFF:

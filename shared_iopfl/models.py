@@ -67,9 +67,9 @@ def model_path(ckpt_dir: str, model: str = GLOBAL, site: str = "") -> str:
     return str(Path(ckpt_dir) / plain_name(f"model_{site if model == 'personalised' else model}.pt"))
 
 
-def save_atomically(content: Any, path: str | os.PathLike) -> None:
-    """`torch.save`, whole or not at all: after a crash the last good file still loads."""
-    with whole_file(path) as temporary:
+def save_atomically(content: Any, path: str | os.PathLike, previous: str | os.PathLike | None = None) -> None:
+    """`torch.save`, whole or not at all: after a crash the last good file still loads; see `whole_file`."""
+    with whole_file(path, previous) as temporary:
         try:
             torch.save(content, temporary)
         except RuntimeError as error:  # how torch reports a full disk
@@ -116,6 +116,8 @@ def _check_archive(content: bytes) -> None:
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         if sum(member.file_size for member in archive.infolist()) > len(content):
             raise zipfile.BadZipFile("it unpacks to more than it is")
+        if archive.testzip() is not None:  # torch reads over a flipped bit
+            raise zipfile.BadZipFile("it is damaged: a checksum is wrong")
 
 
 def _checked(tensor: Tensor, key: str, path: str | os.PathLike) -> Tensor:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import os
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -28,7 +29,7 @@ from hypothesis import strategies as st
 from networks import images, unet, untouched
 from torch import Tensor, nn
 
-from shared_iopfl import federation
+from shared_iopfl import federation, files
 from shared_iopfl.errors import InputError
 from shared_iopfl.federation import Federation, weighted_average
 from shared_iopfl.models import load_weights
@@ -163,7 +164,7 @@ class FakeClient:
 
 @pytest.fixture(autouse=True)
 def fakes(monkeypatch) -> None:
-    """Fake clients, and an instant before and after each file that is written."""
+    """Fake clients, and an instant before and after each file that is written, and each that is renamed."""
 
     def ticking(write: Callable[..., None]) -> Callable[..., None]:
         def ticked(*args: Any) -> None:
@@ -176,6 +177,7 @@ def fakes(monkeypatch) -> None:
     monkeypatch.setattr(federation, "SiteClient", FakeClient)
     for name in ("save_atomically", "write_rows", "write_json"):
         monkeypatch.setattr(federation, name, ticking(getattr(federation, name)))
+    monkeypatch.setattr(files.os, "replace", ticking(os.replace))
     monkeypatch.setattr(CLOCK, "instant", 0)
     monkeypatch.setattr(CLOCK, "end", -1)
 
@@ -265,9 +267,11 @@ def test_resume_goes_on_only_with_the_same_run_and_a_whole_file(tmp_path):
     for changed in ({"rounds": 9}, {"sites": ["HK", "ISBI"]}, {"seed": 1}, {"local_epochs": 2}):
         with pytest.raises(InputError, match=f"begun with {next(iter(changed))}"):
             make(tmp_path, resume=True, **changed).run()
-    (tmp_path / "federation.pt").write_bytes(b"half")
-    with pytest.raises(InputError, match=r"federation\.pt"):
+    for name in ("federation.pt", "federation_previous.pt"):
+        (tmp_path / name).write_bytes(b"half")
+    with pytest.raises(InputError, match=r"federation\.pt .* nor .*federation_previous\.pt"):
         make(tmp_path, resume=True).run()
+    (tmp_path / "federation_previous.pt").unlink()
     torch.save({"something": "else"}, tmp_path / "federation.pt")
     with pytest.raises(InputError, match=r"federation\.pt"):
         make(tmp_path, resume=True).run()

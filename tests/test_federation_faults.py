@@ -25,25 +25,19 @@ from typing import Any
 
 import pytest
 import torch
+from fake_clients import SITES, FakeClient, State, by_hand, equal, fakes, make  # noqa: F401
 from interrupted import OneProcess, TinyRun
 from monai.utils import set_determinism
 from networks import unet
 from torch import Tensor
 
-from shared_iopfl import federation
 from shared_iopfl.errors import InputError, root_input_error
-from shared_iopfl.federation import Federation, SiteClient, weighted_average
+from shared_iopfl.federation import SiteClient, weighted_average
 from shared_iopfl.models import load_weights
 from shared_iopfl.tables import read_rows
 from shared_iopfl.updates import check_update, far_off
 
-State = dict[str, Tensor]
-SITES = ["A", "B", "C", "D"]
 KILLS = 12
-
-
-def equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(tensor, other[key]) for key, tensor in one.items())
 
 
 # ---- what is let in -------------------------------------------------------------------------------------------------
@@ -113,46 +107,6 @@ SPOILT: dict[str, tuple[Callable[[State], Any], str]] = {
 }
 
 
-class FakeClient:
-    """A site that moves the global weights by a step of its own; its past, and its model, are its number of rounds."""
-
-    def __init__(self, bundle_root: str, site: str, local_epochs: int, overrides: Mapping[str, Any]) -> None:
-        network = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
-        self.algo: Any = type("Algo", (), {"trainer": type("Trainer", (), {"network": network})})
-        self.site, self.epoch, self.cases = site, 0, 1 + SITES.index(site)
-        self.file = Path(overrides["ckpt_dir"]) / f"model_{site}.pt"
-        self.personalised = {key: tensor.clone() for key, tensor in network.state_dict().items()}
-
-    def train(self, weights: Mapping[str, Tensor]) -> State:
-        self.epoch += 1
-        step = 0.1 * self.cases + 0.01 * self.epoch
-        update = {key: tensor + step if tensor.is_floating_point() else tensor + 1 for key, tensor in weights.items()}
-        self.personalised = {key: tensor.clone() for key, tensor in update.items()}
-        federation.save_atomically(self.personalised, self.file)
-        return update
-
-    def metrics(self) -> dict[str, float]:
-        return {"train_loss": 1 / self.epoch}
-
-    def validate(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
-        return {"val_mean_dice": float(torch.sigmoid(weights["0.weight"].sum()))}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "personalised": self.personalised}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.epoch, self.personalised = state["epoch"], dict(state["personalised"])
-
-
-@pytest.fixture
-def fakes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(federation, "SiteClient", FakeClient)
-
-
-def make(folder: Path, **kwargs: Any) -> Federation:
-    return Federation("bundle", **{"sites": SITES, "rounds": 3, "output_dir": str(folder), "min_sites": 3, **kwargs})
-
-
 def spoil(monkeypatch: pytest.MonkeyPatch, faults: Mapping[tuple[str, int], Callable[[State], Any]]) -> None:
     """Let sites fail in their n-th training, counted over all rounds, failed ones too."""
     train, calls = FakeClient.train, dict.fromkeys(SITES, 0)
@@ -164,18 +118,6 @@ def spoil(monkeypatch: pytest.MonkeyPatch, faults: Mapping[tuple[str, int], Call
         return fault(update) if fault else update
 
     monkeypatch.setattr(FakeClient, "train", spoilt)
-
-
-def by_hand(folder: Path, absent: Mapping[int, str], rounds: int = 3) -> tuple[State, dict[str, FakeClient]]:
-    """The run as it should be: in each round, the sites that are not absent."""
-    run = make(folder)
-    run.start()
-    weights, clients = run.weights, run.clients
-    for number in range(1, rounds + 1):
-        there = [site for site in SITES if site not in absent.get(number, "")]
-        updates = {site: clients[site].train(weights) for site in there}
-        weights = weighted_average(updates, {site: clients[site].cases for site in there})
-    return weights, clients  # type: ignore[return-value]
 
 
 @pytest.mark.usefixtures("fakes")
