@@ -25,7 +25,7 @@ OWN_KEYS = {"slices", "slices_per_case", "coding", "codings", "crop", "grey"}
 # what may differ: network channels, loss, transforms, sizes of batches, output and views of the inferer
 TASK_KEYS = {"imports", "site", "passes", "batch_size", "network_def", "loss", "preprocessing_transforms", *OWN_KEYS}
 TASK_KEYS |= {"preprocessing", "postprocessing", "inferer", "handlers", "site_config", "scoring_config"}
-TASK_KEYS |= {"augmentation_transforms", "key_metric", "routing"}
+TASK_KEYS |= {"sampling_transforms", "augmentation_transforms", "key_metric", "routing"}
 
 
 def read(task: str, config: str) -> dict:
