@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -29,14 +29,16 @@ from nvflare.fuel.flare_api.flare_api import new_secure_session
 from nvflare.recipe import PocEnv, ProdEnv, SimEnv
 
 from shared_iopfl.errors import InputError
-from shared_iopfl.federation import check_update
 from shared_iopfl.flare_client import ENVIRONMENT
 from shared_iopfl.flare_job import FederationRecipe, describe, first_state, read_state, write_files
-from shared_iopfl.flare_server import CHECKPOINT, RESULTS, Rounds
+from shared_iopfl.flare_results import checked_names, collect, draw, publish_sites, score
+from shared_iopfl.flare_server import CHECKPOINT, FAILURES, Rounds
 from shared_iopfl.masks import check_writable
-from shared_iopfl.models import load_weights, model_path, save_atomically
+from shared_iopfl.models import model_path
 from shared_iopfl.provenance import write_run
+from shared_iopfl.report import print_table, write_report
 from shared_iopfl.sites import site_cases
+from shared_iopfl.tables import read_rows
 
 __all__ = ["FlareRun", "federate", "publish_sites"]
 
@@ -51,13 +53,14 @@ class FlareRun:
         bundle: the bundle's folder.
         sites: names of the inside sites, which are the names of FLARE's clients too.
         rounds: number of rounds.
-        output_dir: where the files go: ``models/model.pt``, ``history.csv``, ``run.json`` and ``flare.pt``; on one
-            machine also ``sites/<site>``, what each site keeps to itself, and ``flare``, FLARE's workspace.
+        output_dir: where the files go, those of a one-process run: ``models/model.pt``, ``history.csv``,
+            ``failures.csv``, ``run.json``, TensorBoard events, ``report.html``, and ``flare.pt`` to resume from. On one
+            machine also the final scoring's, ``sites/<site>``, what each site keeps to itself, and ``flare``, FLARE's
+            workspace.
         dataset_dir: folder of the sites; None in production, where each site names its own.
-        min_sites: a round with fewer usable updates ends the job; default: all sites.
         round_timeout: seconds after which a round goes on without those who have not answered; 0: wait for all.
         own_process: a site does each task in a process of its own. That takes longer, but one that dies costs its site
-            the round, where else FLARE ends the whole job.
+            the round, where else FLARE ends the whole job; and one that hangs ends with the round's time.
         settings: any other key of ``federate.json`` or ``train.json``; ``resume`` goes on from ``flare.pt``.
 
     Raises:
@@ -71,7 +74,6 @@ class FlareRun:
         rounds: int,
         output_dir: str,
         dataset_dir: str | None = None,
-        min_sites: int | None = None,
         round_timeout: int = 0,
         own_process: bool = False,
         settings: Mapping[str, Any] | None = None,
@@ -79,15 +81,13 @@ class FlareRun:
         self.bundle = Path(bundle).resolve()
         self.output_dir = Path(output_dir).resolve()
         self.dataset_dir = None if dataset_dir is None else Path(dataset_dir).resolve()
-        given = {**(settings or {}), "sites": _names(sites), "rounds": rounds}
+        given = {**(settings or {}), "sites": checked_names(sites), "rounds": rounds}
         self.device = given.pop("device", None)
-        self.federation, self.settings = describe(self.bundle, given)
+        self.federation, self.scoring, self.settings = describe(self.bundle, given)
         self.sites = self.federation.sites
-        self.min_sites = len(self.sites) if min_sites is None else min_sites
+        self.min_sites = self.federation.failures.min_sites
         self.round_timeout = round_timeout
         self.own_process = own_process
-        if not isinstance(self.min_sites, int) or not 1 <= self.min_sites <= len(self.sites):
-            raise InputError(f"min_sites must be 1 to {len(self.sites)}, the sites, but is {min_sites!r}.")
         if not isinstance(round_timeout, int) or round_timeout < 0:
             raise InputError(f"round_timeout must be whole seconds, 0 for none, but is {round_timeout!r}.")
         self.state: dict[str, Any] = {}
@@ -112,7 +112,7 @@ class FlareRun:
         """
         workspace = self._start_here()
         os.environ["NVFLARE_POC_WORKSPACE"] = str(workspace)
-        env = PocEnv(num_clients=len(self.sites), clients=self.sites)
+        env = PocEnv(num_clients=len(self.sites), clients=self.sites, extra={"login_timeout": LOGIN})
         try:
             return self._finish(Path(self._execute(env).get_result(clean_up=False) or workspace))
         finally:
@@ -161,7 +161,7 @@ class FlareRun:
                 site_cases(self.dataset_dir, site, part, of["split_seed"], of["fractions"])
         workspace = self.output_dir / "flare"
         if self.federation.resume:
-            self._collect(workspace)  # what a run that was cut off has left
+            collect(workspace, self.output_dir, self.federation)  # what a run that was cut off has left
         self._begin()
         for variable in ENVIRONMENT.values():
             os.environ.pop(variable, None)  # they speak of one site; here the job names the paths of all
@@ -204,14 +204,17 @@ class FlareRun:
             rounds=self.federation.rounds,
             min_sites=self.min_sites,
             val_interval=self.federation.val_interval,
+            max_update_norm=self.federation.max_update_norm,
             round_timeout=self.round_timeout,
         )
         with tempfile.TemporaryDirectory() as folder:
             files = Path(folder)
             here = None if self.dataset_dir is None else machine
-            write_files(files, self.bundle, self.federation, self.state, self.device, here)
+            write_files(files, self.bundle, self.federation, self.state, self.round_timeout, self.device, here)
             needed = len(self.sites) if all_there else self.min_sites
-            yield FederationRecipe(f"{self.bundle.name}_federation", rounds, needed, self.own_process, files)
+            python = sys.executable if here else "python3"  # elsewhere, the one that the site's FLARE runs in
+            name = f"{self.bundle.name}_federation"
+            yield FederationRecipe(name, rounds, needed, python if self.own_process else "", files)
 
     def _execute(self, env: Any) -> Any:
         with self._recipe(all_there=isinstance(env, PocEnv)) as recipe:
@@ -220,21 +223,19 @@ class FlareRun:
             except RuntimeError as error:
                 raise InputError(f"FLARE stopped: {str(error).splitlines()[0]}") from error
 
-    def _collect(self, result: Path) -> int:
-        """Bring what the server wrote last to the output folder, as which it is laid out; the number of rounds done."""
-        found = sorted(result.rglob(f"{RESULTS}/{CHECKPOINT}"), key=lambda path: path.stat().st_mtime)
-        if not found:
-            return 0
-        state = read_state(found[-1], self.federation)
-        if self.state and state["run"] != self.state["run"]:  # of an earlier run in the same workspace
-            return 0
-        shutil.copytree(found[-1].parent, self.output_dir, dirs_exist_ok=True)
-        return state["round"]
-
     def _finish(self, result: Path) -> Path:
-        done = max(self._collect(result), self.state["round"])
+        """Bring what the server left to the output folder; once all rounds are done, score and report."""
+        done = max(collect(result, self.output_dir, self.federation, self.state["run"]), self.state["round"])
         if done < self.federation.rounds:
-            raise InputError(f"stopped after {done} of {self.federation.rounds} rounds: the logs in {result} tell why.")
+            rows = read_rows(self.output_dir / FAILURES)
+            why = f"round {rows[-1]['round']}: {rows[-1]['reason']} " if rows else ""
+            raise InputError(
+                f"stopped after {done} of {self.federation.rounds} rounds: {why}The logs in {result} tell more."
+            )
+        if self.dataset_dir is not None:
+            score(self.scoring, self.output_dir, self.dataset_dir, self.sites, self.device)
+        draw(self.output_dir)
+        write_report(self.output_dir)
         return Path(model_path(str(self.output_dir / "models")))
 
 
@@ -245,9 +246,8 @@ def federate(
     rounds: int,
     output_dir: str,
     dataset_dir: str | None = None,
-    min_sites: int | None = None,
     round_timeout: int = 0,
-    own_process: bool = False,
+    own_process: bool | None = None,
     startup_kit: str | None = None,
     username: str | None = None,
     **settings: Any,
@@ -256,12 +256,12 @@ def federate(
 
     Args:
         env: "sim", "poc", or "prod": export, or submit where there is a `startup_kit`.
+        own_process: default: in production, where a site's death must not end the job.
     """
     if env not in ENVIRONMENTS:
         raise InputError(f"unknown env {env!r}: choose {', '.join(ENVIRONMENTS)}.")
-    run = FlareRun(
-        str(bundle), sites, rounds, str(output_dir), dataset_dir, min_sites, round_timeout, own_process, settings
-    )
+    own_process = env == "prod" if own_process is None else own_process
+    run = FlareRun(str(bundle), sites, rounds, str(output_dir), dataset_dir, round_timeout, own_process, settings)
     if env == "prod" and dataset_dir is not None:
         raise InputError("in production each site names its own data (IOPFL_DATASET_DIR there): leave out dataset_dir.")
     if env == "prod" and startup_kit is None:
@@ -271,38 +271,4 @@ def federate(
         print("global model:", run.submit(str(startup_kit), username))
     else:
         print("global model:", run.simulate() if env == "sim" else run.prove())
-
-
-def publish_sites(output_dir: str, sites: Sequence[str]) -> list[Path]:
-    """Publish personalised models: copy them from where their sites keep them to ``models``, as experts for others.
-
-    Args:
-        output_dir: of the run; at a site, its own.
-        sites: whose models; nothing is published unnamed.
-
-    Returns:
-        The published files.
-
-    Raises:
-        InputError: where a site has no personalised model, or it does not fit the global one.
-    """
-    checked = {}
-    for site in _names(sites):
-        folder = Path(output_dir) / "sites" / site
-        weights = load_weights(model_path(str(folder), "personalised", site))
-        check_update(site, weights, load_weights(model_path(str(folder))))
-        checked[site] = weights
-    published = []
-    for site, weights in checked.items():
-        published.append(Path(model_path(str(Path(output_dir) / "models"), "personalised", site)))
-        save_atomically(weights, published[-1])
-    return published
-
-
-def _names(sites: Sequence[str]) -> list[str]:
-    if isinstance(sites, str) or not sites:
-        raise InputError(f"sites must be a list of names, such as \"['BIDMC','HK']\", but is {sites!r}.")
-    for site in sites:
-        if not re.fullmatch(r"[A-Za-z0-9_-]+", str(site)) or site == "server":
-            raise InputError(f"site {site!r} can be no client of FLARE: use letters, digits, '-' and '_'.")
-    return [str(site) for site in sites]
+        print_table(output_dir)

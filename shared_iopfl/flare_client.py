@@ -20,6 +20,7 @@ import hashlib
 import json
 import logging
 import os
+import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping
@@ -33,12 +34,14 @@ from nvflare.apis.fl_constant import FLMetaKey
 from nvflare.app_common.abstract.fl_model import FLModel
 
 from shared_iopfl.errors import InputError, root_input_error
-from shared_iopfl.federation import SiteClient
 from shared_iopfl.masks import check_writable
 from shared_iopfl.models import model_path, save_atomically
+from shared_iopfl.site_client import SiteClient, time_limit
 
-__all__ = ["ENVIRONMENT", "JOB_FILE", "Member", "bundle_fingerprint", "run"]
+__all__ = ["COUNTED", "ENVIRONMENT", "JOB_FILE", "Member", "bundle_fingerprint", "run"]
 
+# what the server tells besides weights and round: site -> the last round in which its update was averaged
+COUNTED = "counted"
 JOB_FILE = "federation.json"
 LOG_FILE = "training.log"
 # what a site says about itself goes before what the job says
@@ -81,6 +84,7 @@ class Member:
         self.folder = Path(self._path("output_dir")) / "sites" / site
         check_writable(self.folder)
         self._client: SiteClient | None = None
+        self._round = 0  # after which the client is as it is
 
     def _path(self, name: str) -> str:
         if not self.paths[name]:
@@ -88,11 +92,14 @@ class Member:
         return self.paths[name]
 
     def client(self, done: int) -> SiteClient:
-        """The site's client, as it was after so many rounds at most.
+        """The site's client, as it was after a round: the last one in which its update counted.
 
         Made at the first task, so that what is wrong at a site fails that task and not the process. It begins with what
-        the site has kept of this run: the process may be new, or the server have fallen back behind the site.
+        the site has kept of this run: the process may be new, the server have fallen back behind the site, or the
+        site's last update have come too late or been refused.
         """
+        if self._round != done:
+            self._client = None
         if self._client is None:
             client = self._make()
             earlier = [number for number in self._states() if number <= done]
@@ -100,7 +107,7 @@ class Member:
                 state = torch.load(self._state(max(earlier)), map_location="cpu", weights_only=True)
                 client.load_state_dict(state)
                 shared.info("goes on from its state after round %d", max(earlier))
-            self._client = client
+            self._client, self._round = client, done
         return self._client
 
     def _make(self) -> SiteClient:
@@ -132,15 +139,21 @@ class Member:
         return [int(path.stem.rpartition("_")[2]) for path in self.folder.glob(f"state_{self.job['run']}_*.pt")]
 
     def _keep(self, client: SiteClient, number: int) -> None:
-        """Keep the state after a round and the one before it: the server may fall back by one round, not by two."""
+        """Keep the state after a round and the one that it began with: the server may fall back by one, not by two."""
         save_atomically(client.state_dict(), self._state(number))
-        for path in set(self.folder.glob("state_*.pt")) - {self._state(number), self._state(number - 1)}:
+        for path in set(self.folder.glob("state_*.pt")) - {self._state(number), self._state(self._round)}:
             path.unlink()
+        self._round = number
 
     def answer(self, task: str, received: FLModel) -> FLModel:
         """Do a task; what goes wrong is told by its kind alone, and in full in the site's own ``training.log``."""
+        # a process's alarm clock rings in its main thread, which does the work where each task has a process of its own
+        main = threading.current_thread() is threading.main_thread()
         try:
-            return self.validate(received) if task == "validate" else self.train(received)
+            with time_limit(self.site, self.job["round_timeout"] if main else 0):
+                # the newest global model, beside the site's own
+                save_atomically(dict(received.params), model_path(str(self.folder)))
+                return self.validate(received) if task == "validate" else self.train(received)
         except Exception as error:
             kind = type(root_input_error(error) or error).__name__
             # FLARE redirects `print`, with which `logging` would format the traceback
@@ -151,12 +164,11 @@ class Member:
 
     def train(self, received: FLModel) -> FLModel:
         """Global weights in, local weights out; the personalised model moves on in the site's folder."""
-        done = received.current_round  # FLARE counts from 0
-        client = self.client(done)
+        client = self.client(self._counted(received))
         began = time.perf_counter()
         update = client.train(received.params)
         seconds = time.perf_counter() - began
-        self._keep(client, done + 1)
+        self._keep(client, received.current_round + 1)  # FLARE counts from 0
         return FLModel(
             params={key: tensor.contiguous() for key, tensor in update.items()},  # FLARE sends no other
             metrics={**client.metrics(), "seconds": seconds},
@@ -165,8 +177,7 @@ class Member:
 
     def validate(self, received: FLModel) -> FLModel:
         """Figures of the global and the personalised model on the site's validation cases."""
-        client = self.client(received.current_round + 1)
-        save_atomically(dict(received.params), model_path(str(self.folder)))
+        client = self.client(self._counted(received))
         models = {"global": received.params, "personalised": client.personalised}
         return FLModel(
             metrics={
@@ -175,6 +186,9 @@ class Member:
                 for metric, value in client.validate(weights).items()
             }
         )
+
+    def _counted(self, received: FLModel) -> int:
+        return int(received.meta[COUNTED].get(self.site, 0))
 
     @contextmanager
     def own_log(self) -> Iterator[None]:

@@ -34,6 +34,7 @@ from shared_iopfl.federation import Federation
 from shared_iopfl.flare_client import JOB_FILE, bundle_fingerprint
 from shared_iopfl.flare_server import CHECKPOINT, Rounds, ServerFiles
 from shared_iopfl.models import save_atomically
+from shared_iopfl.scoring import Scoring
 
 __all__ = ["FederationRecipe", "describe", "first_state", "read_state", "write_files"]
 
@@ -42,6 +43,8 @@ SCRIPT = "iopfl_site.py"
 SCRIPT_TEXT = "from shared_iopfl.flare_client import run\n\nrun(__file__)\n"
 # what belongs to a machine, not to the federation
 OF_THE_MACHINE = ("bundle_root", "dataset_dir", "output_dir", "ckpt_dir", "device")
+# a site outside is routed through published models only; and how long a site may take is round_timeout
+OF_ONE_PROCESS = ("outside_sites", "mode", "preset", "routing", "site_timeout")
 
 
 class FederationRecipe(FedAvgRecipe):
@@ -52,13 +55,13 @@ class FederationRecipe(FedAvgRecipe):
         rounds: the server's part.
         needed: the job starts once so many of its sites are connected, without those who are not; it ends when fewer
             are left.
-        own_process: a site does each task in a process of its own, started by the ``python3`` that its FLARE finds.
+        python: a site does each task in a process of its own, started by this command; "": FLARE's own process does it.
         files: folder with ``server`` and ``client``, whose contents travel with the job (see `write_files`).
     """
 
-    def __init__(self, name: str, rounds: Rounds, needed: int, own_process: bool, files: Path) -> None:
+    def __init__(self, name: str, rounds: Rounds, needed: int, python: str, files: Path) -> None:
         self._rounds = rounds
-        self._own_process = own_process
+        self._python = python
         super().__init__(
             name=name,
             min_clients=needed,
@@ -77,19 +80,19 @@ class FederationRecipe(FedAvgRecipe):
 
     def _prepare_client_apps(self) -> None:
         how: dict[str, Any] = {"execution_mode": ExecutionMode.IN_PROCESS, "task_script_path": SCRIPT}
-        if self._own_process:
-            command = ["python3", "-u", f"custom/{SCRIPT}"]
+        if self._python:
+            command = [self._python, "-u", f"custom/{SCRIPT}"]
             how = {"execution_mode": ExecutionMode.EXTERNAL_PROCESS, "command": command, "launch_once": False}
         how |= {"params_exchange_format": ExchangeFormat.PYTORCH, "server_expected_format": ExchangeFormat.PYTORCH}
         for site in self._rounds.sites:  # and no other client of the FLARE system
             self._job.to(ClientAPIExecutor(**how), site)
 
 
-def describe(bundle: Path, given: Mapping[str, Any]) -> tuple[Federation, dict[str, Any]]:
+def describe(bundle: Path, given: Mapping[str, Any]) -> tuple[Federation, Scoring, dict[str, Any]]:
     """The run that ``federate.json`` describes with some of its settings, or ``train.json``'s, given.
 
     Returns:
-        The run, its overrides without anything of this machine, and its settings as ``run.json`` has them.
+        The run and its final scoring, both without anything of this machine, and its settings as in ``run.json``.
 
     Raises:
         InputError: for an unknown setting, or one that is more than data.
@@ -106,6 +109,8 @@ def describe(bundle: Path, given: Mapping[str, Any]) -> tuple[Federation, dict[s
         key = name.split("#")[0]
         if not _plain(value):
             raise InputError(f"{name} must be a plain value, but is {value!r}: a site evaluates nothing of others.")
+        if key in OF_ONE_PROCESS:
+            raise InputError(f"'{key}' is a setting of the one-process run; docs/flare.md says what to do instead.")
         if name in OF_THE_MACHINE or not any(key in config for config in configs):
             raise InputError(f"unknown setting '{name}': it is no key of {bundle}/configs/federate.json or train.json.")
         if key in configs[0]:
@@ -115,14 +120,15 @@ def describe(bundle: Path, given: Mapping[str, Any]) -> tuple[Federation, dict[s
     federate["bundle_root"] = str(bundle)
     try:
         federation = federate.get_parsed_content("federation")
+        scoring = federate.get_parsed_content("scoring")
         settings = federate.get_parsed_content("settings")
     except RuntimeError as error:  # as MONAI hands on what a component raises
         raise root_input_error(error) or error from error
     federation.overrides.update(of_site)
-    for content in (federation.overrides, settings):
+    for content in (federation.overrides, scoring.overrides, settings):
         for name in OF_THE_MACHINE:
             content.pop(name, None)
-    return federation, {**settings, **of_site}
+    return federation, scoring, {**settings, **of_site}
 
 
 def _plain(value: Any) -> bool:
@@ -145,7 +151,8 @@ def first_state(bundle: Path, federation: Federation) -> dict[str, Any]:
         torch.manual_seed(federation.seed)
         weights: dict[str, Tensor] = dict(parser.get_parsed_content("network_def").state_dict())
     run = uuid.uuid4().hex[:12]
-    return {"settings": federation.settings(), "run": run, "round": 0, "weights": weights, "history": []}
+    tables: dict[str, list] = {"history": [], "failures": []}
+    return {"settings": federation.settings(), "run": run, "round": 0, "weights": weights, **tables}
 
 
 def read_state(path: Path, federation: Federation) -> dict[str, Any]:
@@ -173,6 +180,7 @@ def write_files(
     bundle: Path,
     federation: Federation,
     state: Mapping[str, Any],
+    round_timeout: int = 0,
     device: str | None = None,
     machine: Mapping[str, str] | None = None,
 ) -> None:
@@ -183,6 +191,7 @@ def write_files(
         bundle: the bundle's folder.
         federation: what is run.
         state: the checkpoint to begin with.
+        round_timeout: seconds that a site may take for a task; 0: no limit.
         device: that the sites train on; None: CUDA where there is some.
         machine: where bundle, dataset_dir and output_dir lie, if everything is on this machine; else each site says it.
     """
@@ -194,6 +203,7 @@ def write_files(
         "run": state["run"],
         "rounds": federation.rounds,
         "local_epochs": federation.local_epochs,
+        "round_timeout": round_timeout,
         "seed": federation.seed,
         "overrides": federation.overrides,
     }

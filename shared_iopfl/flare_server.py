@@ -10,14 +10,14 @@
 # limitations under the License.
 """What runs at NVIDIA FLARE's server: the rounds, and what is kept of them.
 
-The server needs this package and no data. It receives local weights and numbers, checks them, and averages with the
-very function of the one-process run, in the order of the sites: both engines give the same global weights.
+The server needs this package and no data. It receives local weights and numbers, checks and averages them with the
+very functions of the one-process run, in the order of the sites: both engines give the same global weights.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +34,17 @@ from nvflare.fuel.utils import fobs
 from torch import Tensor
 
 from shared_iopfl.errors import InputError
-from shared_iopfl.federation import HISTORY, check_update, weighted_average
+from shared_iopfl.federation import HISTORY
+from shared_iopfl.flare_client import COUNTED
 from shared_iopfl.models import model_path, save_atomically
 from shared_iopfl.tables import write_rows
+from shared_iopfl.updates import check_update, far_off, weighted_average
 
-__all__ = ["CHECKPOINT", "RESULTS", "Rounds", "ServerFiles"]
+__all__ = ["CHECKPOINT", "FAILURES", "RESULTS", "Rounds", "ServerFiles"]
 
 RESULTS = "iopfl"  # folder in the server's run, laid out as the output_dir of a one-process run
 CHECKPOINT = "flare.pt"
+FAILURES = "failures.csv"
 
 
 class ServerFiles(ModelPersistor):
@@ -52,33 +55,44 @@ class ServerFiles(ModelPersistor):
     Attributes:
         round: the last one done.
         history: rows of ``history.csv``.
+        failures: rows of ``failures.csv``.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.state: dict[str, Any] = {}
         self.history: list[dict[str, Any]] = []
+        self.failures: list[dict[str, Any]] = []
 
     @property
     def round(self) -> int:
         return self.state["round"]
 
+    def counted(self) -> dict[str, int]:
+        """The last round, this one included, in which a site's update was averaged; site -> round."""
+        local = (row for row in self.history if row["model"] == "local" and row["metric"] != "failed")
+        return {row["site"]: row["round"] for row in local}
+
     def load_model(self, fl_ctx: FLContext) -> ModelLearnable:
         fobs.register(TensorDecomposer)  # weights cross the wire as tensors, of whatever precision they are
         folder = fl_ctx.get_engine().get_workspace().get_app_custom_dir(fl_ctx.get_job_id())
         self.state = torch.load(Path(folder) / CHECKPOINT, map_location="cpu", weights_only=True)
-        self.history = list(self.state["history"])
+        self.history, self.failures = list(self.state["history"]), list(self.state["failures"])
+        save_atomically(self.state, self._folder(fl_ctx) / CHECKPOINT)  # of a run that ends in its first round, too
         return make_model_learnable(weights=self.state["weights"], meta_props={})
 
     def save_model(self, model: ModelLearnable, fl_ctx: FLContext) -> None:
         weights = model[ModelLearnableKey.WEIGHTS]
-        self.state = {**self.state, "round": self.round + 1, "weights": weights, "history": self.history}
-        self.save_history(fl_ctx)
+        tables = {"history": self.history, "failures": self.failures}
+        self.state = {**self.state, "round": self.round + 1, "weights": weights, **tables}
+        self.save_tables(fl_ctx)
         save_atomically(weights, model_path(str(self._folder(fl_ctx) / "models")))
         save_atomically(self.state, self._folder(fl_ctx) / CHECKPOINT)
 
-    def save_history(self, fl_ctx: FLContext) -> None:
+    def save_tables(self, fl_ctx: FLContext) -> None:
         write_rows(self._folder(fl_ctx) / "history.csv", HISTORY, self.history)
+        if self.failures:
+            write_rows(self._folder(fl_ctx) / FAILURES, ("round", "site", "reason"), self.failures)
 
     @staticmethod
     def _folder(fl_ctx: FLContext) -> Path:
@@ -91,15 +105,17 @@ class Rounds(ModelController):
     FLARE's own `FedAvg` adds updates up in the order of their arrival, in single precision, integer buffers too; waits
     for every site without end, or takes a random choice of them; and leaves the last global model without a score.
 
-    A site that fails, does not answer in time or sends what does not fit is left out of the round; it is asked again in
-    the next one.
+    A site that fails, does not answer in time or sends what does not fit is left out of the round. It is asked again in
+    the next one, and told which of its updates was the last to count: from there it goes on.
 
     Args:
         sites: the sites, in the order in which they are averaged.
         rounds: number of rounds.
         min_sites: a round with fewer usable updates ends the job.
         val_interval: have both models scored every so many rounds (and at the end); 0: never.
-        round_timeout: seconds after which a round goes on without those who have not answered; 0: wait for all.
+        max_update_norm: refuse updates that lie so many times as far off as the others' median; 0: no bound.
+        round_timeout: seconds to train, and again to score, after which a round goes on without those who have not
+            answered; 0: wait for all.
         persistor_id: the component that keeps the global model.
     """
 
@@ -109,6 +125,7 @@ class Rounds(ModelController):
         rounds: int,
         min_sites: int,
         val_interval: int = 1,
+        max_update_norm: float = 10.0,
         round_timeout: int = 0,
         persistor_id: str = AppConstants.DEFAULT_PERSISTOR_ID,
     ) -> None:
@@ -117,6 +134,7 @@ class Rounds(ModelController):
         self.rounds = rounds
         self.min_sites = min_sites
         self.val_interval = val_interval
+        self.max_update_norm = max_update_norm
         self.round_timeout = round_timeout
         self.persistor_id = persistor_id
         self.round = 0
@@ -134,34 +152,40 @@ class Rounds(ModelController):
                     self._validate(model)
                 self.save_model(model)
         finally:
-            self.persistor.save_history(self.fl_ctx)
+            self.persistor.save_tables(self.fl_ctx)
 
     def _train(self, model: FLModel) -> dict[str, Tensor]:
         """The mean of the sites' local weights, each weighed by its number of training cases."""
         updates: dict[str, Mapping[str, Tensor]] = {}
         counts: dict[str, float] = {}
-        for site, reply in self._ask("train", model).items():
+        metrics: dict[str, dict[str, float]] = {}
+        for site, reply in self._ask("train", model, self.sites).items():
             try:
                 count = _number(reply.meta.get(FLMetaKey.NUM_STEPS_CURRENT_ROUND))
                 if count <= 0:
                     raise InputError(f"site '{site}' says that it has {count} training cases.")
                 check_update(site, reply.params, model.params)
-                metrics = {name: _number(value) for name, value in (reply.metrics or {}).items()}
+                metrics[site] = {name: _number(value) for name, value in (reply.metrics or {}).items()}
             except Exception as error:  # whatever a site sends, the others go on
                 self._fail(site, str(error))
                 continue
             updates[site], counts[site] = reply.params, count
-            self._note(site, "local", metrics)
+        for site, refusal in far_off(updates, model.params, self.max_update_norm).items():
+            del updates[site]
+            self._fail(site, str(refusal))
         if len(updates) < self.min_sites:
             raise InputError(
                 f"round {self.round}: {len(updates)} of {len(self.sites)} sites sent a usable update, fewer than "
-                f"min_sites {self.min_sites}; the log tells what became of the others."
+                f"min_sites {self.min_sites}; {FAILURES} tells what became of the others."
             )
+        for site in updates:
+            self._note(site, "local", metrics[site])
         return weighted_average(updates, counts)
 
     def _validate(self, model: FLModel) -> None:
-        """Every site scores the global model and its own personalised one; only the figures come here."""
-        for site, reply in self._ask(AppConstants.TASK_VALIDATION, model).items():
+        """The sites that delivered score the global model and their personalised ones; only the figures come here."""
+        delivered = [site for site in self.sites if self.persistor.counted().get(site) == self.round]
+        for site, reply in self._ask(AppConstants.TASK_VALIDATION, model, delivered).items():
             try:
                 metrics = {name: _number(value) for name, value in reply.metrics.items()}
             except Exception as error:
@@ -171,26 +195,31 @@ class Rounds(ModelController):
                 whose, _, metric = name.partition("/")
                 self._note(site, whose, {metric: value})
 
-    def _ask(self, task: str, model: FLModel) -> dict[str, FLModel]:
-        """The sites' answers, in the order of `sites`; one that has none is noted and left out."""
+    def _ask(self, task: str, model: FLModel, sites: Sequence[str]) -> dict[str, FLModel]:
+        """The answers of some sites, in their order; one that has none is noted and left out."""
         there = {client.name for client in self.engine.get_clients()}
-        targets = [site for site in self.sites if site in there]
-        replies = self.send_model_and_wait(task_name=task, data=model, targets=targets, timeout=self.round_timeout)
+        targets = [site for site in sites if site in there]
+        model.meta = {COUNTED: self.persistor.counted()}
+        replies = []
+        if targets:  # to FLARE, no targets are all clients
+            replies = self.send_model_and_wait(task_name=task, data=model, targets=targets, timeout=self.round_timeout)
         if self.abort_signal.triggered:
             raise InputError(f"round {self.round}: the job was ended from outside.")
         by_site = {reply.meta["client_name"]: reply for reply in replies}
         answers = {}
-        for site in self.sites:
+        for site in sites:
             if site not in by_site:
-                self._fail(site, f"no answer to '{task}'.")
+                self._fail(site, f"no answer to '{task}'" + ("." if site in targets else ": it is not connected."))
             elif error := by_site[site].meta.get("error"):
-                self._fail(site, f"{error} at '{task}'; the site's own training.log tells more.")
+                kind = str(error) if str(error).isidentifier() else "an error"  # a class's name, not any text
+                self._fail(site, f"{kind[:40]} at '{task}'; the site's own training.log tells more.")
             else:
                 answers[site] = by_site[site]
         return answers
 
     def _fail(self, site: str, reason: str) -> None:
         self.warning(f"Round {self.round}: site '{site}' is left out: {reason}")
+        self.persistor.failures.append({"round": self.round, "site": site, "reason": reason})
         self._note(site, "local", {"failed": 1.0})
 
     def _note(self, site: str, model: str, metrics: Mapping[str, float]) -> None:

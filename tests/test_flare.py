@@ -43,7 +43,8 @@ from shared_iopfl import flare_client, flare_server
 from shared_iopfl.errors import InputError
 from shared_iopfl.federation import Federation
 from shared_iopfl.flare import FlareRun, federate, publish_sites
-from shared_iopfl.flare_client import Member
+from shared_iopfl.flare_client import COUNTED, Member
+from shared_iopfl.flare_results import collect
 from shared_iopfl.flare_server import Rounds, ServerFiles
 from shared_iopfl.models import load_weights
 from shared_iopfl.phantoms import make_prostate_sites
@@ -60,6 +61,7 @@ TINY: dict[str, Any] = {
     "val_interval": 1,
     "tensorboard": False,
 }
+LENIENT = {**TINY, "device": "cpu", "min_sites": 1}
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +162,12 @@ class RoundsHere(Rounds):
     def send_model_and_wait(self, **kwargs: Any) -> list[FLModel]:
         assert kwargs["timeout"] == self.round_timeout
         return self.wire.carry(kwargs["task_name"], kwargs["data"], kwargs["targets"])
+
+
+def received(weights: Mapping[str, Tensor], number: int, counted: int | None = None) -> FLModel:
+    """A task as it reaches site A: the rounds done before, and the last one in which its update counted."""
+    last = number if counted is None else counted
+    return FLModel(params=dict(weights), current_round=number, meta={COUNTED: {"A": last}})
 
 
 def unchanged(site: str, task: str, number: int, reply: FLModel) -> FLModel:
@@ -282,7 +290,7 @@ def test_site_that_fails_is_left_out_of_the_round_and_comes_back_as_it_was(datas
 
     broken: list[FakeClient] = []
     monkeypatch.setattr(fake, "train", out_of_memory)
-    run = flare_run(tmp_path / "flare", dataset, rounds=3, min_sites=1)
+    run = flare_run(tmp_path / "flare", dataset, rounds=3, settings=LENIENT)
     rounds = run_here(run, tmp_path / "work")
     run._finish(tmp_path / "work")
     assert failed(tmp_path / "flare") == [("2", "A")]
@@ -310,7 +318,7 @@ def test_training_log_at_the_site_has_the_whole_error(dataset, tmp_path, fake, m
     job = json.loads((tmp_path / "prostate_iopfl_federation/app_A/custom/federation.json").read_text())
     member = Member(job, "A")
     with member.own_log():
-        reply = member.answer("train", FLModel(params={}, current_round=0))
+        reply = member.answer("train", received({}, 0))
     assert (reply.params, reply.metrics, reply.meta) == (None, {}, {"error": "InputError"})
     log = (tmp_path / "flare" / "sites" / "A" / "training.log").read_text()
     assert "Case00.nii.gz cannot be read" in log
@@ -364,7 +372,7 @@ def test_update_that_does_not_fit_is_refused_and_the_others_go_on(spoil):
     told: list[str] = []
     rounds = Rounds(sites=SITES, rounds=1, min_sites=1)
     rounds.persistor, rounds.warning = ServerFiles(), told.append
-    rounds._ask = lambda task, model: replies  # type: ignore[method-assign]
+    rounds._ask = lambda task, model, sites: replies  # type: ignore[method-assign]
     average = rounds._train(FLModel(params={"w": torch.zeros(2), "n": torch.tensor(0)}))
     expected = 0.5 if spoil is None else 1.0
     assert average["w"].tolist() == [expected, expected]
@@ -398,7 +406,7 @@ def test_run_cut_off_at_any_instant_and_resumed_ends_with_the_same_weights(datas
     def train(output_dir: Path, workspace: Path, resume: bool) -> dict[str, Tensor]:
         run = flare_run(output_dir, dataset, settings={**TINY, "device": "cpu", "resume": resume})
         if resume:
-            run._collect(workspace.parent)
+            collect(workspace.parent, output_dir, run.federation)
         run_here(run, workspace, tick)
         return load_weights(run._finish(workspace))
 
@@ -433,7 +441,7 @@ def test_run_is_not_resumed_with_other_settings(dataset, tmp_path, fake):
 
 
 def test_job_carries_settings_for_the_named_sites_and_nothing_of_the_machine(tmp_path):
-    job = flare_run(tmp_path / "flare", None, min_sites=1, round_timeout=60).export()
+    job = flare_run(tmp_path / "flare", None, settings={**TINY, "min_sites": 1}, round_timeout=60).export()
     files = {str(path.relative_to(job)) for path in job.rglob("*") if path.is_file()}
     of_site = {"config/config_fed_client.json", "custom/federation.json", "custom/iopfl_site.py"}
     expected = {"meta.json", "app_server/config/config_fed_server.json", "app_server/custom/flare.pt"}
@@ -460,8 +468,8 @@ def test_job_carries_settings_for_the_named_sites_and_nothing_of_the_machine(tmp
         ({"sites": ["A", "C"]}, "site 'C' is not known"),
         ({"sites": ["A", "one"]}, "needs at least 3 cases"),
         ({"rounds": 0}, "rounds and local_epochs must be at least 1"),
-        ({"min_sites": 3}, "min_sites must be 1 to 2"),
-        ({"min_sites": 0}, "min_sites must be 1 to 2"),
+        ({"min_sites": 3}, "min_sites must be 0 (all) to 2"),
+        ({"min_sites": -1}, "min_sites must be 0 (all) to 2"),
         ({"round_timeout": -1}, "round_timeout must be"),
         ({"env": "cloud"}, "unknown env 'cloud'"),
         ({"dataset_dir": None}, "no dataset_dir"),
@@ -513,6 +521,7 @@ JOB: dict[str, Any] = {
     "run": "run",
     "rounds": 2,
     "local_epochs": 3,
+    "round_timeout": 0,
     "seed": 0,
     "overrides": {"alpha": 0.5, "dataset_dir": "/of/the/overrides"},
 }
@@ -557,7 +566,7 @@ def test_site_keeps_two_states_of_its_run_and_none_of_another(tmp_path, fake):
     for run in ("first", "second"):
         member = Member({**JOB, "run": run}, "A", place)
         for number in range(4):
-            assert member.answer("train", FLModel(params=dict(weights), current_round=number)).params
+            assert member.answer("train", received(weights, number)).params
         names = sorted(path.name for path in member.folder.glob("state_*"))
         assert names == [f"state_{run}_{number}.pt" for number in (3, 4)]
     assert Member({**JOB, "run": "first"}, "A", place).client(4).epoch == 0
@@ -566,8 +575,8 @@ def test_site_keeps_two_states_of_its_run_and_none_of_another(tmp_path, fake):
 
 def test_site_scores_the_global_model_and_its_own(tmp_path, fake):
     member = Member(JOB, "A", {"IOPFL_OUTPUT_DIR": str(tmp_path), "IOPFL_BUNDLE": str(BUNDLE)})
-    member.answer("train", FLModel(params={"w": torch.zeros(2)}, current_round=0))
-    figures = member.answer("validate", FLModel(params={"w": torch.full((2,), 7.0)}, current_round=0)).metrics
+    member.answer("train", received({"w": torch.zeros(2)}, 0))
+    figures = member.answer("validate", received({"w": torch.full((2,), 7.0)}, 0, counted=1)).metrics
     own = float(member.client(1).personalised["w"].double().mean())
     assert figures == {"global/val_mean_dice": 7.0, "personalised/val_mean_dice": own}
     assert own != 7.0
