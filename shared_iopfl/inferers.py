@@ -44,6 +44,13 @@ STEP_PIXELS = 2**18  # a backward: 16 slices of 128 x 128, one of 384 x 384
 SITE_SLICES = 128  # of all its scans, for the statistics of a site's network: one forward's memory
 
 
+class _Weights(dict[str, Tensor]):
+    """A state_dict of few words: MONAI Label writes an inferer's attributes into its log at every request."""
+
+    def __repr__(self) -> str:
+        return f"{len(self)} tensors"
+
+
 class TestTimeRoutingInferer(StackInferer):
     """Routes each scan through the space of the experts; see `RoutingSettings` for how.
 
@@ -90,7 +97,9 @@ class TestTimeRoutingInferer(StackInferer):
             raise InputError(f"unknown mode '{mode}': choose one of {', '.join(get_args(Mode))}.")
         if output not in get_args(Output):
             raise InputError(f"unknown output '{output}': choose one of {', '.join(get_args(Output))}.")
-        self.experts = dict(experts or {})
+        self.experts: dict[str, Mapping[str, Tensor]] = {
+            name: _Weights(state) for name, state in (experts or {}).items()
+        }
         self.mode: Mode = mode
         self.settings = settings or RoutingSettings()
         self.output: Output = output
@@ -103,8 +112,12 @@ class TestTimeRoutingInferer(StackInferer):
         self._built: tuple[weakref.ref[nn.Module], dict[str, Tensor], RoutedNetwork] | None = None
 
     def __call__(self, inputs: Tensor, network: Network, *args: Any, **kwargs: Any) -> Tensor:
-        """Logits (B, C, *spatial) of scans (B, C_in, *spatial); each scan of the batch is routed on its own."""
-        if self.mode == "off" or not self.experts:
+        """Logits (B, C, *spatial) of scans (B, C_in, *spatial); each scan of the batch is routed on its own.
+
+        A network that is one expert among others was chosen as it is (a MONAI Label client names a site's model file):
+        plain inference.
+        """
+        if self.mode == "off" or not self.experts or (self.mode == "episodic" and self._is_expert(network)):
             return super().__call__(inputs, network)
         with self._lock:
             if self.mode == "site":
@@ -243,11 +256,22 @@ class TestTimeRoutingInferer(StackInferer):
             dropout=settings.dropout,
             seed=self.seed,
         )
-        self._built = (weakref.ref(network), {key: tensor.clone() for key, tensor in state.items()}, routed)
+        kept = _Weights((key, tensor.clone()) for key, tensor in state.items())
+        self._built = (weakref.ref(network), kept, routed)
         return routed
 
     def _space(self, network: nn.Module) -> dict[str, Mapping[str, Tensor]]:
         return {"global": network.state_dict(), **self.experts}
+
+    def _is_expert(self, network: Network) -> bool:
+        """Whether a network is one expert among others, by value."""
+        if not isinstance(network, nn.Module) or len(self.experts) < 2:
+            return False
+        state = network.state_dict()
+        return any(
+            state.keys() == expert.keys() and all(torch.equal(state[key].cpu(), expert[key].cpu()) for key in state)
+            for expert in self.experts.values()
+        )
 
     def _start(self, distances: Tensor, experts: Sequence[str]) -> Tensor:
         """The starting routes (E,)."""

@@ -53,6 +53,27 @@ def test_without_routing_it_is_plain_inference(kwargs):
     assert not inferer.reports
 
 
+@torch.no_grad()
+def test_a_site_that_asks_for_its_own_model_gets_that_model():
+    """A network that is one of the experts is not routed; after it, the global model is as before."""
+    inferer, scan = routing(), volume(3)
+    before = inferer(scan, unet())
+    for number, expert in enumerate(experts(2).values(), 1):
+        chosen = unet(number)
+        assert all(torch.equal(tensor, expert[key]) for key, tensor in chosen.state_dict().items())
+        assert torch.equal(inferer(scan, chosen), StackInferer()(scan, chosen))
+    assert len(inferer.reports) == 1
+    assert torch.equal(inferer(scan, unet()), before)
+
+
+@torch.no_grad()
+def test_its_attributes_can_be_logged():
+    """MONAI Label prints them at every request: thousands of lines of weights would bury all else."""
+    inferer = routing()
+    inferer(volume(2), unet())
+    assert len(str(inferer.__dict__)) < 20_000
+
+
 # ---- every preset, every kind of input ------------------------------------------------------------------------------
 
 
