@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""``python -m benchmarks routing|adaptation|training|scaling``: prints one JSON object."""
+"""``python -m benchmarks routing|adaptation|training|scaling|accuracy``: prints one JSON object."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ from typing import Any
 
 import fire
 
-from benchmarks import adaptation, routing, scaling, training
+from benchmarks import accuracy, adaptation, routing, scaling, training
 
 BENCHMARKS: dict[str, Callable[..., dict[str, Any]]] = {
     "routing": routing.measure,
     "adaptation": adaptation.measure,
     "training": training.measure,
     "scaling": scaling.measure,
+    "accuracy": accuracy.measure,
 }
 
 
@@ -34,7 +35,7 @@ def main(name: str, **options: Any) -> None:
     """Run one benchmark.
 
     Args:
-        name: routing, adaptation, training or scaling.
+        name: routing, adaptation, training, scaling or accuracy.
         options: --device cuda, --repeats, --features, --image_size and what else the benchmark's `measure` takes.
     """
     if name not in BENCHMARKS:

@@ -12,7 +12,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -21,6 +22,8 @@ from benchmarks.timing import alternate, machine
 from shared_iopfl.routing import collapse, route
 
 __all__ = ["measure"]
+
+KINDS = ("sample", "volume", "layer", "collapsed")
 
 
 @torch.no_grad()
@@ -33,6 +36,7 @@ def measure(
     batch_size: int = 4,
     repeats: int = 5,
     naive_too: bool = False,
+    kinds: str | Sequence[str] = KINDS,
 ) -> dict[str, Any]:
     """Time forwards of `slices` in batches of `batch_size`, seven experts (six sites and the global model).
 
@@ -44,6 +48,7 @@ def measure(
         batch_size: slices a forward.
         repeats: timed pairs.
         naive_too: time the loop over samples and experts as well.
+        kinds: which to time: a router's routes for each "sample" or "volume", free routes a "layer", "collapsed".
     """
     place = torch.device(device)
     network = make_network(features, place)
@@ -59,21 +64,18 @@ def measure(
     ratios: dict[str, Any] = {}
     seconds: dict[str, Any] = {}
     differences: dict[str, float] = {}
-    kinds: list[Literal["sample", "volume", "layer"]] = ["sample", "volume", "layer"]
-    for per in kinds:
+    few = inputs[: min(3, slices)]
+    for kind in (kind for kind in KINDS if kind in kinds):
+        per: Any = "layer" if kind == "collapsed" else kind
         routed = route(network, space, per=per, random=True)
-        few = inputs[: min(3, slices)]
         slow = naive(routed)
-        differences[per] = agree(routed(few), slow(few))
-        timed = alternate(through(routed), through(network), place, repeats)
-        ratios[f"routed_{per}_over_plain"], seconds[per] = timed["ratio"], timed["seconds"]
+        fast = collapse(routed).eval() if kind == "collapsed" else routed
+        differences[kind] = agree(fast(few), slow(few))
+        timed = alternate(through(fast), through(network), place, repeats)
+        ratios[f"routed_{kind}_over_plain"], seconds[kind] = timed["ratio"], timed["seconds"]
         seconds["plain"] = timed["seconds_of_other"]
-        if naive_too and per == "sample":
-            ratios["naive_sample_over_plain"] = alternate(through(slow), through(network), place, 1, 0)["ratio"]
-    site = collapse(routed).eval()
-    differences["collapsed"] = agree(site(few), routed(few))
-    ratios["collapsed_over_plain"] = alternate(through(site), through(network), place, repeats)["ratio"]
-    ratios["routed_over_plain"] = ratios["routed_sample_over_plain"]
+        if naive_too:
+            ratios[f"naive_{kind}_over_plain"] = alternate(through(slow), through(network), place, 1, 0)["ratio"]
     settings = {
         "experts": experts,
         "slices": slices,

@@ -12,11 +12,12 @@
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import fire
 import torch
+from torch import Tensor
 
 from benchmarks.networks import agree, make_experts, make_network, naive
 from benchmarks.timing import alternate, machine, peak_memory, print_peak
@@ -24,10 +25,12 @@ from shared_iopfl.routing import RoutedNetwork, route
 
 __all__ = ["measure"]
 
+KINDS = ("volume", "sample", "memory")
 
-def _routed(features: int, experts: int, place: torch.device) -> RoutedNetwork:
+
+def _routed(features: int, experts: int, place: torch.device, per: Any = "volume") -> RoutedNetwork:
     network = make_network(features, place)
-    return route(network, {"global": network.state_dict(), **make_experts(network, experts - 1)}, per="volume")
+    return route(network, {"global": network.state_dict(), **make_experts(network, experts - 1)}, per, random=True)
 
 
 def _volume(slices: int, image_size: int, place: torch.device) -> torch.Tensor:
@@ -44,6 +47,7 @@ def measure(
     image_size: int = 384,
     features: int = 32,
     repeats: int = 3,
+    kinds: str | Sequence[str] = KINDS,
 ) -> dict[str, Any]:
     """Time forwards of a volume in batches of 4, and measure the memory of each in a process of its own.
 
@@ -53,27 +57,36 @@ def measure(
         slices, image_size: of the volume.
         features: of BasicUNet.
         repeats: timed pairs.
+        kinds: which to measure: routes a "volume" (one set a batch), a "sample", and "memory".
     """
     place = torch.device(device)
     inputs = _volume(slices, image_size, place)
-    small, large = (_routed(features, count, place) for count in (few, many))
     part = inputs[:2]
-    differences = {"few": agree(small(part), naive(small)(part)), "many": agree(large(part), naive(large)(part))}
+    ratios: dict[str, Any] = {}
+    seconds: dict[str, Any] = {}
+    differences: dict[str, float] = {}
+    memory: dict[str, float] = {}
 
     def through(network: RoutedNetwork) -> Any:
         return lambda: [network(batch) for batch in inputs.split(4)]
 
-    timed = alternate(through(large), through(small), place, repeats)
-    memory = {
-        name: peak_memory("benchmarks.scaling", device, str(count), str(batch), str(image_size), str(features))
-        for name, count, batch in (("few", few, 1), ("many", many, 1), ("few_4", few, 4), ("many_4", many, 4))
-    }
+    for kind in (kind for kind in KINDS[:-1] if kind in kinds):
+        small, large = (_routed(features, count, place, kind) for count in (few, many))
+        for name, network in (("few", small), ("many", large)):
+            differences[f"{name}_{kind}"] = agree(network(part), naive(network)(part))
+        timed = alternate(through(large), through(small), place, repeats)
+        ratios[f"many_over_few_{kind}"] = timed["ratio"]
+        seconds.update({f"many_{kind}": timed["seconds"], f"few_{kind}": timed["seconds_of_other"]})
+    if "memory" in kinds:
+        for name, count, batch in (("few", few, 1), ("many", many, 1), ("few_4", few, 4), ("many_4", many, 4)):
+            arguments = [device, str(count), str(batch), str(image_size), str(features)]
+            memory[name] = peak_memory("benchmarks.scaling", *arguments)
     weights = sum(tensor.numel() * 4 for tensor in make_network(features, place).state_dict().values()) / 2**30
     # what a sample more adds must not depend on how many experts there are
-    more = {name: round(memory[f"{name}_4"] - memory[name], 3) for name in ("few", "many")}
+    more = {name: round(memory[f"{name}_4"] - memory[name], 3) for name in ("few", "many") if name in memory}
     return {
-        "ratios": {"many_over_few": timed["ratio"]},
-        "seconds": {"many": timed["seconds"], "few": timed["seconds_of_other"]},
+        "ratios": ratios,
+        "seconds": seconds,
         "peak_memory_gib": memory,
         "three_samples_more_gib": more,
         "weights_of_one_expert_gib": round(weights, 4),
@@ -83,13 +96,36 @@ def measure(
     }
 
 
+class _Unread(Mapping[str, Tensor]):
+    """A model whose tensors are made as they are asked for, so that the routed network alone takes memory."""
+
+    def __init__(self, like: dict[str, Tensor], seed: int) -> None:
+        self.like, self.seed = like, seed
+
+    def __getitem__(self, key: str) -> Tensor:
+        if not self.like[key].is_floating_point():
+            return self.like[key]
+        # positive, as variances are; what the weights are does not matter here
+        return self.like[key].abs() + torch.rand(
+            self.like[key].shape, generator=torch.Generator().manual_seed(self.seed)
+        )
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.like)
+
+    def __len__(self) -> int:
+        return len(self.like)
+
+
 @torch.no_grad()
 def memory(device: str, experts: int, batch: int, image_size: int, features: int) -> None:
     """Run one batch and print the peak, in a process of its own; started by :func:`measure`."""
     place = torch.device(device)
-    _routed(features, experts, place)(_volume(batch, image_size, place))
+    network = make_network(features, place)
+    like = {key: tensor.cpu() for key, tensor in network.state_dict().items()}
+    route(network, {str(n): _Unread(like, n) for n in range(experts)}, "volume")(_volume(batch, image_size, place))
     print_peak(place)
 
 
 if __name__ == "__main__":
-    sys.exit(fire.Fire(memory))
+    fire.Fire(memory)

@@ -8,33 +8,41 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What a federated round costs over its sites' bare training loops, and how much of a step is data loading."""
+"""What a federation costs over plain training loops, how much of them is data loading, and how much memory it takes."""
 
 from __future__ import annotations
 
+import sys
 import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal, get_args
 
+import fire
 import torch
 from monai.bundle import ConfigParser
 from torch import Tensor
 
 from benchmarks.networks import agree
-from benchmarks.timing import alternate, machine, spread
+from benchmarks.timing import alternate, machine, peak_memory, print_peak, spread
 from shared_iopfl.federation import Federation, SiteClient
 from shared_iopfl.handlers import RoundHandler
-from shared_iopfl.phantoms import make_prostate_sites
+from shared_iopfl.phantoms import make_fundus_sites, make_prostate_sites
 
 __all__ = ["measure"]
 
-BUNDLE = Path(__file__).parents[1] / "bundles" / "prostate_iopfl"
+Task = Literal["prostate", "fundus"]
+BUNDLES = Path(__file__).parents[1] / "bundles"
+VOLUME_SLICES = 24
 
 
 class _BareSite:
-    """A site's training as a plain PyTorch loop, on the very objects that its client uses."""
+    """A site's training as a plain PyTorch loop, on the very objects that its client uses.
+
+    Attributes:
+        loading: seconds that :meth:`train` has spent waiting for batches; on CUDA, the device computes meanwhile.
+    """
 
     def __init__(self, client: SiteClient, device: torch.device) -> None:
         parser: ConfigParser = client.algo.train_workflow.parser  # type: ignore[union-attr]
@@ -45,6 +53,7 @@ class _BareSite:
         self.amp = bool(parser.get_parsed_content("amp"))
         self.bf16 = bool(parser.get_parsed_content("bf16"))
         self.device = device
+        self.loading = 0.0
 
     def train(self, weights: dict[str, Tensor], epoch: int = 0, seed: int = 0) -> dict[str, Tensor]:
         """One round from the global weights; returns the local ones."""
@@ -53,7 +62,9 @@ class _BareSite:
         self.network.load_state_dict(weights)
         self.network.train()
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp)
+        began = time.perf_counter()
         for batch in self.loader:
+            self.loading += time.perf_counter() - began
             images, labels = (batch[key].to(self.device, non_blocking=True) for key in ("image", "label"))
             self.optimizer.zero_grad()
             kind = torch.bfloat16 if self.bf16 else None
@@ -62,90 +73,105 @@ class _BareSite:
             scaler.scale(loss).backward()
             scaler.step(self.optimizer)
             scaler.update()
+            began = time.perf_counter()
         return {key: tensor.cpu().clone() for key, tensor in self.network.state_dict().items()}
 
-    def load(self) -> None:
-        """Read and augment a round's batches, and no more."""
-        for _ in self.loader:
-            pass
+
+def _federation(
+    folder: str, task: Task, sites: int, cases: int, size: int, overrides: dict[str, Any], **options: Any
+) -> Federation:
+    """A federation on synthetic scans, resized to `size` pixels a side, ready to run."""
+    names = tuple("ABCDEF"[:sites])
+    if task == "prostate":
+        make_prostate_sites(Path(folder) / "sites", names, cases, (96, 96, VOLUME_SLICES))
+    else:
+        make_fundus_sites(Path(folder) / "sites", names, cases)
+    common = {"dataset_dir": f"{folder}/sites", "image_size": size, "verbose": False, "tensorboard": False}
+    federation = Federation(
+        str(BUNDLES / f"{task}_iopfl"), names, output_dir=folder, overrides={**common, **overrides}, **options
+    )
+    federation.start()
+    return federation
 
 
 def measure(
     device: str = "cpu",
+    task: Task = "prostate",
     sites: int = 2,
-    cases: int = 6,
+    cases: int = 4,
     image_size: int = 384,
     features: int = 32,
     passes: int = 1,
     bf16: bool = False,
     repeats: int = 3,
+    memory: bool = False,
 ) -> dict[str, Any]:
-    """Time rounds of a federation on synthetic prostates.
+    """Time rounds of a federation on synthetic scans, or measure the memory of one of 6 sites with 20 cases each.
 
     Args:
         device: "cpu" or "cuda".
+        task: the bundle: "prostate" or "fundus".
         sites, cases: how many; half of a site's cases are for training.
-        image_size, features: of slices and network.
-        passes: over a site's cases a round, in steps of 16 slices.
+        image_size, features: of scans, slices and network.
+        passes: over a site's cases a round, in batches of the bundle's size.
         bf16: train in bfloat16.
         repeats: timed pairs.
+        memory: time nothing; measure the host memory of a round with one step a site instead, all data cached. Of the
+            sizes above it takes `image_size` and `features`.
     """
+    if task not in get_args(Task):
+        sys.exit(f"error: unknown task '{task}': choose one of {', '.join(get_args(Task))}.")
     place = torch.device(device)
-    names = tuple("ABCDEF"[:sites])
+    settings = {"task": task, "image_size": image_size, "features": features, "bf16": bf16}
+    if memory:
+        arguments = [device, task, str(image_size), str(features), str(bf16)]
+        peak = {"federation_6_sites_20_cases": peak_memory("benchmarks.training", *arguments)}
+        return {"ratios": {}, "peak_memory_gib": peak, "settings": settings, **machine(place)}
+    overrides = {
+        "device": device,
+        "fractions": [0.5, 0.25, 0.25],
+        "features": features,
+        "passes": passes,
+        "bf16": bf16,
+        "save_checkpoints": False,
+    }
     with tempfile.TemporaryDirectory() as folder:
-        make_prostate_sites(Path(folder) / "sites", sites=names, cases=cases)
-        federation = Federation(
-            str(BUNDLE),
-            names,
-            rounds=repeats + 2,
-            output_dir=folder,
-            overrides={
-                "dataset_dir": f"{folder}/sites",
-                "device": device,
-                "fractions": [0.5, 0.25, 0.25],
-                "image_size": image_size,
-                "features": features,
-                "passes": passes,
-                "bf16": bf16,
-                "verbose": False,
-                "save_checkpoints": False,
-            },
-            val_interval=0,
-        )
-        federation.start()
+        federation = _federation(folder, task, sites, cases, image_size, overrides, rounds=repeats + 2, val_interval=0)
         bare = {site: _BareSite(client, place) for site, client in federation.clients.items()}
-        first = dict(federation.weights)
-        differences = {}
-        for site in names[:1]:
-            before = federation.clients[site].state_dict()
-            ours = federation.clients[site].train(first)
-            federation.clients[site].load_state_dict(before)  # the learning rate with it
-            plain = bare[site].train(first)
-            differences[site] = max(agree(ours[key], plain[key]) for key in ours if ours[key].is_floating_point())
+        first, client = dict(federation.weights), next(iter(federation.clients.values()))
+        before = client.state_dict()
+        ours = client.train(first)
+        client.load_state_dict(before)  # the learning rate with it
+        plain = bare[client.site].train(first)
+        differences = {"weights": max(agree(ours[key], plain[key]) for key in ours if ours[key].is_floating_point())}
+        shares = []
 
         def loops() -> None:
+            began, waited = time.perf_counter(), sum(alone.loading for alone in bare.values())
             for alone in bare.values():
                 alone.train(first)
+            waited = sum(alone.loading for alone in bare.values()) - waited
+            shares.append(waited / (time.perf_counter() - began))
 
         timed = alternate(federation.run_round, loops, place, repeats)
-        shares = []
-        for _ in range(repeats):
-            began = time.perf_counter()
-            for alone in bare.values():
-                alone.load()
-            shares.append((time.perf_counter() - began) / timed["seconds_of_other"]["median"])
     return {
-        "ratios": {"round_over_loops": timed["ratio"], "loading_share": spread(shares)},
+        "ratios": {"round_over_loops": timed["ratio"], "loading_share": spread(shares[-repeats:])},
         "seconds": {"round": timed["seconds"], "loops": timed["seconds_of_other"]},
         "differences": differences,
-        "settings": {
-            "sites": sites,
-            "cases": cases,
-            "image_size": image_size,
-            "features": features,
-            "passes": passes,
-            "bf16": bf16,
-            "repeats": repeats,
-        },
+        "settings": {**settings, "sites": sites, "cases": cases, "passes": passes, "repeats": repeats},
         **machine(place),
     }
+
+
+def memory(device: str, task: Task, image_size: int, features: int, bf16: bool) -> None:
+    """One round of one step at each of 6 sites with 20 cases; print the peak. A process of its own."""
+    one_batch = {"train#dataloader#sampler#num_samples": "@batch_size"}
+    overrides = {"device": device, "features": features, "bf16": bf16, **one_batch}
+    with tempfile.TemporaryDirectory() as folder:
+        federation = _federation(folder, task, 6, 20, image_size, overrides, rounds=1, val_interval=0)
+        federation.run_round()
+        print_peak(torch.device("cpu"))  # host memory, whatever the device
+
+
+if __name__ == "__main__":
+    fire.Fire(memory)
