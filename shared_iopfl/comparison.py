@@ -18,6 +18,7 @@ chosen by an inner leave-one-site-out among the sites inside. Nothing is run twi
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ from typing import Any
 from monai.bundle import ConfigParser
 from torch import Tensor, nn
 
-from shared_iopfl.baselines import fine_tune, labelled_routes, validated_interpolation
+from shared_iopfl.baselines import fine_tune, labelled_routes
 from shared_iopfl.errors import InputError
 from shared_iopfl.federation import Federation
 from shared_iopfl.models import GLOBAL, load_experts, load_weights, model_path, save_atomically
@@ -40,6 +41,7 @@ __all__ = ["Comparison"]
 logger = logging.getLogger(__name__)
 COLUMNS = ("seed", "fold", "site", "role", "method", "case", "metric", "value")
 FEDAVG = "FedAvg"
+PERSONAL = ("average", "average, interpolated", "personalised")  # what a site makes of it for itself
 
 
 class Comparison:
@@ -61,8 +63,10 @@ class Comparison:
         inside: method -> overrides of the training config. A key "model" says which of the run's models it is:
             "global", "norms" (with the site's own norm layers), "ditto" (the site's own of Ditto) or "local" (each
             site alone).
+        own_rounds, shares: what a site makes of its personalised model once the last round is over, as in
+            :class:`Federation`: the method "personalised". The moving average as it is, and chosen among the shares
+            without rounds of its own, are the methods "average" and "average, interpolated".
         fine_tuning: rounds of fine-tuning at the tail's rate for the method "fine-tuned"; 0 leaves it out.
-        shares: of the personalised model, among which the method "interpolated" chooses on validation cases.
         outside: method -> overrides of the evaluation config; a key "baseline" names an inferer of ``baselines.json``.
         candidates: name -> routing settings, among which the method "chosen" picks one by an inner leave-one-site-out;
             none: no such method.
@@ -81,8 +85,9 @@ class Comparison:
         training: Mapping[str, Any] | None = None,
         scoring: Mapping[str, Any] | None = None,
         inside: Mapping[str, Mapping[str, Any]] | None = None,
-        fine_tuning: int = 0,
+        own_rounds: int = 0,
         shares: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
+        fine_tuning: int = 0,
         outside: Mapping[str, Mapping[str, Any]] | None = None,
         candidates: Mapping[str, Mapping[str, Any]] | None = None,
         labelled: bool = True,
@@ -101,8 +106,9 @@ class Comparison:
         self.training = dict(training or {})
         self.scoring = dict(scoring or {})
         self.inside_methods = dict(inside or {})
-        self.fine_tuning = fine_tuning
+        self.own_rounds = own_rounds
         self.shares = tuple(shares)
+        self.fine_tuning = fine_tuning
         self.outside_methods = dict(outside or {})
         self.candidates = dict(candidates or {})
         self.labelled = labelled
@@ -127,7 +133,7 @@ class Comparison:
         for method, options in self.inside_methods.items():
             options = dict(options)
             kind = options.pop("model", GLOBAL)
-            own = ["personalised", "interpolated", *(["fine-tuned"] if self.fine_tuning else [])]
+            own = [*PERSONAL, *(["fine-tuned"] if self.fine_tuning else [])]
             produced = [method, *own] if method == FEDAVG else [method]
             if all(self._scored(run, site, name) for site in self.sites for name in produced):
                 continue
@@ -156,26 +162,22 @@ class Comparison:
             save_atomically(dict(weights), model_path(str(models), "personalised", site))
 
     def _personal(self, federation: Federation, run: Path, test: Mapping[str, Any]) -> None:
-        """What each site makes of FedAvg for itself: the moving average, its interpolation, fine-tuning."""
-        shares = {}
+        """What each site makes of FedAvg for itself: the moving average, what it settles on, fine-tuning."""
+        shares: dict[str, list[float]] = {}
         for site, client in federation.clients.items():
-            made: dict[str, Mapping[str, Tensor]] = {
-                "personalised": {k: v.clone() for k, v in client.personalised.items()}
-            }
-
-            def dice(weights: Mapping[str, Tensor], client: Any = client) -> float:
-                return client.validate(weights)["val_mean_dice"]
-
-            shares[site], made["interpolated"] = validated_interpolation(
-                federation.weights, made["personalised"], dice, self.shares
-            )
+            before = copy.deepcopy(client.state_dict())
+            made: dict[str, Mapping[str, Tensor]] = {}
+            for name, settled in zip(PERSONAL, ((0, ()), (0, self.shares), (self.own_rounds, self.shares))):
+                shares.setdefault(site, []).append(client.settle(federation.weights, *settled))
+                made[name] = {key: tensor.cpu().clone() for key, tensor in client.personalised.items()}
+                client.load_state_dict(before)
             if self.fine_tuning:
                 made["fine-tuned"] = fine_tune(client, federation.weights, self.fine_tuning)
             for name, weights in made.items():
                 path = model_path(str(run / "models" / name), "personalised", site)
-                save_atomically({key: tensor.cpu() for key, tensor in weights.items()}, path)
+                save_atomically(dict(weights), path)
                 self._score(run, site, name, path, **test)
-        write_json(run / "shares.json", shares)
+        write_json(run / "shares.json", {site: dict(zip(PERSONAL, chosen)) for site, chosen in shares.items()})
 
     # outside ---------------------------------------------------------------------------------------------------------
 
@@ -222,7 +224,7 @@ class Comparison:
                 "train#dataset#data": cases.format("train", seed),
                 "validate#dataset#data": cases.format("validation", seed),
             }
-            self._federate(sites, seed, run, data)
+            self._federate(sites, seed, run, data, own_rounds=self.own_rounds, shares=self.shares)
         return str(run / "models")
 
     def _choose(self, seed: int, sites: Sequence[str]) -> tuple[str, dict[str, float]]:
@@ -267,7 +269,9 @@ class Comparison:
         parser.update({"bundle_root": self.bundle_root, **overrides})
         return parser
 
-    def _federate(self, sites: Sequence[str], seed: int, run: Path, overrides: Mapping[str, Any]) -> Federation:
+    def _federate(
+        self, sites: Sequence[str], seed: int, run: Path, overrides: Mapping[str, Any], **options: Any
+    ) -> Federation:
         federation = Federation(
             self.bundle_root,
             sites,
@@ -277,6 +281,7 @@ class Comparison:
             val_interval=0,
             resume=True,
             seed=seed,
+            **options,
         )
         federation.run()
         return federation

@@ -26,6 +26,7 @@ import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -50,8 +51,8 @@ UNFINISHED = "." + 12 * "[0-9a-f]" + "_*"  # files that a run was writing when i
 class Federation:
     """The whole inside run: FedAvg over the sites, with a personalised model at each.
 
-    Writes ``models/model.pt`` (global), ``models/model_<site>.pt`` (personalised) and ``models/scores.json`` (mean
-    validation Dice of each at the other sites, for distance routes that trust good experts), ``history.csv``,
+    Writes ``models/model.pt`` (global), ``models/model_<site>.pt`` (personalised) and ``models/scores.json`` (how
+    each does at the other sites, for distance routes that trust good experts), ``history.csv``,
     ``failures.csv`` once a site has failed, TensorBoard events, and after every round ``federation.pt``, from which
     ``resume`` goes on to the weights of an undisturbed run. The one of the round before is kept too, as
     ``federation_previous.pt``, for a disk that spoils the newest.
@@ -73,6 +74,8 @@ class Federation:
             of the others' does (from three sites on); 0: no bound. The default lets in ten times as many steps.
         site_timeout: a site may take so many seconds for a round's training, and as many to score a model; 0: no limit.
             See :func:`~shared_iopfl.site_client.time_limit` for what it can break off.
+        own_rounds, shares: what each site makes of its personalised model once the last round is over; see
+            :meth:`~shared_iopfl.site_client.SiteClient.settle`. 0 and none: the moving average as it is.
         resume: go on from ``federation.pt`` where there is one.
         seed: of the first global model.
     """
@@ -89,6 +92,8 @@ class Federation:
         min_sites: int = 0,
         max_update_norm: float = 10.0,
         site_timeout: float = 0.0,
+        own_rounds: int = 0,
+        shares: Sequence[float] = (),
         resume: bool = False,
         seed: int = 0,
     ) -> None:
@@ -108,6 +113,8 @@ class Federation:
         self.val_interval = val_interval
         self.max_update_norm = max_update_norm
         self.site_timeout = site_timeout
+        self.own_rounds = own_rounds
+        self.shares = tuple(shares)
         self.resume = resume
         self.seed = seed
         self.round = 0
@@ -286,22 +293,53 @@ class Federation:
         folder = self.output_dir / "models"
         delivered = {row["site"] for row in self.history if row["model"] == "local" and row["metric"] != "failed"}
         present = [site for site in self.sites if site in delivered]
+        if self.own_rounds or self.shares:
+            self._settle(present)
         models = {GLOBAL: self.weights, **{site: self.clients[site].personalised for site in present}}
         for name, weights in models.items():
             path = model_path(str(folder), GLOBAL if name == GLOBAL else "personalised", name)
             save_atomically({key: tensor.cpu() for key, tensor in weights.items()}, path)
         judges = [site for site in present if site not in self.failures.of(self.round)]
-        write_json(folder / "scores.json", {name: self._score(name, judges, models[name]) for name in models})
+        write_json(folder / "scores.json", self._scores(models, judges))
         if absent := [site for site in self.sites if site not in delivered]:
             raise InputError(
                 f"site '{absent[0]}' failed all {self.rounds} rounds and has no personalised model; {folder} holds "
                 f"the others', and {self.output_dir / 'failures.csv'} says why."
             )
 
-    def _score(self, name: str, judges: Sequence[str], weights: Weights) -> float | None:
-        """Mean validation Dice over the sites other than a model's own: whether it can be trusted elsewhere."""
-        others = [self._validate(site, weights)["val_mean_dice"] for site in judges if site != name]
-        return sum(others) / len(others) if others else None
+    def _settle(self, sites: Sequence[str]) -> None:
+        """Have each site make its personalised model what it keeps; where that fails, the moving average stays."""
+        shares = {}
+        for site in tqdm(sites, desc="own rounds", unit="site", disable=not self.own_rounds):
+            client = self.clients[site]
+            before = copy.deepcopy(client.state_dict())
+            try:
+                with time_limit(site, self.site_timeout * max(1, self.own_rounds)):
+                    shares[site] = client.settle(self.weights, self.own_rounds, self.shares)
+            except Exception as error:
+                client.load_state_dict(before)
+                self.failures.add(self.round, site, error)
+        self.failures.write(self.output_dir / "failures.csv")
+        if self.shares:
+            write_json(self.output_dir / "models" / "shares.json", shares)
+
+    def _scores(self, models: Mapping[str, Weights], judges: Sequence[str]) -> dict[str, float | None]:
+        """How far each model can be trusted elsewhere: validation Dice, without a model's own site.
+
+        As sites differ in difficulty, a personalised model is held against the global one at each of the other sites:
+        its score is the global model's mean over all sites plus the mean of those differences.
+        """
+        dice = {
+            name: {site: self.clients[site].validate(weights)["val_mean_dice"] for site in judges if site != name}
+            for name, weights in models.items()
+        }
+        level = fmean(dice[GLOBAL].values()) if judges else None
+        return {
+            name: min(1.0, max(0.0, level + fmean(value - dice[GLOBAL][site] for site, value in at.items())))
+            if level is not None and at
+            else None
+            for name, at in dice.items()
+        }
 
 
 @contextmanager

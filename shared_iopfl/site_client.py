@@ -17,7 +17,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from monai.fl.client import MonaiAlgo
 from monai.fl.utils.constants import ExtraItems
@@ -96,8 +96,8 @@ class SiteClient:
             self.algo.train(ExchangeObject(weights=own))
             state = self.algo.trainer.network.state_dict()  # type: ignore[union-attr]
             own = {key: tensor.detach().cpu().clone() for key, tensor in state.items()}
-        share = 1.0
-        if shares and len(self.algo.evaluator.data_loader):  # type: ignore[union-attr]
+        share, evaluator = 1.0, cast(Any, self.algo.evaluator)
+        if shares and len(evaluator.data_loader):
             share, settled = validated_interpolation(
                 weights, self.personalised, lambda state: self.validate(state)["val_mean_dice"], shares
             )

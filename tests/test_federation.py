@@ -239,13 +239,20 @@ def test_global_model_is_the_weighted_average_of_each_rounds_updates(tmp_path):
     assert not torch.equal(other.weights["0.weight"], start.weights["0.weight"])
 
 
-def test_scores_are_the_mean_at_the_other_sites(tmp_path):
-    """A personalised model is not praised for its own site; the global model is scored at all."""
+def test_scores_tell_how_a_model_does_at_the_other_sites_against_the_global_one(tmp_path, monkeypatch):
+    """No model is praised for its own site, nor for being judged at easier ones."""
+    table = {"global": {"A": 0.9, "BB": 0.8, "CCC": 0.7}, "A": {"A": 0.99, "BB": 0.82, "CCC": 0.6}}
     run = make(tmp_path, sites=["A", "BB", "CCC"], rounds=1)
-    weights = run.run()
-    scores = json.loads((tmp_path / "models" / "scores.json").read_text())
-    assert scores["global"] == pytest.approx(run.clients["A"].validate(weights)["val_mean_dice"])
-    assert scores["A"] == pytest.approx(run.clients["BB"].validate(run.clients["A"].personalised)["val_mean_dice"])
+    run.run()
+
+    def validate(client, weights):
+        name = "A" if weights is run.clients["A"].personalised else "global"
+        return {"val_mean_dice": table[name][client.site]}
+
+    monkeypatch.setattr(type(run.clients["A"]), "validate", validate)
+    scores = run._scores({"global": run.weights, "A": run.clients["A"].personalised}, run.sites)
+    assert scores["global"] == pytest.approx(0.8)
+    assert scores["A"] == pytest.approx(0.8 + (0.02 - 0.1) / 2)
     make(tmp_path / "alone", sites=["A"], rounds=1).run()
     assert json.loads((tmp_path / "alone" / "models" / "scores.json").read_text())["A"] is None
 

@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -40,6 +41,7 @@ from shared_iopfl.local_training import (
     interpolate,
     validated_interpolation,
 )
+from shared_iopfl.models import load_weights
 from shared_iopfl.phantoms import make_prostate_sites
 
 State = dict[str, Tensor]
@@ -390,3 +392,39 @@ def test_switches_change_what_is_learnt_and_fine_tuning_changes_nothing_else(sit
     assert equal(tuned, by_hand)
     rate = client.kept["optimizer"].param_groups[0]["lr"]
     assert rate == pytest.approx(0.1 * 0.001), "the tail's small rate"
+
+
+@pytest.mark.slow
+def test_settled_model_goes_on_from_the_average_and_is_what_is_published(sites_dir, tmp_path):
+    """By the formula: two rounds of its own from the global weights, averaged on; the global weights stay."""
+    plain = federation(sites_dir, tmp_path / "plain")
+    plain.run()
+    client, expected, own = plain.clients["A"], dict(plain.clients["A"].personalised), dict(plain.weights)
+    expected = {key: tensor.clone() for key, tensor in expected.items()}
+    handler, before = client.kept["personalization"], copy.deepcopy(client.state_dict())
+    count = handler.count
+    for _ in range(2):
+        own, count = client.train(own), count + 1
+        momentum = 1.0 if count == 1 else (1 - handler.alpha) / (1 - handler.alpha**count)
+        expected = {
+            key: torch.lerp(tensor, own[key], momentum) if tensor.is_floating_point() else own[key]
+            for key, tensor in expected.items()
+        }
+    client.load_state_dict(before)
+    assert client.settle(plain.weights, 2, ()) == 1.0
+    assert equal(client.personalised, expected)
+
+    settled = federation(sites_dir, tmp_path / "settled")
+    settled.own_rounds, settled.shares = 2, (0.5, 1.0)
+    settled.run()
+    assert equal(settled.weights, plain.weights)
+    shares = json.loads((tmp_path / "settled" / "models" / "shares.json").read_text())
+    published = load_weights(tmp_path / "settled" / "models" / "model_A.pt")
+    assert shares.keys() == {"A", "B"} and shares["A"] in (0.0, 0.5, 1.0)
+    assert equal(published, interpolate(plain.weights, expected, shares["A"]))
+    dice = [client.validate(weights)["val_mean_dice"] for weights in (plain.weights, expected, published)]
+    assert dice[2] >= max(dice[:2]), "never worse on its validation cases than the models it lies between"
+    again = federation(sites_dir, tmp_path / "settled", resume=True)
+    again.own_rounds, again.shares = 2, (0.5, 1.0)
+    again.run()
+    assert equal(load_weights(tmp_path / "settled" / "models" / "model_A.pt"), published)

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 from monai.bundle import ConfigParser, ConfigWorkflow
 
-from shared_iopfl.comparison import Comparison
+from shared_iopfl.comparison import PERSONAL, Comparison
 from shared_iopfl.errors import InputError
 from shared_iopfl.sites import find_cases
 from shared_iopfl.tables import read_rows
@@ -35,7 +35,15 @@ def small(bundle: str, sites_dir: Path, output_dir: Path, **options: Any) -> Com
     parser = ConfigParser()
     parser.read_config(str(BUNDLES / bundle / "configs" / "compare.json"))
     paths = {"bundle_root": BUNDLES / bundle, "dataset_dir": sites_dir, "output_dir": output_dir}
-    quick = {"device": "cpu", "image_size": 32, "features": 4, "rounds": 1, "passes": 1, "fine_tuning": 0}
+    quick = {
+        "device": "cpu",
+        "image_size": 32,
+        "features": 4,
+        "rounds": 1,
+        "passes": 1,
+        "own_rounds": 1,
+        "fine_tuning": 0,
+    }
     parser.update({**{key: str(path) for key, path in paths.items()}, "sites": SITES, **quick, **options})
     return parser.get_parsed_content("comparison")
 
@@ -55,12 +63,13 @@ def test_one_command_compares_every_method_on_every_case(
         rounds=1,
         passes=1,
         folds=2,
+        own_rounds=1,
         fine_tuning=1,
     )
     rows = [row for row in read_rows(tmp_path / "out" / "comparison.csv") if row["metric"] == "dice"]
     config = json.loads((BUNDLES / bundle / "configs" / "compare.json").read_text(encoding="utf-8"))
     cases = {(site, case["case"]) for site in SITES for case in find_cases(sites, site)}
-    inside = {*config["inside"], "personalised", "interpolated", "fine-tuned"}
+    inside = {*config["inside"], *PERSONAL, "fine-tuned"}
     outside = {*config["outside"], "chosen", "labelled routes"}
     for role, methods in (("inside", inside), ("outside", outside)):
         for method in methods:
