@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -38,6 +39,7 @@ __all__ = [
     "View",
     "case_views",
     "colours",
+    "draw_view",
     "load_case",
     "overlay_picture",
     "plain",
@@ -114,6 +116,8 @@ def load_case(image: Path, masks: Mapping[str, Path]) -> CaseImages:
         try:
             reader = readers[name != "image"] if file_ending(path) in PICTURES else None
             data: Any = load(path, reader=reader)
+            while data.ndim > 4 and data.shape[-1] == 1:
+                data = data[..., 0]
             if data.ndim == 4:
                 data = turn(data)
                 aspect = float(data.pixdim[1] / data.pixdim[0]) if name == "image" else aspect
@@ -167,6 +171,29 @@ def _window(case: CaseImages, index: int) -> tuple[slice, slice]:
     return slice(starts[0], starts[0] + side), slice(starts[1], starts[1] + side)
 
 
+def draw_view(panel: Axes, view: View, model: str, colour: Mapping[str, str]) -> dict[str, Line2D]:
+    """A slice with its outlines, in radiological convention; what a legend needs of each outline, by name."""
+    styles = {"global": (colour["global"], "dashed"), "reference": (_REFERENCE_COLOUR, "solid")}
+    styles |= {model: (colour[model], "solid")}
+    seen: dict[str, Line2D] = {}
+    case = view.case
+    x, y = _window(case, view.index)
+    panel.imshow(_displayed(case)[x, y, view.index].swapaxes(0, 1), cmap="gray", vmin=0, vmax=1)
+    panel.set_aspect(case.aspect)
+    panel.set_title(plain(view.title), fontsize=9)
+    for name, (line, dash) in styles.items():
+        for level in case.levels(name) if name in case.masks else ():
+            region = (case.masks[name][x, y, view.index] >= level).T
+            if region.any() and not region.all():
+                drawn = panel.contour(region, [0.5], colors=[line], linewidths=1.3, linestyles=dash)
+                halo = "black" if name == "reference" else "white"  # seen on dark and on bright tissue
+                drawn.set(path_effects=[withStroke(linewidth=2.6, foreground=halo, alpha=0.6)])
+                seen[name] = Line2D([], [], color=line, linestyle=dash, linewidth=2, label=plain(name))
+    for at, letter in ((0.04, "R"), (0.96, "L")) if case.is_volume else ():
+        panel.text(at, 0.5, letter, transform=panel.transAxes, color="white", fontsize=9, ha="center", va="center")
+    return seen
+
+
 def overlay_picture(views: Sequence[View], model: str, colour: Mapping[str, str], columns: int = 3) -> Figure:
     """Scan slices in a row with the outlines of the reference, the model and, dashed, the global model.
 
@@ -183,27 +210,11 @@ def overlay_picture(views: Sequence[View], model: str, colour: Mapping[str, str]
     side = min(WIDTH / columns, WIDTH / 2)
     figure = Figure(figsize=(side * columns, side + 0.17 * lines + 0.35), layout="compressed")
     axes = figure.subplots(1, columns, squeeze=False).ravel().tolist()
-    styles = {"global": (colour["global"], "dashed"), "reference": (_REFERENCE_COLOUR, "solid")}
-    styles |= {model: (colour[model], "solid")}
     seen: dict[str, Line2D] = {}
     for panel in axes:
         panel.set_axis_off()
     for panel, view in zip(axes, views):
-        case = view.case
-        x, y = _window(case, view.index)
-        panel.imshow(_displayed(case)[x, y, view.index].swapaxes(0, 1), cmap="gray", vmin=0, vmax=1)
-        panel.set_aspect(case.aspect)
-        panel.set_title(plain(view.title), fontsize=9)
-        for name, (line, dash) in styles.items():
-            for level in case.levels(name) if name in case.masks else ():
-                region = (case.masks[name][x, y, view.index] >= level).T
-                if region.any() and not region.all():
-                    drawn = panel.contour(region, [0.5], colors=[line], linewidths=1.3, linestyles=dash)
-                    halo = "black" if name == "reference" else "white"  # seen on dark and on bright tissue
-                    drawn.set(path_effects=[withStroke(linewidth=2.6, foreground=halo, alpha=0.6)])
-                    seen[name] = Line2D([], [], color=line, linestyle=dash, linewidth=2, label=plain(name))
-        for at, letter in ((0.04, "R"), (0.96, "L")) if case.is_volume else ():
-            panel.text(at, 0.5, letter, transform=panel.transAxes, color="white", fontsize=9, ha="center", va="center")
+        seen |= draw_view(panel, view, model, colour)
     handles = [seen[name] for name in dict.fromkeys(("reference", model, "global")) if name in seen]
     if handles:
         figure.legend(handles=handles, loc="outside lower left", ncols=3, frameon=False, fontsize=9)
