@@ -135,7 +135,9 @@ def measure(
         seconds["plain"] = timed["seconds_of_other"]
 
     if "step" in parts:
-        images = torch.randn(4, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
+        # so many slices a step, by default
+        shape = (min(16, slices), 3, image_size, image_size)
+        images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         images = images.to(place, memory_format=torch.channels_last)
         step, differences["gradient"] = _step_over_plain(network, experts, images, repeats)
         ratios["step_over_plain"], seconds["step"] = step["ratio"], step["seconds"]

@@ -32,13 +32,19 @@ def to_stack(volume: Tensor, slices: int = 3) -> Tensor:
     depth = volume.shape[-1]
     reach = torch.arange(slices, device=volume.device) - slices // 2
     index = (torch.arange(depth, device=volume.device)[:, None] + reach).clamp(0, depth - 1)
-    stack = volume[..., index].permute(3, 4, 0, 1, 2).flatten(1, 2)  # (C, H, W, D, S) -> (D, S * C, H, W)
-    return stack.contiguous(memory_format=torch.channels_last)  # 1.6 times as fast in 2D networks on a CPU
+    return _channels_last(
+        volume[..., index].permute(3, 4, 0, 1, 2).flatten(1, 2)
+    )  # (C, H, W, D, S) -> (D, S * C, H, W)
 
 
 def from_stack(outputs: Tensor) -> Tensor:
     """What a network made of a stack (D, C, H, W), as a volume (C, H, W, D)."""
     return outputs.permute(1, 2, 3, 0)
+
+
+def _channels_last(images: Tensor) -> Tensor:
+    """Images in the memory format that 2D networks are fastest in: on a CPU 1.3 times as fast, 1.6 when turned."""
+    return images.contiguous(memory_format=torch.channels_last) if images.ndim == 4 else images
 
 
 def evenly(stack: Tensor, count: int) -> Tensor:
@@ -69,18 +75,18 @@ class StackInferer(Inferer):
 
     def __call__(self, inputs: Tensor, network: Network, *args: Any, **kwargs: Any) -> Tensor:
         """Logits (B, C, *spatial) of scans (B, C_in, *spatial)."""
-        return self._join([self._forward(stack, network) for stack in self._split(inputs)])
+        return self._join([self._forward(stack, network) for stack in self.stacks(inputs)])
 
-    def _split(self, inputs: Tensor) -> list[Tensor]:
+    def stacks(self, inputs: Tensor) -> list[Tensor]:
         """Each scan of the batch as a stack of network inputs."""
         plain = inputs.as_tensor() if hasattr(inputs, "as_tensor") else inputs  # no metadata inside the network
-        return [scan[None] if self.slices is None else to_stack(scan, self.slices) for scan in plain]
+        return [_channels_last(scan[None]) if self.slices is None else to_stack(scan, self.slices) for scan in plain]
 
     def _join(self, outputs: list[Tensor]) -> Tensor:
         return torch.cat([output if self.slices is None else from_stack(output)[None] for output in outputs])
 
     def _forward(self, stack: Tensor, network: Network) -> Tensor:
-        return torch.cat([network(batch).float() for batch in self._batches(stack, network)])
+        return torch.cat([network(_channels_last(batch)).float() for batch in self._batches(stack, network)])
 
     def _batches(self, stack: Tensor, network: Network) -> Iterable[Tensor]:
         return stack.split(bounded(self.batch_size, stack))
