@@ -234,6 +234,13 @@ def test_packing_twice_gives_the_same_archive(bundle: Path, tmp_path: Path) -> N
     assert one == other
 
 
+def test_each_packed_file_has_a_time_of_its_own(bundle: Path, tmp_path: Path) -> None:
+    """Unzipped with their times, models of one time would be the same model to MONAI Label."""
+    with zipfile.ZipFile(package(str(bundle), str(tmp_path))) as packed:
+        times = [entry.date_time for entry in packed.infolist()]
+    assert len(set(times)) == len(times) > 60, "or the minutes never turned over"
+
+
 def test_published_models_are_packed(run: Path, bundle: Path, tmp_path: Path) -> None:
     """With their manifest, and no other file of their folder."""
     publish(str(run), str(bundle / "models"), "research only")
