@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""``python -m benchmarks routing|adaptation|training|scaling|accuracy``: prints one JSON object."""
+"""``python -m benchmarks routing|adaptation|training|scaling|accuracy|options``: prints one JSON object."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from typing import Any
 
 import fire
 
-from benchmarks import accuracy, adaptation, routing, scaling, training
+from benchmarks import accuracy, adaptation, options, routing, scaling, training
+from benchmarks.timing import use_clock
 
 BENCHMARKS: dict[str, Callable[..., dict[str, Any]]] = {
     "routing": routing.measure,
@@ -28,22 +29,25 @@ BENCHMARKS: dict[str, Callable[..., dict[str, Any]]] = {
     "training": training.measure,
     "scaling": scaling.measure,
     "accuracy": accuracy.measure,
+    "options": options.measure,
 }
 
 
-def main(name: str, **options: Any) -> None:
+def main(name: str, clock: str = "wall", **arguments: Any) -> None:
     """Run one benchmark.
 
     Args:
-        name: routing, adaptation, training, scaling or accuracy.
-        options: --device cuda, --repeats, --features, --image_size and what else the benchmark's `measure` takes.
+        name: routing, adaptation, training, scaling, accuracy or options.
+        clock: see :func:`benchmarks.timing.use_clock`.
+        arguments: --device cuda, --repeats, --features, --image_size and what else the benchmark's `measure` takes.
     """
     if name not in BENCHMARKS:
         sys.exit(f"error: unknown benchmark '{name}': choose one of {', '.join(BENCHMARKS)}.")
+    use_clock(clock)
     # what libraries print and log is no part of the object: all of it goes to stderr
     with os.fdopen(os.dup(sys.stdout.fileno()), "w") as stdout:
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-        result = BENCHMARKS[name](**options)
+        result = BENCHMARKS[name](**arguments)
         print(json.dumps({"benchmark": name, **result}, indent=2), file=stdout)
 
 

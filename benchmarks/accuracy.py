@@ -48,7 +48,12 @@ def _seconds(folder: Path, site: str) -> dict[str, float]:
 
 
 def measure(
-    dataset_dir: str = "", task: str = "prostate", device: str = "cpu", cases: int = 3, ckpt_dir: str = ""
+    dataset_dir: str = "",
+    task: str = "prostate",
+    device: str = "cpu",
+    cases: int = 3,
+    ckpt_dir: str = "",
+    **overrides: Any,
 ) -> dict[str, Any]:
     """Segment the first cases of each site that has an expert, that expert left out, by the fast and the naive path.
 
@@ -58,6 +63,7 @@ def measure(
         device: "cpu" or "cuda".
         cases: how many a site.
         ckpt_dir: the models; default: the bundle's own.
+        overrides: of the bundle's evaluation, such as --image_size.
     """
     bundle, place = BUNDLES / f"{task}_iopfl", torch.device(device)
     experts = list(load_experts(ckpt_dir or str(bundle / "models")))
@@ -70,7 +76,7 @@ def measure(
         dice, seconds = {}, {}
         for path, inferer in PATHS.items():
             with tempfile.TemporaryDirectory() as folder:
-                overrides = {
+                common = {
                     "dataset_dir": dataset_dir,
                     "device": device,
                     "ckpt_dir": ckpt_dir or str(bundle / "models"),
@@ -78,7 +84,7 @@ def measure(
                     "validate#inferer#_target_": inferer,
                     "validate#dataset#data": f"$sites.site_cases(@dataset_dir, @site, 'all')[:{cases}]",
                 }
-                Scoring(str(bundle), folder, overrides).score(site, "routed", role="outside")
+                Scoring(str(bundle), folder, {**overrides, **common}).score(site, "routed", role="outside")
                 dice[path], seconds[path] = _dice(Path(folder)), _seconds(Path(folder), site)
         means = {path: 100 * sum(of.values()) / len(of) for path, of in dice.items()}
         worst = max(100 * abs(dice["fast"][case] - dice["naive"][case]) for case in dice["naive"])
@@ -87,6 +93,6 @@ def measure(
     return {
         "ratios": {"naive_over_fast_seconds": spread(ratios)},
         "dice_points": points,
-        "settings": {"task": task, "cases": cases, "preset": "default"},
+        "settings": {"task": task, "cases": cases, "preset": "default", **overrides},
         **machine(place),
     }

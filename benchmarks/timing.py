@@ -25,15 +25,37 @@ from typing import Any
 import monai
 import torch
 
-__all__ = ["alternate", "machine", "peak_memory", "spread"]
+__all__ = ["alternate", "machine", "now", "peak_memory", "print_peak", "spread", "use_clock"]
+
+
+CLOCKS = {"wall": time.perf_counter, "process": time.process_time}
+_clock = ["wall"]
+
+
+def use_clock(name: str) -> None:
+    """Time by the "wall" clock, or (a CPU that others use too; one thread) by the time this "process" was given.
+
+    Raises:
+        SystemExit: for any other.
+    """
+    if name not in CLOCKS:
+        sys.exit(f"error: unknown clock '{name}': choose one of {', '.join(CLOCKS)}.")
+    _clock[0] = name
+    if name == "process":
+        torch.set_num_threads(1)
+
+
+def now() -> float:
+    """Seconds on the chosen clock."""
+    return CLOCKS[_clock[0]]()
 
 
 def _seconds(work: Callable[[], Any], device: torch.device) -> float:
-    began = time.perf_counter()
+    began = now()
     work()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - began
+    return now() - began
 
 
 def alternate(
@@ -78,7 +100,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     if cpuinfo.is_file():
         names = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         name = names[0] if names else name
-    found: dict[str, Any] = {"device": device.type, "cpu": name, "threads": torch.get_num_threads()}
+    found: dict[str, Any] = {"device": device.type, "cpu": name, "threads": torch.get_num_threads(), "clock": _clock[0]}
     if device.type == "cuda":
         found["gpu"] = torch.cuda.get_device_name(device)
     versions = {"python": platform.python_version(), "torch": torch.__version__, "monai": monai.__version__}
@@ -88,19 +110,16 @@ def machine(device: torch.device) -> dict[str, Any]:
 def peak_memory(module: str, *arguments: str) -> float:
     """GiB that ``python -m module arguments`` holds at most, a process of its own.
 
-    The module prints ``resource`` peak of itself; on CUDA the allocator's peak instead (see :func:`print_peak`).
+    The module prints its own peak (see :func:`print_peak`).
     """
     command = [sys.executable, "-m", module, *arguments]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return round(float(output.strip().splitlines()[-1]), 3)
 
 
-def print_peak(device: torch.device, before: float = 0.0) -> None:
-    """Print the peak memory of this process in GiB, less what it held `before`."""
-    print(_peak(device) - before)
-
-
-def _peak(device: torch.device) -> float:
+def print_peak(device: torch.device) -> None:
+    """Print the peak memory of this process in GiB: on CUDA the allocator's, else all that was resident."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        print(torch.cuda.max_memory_allocated(device) / 2**30)
+    else:
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)

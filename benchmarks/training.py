@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import sys
 import tempfile
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, get_args
@@ -25,7 +24,7 @@ from monai.bundle import ConfigParser
 from torch import Tensor
 
 from benchmarks.networks import agree
-from benchmarks.timing import alternate, machine, peak_memory, print_peak, spread
+from benchmarks.timing import alternate, machine, now, peak_memory, print_peak, spread
 from shared_iopfl.federation import Federation, SiteClient
 from shared_iopfl.handlers import RoundHandler
 from shared_iopfl.phantoms import make_fundus_sites, make_prostate_sites
@@ -62,9 +61,9 @@ class _BareSite:
         self.network.load_state_dict(weights)
         self.network.train()
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp)
-        began = time.perf_counter()
+        began = now()
         for batch in self.loader:
-            self.loading += time.perf_counter() - began
+            self.loading += now() - began
             images, labels = (batch[key].to(self.device, non_blocking=True) for key in ("image", "label"))
             self.optimizer.zero_grad()
             kind = torch.bfloat16 if self.bf16 else None
@@ -73,7 +72,7 @@ class _BareSite:
             scaler.scale(loss).backward()
             scaler.step(self.optimizer)
             scaler.update()
-            began = time.perf_counter()
+            began = now()
         return {key: tensor.cpu().clone() for key, tensor in self.network.state_dict().items()}
 
 
@@ -147,11 +146,11 @@ def measure(
         shares = []
 
         def loops() -> None:
-            began, waited = time.perf_counter(), sum(alone.loading for alone in bare.values())
+            began, waited = now(), sum(alone.loading for alone in bare.values())
             for alone in bare.values():
                 alone.train(first)
             waited = sum(alone.loading for alone in bare.values()) - waited
-            shares.append(waited / (time.perf_counter() - began))
+            shares.append(waited / (now() - began))
 
         timed = alternate(federation.run_round, loops, place, repeats)
     return {

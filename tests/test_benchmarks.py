@@ -19,27 +19,62 @@ from pathlib import Path
 
 import pytest
 import torch
+from networks import volume
 
+from benchmarks import accuracy
 from benchmarks.networks import agree, make_experts, make_network, naive
+from benchmarks.reference import NaiveInferer
+from shared_iopfl.inferers import TestTimeRoutingInferer
+from shared_iopfl.phantoms import make_prostate_sites
 from shared_iopfl.routing import route
+from shared_iopfl.settings import preset
 
 TINY = {
     "routing": ["--slices", "3", "--image_size", "32", "--batch_size", "2"],
     "adaptation": ["--slices", "2", "--image_size", "32", "--memory_slices", "2", "--memory_size", "32"],
     "training": ["--image_size", "32", "--cases", "4"],
     "scaling": ["--slices", "2", "--image_size", "32", "--many", "5", "--few", "2"],
+    "options": ["--slices", "2", "--image_size", "32", "--compiled", "False"],
 }
+
+
+def run(*arguments):
+    """The object that a benchmark prints."""
+    command = [sys.executable, "-m", "benchmarks", *map(str, arguments)]
+    return json.loads(
+        subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[1]).stdout
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TINY)
 def test_benchmark_prints_one_object_with_ratios_machine_and_versions(name):
-    command = [sys.executable, "-m", "benchmarks", name, "--features", "4", "--repeats", "2", *TINY[name]]
-    output = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[1]).stdout
-    found = json.loads(output)
+    found = run(name, "--features", 4, "--repeats", 2, *TINY[name])
     assert found["benchmark"] == name and found["machine"]["device"] == "cpu" and found["versions"]["torch"]
+    assert all(difference <= 1e-4 for kind, difference in found["differences"].items() if kind != "bf16")
     for ratio in found["ratios"].values():
         assert 0 < ratio["min"] <= ratio["median"] <= ratio["max"]
+
+
+@pytest.mark.slow
+def test_accuracy_scores_both_paths_on_each_site_with_an_expert(tmp_path):
+    make_prostate_sites(tmp_path / "sites", ["A", "B"], cases=1, size=(32, 32, 8))
+    network = make_network(4, torch.device("cpu"))
+    (tmp_path / "models").mkdir()
+    for site, state in zip("ABC", make_experts(network, 3).values()):
+        torch.save(state, tmp_path / "models" / f"model_{site}.pt")
+    torch.save(network.state_dict(), tmp_path / "models" / "model.pt")
+    folders = {"dataset_dir": str(tmp_path / "sites"), "ckpt_dir": str(tmp_path / "models")}
+    found = accuracy.measure(**folders, cases=1, image_size=32, features=4)
+    assert set(found["dice_points"]) == {"A", "B"}
+    for points in found["dice_points"].values():
+        assert 0 <= points["fast"] <= 100 and points["largest_difference"] < 0.2
+
+
+@pytest.mark.slow
+def test_memory_of_a_federation_is_measured():
+    found = run("training", "--memory", "--image_size", 32, "--features", 4)
+    assert 0 < found["peak_memory_gib"]["federation_6_sites_20_cases"] < 8
 
 
 def test_nothing_is_timed_where_fast_and_naive_path_differ():
@@ -59,3 +94,24 @@ def test_fast_paths_and_the_naive_loop_agree(per):
         expected = naive(routed)(images)
         torch.testing.assert_close(routed(images), expected, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(routed(images), expected, atol=1e-4, rtol=1e-4)  # with gradients: another path
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "settings",
+    [
+        preset(),
+        preset("default", {"usual_shift": 0.0}),
+        preset("default", {"average_views": False}),
+        preset("soup"),
+        preset("paper", {"steps": 0}),
+    ],
+)
+def test_fast_inferer_and_the_naive_one_agree(settings):
+    """Distances, statistics, kernels and views: each in batches and at once, and each slice, expert and view alone."""
+    network = make_network(4, torch.device("cpu"))
+    masks = [
+        kind(make_experts(network, 3), settings=settings, flips=(0,))(volume(20), network)
+        for kind in (TestTimeRoutingInferer, NaiveInferer)
+    ]
+    torch.testing.assert_close(*masks, atol=1e-4, rtol=1e-4)
