@@ -73,8 +73,8 @@ def bundle(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def make(bundle: Path, data: Path) -> Callable[..., MonaiAlgo]:
     """A client by MONAI's defaults: told where the data are, and its name."""
 
-    def make(**options: Any) -> MonaiAlgo:
-        own = {"dataset_dir": str(data), **TINY}
+    def make(settings: dict[str, Any] | None = None, **options: Any) -> MonaiAlgo:
+        own = {"dataset_dir": str(data), **TINY, **(settings or {})}
         algo = MonaiAlgo(str(bundle), train_kwargs=dict(own), eval_kwargs=dict(own), **options)
         algo.initialize({ExtraItems.CLIENT_NAME: "A"})
         return algo
@@ -255,6 +255,39 @@ def test_rounds_in_the_folder_of_published_models(
     masks = bundle.parent / "masks"
     run_config("inference", name, bundle_root=bundle, dataset_dir=data / "E", ckpt_dir=models, output_dir=masks)
     assert {"A", "B", "global"} <= set(json.loads((masks / "routes.json").read_text())["experts"])
+
+
+def test_batch_norm_may_stay_local(make: Callable[..., MonaiAlgo]) -> None:
+    """FedBN by a switch: from the second round on a client trains with its own norms and all else that arrived."""
+    algo = make({"local_norms": True}, config_evaluate_filename=None)
+    network = algo.trainer.network
+    norms = [module for module in network.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    its_own = {id(tensor) for norm in norms for tensor in norm.state_dict(keep_vars=True).values()}
+    kept = {key for key, tensor in network.state_dict(keep_vars=True).items() if id(tensor) in its_own}
+    algo.train(exchange(weights_of(algo.train_workflow)))
+    local = {key: tensor.clone() for key, tensor in network.state_dict().items()}
+    arrived = {key: tensor + 1 for key, tensor in local.items()}
+    seen: dict[str, Tensor] = {}
+
+    def look() -> None:
+        seen.update({key: tensor.clone() for key, tensor in network.state_dict().items()})
+
+    algo.trainer.add_event_handler(Events.EPOCH_STARTED, look)
+    algo.train(exchange(arrived))
+    assert len(kept) == 5 * len(norms) > 0
+    assert equal(seen, {key: (local if key in kept else arrived)[key] for key in local})
+
+
+def test_the_proximal_term_keeps_an_update_short(make: Callable[..., MonaiAlgo]) -> None:
+    """FedProx by a switch: what a client sends lies nearer to what arrived."""
+    lengths = {}
+    for pull in (0.0, 100.0):
+        algo = make({"proximal": pull, "passes": 4, "augment": False}, config_evaluate_filename=None)
+        trained = [key for key, tensor in algo.trainer.network.named_parameters() if tensor.ndim > 1]
+        algo.train(exchange(weights_of(algo.train_workflow)))
+        differences = algo.get_weights().weights
+        lengths[pull] = sum(float(differences[key].square().sum()) for key in trained)
+    assert 0 < lengths[100.0] < 0.9 * lengths[0.0]
 
 
 def test_only_validation_tells_of_both_models(
