@@ -18,6 +18,7 @@ import os
 import pickle
 import zipfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +148,25 @@ def load_experts(ckpt_dir: str, sites: Sequence[str] | None = None) -> dict[str,
         names = published | {path.name for path in Path(ckpt_dir).glob("model_*.pt")}
         sites = [match[1] for name in sorted(names) if (match := MODEL_FILE.fullmatch(name)) and match[1]]
     sites = [sites] if isinstance(sites, str) else sites
+    _tell_apart(ckpt_dir)
     return {site: load_weights(model_path(ckpt_dir, "personalised", site)) for site in sites}
+
+
+def _tell_apart(ckpt_dir: str) -> None:
+    """Give models of one time, as archives and containers' layers unpack them, times of their own, where that may be.
+
+    MONAI Label, which keeps one network across requests, knows by a file's time alone whether another model was chosen:
+    else all would be served by the first.
+    """
+    times: set[float] = set()
+    with suppress(OSError):
+        for path in sorted(Path(ckpt_dir).glob("*.pt")):
+            time = given = path.stat().st_mtime
+            while time in times:
+                time -= 1
+            if time != given:
+                os.utime(path, (time, time))
+            times.add(time)
 
 
 def load_scores(ckpt_dir: str) -> dict[str, float] | None:

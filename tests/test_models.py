@@ -200,6 +200,20 @@ def test_experts_of_a_folder(tmp_path):
         load_experts(str(tmp_path), ["HK"])
 
 
+def test_models_of_one_time_get_times_of_their_own(tmp_path):
+    """By a file's time MONAI Label knows one model from another; where times differ, none is touched."""
+    names = ("model.pt", "model_A.pt", "model_B.pt", "model_C.pt")
+    for name, time in zip(names, (50, 50, 49, 10)):
+        save_atomically(STATE, tmp_path / name)
+        os.utime(tmp_path / name, (time, time))
+    load_experts(str(tmp_path))
+    times = [(tmp_path / name).stat().st_mtime for name in names]
+    assert len(set(times)) == len(names)
+    assert (times[0], times[3]) == (50, 10)
+    load_experts(str(tmp_path))
+    assert [(tmp_path / name).stat().st_mtime for name in names] == times
+
+
 def test_paths_of_models():
     folder = "models"
     for name in ("global", "routed", "soup", "paper"):
