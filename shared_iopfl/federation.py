@@ -35,7 +35,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from shared_iopfl.errors import InputError
-from shared_iopfl.models import GLOBAL, model_path, save_atomically
+from shared_iopfl.models import GLOBAL, USUAL_SHIFT, model_path, save_atomically
 from shared_iopfl.site_client import SiteClient, check_time_limit, time_limit
 from shared_iopfl.tables import write_json, write_rows
 from shared_iopfl.updates import Failures, check_update, far_off, weighted_average
@@ -52,7 +52,7 @@ class Federation:
     """The whole inside run: FedAvg over the sites, with a personalised model at each.
 
     Writes ``models/model.pt`` (global), ``models/model_<site>.pt`` (personalised) and ``models/scores.json`` (how
-    each does at the other sites, for distance routes that trust good experts), ``history.csv``,
+    each does at the other sites, and how far validation cases are from the global model), ``history.csv``,
     ``failures.csv`` once a site has failed, TensorBoard events, and after every round ``federation.pt``, from which
     ``resume`` goes on to the weights of an undisturbed run. The one of the round before is kept too, as
     ``federation_previous.pt``, for a disk that spoils the newest.
@@ -300,7 +300,9 @@ class Federation:
             path = model_path(str(folder), GLOBAL if name == GLOBAL else "personalised", name)
             save_atomically({key: tensor.cpu() for key, tensor in weights.items()}, path)
         judges = [site for site in present if site not in self.failures.of(self.round)]
-        write_json(folder / "scores.json", self._scores(models, judges))
+        shifts = [shift for site in judges if (shift := self.clients[site].shift(self.weights)) is not None]
+        scores = {**self._scores(models, judges), USUAL_SHIFT: fmean(shifts) if shifts else None}
+        write_json(folder / "scores.json", scores)
         if absent := [site for site in self.sites if site not in delivered]:
             raise InputError(
                 f"site '{absent[0]}' failed all {self.rounds} rounds and has no personalised model; {folder} holds "

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from shared_iopfl.distances import distance_routes, distribution_distance
 from shared_iopfl.errors import InputError
+from shared_iopfl.models import USUAL_SHIFT
 from shared_iopfl.objectives import (
     Output,
     RoutingObjective,
@@ -67,7 +68,8 @@ class TestTimeRoutingInferer(StackInferer):
         output: "softmax" for exclusive classes, "sigmoid" for overlapping targets.
         flips: spatial axes of the network input along which the anatomy may be mirrored.
         rotations: whether quarter turns fit the anatomy.
-        scores: published Dice of the experts, name -> [0, 1], for distance routes with `trust`.
+        scores: what the federation published (:func:`~shared_iopfl.models.load_scores`): the experts' Dice, name ->
+            [0, 1], for routes with `trust`, and the shift that is usual inside (else 0.1).
         slices, batch_size: as in `StackInferer`; with routes a volume or the scan's own statistics, prediction takes a
             scan whole, so that its mask does not depend on the batch size.
         seed: of routers and views.
@@ -104,7 +106,8 @@ class TestTimeRoutingInferer(StackInferer):
         self.settings = settings or RoutingSettings()
         self.output: Output = output
         self.views = ViewSampler(tuple(flips), rotations, self.settings.noise, self.settings.intensity)
-        self.scores = scores
+        self.scores = {name: score for name, score in (scores or {}).items() if name != USUAL_SHIFT}
+        self.usual_shift = self.settings.usual_shift * (scores or {}).get(USUAL_SHIFT, 0.1)
         self.seed = seed
         self.reports: deque[dict[str, Any]] = deque(maxlen=1024)
         self.site_network: nn.Module | None = None
@@ -124,9 +127,9 @@ class TestTimeRoutingInferer(StackInferer):
                 if self.site_network is None:
                     raise InputError("mode 'site' needs a network of the site: give site_model, or call fit() first.")
                 site = self.site_network.to(inputs.device)
-                served = [self._predict(stack, site) for stack in self._split(inputs)]
+                served = [self._predict(stack, site) for stack in self.stacks(inputs)]
             elif isinstance(network, nn.Module):
-                served = [self.route_scan(stack, network) for stack in self._split(inputs)]
+                served = [self.route_scan(stack, network) for stack in self.stacks(inputs)]
             else:
                 raise ValueError(f"test-time routing needs an nn.Module to route, but got {type(network).__name__}.")
             self.reports.extend(report for _, report in served if report)
@@ -177,7 +180,7 @@ class TestTimeRoutingInferer(StackInferer):
             raise InputError("mode 'site' makes one plain network: it needs per='layer'.")
         with self._lock, torch.inference_mode(False), torch.no_grad():
             began = time.perf_counter()
-            samples = [evenly(stack, settings.adapt_slices).clone() for batch in scans for stack in self._split(batch)]
+            samples = [evenly(stack, settings.adapt_slices).clone() for batch in scans for stack in self.stacks(batch)]
             if not samples:
                 raise InputError("mode 'site' needs at least one scan of the site; got none.")
             routed, report = self._begin(samples, network)
@@ -203,20 +206,23 @@ class TestTimeRoutingInferer(StackInferer):
             "experts": list(routed.experts),
             "layers": list(routed.layers),
         }
-        dial = settings.usual_shift > 0 and (settings.start == "distance" or settings.statistics > 0)
+        dial = self.usual_shift > 0 and (settings.start == "distance" or settings.statistics > 0)
         distances = torch.zeros(len(experts))
         if settings.start == "distance" or dial:
-            distances = torch.stack([self._distances(some, network) for some in samples]).mean(0)
+            measured = [
+                distribution_distance(network, experts, some.split(bounded(self.batch_size, some))) for some in samples
+            ]
+            distances = torch.stack(measured).mean((0, 2))
         routes = self._start(distances, list(experts))
-        count = sum(len(some) for some in samples)
+        count = sum(len(some) for some in samples) / len(samples)
         statistics = settings.statistics * count / (count + settings.prior)
         if dial:
-            shift = float(routes @ distances)
-            opening = max(0.0, 1 - settings.usual_shift / shift) if shift > 0 else 0.0
+            shift = float(distances[0])  # the global model comes first
+            opening = max(0.0, 1 - self.usual_shift / shift) if shift > 0 else 0.0
             statistics *= opening
             if settings.start == "distance":
-                routes = torch.lerp(torch.full_like(routes, 1 / len(routes)), routes, opening)
-            report.update(shift=round(shift, 4))
+                routes = torch.lerp(self._start(torch.zeros_like(distances), list(experts)), routes, opening)
+            report.update(shift=round(shift, 4), opening=round(opening, 4))
         report["statistics"] = round(statistics, 4)
         routed.start_from(routes)
         routed.set_statistics(statistics)

@@ -36,6 +36,7 @@ from shared_iopfl.settings import PRESETS
 __all__ = ["CheckedCheckpointLoader", "load_experts", "load_scores", "load_weights", "model_path", "save_atomically"]
 
 GLOBAL = "global"
+USUAL_SHIFT = "usual_shift"  # in scores.json, next to the experts' names
 # of a state_dict's tensors; what is left out (complex, quantised, float8) no network here is made of
 HALF = {torch.float16, torch.bfloat16}
 DTYPES = {
@@ -170,7 +171,12 @@ def _tell_apart(ckpt_dir: str) -> None:
 
 
 def load_scores(ckpt_dir: str) -> dict[str, float] | None:
-    """The published ``scores.json`` of a folder, expert -> mean Dice at the other sites; None where there is none."""
+    """The published ``scores.json`` of a folder; None where there is none.
+
+    Returns:
+        Expert -> Dice at the other sites, and as `USUAL_SHIFT` the mean distance of the inside sites' validation cases
+        from the global model, which has no unit.
+    """
     path = Path(ckpt_dir) / SCORES
     content = read_checked(path)
     if content is None:

@@ -25,7 +25,15 @@ from torch import Tensor
 from shared_iopfl.errors import InputError
 from shared_iopfl.files import whole_file
 from shared_iopfl.manifest import MANIFEST, MODEL_FILE, SCORES, check_manifest, read_manifest, write_manifest
-from shared_iopfl.models import GLOBAL, load_experts, load_scores, load_weights, model_path, save_atomically
+from shared_iopfl.models import (
+    GLOBAL,
+    USUAL_SHIFT,
+    load_experts,
+    load_scores,
+    load_weights,
+    model_path,
+    save_atomically,
+)
 from shared_iopfl.routing import check_experts
 from shared_iopfl.tables import read_rows, write_json
 
@@ -90,7 +98,7 @@ def publish(
 
     _make_room(target, overwrite)
     if scores is not None:
-        write_json(target / SCORES, {name: scores[name] for name in models if name in scores})
+        write_json(target / SCORES, {name: scores[name] for name in (*models, USUAL_SHIFT) if name in scores})
     for name, weights in models.items():  # the global model last: without it, half a set does not run
         save_atomically(weights, model_path(to_dir, GLOBAL if name == GLOBAL else "personalised", name))
     training = {name: value for name, value in settings.items() if name not in OF_THE_MACHINE}

@@ -38,12 +38,13 @@ class RoutingSettings:
         route_norms: mix the norm layers as well; False keeps the global model's (the paper).
         statistics: batch norm with running (0), the scan's own (1) or blended statistics.
         prior: how many slices (or pictures) the running statistics count for: of `statistics` the part
-            ``n / (n + prior)`` is used for n of them, so that one photograph moves them little and a volume much
-            (Schneider et al. 2020).
-        usual_shift: the dial. The shift is the scan's distance from the experts as the distance (or starting) routes
-            weigh them; held-out scans of inside sites show up to about 0.1. The dial opens by
-            ``1 - usual_shift / shift``, and not at all below: so far the routes go from the uniform mixture to the
-            distance routes, and so much of `statistics` is used. 0: no dial, all of both.
+            ``n / (n + prior)`` is used for the n of a scan, so that one photograph moves them little and a volume much
+            (Schneider et al. 2020). More scans of a site do not change it: what tells a site's photographs from the
+            running statistics for other reasons than its scanner (more large cups) does not average out.
+        usual_shift: the dial. The shift is the scan's distance from the global model, and its unit the mean distance of
+            the inside sites' own validation cases, which the federation publishes. The dial opens by
+            ``1 - usual_shift / shift``, and not at all below: so far the routes go from those that trust alone would
+            choose to the distance routes, and so much of `statistics` is used. 0: no dial, all of both.
         affine: adaptation may shift the norm layers' weight and bias.
         steps: optimiser steps of adaptation; 0 predicts from the starting routes.
         learning_rate: of Adam.
@@ -58,13 +59,13 @@ class RoutingSettings:
 
     start: Literal["distance", "uniform", "global", "random"] = "distance"
     temperature: float = 1.0
-    trust: float = 0.5
+    trust: float = 1.0
     per: Literal["sample", "volume", "layer"] = "layer"
     activation: Activation = "softmax"
     route_norms: bool = True
     statistics: float = 1.0
     prior: float = 4.0
-    usual_shift: float = 0.1
+    usual_shift: float = 1.0
     affine: bool = False
     steps: int = 0
     learning_rate: float = 1e-3

@@ -17,15 +17,23 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import fmean
 from typing import Any, cast
 
+import torch
 from monai.fl.client import MonaiAlgo
 from monai.fl.utils.constants import ExtraItems
 from monai.fl.utils.exchange_object import ExchangeObject
+from monai.utils.enums import CommonKeys
 from torch import Tensor
 
+from shared_iopfl.distances import distribution_distance
 from shared_iopfl.errors import InputError
 from shared_iopfl.local_training import validated_interpolation
+from shared_iopfl.models import GLOBAL
+from shared_iopfl.routing import copy_network
+from shared_iopfl.settings import RoutingSettings
+from shared_iopfl.stacks import bounded, evenly
 
 __all__ = ["SiteClient", "check_time_limit", "time_limit"]
 
@@ -114,6 +122,23 @@ class SiteClient:
         """The site's validation metrics of any weights."""
         result = self.algo.evaluate(ExchangeObject(weights=dict(weights))).metrics
         return {name: float(value) for name, value in (result or {}).items()}
+
+    @torch.no_grad()
+    def shift(self, weights: Weights) -> float | None:
+        """Mean distance of the site's validation cases from a model, as test-time routing measures it; None: no case.
+
+        What is usual inside, against which an outside scan's shift is held: a number a site, which tells of no case.
+        """
+        evaluator = cast(Any, self.algo.evaluator)
+        network = copy_network(evaluator.network)
+        network.load_state_dict(weights)
+        distances = []
+        for batch in evaluator.data_loader:
+            for stack in evaluator.inferer.stacks(batch[CommonKeys.IMAGE].to(evaluator.state.device)):
+                some = evenly(stack, RoutingSettings.adapt_slices)
+                batches = some.split(bounded(evaluator.inferer.batch_size, some))
+                distances.append(float(distribution_distance(network, {GLOBAL: network.state_dict()}, batches).mean()))
+        return fmean(distances) if distances else None
 
     def state_dict(self) -> dict[str, Any]:
         trainer: Any = self.algo.trainer

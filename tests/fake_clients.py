@@ -52,6 +52,9 @@ class FakeClient:
     def metrics(self) -> dict[str, float]:
         return {"train_loss": 1 / self.epoch}
 
+    def shift(self, weights: Mapping[str, Tensor]) -> float:
+        return 0.05 * self.cases
+
     def validate(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
         return {"val_mean_dice": float(torch.sigmoid(weights["0.weight"].sum()))}
 

@@ -151,6 +151,9 @@ class FakeClient:
     def metrics(self) -> dict[str, float]:
         return {"train_loss": 1 / self.epoch}
 
+    def shift(self, weights: Mapping[str, Tensor]) -> float:
+        return 0.05 * self.cases
+
     def validate(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
         CLOCK.tick()
         return {"val_mean_dice": float(torch.sigmoid(weights["0.weight"].sum()))}

@@ -218,36 +218,46 @@ def test_mask_does_not_depend_on_the_batch_size(overrides):
 
 @torch.no_grad()
 def test_dial_turns_with_the_shift():
-    """The further a scan's features from what the experts remember, the more of its own statistics are used."""
+    """The further a scan's features from what the global model remembers, the more of its own statistics are used."""
     near, far = volume(4), 10 * volume(4)
     network = unet().train()
     for _ in range(100):  # its batch norms remember scans like the near one
         network(to_stack(near[0]))
     network.eval()
     space = {"a": network.state_dict()}
-    inferer = TestTimeRoutingInferer(space, settings=preset("default"))
-    for scan in (near, far):
-        inferer(scan, network)
-    one, other = inferer.reports
-    assert 0 <= one["shift"] < 0.1 < other["shift"]
-    assert one["statistics"] == 0 < other["statistics"] < 1
-    assert other["statistics"] == pytest.approx(4 / (4 + 4) * (1 - 0.1 / other["shift"]), abs=2e-3)
+    inferer = TestTimeRoutingInferer(space, settings=preset("default"), scores={"usual_shift": 0.2})
+    one, other = (inferer.route_scan(to_stack(scan[0]), network)[1] for scan in (near, far))
+    assert 0 <= one["shift"] < 0.2 < other["shift"]
+    assert one["statistics"] == one["opening"] == 0 < other["statistics"] < 1
+    assert other["statistics"] == pytest.approx(4 / (4 + 4) * (1 - 0.2 / other["shift"]), abs=2e-3)
 
 
 @torch.no_grad()
-def test_dial_leads_from_the_soup_to_the_distance_routes():
-    """Shut, where the shift is usual: the uniform mixture; open by a half: half way to the distance routes."""
+def test_statistics_of_more_scans_are_not_used_more_than_those_of_one():
+    """What a site's photographs have in common beside the scanner does not average out."""
     scan, network = volume(4), unet()
-    free = routing(overrides={"usual_shift": 0.0})
+    overrides = {"usual_shift": 0.0, "statistics": 1.0}
+    one = routing(overrides=overrides).route_scan(to_stack(scan[0]), network)[1]
+    site = routing(overrides=overrides, mode="site").fit([scan, scan], network)
+    assert one["statistics"] == site["statistics"] == pytest.approx(4 / (4 + 4))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scores", [{}, {"global": 0.8, "A": 0.81, "B": 0.79}])
+def test_dial_leads_from_what_trust_chooses_to_the_distance_routes(scores):
+    """Shut, where the shift is usual: by the scores alone, or the uniform mixture; open by a half: half way."""
+    scan, network = volume(4), unet()
+    free = routing(overrides={"usual_shift": 0.0}, scores=scores)
     free(scan, network)
     distance = torch.tensor(free.reports[0]["routes"])
-    measured = routing()
+    measured = routing(scores=scores)
     measured(scan, network)
     shift = measured.reports[0]["shift"]
+    trusted = torch.softmax(torch.tensor([0.0, 1.0, -1.0] if scores else [0.0, 0.0, 0.0]), 0)
     for usual, opening in ((2 * shift, 0.0), (shift / 2, 0.5)):
-        inferer = routing(overrides={"usual_shift": usual})
+        inferer = routing(scores={**scores, "usual_shift": usual})
         inferer(scan, network)
-        expected = 1 / 3 + opening * (distance - 1 / 3)
+        expected = trusted + opening * (distance - trusted)
         torch.testing.assert_close(torch.tensor(inferer.reports[0]["routes"]), expected, rtol=1e-3, atol=1e-3)
 
 
