@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from networks import volume
+from networks import images, volume
 
 from benchmarks import accuracy
 from benchmarks.networks import agree, make_experts, make_network, naive
@@ -28,6 +28,7 @@ from shared_iopfl.inferers import TestTimeRoutingInferer
 from shared_iopfl.phantoms import make_prostate_sites
 from shared_iopfl.routing import route
 from shared_iopfl.settings import preset
+from shared_iopfl.stacks import StackInferer
 
 TINY = {
     "routing": ["--slices", "3", "--image_size", "32", "--batch_size", "2"],
@@ -89,11 +90,11 @@ def test_fast_paths_and_the_naive_loop_agree(per):
     """A loop over samples and experts, each layer on its own: the same masks as the paths that are fast."""
     network = make_network(4, torch.device("cpu"))
     routed = route(network, {"global": network.state_dict(), **make_experts(network, 3)}, per=per, random=True)
-    images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    inputs = images(3, 3, 32, 32)
     with torch.no_grad():
-        expected = naive(routed)(images)
-        torch.testing.assert_close(routed(images), expected, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(routed(images), expected, atol=1e-4, rtol=1e-4)  # with gradients: another path
+        expected = naive(routed)(inputs)
+        torch.testing.assert_close(routed(inputs), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(routed(inputs), expected, atol=1e-4, rtol=1e-4)  # with gradients: another path
 
 
 @torch.no_grad()
@@ -115,3 +116,17 @@ def test_fast_inferer_and_the_naive_one_agree(settings):
         for kind in (TestTimeRoutingInferer, NaiveInferer)
     ]
     torch.testing.assert_close(*masks, atol=1e-4, rtol=1e-4)
+
+
+def test_networks_get_images_channels_last_turned_ones_too():
+    seen = []
+
+    def network(inputs):
+        seen.append(inputs.is_contiguous(memory_format=torch.channels_last))
+        return inputs
+
+    pictures = images(2, 3, 8, 8)
+    turned = torch.rot90(pictures.contiguous(memory_format=torch.channels_last), 1, (2, 3))
+    for batch in (pictures, turned):
+        assert torch.equal(StackInferer(None)(batch, network), batch)
+    assert seen == [True] * 4
