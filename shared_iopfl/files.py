@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import uuid
 from collections.abc import Iterator
@@ -37,7 +38,8 @@ def whole_file(target: str | os.PathLike, previous: str | os.PathLike | None = N
         InputError: when the folder cannot be written to, naming it.
     """
     target = Path(target)
-    temporary = target.with_name(f".{uuid.uuid4().hex[:12]}_{target.name}")  # several threads may write one target
+    # several threads may write one target; and a name may be as long as the disk lets it be
+    temporary = target.with_name(f".{uuid.uuid4().hex[:12]}_{target.name[-40:]}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -48,6 +50,8 @@ def whole_file(target: str | os.PathLike, previous: str | os.PathLike | None = N
         os.replace(temporary, target)
     except OSError as error:
         reason = error.strerror or str(error)
+        if error.errno == errno.ENAMETOOLONG:
+            raise InputError(f"cannot write {target} ({reason}): give the scan a shorter one") from error
         raise InputError(
             f"cannot write to {target.parent} ({reason}): choose another output_dir or free space"
         ) from error

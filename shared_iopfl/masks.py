@@ -29,8 +29,9 @@ from PIL import Image
 
 from shared_iopfl.errors import InputError
 from shared_iopfl.files import whole_file
+from shared_iopfl.headers import import_itk
 from shared_iopfl.scan_files import ITK, NIFTI, PICTURES, case_name, file_ending
-from shared_iopfl.scans import import_itk, reason, same_grid
+from shared_iopfl.scans import reason, same_grid
 
 __all__ = ["SaveMaskd", "check_writable"]
 
@@ -43,9 +44,10 @@ class SaveMaskd(MapTransform):
 
     Comes last in a bundle's postprocessing: the mask is inverted (`Invertd`) and discrete (`AsDiscreted`), so (1,
     *spatial) in the axes of the scan's file. Shape and affine (qform and sform, or origin, spacing and direction) are
-    copied from that file. NIfTI gives NIfTI, NRRD gives NRRD, MHA and MHD give MHA, DICOM gives NIfTI, and a picture
-    gives a PNG with the class of each pixel, which lies on the picture as it was read. A file appears whole or not at
-    all. Scans of one name do not overwrite each other: the second gets ``_2``, with a warning.
+    copied from that file, and nothing that it says about the patient. NIfTI gives NIfTI, NRRD gives NRRD, MHA and MHD
+    give MHA, DICOM gives NIfTI, and a picture gives a PNG with the class of each pixel, which lies on the picture as it
+    was read. A file appears whole or not at all. Scans of one name do not overwrite each other: the second gets ``_2``,
+    with a warning.
 
     Args:
         keys: keys of the masks.
@@ -153,6 +155,9 @@ def _write(array: np.ndarray, source: Path, affine: Any, target: Path) -> None:
         header.set_data_dtype(array.dtype)
         header.set_slope_inter(1, 0)
         header["cal_min"] = header["cal_max"] = 0  # the scan's display window would hide the mask
+        header.extensions.clear()  # these, and free text, may tell whose scan it is
+        for field in {"descrip", "aux_file", "db_name", "data_type", "intent_name"} & set(header.keys()):
+            header[field] = b""
         nib.save(type(scan)(_as_shape(array, scan.shape, source), scan.affine, header), target)
     elif ending in PICTURES:
         with Image.open(source) as picture:

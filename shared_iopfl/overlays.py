@@ -30,6 +30,7 @@ from shared_iopfl.scan_files import case_name
 __all__ = ["SaveOverlayd"]
 
 logger = logging.getLogger(__name__)
+LONGEST_NAME = 255  # bytes, on every common disk
 COLOURS = {**pictures.colours(()), "mask": pictures.colours(())["routed"]}
 
 
@@ -83,6 +84,9 @@ class SaveOverlayd(MapTransform):
     def _save(self, scan: Path, mask: Path) -> None:
         case = case_name(mask)
         target = self.output_dir / f"{self.name.format(case=case)}.png"
+        if len(os.fsencode(target.name)) > LONGEST_NAME:
+            logger.warning("no overlay of %s: its name would be too long", case)
+            return
         if any(target.exists() and file.exists() and target.samefile(file) for file in (scan, mask)):
             raise InputError(f"the overlay {target} would replace the scan or its mask: choose another name")
         try:

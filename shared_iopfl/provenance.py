@@ -8,10 +8,12 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What a run was: settings, versions, machine and the data it saw, in ``run.json``."""
+"""What a run was: settings, versions, machine, models and the data it saw, in ``run.json``."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -20,38 +22,98 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ignite.engine import Engine, Events
+from monai.bundle import ConfigParser
 
+from shared_iopfl.manifest import MODEL_FILE
+from shared_iopfl.scan_files import Case
 from shared_iopfl.sites import find_cases, fingerprint
 from shared_iopfl.tables import write_json
 
-__all__ = ["write_run"]
+__all__ = ["InferenceRecorder", "write_run"]
 
 PACKAGES = ("shared_iopfl", "torch", "monai", "pytorch-ignite", "numpy", "nibabel", "itk")
 
 
-def write_run(output_dir: str, settings: Mapping[str, Any], dataset_dir: str, sites: Sequence[str]) -> None:
-    """Write ``run.json``.
+def write_run(
+    output_dir: str, settings: Mapping[str, Any], dataset_dir: str, sites: Sequence[str], bundle_root: str = ""
+) -> None:
+    """Write ``run.json`` of a training.
 
     Args:
         output_dir: of the run.
         settings: what was asked for, name -> value.
         dataset_dir, sites: the data; of each site its number of cases and a fingerprint of names and sizes.
+        bundle_root: where it is given, the bundle's ``train.json`` is written down as it ran with these settings, for
+            the first of the sites.
     """
     data = {}
     for site in sites:
         cases = find_cases(dataset_dir, site)
         data[site] = {"cases": len(cases), "fingerprint": fingerprint(cases)[:16]}
-    write_json(
-        Path(output_dir) / "run.json",
-        {
-            "settings": dict(settings),
-            "sites": data,
-            "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
-            "revision": _revision(),
-            "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU",
-            "threads": torch.get_num_threads(),
-        },
-    )
+    content = {"settings": dict(settings), "sites": data}
+    if bundle_root:
+        content["config"] = _resolved(bundle_root, {**settings, "site": sites[0], "output_dir": output_dir})
+    _write(output_dir, content)
+
+
+class InferenceRecorder:
+    """Writes ``run.json`` of an inference, which names no scan, once all scans have had their turn.
+
+    Args:
+        output_dir: of the run.
+        settings: what was asked for, name -> value.
+        scans: what is segmented: their number, and a fingerprint of names and sizes.
+        ckpt_dir: the models: of each the SHA-256.
+    """
+
+    def __init__(self, output_dir: str, settings: Mapping[str, Any], scans: Sequence[Case], ckpt_dir: str) -> None:
+        self.output_dir = output_dir
+        self.settings = dict(settings)
+        self.scans = list(scans)
+        self.ckpt_dir = Path(ckpt_dir)
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        there = [scan for scan in self.scans if Path(scan["image"]).exists()]
+        data = {"cases": len(self.scans), "fingerprint": fingerprint(there)[:16]}
+        names = sorted(path.name for path in self.ckpt_dir.glob("*") if MODEL_FILE.fullmatch(path.name))
+        models = {name: hashlib.sha256((self.ckpt_dir / name).read_bytes()).hexdigest() for name in names}
+        _write(self.output_dir, {"settings": self.settings, "scans": data, "models": models})
+
+
+def _write(output_dir: str, content: Mapping[str, Any]) -> None:
+    machine = {
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "revision": _revision(),
+        "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU",
+        "threads": torch.get_num_threads(),
+    }
+    write_json(Path(output_dir) / "run.json", {**content, **machine})
+
+
+def _resolved(bundle_root: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """``train.json`` with its settings as values; what is built from them (network, transforms) stands as written."""
+    parser = ConfigParser()
+    parser.read_config(str(Path(bundle_root) / "configs" / "train.json"))
+    given = {"bundle_root": bundle_root, **settings}
+    config: Any = parser.config
+    parser.update({name: value for name, value in given.items() if name in config})
+    values = {
+        name: parser.get_parsed_content(name) if isinstance(written, str) else written
+        for name, written in config.items()
+    }
+    return {name: value if _is_data(value) else config[name] for name, value in values.items()}
+
+
+def _is_data(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except TypeError:
+        return False
+    return True
 
 
 def _version(package: str) -> str:

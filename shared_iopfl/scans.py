@@ -12,15 +12,12 @@
 
 from __future__ import annotations
 
-import gzip
 import logging
 import re
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 import torch
 from monai.config import KeysCollection
@@ -30,9 +27,10 @@ from monai.transforms import LoadImage, MapTransform
 from monai.utils import ensure_tuple, ensure_tuple_rep
 
 from shared_iopfl.errors import InputError
+from shared_iopfl.headers import check_affine, check_header, import_itk
 from shared_iopfl.scan_files import ITK, NIFTI, PICTURES, VOLUMES, file_ending, is_dicom
 
-__all__ = ["LoadCased", "import_itk", "reason", "same_grid"]
+__all__ = ["LoadCased", "reason", "same_grid"]
 
 logger = logging.getLogger(__name__)
 
@@ -100,10 +98,7 @@ class LoadCased(MapTransform):
         if path.is_file() and path.stat().st_size == 0:
             raise InputError(f"{path} is empty (0 bytes): export or copy it again")
         try:
-            if file_ending(path) in NIFTI:
-                _check_nifti_header(path)
-                if path.suffix.lower() == ".gz":
-                    _check_sum(path)
+            check_header(path)
             loaded = self._load_image(path, reader=reader or _reader_for(path))
         except InputError:
             raise
@@ -128,7 +123,7 @@ class LoadCased(MapTransform):
             raise InputError(f"expected a {wanted}, got shape {shape} in {path}{hint}")
 
         affine = to_affine_nd(3, np.asarray(loaded.affine, dtype=np.float64))
-        _check_affine(affine, path)
+        check_affine(affine, path)
         # of the metadata what later transforms and the writer need: the rest differs from format to format, and then
         # cases of one site could not be put into one batch
         meta = {
@@ -173,21 +168,15 @@ def _reader_for(path: Path) -> ImageReader:
     raise InputError(f"{path} is not of a kind that can be read: expected DICOM or {kinds}")
 
 
-def import_itk(path: Path) -> ModuleType:
-    """ITK, which is not installed everywhere, to read or write this file."""
-    try:
-        import itk
-    except ImportError as error:
-        raise InputError(f"reading and writing {path} needs ITK: pip install itk") from error
-    return itk
-
-
 class _SeriesReader(ITKReader):
     """Reads a folder that is one whole DICOM series: ITK passes over slices it cannot read, and takes one of two."""
 
     def read(self, data: Any, **kwargs: Any) -> Any:
         folder = Path(ensure_tuple(data)[0])
-        files = [file for file in sorted(folder.iterdir()) if file.is_file() and is_dicom(file)]
+        files = sorted(folder.iterdir())
+        if gone := [file.name for file in files if not file.exists()]:
+            raise InputError(f"{folder} has a link that leads nowhere, {gone[0]}: copy it again")
+        files = [file for file in files if file.is_file() and is_dicom(file)]
         if not files:
             raise InputError(f"{folder} holds no DICOM files")
         names = import_itk(folder).GDCMSeriesFileNames.New()
@@ -206,34 +195,6 @@ class _SeriesReader(ITKReader):
         if meta.HasKey(key) and meta[key] > 0.1 * image.GetSpacing()[2]:
             raise InputError(f"{folder} has slices missing or unevenly spaced (by {meta[key]:.3g} mm): copy it again")
         return image
-
-
-def _check_sum(path: Path) -> None:
-    """Read a compressed file to its end, where its checksum lies: nibabel stops at the last voxel and never sees it."""
-    with gzip.open(path) as file:
-        while file.read(1 << 22):
-            pass
-
-
-def _check_nifti_header(path: Path) -> None:
-    image: Any = nib.load(path)
-    with image.file_map["image"].get_prepare_fileobj() as file:
-        raw = type(image.header).from_fileobj(file, check=False)  # with the check, a voxel size of 0 becomes 1 mm
-    sizes = raw["pixdim"][1 : 1 + min(len(image.shape), 3)]
-    if raw["sform_code"] == 0 and not np.all(np.abs(sizes) > 0):
-        raise InputError(f"{path} has voxels of size {tuple(sizes.tolist())} mm: mend its header")
-    dtype = image.header.get_data_dtype()
-    if dtype.fields or dtype.kind == "c":
-        kind = "colours (RGB)" if dtype.fields else "complex numbers"
-        raise InputError(f"{path} holds {kind}: expected one real value for each voxel")
-    _check_affine(image.affine, path)
-
-
-def _check_affine(affine: np.ndarray, path: Path) -> None:
-    spacing = np.linalg.norm(affine[:3, :3], axis=0)
-    if not np.isfinite(affine).all() or not spacing.all() or abs(np.linalg.det(affine[:3, :3] / spacing)) < 1e-6:
-        rows = np.array2string(affine[:3], precision=3, separator=" ").replace("\n", "")
-        raise InputError(f"{path} has a broken affine or voxel size ({rows}): mend its header")
 
 
 def _check_image(image: MetaTensor, path: Path) -> None:
@@ -265,5 +226,5 @@ def same_grid(first: Any, second: Any, shape: Sequence[int]) -> bool:
 
 def reason(error: Exception) -> str:
     """The first line of a library's complaint, without ITK's addresses."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip() and ".cxx:" not in line]
-    return re.sub(r"^ITK ERROR: \w+\(\w+\): ", "", lines[0])[:200] if lines else type(error).__name__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not re.search(r"\.[ch]xx:\d", line)]
+    return re.sub(r"(?i)^itk(?: |::)error: \w+\(\w+\): ", "", lines[0])[:200] if lines else type(error).__name__

@@ -26,6 +26,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from tiny_scans import AFFINES, affine_of, dicom_series, nifti
 
 from shared_iopfl.phantom_fundus import fundus_case, fundus_style
@@ -137,6 +138,28 @@ def without_pixels(path: Path) -> None:
         file.write_bytes(data[: data.index(b"\xe0\x7f\x10\x00")])
 
 
+def meta_header(line: str, kept: bool = True) -> Callable[[bytes], bytes]:
+    """An MHA file with a line of its header replaced, and no more than that, or the header alone."""
+    name = line.split(" =")[0].encode()
+
+    def change(data: bytes) -> bytes:
+        end = data.index(b"\n", data.index(b"ElementDataFile")) + 1
+        lines = [known for known in data[:end].splitlines() if not known.startswith(name)]
+        lines.insert(len(lines) - (name != b"ElementDataFile"), line.encode())
+        return b"\n".join(lines) + b"\n" + data[end:] * kept
+
+    return change
+
+
+def with_names(path: Path) -> None:
+    """A header whose free fields, and whose extension, tell the patient's name."""
+    image = nib.Nifti1Image(BODY, AFFINES["LPS"])
+    for field in ("descrip", "aux_file", "db_name", "intent_name"):
+        image.header[field] = b"DOE^JOHN"
+    image.header.extensions.append(nib.nifti1.Nifti1Extension("comment", b"DOE^JOHN, born 1950-01-01"))
+    nib.save(image, path)
+
+
 def missing_raw(path: Path) -> None:
     itk_image(BODY.T)(path)
     path.with_suffix(".raw").unlink(missing_ok=True)
@@ -168,10 +191,42 @@ VOLUMES: Corpus = {
     "cut.mha": (stored(itk_image(BODY.T), "g.mha", lambda data: data[:-500]), READ),
     "cut.nrrd": (stored(itk_image(BODY.T), "g.nrrd", lambda data: data[: len(data) // 2]), READ),
     "lost_raw.mhd": (missing_raw, READ),
+    "bomb.nii.gz": (stored(array(BODY), "g.nii", lambda data: gzip.compress(data + bytes(2**24))), "unpacks to more"),
+    "zipped_twice.nii.gz": (stored(array(BODY), "g.nii.gz", gzip.compress), READ),
+    "zipped_and_more.nii.gz": (stored(array(BODY), "g.nii.gz", lambda data: data + b"more"), READ),
+    "not_zipped.nii.gz": (stored(array(BODY), "g.nii", bytes), READ),
+    "zipped.nii": (stored(array(BODY), "g.nii.gz", bytes), READ),
+    "of_nothing.nii": (header(datatype=0), READ),
+    "of_unknown.nii": (header(datatype=9999), READ),
+    "offset_beyond.nii": (header(vox_offset=1e9), "cut short"),
+    "offset_nan.nii": (header(vox_offset=np.nan), READ),
+    "intercept_nan.nii": (header(scl_slope=1e-38, scl_inter=np.nan), READ),
+    # what would have other files opened
+    "device.nii": (lambda path: path.symlink_to("/dev/zero"), "neither a file nor a folder"),
+    "system.nii": (lambda path: path.symlink_to(__file__), READ),
+    "escape.mhd": (content(b"NDims = 2\nDimSize = 9 9\nElementDataFile = ../../x\n"), "takes its voxels from"),
+    "escape.mha": (
+        stored(itk_image(BODY.T), "g.mha", meta_header("ElementDataFile = /etc/hosts")),
+        "takes its voxels from '/etc/hosts'",
+    ),
+    "list.mha": (
+        stored(itk_image(BODY.T), "g.mha", meta_header("ElementDataFile = LIST", kept=False)),
+        "takes its voxels from 'LIST'",
+    ),
+    "escape.nrrd": (
+        content(b"NRRD0004\ntype: uchar\ndimension: 3\nsizes: 9 9 9\nencoding: raw\ndata file: /etc/hosts\n"),
+        "takes its voxels from '/etc/hosts'",
+    ),
+    "endless.mha": (content(b"ObjectType = Image\n" + b"Comment = x\n" * 9999), "header does not end"),
     # shapes
     "axis_0.nii": (array(BODY[:, :0]), "axis of length 0"),
     "axis_negative.nii": (header(dim=[3, 18, -20, 4, 1, 1, 1, 1]), READ),
-    "axes_huge.nii": (header(dim=[3, 30000, 30000, 30000, 1, 1, 1, 1]), READ),
+    "axes_huge.nii": (header(dim=[3, 30000, 30000, 30000, 1, 1, 1, 1]), "too many voxels"),
+    "axes_promised.nii": (header(dim=[3, 18, 20, 4000, 1, 1, 1, 1]), "cut short"),
+    "axes_promised.nii.gz": (stored(header(dim=[3, 18, 20, 4000, 1, 1, 1, 1]), "g.nii", gzip.compress), "cut short"),
+    "axes_huge.mha": (stored(itk_image(BODY.T), "g.mha", meta_header("DimSize = 30000 30000 9")), "too many voxels"),
+    "axes_negative.mha": (stored(itk_image(BODY.T), "g.mha", meta_header("DimSize = -3 20 18")), "too many voxels"),
+    "axes_eight.nii": (header(dim=[8, 18, 20, 4, 1, 1, 1, 1]), READ),
     "axes_none.nii": (header(dim=[0, 18, 20, 4, 1, 1, 1, 1]), "expected a 3D scan|axis of length 0|" + READ),
     "series.nii.gz": (array(np.stack([BODY] * 3, -1)), "extract one volume first"),
     "field.nii.gz": (array(np.stack([BODY] * 3, -1)[..., None, :]), "expected a 3D scan"),
@@ -192,11 +247,20 @@ VOLUMES: Corpus = {
     "spacing_nan.nii": (voxel_sizes(np.nan, 1, 1), "mend its header"),
     "singular.nii.gz": (array(BODY, affine_of(np.array([[1, 1, 0], [1, 1, 0], [0, 0, 3.0]]))), "mend its header"),
     "affine_nan.nii": (header(srow_y=[np.nan] * 4), "mend its header"),
+    "qform_nan.nii": (header(sform_code=0, qform_code=1, quatern_b=np.nan), "mend its header"),
+    "qform_wrong.nii": (header(sform_code=0, qform_code=1, quatern_b=5, quatern_c=5), READ),
+    "spacing_inf.nii": (voxel_sizes(np.inf, 1, 1), "mend its header"),
+    "spacing_0_of_one.nii": (voxel_sizes(1, 1, 0), "mend its header"),
+    "spacing_0.mha": (stored(itk_image(BODY.T), "g.mha", meta_header("ElementSpacing = 0 0 0")), READ),
+    "direction_0.mha": (stored(itk_image(BODY.T), "g.mha", meta_header("TransformMatrix = 0 0 0 0 0 0 0 0 0")), READ),
     "affine_0.nii": (header(srow_z=[0] * 4), "mend its header"),
     # DICOM
     "slice_missing": (series(lambda path: (path / "IM1.dcm").unlink()), "slices missing"),
     "slice_cut": (series(lambda path: os.truncate(path / "IM2.dcm", 200)), r"IM2\.dcm first"),
     "two_series": (series(mixed), "2 DICOM series"),
+    "slice_twice": (series(lambda path: shutil.copy(path / "IM1.dcm", path / "copy.dcm")), "slices missing"),
+    "slice_empty": (series(lambda path: (path / "IM9.dcm").write_bytes(b"")), r"IM9\.dcm first"),
+    "slice_gone": (series(lambda path: (path / "IM9.dcm").symlink_to("gone")), "leads nowhere"),
     "no_pixels": (series(without_pixels), "."),
     "report": (lambda path: (path.mkdir(), (path / "a.dcm").write_bytes(b"text")), "."),
     "blank_series": (series(values=np.full((4, 20, 18), 5, np.int16)), "nothing to see"),
@@ -230,6 +294,13 @@ VOLUMES: Corpus = {
     **{f"{name}.nii.gz": (array(BODY, affine), None) for name, affine in AFFINES.items()},
     "strides.nii.gz": (array(BODY[::-1, :, ::-1]), None),
     "fortran.nii.gz": (array(np.asfortranarray(BODY)), None),
+    "trailing_ones.nii.gz": (array(BODY[..., None, None, None]), None),
+    "two_grids.nii": (header(qform_code=1, quatern_b=1, quatern_c=0, quatern_d=0, qoffset_x=500), None),
+    "codes_unknown.nii": (header(sform_code=99, qform_code=99), None),
+    "more_behind.nii": (stored(array(BODY), "g.nii", lambda data: data + bytes(1000)), None),
+    "in_two_parts.nii.gz": (stored(array(BODY), "g.nii", lambda d: gzip.compress(d[:9]) + gzip.compress(d[9:])), None),
+    "names_inside.nii.gz": (with_names, None),
+    "slice_alone": (series(lambda path: [(path / f"IM{k}.dcm").unlink() for k in (1, 2, 3)]), None),
     "one_slice.nii.gz": (array(BODY[..., :1]), None),
     "flat.nii.gz": (array(BODY[..., 0]), None),
     "trailing_1.nii.gz": (array(BODY[..., None]), None),
@@ -241,6 +312,11 @@ VOLUMES: Corpus = {
     "with space, comma & ümlaut.nii.gz": (array(BODY), None),
     "two\nlines.nii.gz": (array(BODY), None),
     "{case} {0}.nii.gz": (array(BODY), None),
+    "@device $x %y.nii.gz": (array(BODY), None),
+    "-rf.nii.gz": (array(BODY), None),
+    "=1+1.nii.gz": (array(BODY), None),
+    "日本語 \u202e😀.nii.gz": (array(BODY), None),
+    f"{'long' * 61}.nii.gz": (array(BODY), None),
     os.fsdecode(b"latin_\xfc.nii.gz"): (array(BODY), None),
     "twice.nii": (array(BODY), None),
     "twice.nii.gz": (array(BODY), None),
@@ -304,6 +380,19 @@ def transparent() -> Image.Image:
     return clear
 
 
+def see_through(image: Image.Image) -> Image.Image:
+    clear = image.convert("RGBA")
+    clear.putalpha(0)
+    return clear
+
+
+def much_text() -> PngInfo:
+    """Small in the file, large in the memory."""
+    info = PngInfo()
+    info.add_text("comment", "x" * 2**26, zip=True)
+    return info
+
+
 NO_PICTURE = "not a PNG, JPEG, TIFF or BMP"
 NOISE = Image.fromarray(RNG.randint(0, 256, (96, 96, 3)).astype(np.uint8))
 PICTURES: Corpus = {
@@ -322,6 +411,16 @@ PICTURES: Corpus = {
     "raw_ycbcr.tif": (picture(EYE.convert("YCbCr")), "broken picture"),  # which Pillow writes but cannot read
     "damaged.png": (content(png_file(96, 96, 8, b"not zipped")), "broken picture"),
     "bomb.png": (content(png_file(60000, 60000, 8, zlib.compress(bytes(1000)))), "megapixels"),
+    "text_bomb.png": (content(encoded("PNG", pnginfo=much_text())), "broken picture"),
+    "wrong_sum.png": (stored(picture(), "g.png", lambda data: data[:90] + b"??" + data[92:]), "broken picture"),
+    "cut_at_the_end.jpg": (content(encoded("JPEG")[:-300]), "broken picture"),
+    "bits_3.png": (content(png_file(96, 96, 3, zlib.compress(bytes(9999)))), NO_PICTURE),
+    "jpeg_2000.png": (content(encoded("JPEG2000")), NO_PICTURE),
+    "page.png": (content(encoded("PDF")), NO_PICTURE),
+    "drawing.png": (content(b"<svg xmlns='http://www.w3.org/2000/svg'></svg>"), NO_PICTURE),
+    "device.png": (lambda path: path.symlink_to("/dev/zero"), "neither a file nor a folder"),
+    "all_clear.png": (picture(see_through(EYE)), "got grey"),
+    "fifteen.png": (picture(EYE.resize((15, 15))), "only 15x15 pixels"),
     "no_area.png": (content(png_file(0, 0, 8, zlib.compress(b""))), "broken picture|" + NO_PICTURE),
     "pages.tif": (content(encoded("TIFF", save_all=True, append_images=[NOISE])), "2 pages"),
     "pixel.png": (picture(Image.new("RGB", (1, 1), (9, 5, 1))), "only 1x1 pixels"),
@@ -350,6 +449,12 @@ PICTURES: Corpus = {
     "packed.tif": (picture(compression="tiff_lzw"), None),
     "deep.png": (content(png_of_16_bits(EYE)), None),
     "rgba.png": (picture(EYE.convert("RGBA")), None),
+    "moves.png": (picture(save_all=True, append_images=[NOISE]), None),  # its first picture
+    "two_in_one.jpg": (picture(format="MPO", save_all=True, append_images=[NOISE]), None),
+    "bad_profile.jpg": (picture(icc_profile=b"nonsense", quality=95), None),
+    "bad_exif.jpg": (picture(exif=b"Exif\0\0" + b"\xff" * 200, quality=95), None),
+    "jpeg_within.tif": (picture(compression="jpeg"), None),
+    "lab.tif": (picture(EYE.convert("LAB")), None),
     "transparent.png": (picture(transparent()), None),
     "palette.png": (picture(EYE.quantize(64)), None),
     "cmyk.jpg": (picture(EYE.convert("CMYK"), quality=95), None),
@@ -360,6 +465,8 @@ PICTURES: Corpus = {
     "large.jpg": (large, None),
     "small.png": (picture(EYE.resize((24, 24))), None),
     "with space, comma & ümlaut.png": (picture(), None),
+    "@device $x %y.png": (picture(), None),
+    f"{'long' * 61}.png": (picture(), None),
     os.fsdecode(b"latin_\xfc.png"): (content(encoded("PNG")), None),
 }  # fmt: skip
 

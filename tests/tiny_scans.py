@@ -63,6 +63,7 @@ def dicom_series(folder: Path, array: np.ndarray, uid: str = "1.2.3") -> Path:
         tags = image.GetMetaDataDictionary()
         tags["0020|000d"], tags["0020|000e"], tags["0008|0018"] = "1.2", uid, f"{uid}.{k}"
         tags["0008|0060"], tags["0008|0021"], tags["0020|0013"] = "MR", "20200101", str(k)
+        tags["0010|0010"], tags["0010|0020"], tags["0010|0030"] = "DOE^JOHN", "MRN1950", "19500101"
         tags["0020|0032"] = "\\".join(f"{value:.6f}" for value in position)
         tags["0020|0037"] = "\\".join(f"{value:.6f}" for value in direction[:, :2].T.ravel())
         tags["0028|0030"], tags["0018|0050"], tags["0018|0088"] = "0.9\\0.7", "3.0", "3.0"
