@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from shared_iopfl.errors import InputError
-from shared_iopfl.routing import copy_network
+from shared_iopfl.routing import channel_statistics, copy_network
 
 __all__ = ["distance_routes", "distribution_distance"]
 
@@ -36,8 +36,7 @@ class _Moments:
         self.squares = torch.zeros(channels, dtype=torch.float64, device=device)
 
     def add(self, inputs: Tensor) -> None:
-        dims = [dim for dim in range(inputs.ndim) if dim != 1]
-        var, mean = torch.var_mean(inputs.float(), dim=dims, correction=0)
+        mean, var = channel_statistics(inputs.float())
         count = inputs.numel() // inputs.shape[1]
         mean, var = mean.double(), var.double()
         self.count += count

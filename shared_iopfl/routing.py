@@ -33,7 +33,7 @@ from torch.func import functional_call, vmap
 from shared_iopfl.errors import InputError
 from shared_iopfl.routers import Activation, FreeRoutes, Router
 
-__all__ = ["RoutedBatchNorm", "RoutedLayer", "RoutedNetwork", "collapse", "route"]
+__all__ = ["RoutedBatchNorm", "RoutedLayer", "RoutedNetwork", "channel_statistics", "collapse", "route"]
 
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
@@ -136,7 +136,6 @@ class RoutedBatchNorm(RoutedLayer):
         return self.statistics > 0 or getattr(self.layer, "running_mean", None) is None
 
     def compute(self, weights: dict[str, Tensor], inputs: Tensor) -> Tensor:
-        dims = [dim for dim in range(inputs.ndim) if dim != 1]
         wide = inputs if inputs.dtype == torch.float64 else inputs.float()
         mean = weights.get("running_mean")
         var = weights.get("running_var")
@@ -145,7 +144,7 @@ class RoutedBatchNorm(RoutedLayer):
             if self.frozen and self.last_batch is not None:
                 batch_mean, batch_var = self.last_batch
             else:
-                batch_var, batch_mean = torch.var_mean(wide, dim=dims, correction=0)
+                batch_mean, batch_var = channel_statistics(wide)
                 self.last_batch = (batch_mean.detach(), batch_var.detach())
             mean = batch_mean[None] if mean is None else torch.lerp(mean, batch_mean[None], blend)
             var = batch_var[None] if var is None else torch.lerp(var, batch_var[None], blend)
@@ -172,6 +171,18 @@ class RoutedBatchNorm(RoutedLayer):
             for name, value in zip(("running_mean", "running_var"), self.last_statistics):
                 layer.get_buffer(name).copy_(value)
         return layer
+
+
+def channel_statistics(inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance (C,) of each channel of a batch (B, C, *spatial), over samples and pixels."""
+    if inputs.device.type != "cpu" or torch.is_grad_enabled():
+        variance, mean = torch.var_mean(inputs, dim=[dim for dim in range(inputs.ndim) if dim != 1], correction=0)
+        return mean, variance
+    # 20 times as fast as `var_mean` where channels lie last; a sample at a time, as it sums in single precision
+    rows = [torch.batch_norm_update_stats(sample, None, None, 0.0) for sample in inputs.split(1)]
+    means, variances = (torch.stack(row).double() for row in zip(*rows))
+    mean = means.mean(0)
+    return mean.to(inputs.dtype), (variances + (means - mean) ** 2).mean(0).to(inputs.dtype)
 
 
 def _scale_channels(inputs: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
