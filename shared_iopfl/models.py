@@ -132,13 +132,16 @@ def _checked(tensor: Tensor, key: str, path: str | os.PathLike) -> Tensor:
     return tensor.float() if tensor.dtype in HALF else tensor
 
 
-def load_experts(ckpt_dir: str, sites: Sequence[str] | None = None) -> dict[str, dict[str, Tensor]]:
+def load_experts(
+    ckpt_dir: str, sites: Sequence[str] | None = None, equal_too: bool = False
+) -> dict[str, dict[str, Tensor]]:
     """The personalised models of a folder, site -> state_dict, from ``model_<site>.pt``.
 
     Args:
         ckpt_dir: the folder.
         sites: which; None: all that are there or that its manifest lists, in alphabetical order (none at all gives an
             empty routing space).
+        equal_too: also those of sites that kept the global model for their own: they add nothing to a routing space.
 
     Raises:
         InputError: as :func:`load_weights`; one that is there and that the manifest does not list is an error too.
@@ -150,7 +153,15 @@ def load_experts(ckpt_dir: str, sites: Sequence[str] | None = None) -> dict[str,
         sites = [match[1] for name in sorted(names) if (match := MODEL_FILE.fullmatch(name)) and match[1]]
     sites = [sites] if isinstance(sites, str) else sites
     _tell_apart(ckpt_dir)
-    return {site: load_weights(model_path(ckpt_dir, "personalised", site)) for site in sites}
+    models = {site: load_weights(model_path(ckpt_dir, "personalised", site)) for site in sites}
+    if equal_too or not models or not os.path.isfile(model_path(ckpt_dir)):
+        return models
+    shared = load_weights(model_path(ckpt_dir))
+    return {site: model for site, model in models.items() if not _equal(model, shared)}
+
+
+def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(tensor, other[key]) for key, tensor in one.items())
 
 
 def _tell_apart(ckpt_dir: str) -> None:

@@ -86,7 +86,7 @@ def publish(
             something in `to_dir` already.
     """
     target, run_dir = Path(to_dir), Path(from_dir).absolute().parent
-    models = load_experts(from_dir, sites)
+    models = load_experts(from_dir, sites, equal_too=True)
     models[GLOBAL] = load_weights(model_path(from_dir))
     run = _read_run(run_dir / "run.json")
     settings = run.get("settings", {})

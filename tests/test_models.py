@@ -191,13 +191,23 @@ def test_experts_of_a_folder(tmp_path):
     """Every model_<site>.pt, in order, but neither the global model nor others' files; or those asked for."""
     assert load_experts(str(tmp_path)) == {}
     assert load_experts(str(tmp_path / "missing")) == {}
-    for name in ("model", "model_UCL", "model_BIDMC", "model_ISBI_1.5", "model_final", ".model_half", "other"):
+    for name in ("model_UCL", "model_BIDMC", "model_ISBI_1.5", "model_final", ".model_half", "other"):
         save_atomically(STATE, tmp_path / f"{name}.pt")
     assert list(load_experts(str(tmp_path))) == ["BIDMC", "ISBI_1.5", "UCL"]
     assert list(load_experts(str(tmp_path), ["UCL", "BIDMC"])) == ["UCL", "BIDMC"]
     assert list(load_experts(str(tmp_path), "UCL")) == ["UCL"]
     with pytest.raises(InputError, match=r"model_HK\.pt"):
         load_experts(str(tmp_path), ["HK"])
+
+
+def test_site_that_kept_the_global_model_adds_no_expert(tmp_path):
+    """Else the global model would be taken for a chosen expert, and the space would hold it twice."""
+    for name in ("model", "model_A"):
+        save_atomically(STATE, tmp_path / f"{name}.pt")
+    own = {key: tensor + 1 for key, tensor in STATE.items()}
+    save_atomically(own, tmp_path / "model_B.pt")
+    assert list(load_experts(str(tmp_path))) == ["B"]
+    assert list(load_experts(str(tmp_path), equal_too=True)) == ["A", "B"]
 
 
 def test_models_of_one_time_get_times_of_their_own(tmp_path):
