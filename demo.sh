@@ -3,8 +3,8 @@
 source "$(dirname "$0")/.ci/venv.sh"
 task=${1:-prostate}
 case $task in
-    prostate) settings=(--rounds 15 --passes 8) ;;
-    fundus) settings=(--rounds 15 --passes 16) ;;
+    prostate) settings=(--rounds 15 --own_rounds 4 --passes 8) ;;
+    fundus) settings=(--rounds 15 --own_rounds 4 --passes 16) ;;
     *) echo "error: unknown task '$task': prostate or fundus" >&2; exit 1 ;;
 esac
 out=demo_output/$task

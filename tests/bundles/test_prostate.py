@@ -32,7 +32,14 @@ from shared_iopfl.federation import Federation, SiteClient
 from shared_iopfl.sites import site_cases
 
 BUNDLE = Path(__file__).parents[2] / "bundles" / "prostate_iopfl"
-FEDERATE: dict[str, Any] = {"sites": ["A", "B"], "passes": 1, "batch_size": 2, "val_interval": 1, "rounds": 2}
+FEDERATE: dict[str, Any] = {
+    "sites": ["A", "B"],
+    "own_rounds": 1,
+    "passes": 1,
+    "batch_size": 2,
+    "val_interval": 1,
+    "rounds": 2,
+}
 Run = Callable[..., ConfigWorkflow]
 
 
