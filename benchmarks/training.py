@@ -85,7 +85,9 @@ def _federation(
         make_prostate_sites(Path(folder) / "sites", names, cases, (96, 96, VOLUME_SLICES))
     else:
         make_fundus_sites(Path(folder) / "sites", names, cases)
-    common = {"dataset_dir": f"{folder}/sites", "image_size": size, "verbose": False, "tensorboard": False}
+    # as federate.json has it: the federation validates, not the site's trainer
+    quiet = {"val_interval": 0, "save_checkpoints": False, "verbose": False}
+    common = {"dataset_dir": f"{folder}/sites", "image_size": size, **quiet}
     federation = Federation(
         str(BUNDLES / f"{task}_iopfl"), names, output_dir=folder, overrides={**common, **overrides}, **options
     )
@@ -132,7 +134,6 @@ def measure(
         "features": features,
         "passes": passes,
         "bf16": bf16,
-        "save_checkpoints": False,
     }
     with tempfile.TemporaryDirectory() as folder:
         federation = _federation(folder, task, sites, cases, image_size, overrides, rounds=repeats + 2, val_interval=0)
