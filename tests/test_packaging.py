@@ -59,7 +59,8 @@ def run(tmp_path: Path, bundle: Path) -> Path:
     content = {"settings": {**SETTINGS, **MACHINE}, "versions": {"torch": "2.13.0"}}
     (tmp_path / "out" / "run.json").write_text(json.dumps(content))
     row = {"site": "A", "model": "personalised", "metric": "dice", "mean": "0.75", "cases": "3"}
-    write_rows(tmp_path / "out" / "summary.csv", tuple(row), [row])
+    undefined = {**row, "metric": "hd95_mm", "mean": ""}
+    write_rows(tmp_path / "out" / "summary.csv", tuple(row), [row, undefined])
     return tmp_path / "out" / "models"
 
 
