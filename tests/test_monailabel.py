@@ -15,16 +15,11 @@ Run by ``deploy/monailabel/test.sh``, which makes the environment first; without
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import signal
-import socket
 import subprocess
-import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,28 +27,23 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
-import torch
-from monai.bundle import ConfigParser
-from networks import make
-from PIL import Image
-from torch import nn
+from label_server import (
+    BUNDLES,
+    DEPLOY,
+    PATIENCE,
+    PYTHON,
+    SITES,
+    digest,
+    ending,
+    make_models,
+    make_studies,
+    needs_monailabel,
+    own_mask,
+    read,
+    serving,
+)
 
-from shared_iopfl.manifest import write_manifest
-from shared_iopfl.phantoms import make_fundus_sites, make_prostate_sites
-from shared_iopfl.stacks import to_stack
-
-ROOT = Path(__file__).parents[1]
-DEPLOY = ROOT / "deploy" / "monailabel"
-VENV = Path(os.environ.get("MONAILABEL_VENV", ROOT / ".venv-monailabel"))
-SITES = ("A", "B")
-ARCHITECTURE = {"features": 4, "image_size": 32}
-# a busy machine may take minutes to import what the server needs
-PATIENCE = 900
-
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not (VENV / ".stamp").is_file(), reason="no MONAI Label here: deploy/monailabel/test.sh"),
-]
+pytestmark = [pytest.mark.slow, needs_monailabel]
 
 
 @dataclass
@@ -69,7 +59,7 @@ class Server:
 
     @property
     def ending(self) -> str:
-        return ".png" if "fundus" in self.bundle else ".nii.gz"
+        return ending(self.bundle)
 
     @property
     def scans(self) -> list[str]:
@@ -81,7 +71,7 @@ class Server:
 
     def start(self, *command: str) -> subprocess.Popen[str]:
         """A command of the client, without waiting for it."""
-        client = [str(VENV / "bin" / "python"), str(DEPLOY / "try.py"), "--url", self.url, *command]
+        client = [PYTHON, str(DEPLOY / "try.py"), "--url", self.url, *command]
         return subprocess.Popen(client, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=self.scratch)
 
     def ask(self, *command: str) -> str:
@@ -97,28 +87,9 @@ class Server:
         return self.start("infer", self.bundle, scan, "--output", str(file), *options), file
 
     def own_mask(self, scan: str, **overrides: Any) -> np.ndarray:
-        """The mask that the bundle itself makes of a scan, by ``python -m monai.bundle run`` on the server's models."""
-        folder = self.scratch / f"own{time.monotonic_ns()}"
-        folder.mkdir()
-        (folder / f"{scan}{self.ending}").symlink_to(self.studies / f"{scan}{self.ending}")
-        options = {
-            "config_file": ROOT / "bundles" / self.bundle / "configs" / "inference.json",
-            "bundle_root": self.app / "model" / self.bundle,
-            "dataset_dir": folder,
-            "output_dir": folder / "out",
-            "overlays": False,
-            **overrides,
-        }
-        run_bundle(options)
-        return read(folder / "out" / f"{scan}{self.ending}")
-
-
-def run_bundle(options: Mapping[str, Any]) -> None:
-    """``python -m monai.bundle run`` in a process of its own, as a user runs it."""
-    flat = [text for name, value in options.items() for text in (f"--{name}", str(value))]
-    command = [sys.executable, "-m", "monai.bundle", "run", *flat]
-    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert ended.returncode == 0, ended.stderr[-2000:]
+        """The mask that the bundle itself makes of a scan, with the server's models."""
+        file = self.studies / f"{scan}{self.ending}"
+        return own_mask(self.app / "model" / self.bundle, file, self.scratch, **overrides)
 
 
 def answer(client: subprocess.Popen[str]) -> str:
@@ -132,97 +103,20 @@ def answered(client: subprocess.Popen[str], file: Path) -> np.ndarray:
     return read(file)
 
 
-def read(file: Path) -> np.ndarray:
-    return np.asarray(Image.open(file)) if file.suffix == ".png" else np.asarray(nib.load(file).dataobj)
-
-
-def make_models(folder: Path, bundle: str, studies: Path) -> Path:
-    """A published set of tiny random networks, near each other and made to see some organ in the scans."""
-
-    def parser() -> ConfigParser:
-        config = ConfigParser()
-        config.read_config(str(ROOT / "bundles" / bundle / "configs" / "inference.json"))
-        config.update({**ARCHITECTURE, "dataset_dir": str(studies)})
-        return config
-
-    folder.mkdir(parents=True)
-    scans = [case["image"].as_tensor() for case in parser().get_parsed_content("dataset")]
-    inputs = torch.cat([scan[None] if scan.ndim == 3 else to_stack(scan) for scan in scans])
-    networks = [make(lambda: parser().get_parsed_content("network_def"), seed) for seed in range(1 + len(SITES))]
-    for name, network in zip(("model", *(f"model_{site}" for site in SITES)), networks):
-        with torch.no_grad():
-            for weight, common in zip(network.parameters(), networks[0].parameters()):
-                weight.lerp_(common, 0.8)
-            for module in network.modules():
-                if isinstance(module, nn.BatchNorm2d):
-                    module.momentum = 1.0
-            network.train()(inputs)
-            last = [module for module in network.modules() if isinstance(module, nn.Conv2d)][-1]
-            last.bias -= network.eval()(inputs).movedim(1, 0).flatten(1).median(1).values
-        torch.save(network.state_dict(), folder / f"{name}.pt")
-    write_manifest(folder, ARCHITECTURE, terms="random weights, for a test")
-    return folder
-
-
-def make_studies(folder: Path, bundle: str) -> Path:
-    """Scans for the server, none as wide as high; beside the folder, in ``masks``, what a person would draw."""
-    sites, masks = folder.parent / "sites", folder.parent / "masks"
-    folder.mkdir(parents=True)
-    masks.mkdir()
-    if "fundus" in bundle:
-        make_fundus_sites(sites, sites=("E",), cases=3, size=128, photographs=True)
-        drawn = {path: sites / "E" / "masks" / path.name for path in (sites / "E" / "images").glob("*.png")}
-    else:
-        make_prostate_sites(sites, sites=("E",), cases=3, size=(40, 32, 8))
-        found = [path for path in (sites / "E").glob("*.nii.gz") if "_segmentation" not in path.name]
-        drawn = {path: path.with_name(path.name.replace(".nii.gz", "_segmentation.nii.gz")) for path in found}
-    for scan, mask in drawn.items():
-        scan.rename(folder / scan.name)
-        mask.rename(masks / scan.name)
-    return masks
-
-
-@pytest.fixture(scope="module", params=["prostate_iopfl", "fundus_iopfl"])
+@pytest.fixture(scope="module", params=BUNDLES)
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server with both bundles and scans for one of them."""
     folder = tmp_path_factory.mktemp(request.param)
     models, masks = [], {}
-    for bundle in ("prostate_iopfl", "fundus_iopfl"):
+    for bundle in BUNDLES:
         masks[bundle] = make_studies(folder / bundle / "studies", bundle)
         published = make_models(folder / bundle / "published", bundle, folder / bundle / "studies")
         models += ["--models", f"{bundle}={published}"]
-    studies = folder / request.param / "studies"
+    studies, app = folder / request.param / "studies", folder / "app"
     (folder / "scratch").mkdir()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    paths = ["--app", str(folder / "app"), "--studies", str(studies)]
-    with open(folder / "server.log", "w") as log:
-        process = subprocess.Popen(
-            [str(DEPLOY / "serve.sh"), *paths, "--port", port, *models],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            url = f"http://127.0.0.1:{port}"
-            wait_for(url, process, folder / "server.log")
-            yield Server(request.param, url, folder / "app", studies, masks[request.param], folder / "scratch")
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGTERM)
-                process.wait(60)
-
-
-def wait_for(url: str, process: subprocess.Popen, log: Path) -> None:
-    end = time.monotonic() + PATIENCE
-    while process.poll() is None and time.monotonic() < end:
-        try:
-            urllib.request.urlopen(f"{url}/info/").read()
-            return
-        except OSError:
-            time.sleep(0.5)
-    raise AssertionError(f"the server did not start: {log.read_text()[-2000:]}")
+    command = [DEPLOY / "serve.sh", "--app", app, "--studies", studies, *models]
+    with serving(command, folder / "server.log") as url:
+        yield Server(request.param, url, app, studies, masks[request.param], folder / "scratch")
 
 
 def test_both_bundles_are_served_with_all_models(server: Server) -> None:
@@ -286,7 +180,7 @@ def test_chosen_personalised_model_is_served_as_it_is(server: Server) -> None:
     for site in SITES:
         file = f"model_{site}.pt"
         chosen = server.infer(scan, "--model_filename", file)
-        np.testing.assert_array_equal(chosen, server.own_mask(scan, ckpt=server.models / file, mode="off"))
+        np.testing.assert_array_equal(chosen, server.own_mask(scan, ckpt=str(server.models / file), mode="off"))
         assert (chosen != routed).any()
     np.testing.assert_array_equal(server.infer(scan), routed, "a choice is for one request")
 
@@ -339,7 +233,3 @@ def test_sites_own_new_model_joins_the_published_ones(server: Server) -> None:
     names = {path.name for path in server.models.glob("model_*.pt")}
     assert names == {"model_own.pt", *(f"model_{site}.pt" for site in SITES)}
     assert server.own_mask(server.scans[0]).any()
-
-
-def digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()

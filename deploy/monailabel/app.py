@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -26,8 +25,6 @@ from pathlib import Path
 BUNDLES = Path(__file__).resolve().parents[2] / "bundles"
 SAMPLE = Path(sys.prefix) / "monailabel" / "sample-apps" / "monaibundle"
 MODEL_SET = ("*.pt", "manifest.json", "scores.json")
-# any moment will do, as long as each file has its own
-FIRST_CHANGE = 1_700_000_000
 
 
 def build_app(app: Path, models: dict[str, Path]) -> list[str]:
@@ -62,10 +59,8 @@ def copy_models(source: Path, target: Path) -> bool:
     part = target.with_name("models.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
-    for number, file in enumerate(sorted(path for pattern in MODEL_SET for path in source.glob(pattern))):
+    for file in (path for pattern in MODEL_SET for path in source.glob(pattern)):
         shutil.copyfile(file, part / file.name)
-        # the server takes two model files of one time for the same: unpacked together, all would be the first served
-        os.utime(part / file.name, (FIRST_CHANGE + number,) * 2)
     part.rename(target)
     return True
 
