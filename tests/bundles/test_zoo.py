@@ -314,6 +314,41 @@ def test_published_models_export(name: str, half: bool, tmp_path: Path) -> None:
         torch.testing.assert_close(logits, network(images), atol=1e-2 if half else 1e-5, rtol=1e-2 if half else 1e-5)
 
 
+@pytest.mark.slow
+def test_commands_on_the_shipped_weights(name: str, tmp_path: Path, make_sites: Callable[[str, Path], Path]) -> None:
+    """The zoo's checks and exports as commands; then a site's scans are routed with nothing set but their folder."""
+    (tmp_path / "schema.json").write_bytes(SCHEMA.read_bytes())
+    files = files_of(name)
+    shipped = {"net_id": "network_def", "ckpt_file": BUNDLES / name / "models" / "model.pt", **files}
+    serve = {"config_file": files["config_file"], "bundle_root": files["bundle_root"], "output_dir": tmp_path / "masks"}
+    onnx = {"filepath": tmp_path / "model.onnx", "input_shape": [1, 3, 96, 96], "use_trace": True}
+    commands: list[tuple[str, dict[str, Any]]] = [
+        ("verify_metadata", {"meta_file": files["meta_file"], "filepath": tmp_path / "schema.json"}),
+        ("verify_net_in_out", {"net_id": "network_def", "device": "cpu", **files}),
+        ("ckpt_export", {"filepath": tmp_path / "model.ts", **shipped}),
+        ("onnx_export", {**onnx, **shipped}),
+        ("run", {"dataset_dir": make_sites(name, tmp_path / "sites") / "E", **serve}),
+    ]
+    for command, options in commands:
+        words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
+        process = subprocess.run(
+            [sys.executable, "-m", "monai.bundle", command, *words], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert process.returncode == 0, f"{command}: {process.stderr[-2000:]}"
+
+    network = parser_of(name, "inference").get_parsed_content("network_def").eval()
+    network.load_state_dict(load_weights(shipped["ckpt_file"]))
+    images = torch.rand(1, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"))
+    with torch.no_grad():
+        logits = network(images)
+        torch.testing.assert_close(torch.jit.load(tmp_path / "model.ts")(images), logits, rtol=1e-4, atol=1e-4)
+    (exported,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    np.testing.assert_allclose(exported, logits.numpy(), rtol=1e-3, atol=1e-3)
+    routes = json.loads((tmp_path / "masks" / "routes.json").read_text())
+    assert set(routes["experts"]) == {"global", *load_experts(str(BUNDLES / name / "models"))}
+
+
 def test_logging_is_quiet_where_progress_bars_run(name: str) -> None:
     """What engines and clients say in every round is not shown, clients' warnings and what handlers say are.
 
