@@ -60,9 +60,9 @@ def main(url: str, model: str, folder: str, *files: str) -> None:
         for image, label in zip((first, second), labels):
             client.save_label(image, label, tag="final")
         client.train_start(model, {"max_epochs": 1, "multi_gpu": False})
-        while client.train_status(check_if_running=True):
+        while (train := client.train_status())["status"] in ("SUBMITTED", "RUNNING"):
             time.sleep(1)
-        answers.update(batch=batch["status"], train=client.train_status()["status"])
+        answers.update(batch=batch["status"], train=train["status"])
         infer("trained", first)
     (Path(folder) / "answers.json").write_text(json.dumps(answers))
 
