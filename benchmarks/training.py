@@ -117,8 +117,8 @@ def measure(
         passes: over a site's cases a round, in batches of the bundle's size.
         bf16: train in bfloat16.
         repeats: timed pairs.
-        memory: time nothing; measure the host memory of a round with one step a site instead, all data cached. Of the
-            sizes above it takes `image_size` and `features`.
+        memory: time nothing; measure host memory instead: that of the sites with their "data" cached, and that of a
+            "round" with one step a site on top. Of the sizes above it takes `image_size` and `features`.
     """
     if task not in get_args(Task):
         sys.exit(f"error: unknown task '{task}': choose one of {', '.join(get_args(Task))}.")
@@ -126,7 +126,10 @@ def measure(
     settings = {"task": task, "image_size": image_size, "features": features, "bf16": bf16}
     if memory:
         arguments = [device, task, str(image_size), str(features), str(bf16)]
-        peak = {"federation_6_sites_20_cases": peak_memory("benchmarks.training", *arguments)}
+        peak = {
+            name: peak_memory("benchmarks.training", *arguments, str(rounds))
+            for name, rounds in (("data", 0), ("round", 1))
+        }
         return {"ratios": {}, "peak_memory_gib": peak, "settings": settings, **machine(place)}
     overrides = {
         "device": device,
@@ -163,13 +166,14 @@ def measure(
     }
 
 
-def memory(device: str, task: Task, image_size: int, features: int, bf16: bool) -> None:
-    """One round of one step at each of 6 sites with 20 cases; print the peak. A process of its own."""
+def memory(device: str, task: Task, image_size: int, features: int, bf16: bool, rounds: int) -> None:
+    """So many rounds of one step at each of 6 sites with 20 cases; print the peak. A process of its own."""
     one_batch = {"train#dataloader#sampler#num_samples": "@batch_size"}
     overrides = {"device": device, "features": features, "bf16": bf16, **one_batch}
     with tempfile.TemporaryDirectory() as folder:
         federation = _federation(folder, task, 6, 20, image_size, overrides, rounds=1, val_interval=0)
-        federation.run_round()
+        for _ in range(rounds):
+            federation.run_round()
         print_peak(torch.device("cpu"))  # host memory, whatever the device
 
 

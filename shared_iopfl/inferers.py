@@ -42,7 +42,9 @@ __all__ = ["TestTimeRoutingInferer"]
 
 Mode = Literal["episodic", "site", "off"]
 STEP_PIXELS = 2**18  # a backward: 16 slices of 128 x 128, one of 384 x 384
-SITE_SLICES = 128  # of all its scans, for the statistics of a site's network: one forward's memory
+SCAN_PIXELS = 2**20  # of the slices that a scan is measured on, one forward: 16 of 256 x 256, seven of 384 x 384
+SITE_PIXELS = 2**21  # likewise of all a site's scans: 128 of 128 x 128
+SITE_SLICES = 128
 
 
 class _Weights(dict[str, Tensor]):
@@ -152,7 +154,7 @@ class TestTimeRoutingInferer(StackInferer):
         began = time.perf_counter()
         with torch.inference_mode(False), torch.no_grad():
             stack = stack.clone()  # an inference tensor could not take part in adaptation
-            some = evenly(stack, self.settings.adapt_slices)
+            some = evenly(stack, bounded(self.settings.adapt_slices, stack, SCAN_PIXELS))
             routed, report = self._begin([some], network)
             logits, agreed = self._predict(stack, self._settled(routed, some))
             report.update(agreed, routes=routed.last_routes().tolist())
@@ -184,7 +186,7 @@ class TestTimeRoutingInferer(StackInferer):
             if not samples:
                 raise InputError("mode 'site' needs at least one scan of the site; got none.")
             routed, report = self._begin(samples, network)
-            some = evenly(torch.cat(samples), SITE_SLICES)
+            some = evenly(torch.cat(samples), bounded(SITE_SLICES, samples[0], SITE_PIXELS))
             start, agreed = self._predict(some, self._settled(routed, some))
             report.update(agreed, routes=routed.last_routes().tolist(), scans=len(samples))
             if settings.steps > 0:
@@ -209,10 +211,7 @@ class TestTimeRoutingInferer(StackInferer):
         dial = self.usual_shift > 0 and (settings.start == "distance" or settings.statistics > 0)
         distances = torch.zeros(len(experts))
         if settings.start == "distance" or dial:
-            measured = [
-                distribution_distance(network, experts, some.split(bounded(self.batch_size, some))) for some in samples
-            ]
-            distances = torch.stack(measured).mean((0, 2))
+            distances = torch.stack([self._distances(some, network) for some in samples]).mean(0)
         routes = self._start(distances, list(experts))
         count = sum(len(some) for some in samples) / len(samples)
         statistics = settings.statistics * count / (count + settings.prior)

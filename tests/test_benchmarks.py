@@ -24,6 +24,7 @@ from networks import images, volume
 from benchmarks import accuracy
 from benchmarks.networks import agree, make_experts, make_network, naive
 from benchmarks.reference import NaiveInferer
+from shared_iopfl import inferers
 from shared_iopfl.inferers import TestTimeRoutingInferer
 from shared_iopfl.phantoms import make_prostate_sites
 from shared_iopfl.routing import route
@@ -75,7 +76,7 @@ def test_accuracy_scores_both_paths_on_each_site_with_an_expert(tmp_path):
 @pytest.mark.slow
 def test_memory_of_a_federation_is_measured():
     found = run("training", "--memory", "--image_size", 32, "--features", 4)
-    assert 0 < found["peak_memory_gib"]["federation_6_sites_20_cases"] < 8
+    assert 0 < found["peak_memory_gib"]["data"] < found["peak_memory_gib"]["round"] < 8
 
 
 def test_nothing_is_timed_where_fast_and_naive_path_differ():
@@ -130,3 +131,21 @@ def test_networks_get_images_channels_last_turned_ones_too():
     for batch in (pictures, turned):
         assert torch.equal(StackInferer(None)(batch, network), batch)
     assert seen == [True] * 4
+
+
+@torch.no_grad()
+def test_scans_of_large_slices_are_measured_on_fewer(monkeypatch):
+    """A bound on the pixels of the forward that sees a scan's slices together: the memory of an episodic mask."""
+    measured = []
+
+    class Recording(TestTimeRoutingInferer):
+        def _distances(self, some, network):
+            measured.append(len(some))
+            return super()._distances(some, network)
+
+    network = make_network(4, torch.device("cpu"))
+    inferer = Recording(make_experts(network, 1))
+    inferer(volume(20), network)
+    monkeypatch.setattr(inferers, "SCAN_PIXELS", 7 * 32 * 32)
+    inferer(volume(20), network)
+    assert measured == [16, 7]
