@@ -98,7 +98,8 @@ class Router(nn.Module):
         """Routes of shape (B, E), or (1, E) where they are per volume, from a layer's input (B, C, *spatial)."""
         # routers cost little: full precision; autocast would also keep serving the weights from before an adaptation
         with torch.autocast(inputs.device.type, enabled=False):
-            pooled = inputs.float().flatten(2).mean(-1) if inputs.ndim > 2 else inputs.float()
+            # over the axes as they lie: flattening channels-last images would copy them
+            pooled = inputs.float().mean(tuple(range(2, inputs.ndim))) if inputs.ndim > 2 else inputs.float()
             if self.per_volume:
                 pooled = pooled.mean(0, keepdim=True)
             hidden = torch.relu(self.squeeze(pooled))
