@@ -190,7 +190,8 @@ class FlareRun:
             self.state = first_state(self.bundle, self.federation)
         settings = {**self.settings, "min_sites": self.min_sites, "engine": f"nvflare {version('nvflare')}"}
         here = [] if self.dataset_dir is None else self.sites
-        write_run(str(self.output_dir), settings, str(self.dataset_dir), here)
+        root = str(self.bundle) if here else ""
+        write_run(str(self.output_dir), settings, str(self.dataset_dir), here, root)
 
     @contextmanager
     def _recipe(self, all_there: bool = False) -> Iterator[FederationRecipe]:
@@ -205,6 +206,8 @@ class FlareRun:
             min_sites=self.min_sites,
             val_interval=self.federation.val_interval,
             max_update_norm=self.federation.max_update_norm,
+            own_rounds=self.federation.own_rounds,
+            shares=list(self.federation.shares),
             round_timeout=self.round_timeout,
         )
         with tempfile.TemporaryDirectory() as folder:
@@ -225,13 +228,12 @@ class FlareRun:
 
     def _finish(self, result: Path) -> Path:
         """Bring what the server left to the output folder; once all rounds are done, score and report."""
-        done = max(collect(result, self.output_dir, self.federation, self.state["run"]), self.state["round"])
-        if done < self.federation.rounds:
+        state = collect(result, self.output_dir, self.federation, self.state["run"]) or self.state
+        if not (state["round"] == self.federation.rounds and state["settled"]):
             rows = read_rows(self.output_dir / FAILURES)
             why = f"round {rows[-1]['round']}: {rows[-1]['reason']} " if rows else ""
-            raise InputError(
-                f"stopped after {done} of {self.federation.rounds} rounds: {why}The logs in {result} tell more."
-            )
+            done = f"{state['round']} of {self.federation.rounds} rounds"
+            raise InputError(f"stopped after {done}: {why}The logs in {result} tell more.")
         if self.dataset_dir is not None:
             score(self.scoring, self.output_dir, self.dataset_dir, self.sites, self.device)
         draw(self.output_dir)

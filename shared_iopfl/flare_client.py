@@ -32,16 +32,18 @@ import nvflare.client as flare
 import torch
 from nvflare.apis.fl_constant import FLMetaKey
 from nvflare.app_common.abstract.fl_model import FLModel
+from torch import Tensor
 
 from shared_iopfl.errors import InputError, root_input_error
 from shared_iopfl.masks import check_writable
 from shared_iopfl.models import model_path, save_atomically
 from shared_iopfl.site_client import SiteClient, time_limit
 
-__all__ = ["COUNTED", "ENVIRONMENT", "JOB_FILE", "Member", "bundle_fingerprint", "run"]
+__all__ = ["COUNTED", "ENVIRONMENT", "JOB_FILE", "SETTLE", "Member", "bundle_fingerprint", "run"]
 
 # what the server tells besides weights and round: site -> the last round in which its update was averaged
 COUNTED = "counted"
+SETTLE = "settle"  # the last task, once all rounds are done
 JOB_FILE = "federation.json"
 LOG_FILE = "training.log"
 # what a site says about itself goes before what the job says
@@ -107,8 +109,17 @@ class Member:
                 state = torch.load(self._state(max(earlier)), map_location="cpu", weights_only=True)
                 client.load_state_dict(state)
                 shared.info("goes on from its state after round %d", max(earlier))
+            self._put_back(client.personalised if earlier else None)
             self._client, self._round = client, done
         return self._client
+
+    def _put_back(self, personalised: Mapping[str, Tensor] | None) -> None:
+        """Write the site's own model: what lies in its folder may be of an update that did not count."""
+        path = Path(model_path(str(self.folder), "personalised", self.site))
+        if personalised is not None:
+            save_atomically({key: tensor.cpu() for key, tensor in personalised.items()}, path)
+        else:
+            path.unlink(missing_ok=True)
 
     def _make(self) -> SiteClient:
         bundle, dataset_dir = self._path("bundle"), self._path("dataset_dir")
@@ -149,10 +160,14 @@ class Member:
         """Do a task; what goes wrong is told by its kind alone, and in full in the site's own ``training.log``."""
         # a process's alarm clock rings in its main thread, which does the work where each task has a process of its own
         main = threading.current_thread() is threading.main_thread()
+        settle = bool(received.meta.get(SETTLE))
+        seconds = self.job["round_timeout"] * (max(1, self.job["own_rounds"]) if settle else 1)
         try:
-            with time_limit(self.site, self.job["round_timeout"] if main else 0):
+            with time_limit(self.site, seconds if main else 0):
                 # the newest global model, beside the site's own
                 save_atomically(dict(received.params), model_path(str(self.folder)))
+                if settle:
+                    return self.settle(received)
                 return self.validate(received) if task == "validate" else self.train(received)
         except Exception as error:
             kind = type(root_input_error(error) or error).__name__
@@ -186,6 +201,24 @@ class Member:
                 for metric, value in client.validate(weights).items()
             }
         )
+
+    def settle(self, received: FLModel) -> FLModel:
+        """Make the personalised model what the site keeps.
+
+        What is told is the share that its validation cases chose, and how far they are from the global model.
+        Asked again, as after the server's death, it begins again from the last round.
+        """
+        client = self.client(self._counted(received))
+        before = {key: tensor.clone() for key, tensor in client.personalised.items()}
+        try:
+            share = client.settle(received.params, self.job["own_rounds"], self.job["shares"])
+        except Exception:
+            self._put_back(before)
+            raise
+        self._put_back(client.personalised)
+        self._client = None
+        shift = client.shift(received.params)
+        return FLModel(metrics={"share": float(share), **({} if shift is None else {"shift": float(shift)})})
 
     def _counted(self, received: FLModel) -> int:
         return int(received.meta[COUNTED].get(self.site, 0))

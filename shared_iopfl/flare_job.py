@@ -152,7 +152,8 @@ def first_state(bundle: Path, federation: Federation) -> dict[str, Any]:
         weights: dict[str, Tensor] = dict(parser.get_parsed_content("network_def").state_dict())
     run = uuid.uuid4().hex[:12]
     tables: dict[str, list] = {"history": [], "failures": []}
-    return {"settings": federation.settings(), "run": run, "round": 0, "weights": weights, **tables}
+    settings = federation.settings()
+    return {"settings": settings, "run": run, "round": 0, "settled": False, "weights": weights, **tables}
 
 
 def read_state(path: Path, federation: Federation) -> dict[str, Any]:
@@ -204,6 +205,8 @@ def write_files(
         "rounds": federation.rounds,
         "local_epochs": federation.local_epochs,
         "round_timeout": round_timeout,
+        "own_rounds": federation.own_rounds,
+        "shares": list(federation.shares),
         "seed": federation.seed,
         "overrides": federation.overrides,
     }

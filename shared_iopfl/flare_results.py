@@ -16,6 +16,7 @@ import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
@@ -31,7 +32,7 @@ from shared_iopfl.updates import check_update
 __all__ = ["checked_names", "collect", "draw", "publish_sites", "score"]
 
 
-def collect(result: Path, output_dir: Path, federation: Federation, run: str | None = None) -> int:
+def collect(result: Path, output_dir: Path, federation: Federation, run: str | None = None) -> dict[str, Any] | None:
     """Bring what the server wrote last to the output folder, as which it is laid out.
 
     Args:
@@ -41,16 +42,16 @@ def collect(result: Path, output_dir: Path, federation: Federation, run: str | N
         run: take no other run's; None: the last one's.
 
     Returns:
-        The number of rounds done.
+        The checkpoint, if there is one.
     """
     found = sorted(result.rglob(f"{RESULTS}/{CHECKPOINT}"), key=lambda path: path.stat().st_mtime)
     if not found:
-        return 0
+        return None
     state = read_state(found[-1], federation)
     if run is not None and state["run"] != run:  # of an earlier run in the same workspace
-        return 0
+        return None
     shutil.copytree(found[-1].parent, output_dir, dirs_exist_ok=True)
-    return state["round"]
+    return state
 
 
 def draw(output_dir: Path) -> None:

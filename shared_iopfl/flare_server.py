@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -35,9 +36,10 @@ from torch import Tensor
 
 from shared_iopfl.errors import InputError
 from shared_iopfl.federation import HISTORY
-from shared_iopfl.flare_client import COUNTED
-from shared_iopfl.models import model_path, save_atomically
-from shared_iopfl.tables import write_rows
+from shared_iopfl.flare_client import COUNTED, SETTLE
+from shared_iopfl.manifest import SCORES
+from shared_iopfl.models import USUAL_SHIFT, model_path, save_atomically
+from shared_iopfl.tables import write_json, write_rows
 from shared_iopfl.updates import check_update, far_off, weighted_average
 
 __all__ = ["CHECKPOINT", "FAILURES", "RESULTS", "Rounds", "ServerFiles"]
@@ -89,6 +91,15 @@ class ServerFiles(ModelPersistor):
         save_atomically(weights, model_path(str(self._folder(fl_ctx) / "models")))
         save_atomically(self.state, self._folder(fl_ctx) / CHECKPOINT)
 
+    def save_settled(self, shares: Mapping[str, float], shift: float | None, fl_ctx: FLContext) -> None:
+        """Note that the sites have made their personalised models what they keep, with which shares, and the shift."""
+        self.state = {**self.state, "settled": True, "history": self.history, "failures": self.failures}
+        models = self._folder(fl_ctx) / "models"
+        if shares:
+            write_json(models / "shares.json", dict(shares))
+        write_json(models / SCORES, {USUAL_SHIFT: shift})
+        save_atomically(self.state, self._folder(fl_ctx) / CHECKPOINT)
+
     def save_tables(self, fl_ctx: FLContext) -> None:
         write_rows(self._folder(fl_ctx) / "history.csv", HISTORY, self.history)
         if self.failures:
@@ -114,6 +125,8 @@ class Rounds(ModelController):
         min_sites: a round with fewer usable updates ends the job.
         val_interval: have both models scored every so many rounds (and at the end); 0: never.
         max_update_norm: refuse updates that lie so many times as far off as the others' median; 0: no bound.
+        own_rounds, shares: what each site makes of its personalised model after the last round; see
+            :meth:`~shared_iopfl.site_client.SiteClient.settle`. 0 and none: the moving average as it is.
         round_timeout: seconds to train, and again to score, after which a round goes on without those who have not
             answered; 0: wait for all.
         persistor_id: the component that keeps the global model.
@@ -126,6 +139,8 @@ class Rounds(ModelController):
         min_sites: int,
         val_interval: int = 1,
         max_update_norm: float = 10.0,
+        own_rounds: int = 0,
+        shares: Sequence[float] = (),
         round_timeout: int = 0,
         persistor_id: str = AppConstants.DEFAULT_PERSISTOR_ID,
     ) -> None:
@@ -135,9 +150,12 @@ class Rounds(ModelController):
         self.min_sites = min_sites
         self.val_interval = val_interval
         self.max_update_norm = max_update_norm
+        self.own_rounds = own_rounds
+        self.shares = shares
         self.round_timeout = round_timeout
         self.persistor_id = persistor_id
         self.round = 0
+        self._answered: list[str] = []  # in this round, with whatever update
 
     def run(self) -> None:
         model = self.load_model()
@@ -151,6 +169,8 @@ class Rounds(ModelController):
                 if self.val_interval and (self.round % self.val_interval == 0 or self.round == self.rounds):
                     self._validate(model)
                 self.save_model(model)
+            if not self.persistor.state["settled"]:
+                self._settle(model)
         finally:
             self.persistor.save_tables(self.fl_ctx)
 
@@ -159,7 +179,9 @@ class Rounds(ModelController):
         updates: dict[str, Mapping[str, Tensor]] = {}
         counts: dict[str, float] = {}
         metrics: dict[str, dict[str, float]] = {}
-        for site, reply in self._ask("train", model, self.sites).items():
+        replies = self._ask("train", model, self.sites)
+        self._answered = list(replies)
+        for site, reply in replies.items():
             try:
                 count = _number(reply.meta.get(FLMetaKey.NUM_STEPS_CURRENT_ROUND))
                 if count <= 0:
@@ -183,9 +205,15 @@ class Rounds(ModelController):
         return weighted_average(updates, counts)
 
     def _validate(self, model: FLModel) -> None:
-        """The sites that delivered score the global model and their personalised ones; only the figures come here."""
-        delivered = [site for site in self.sites if self.persistor.counted().get(site) == self.round]
-        for site, reply in self._ask(AppConstants.TASK_VALIDATION, model, delivered).items():
+        """The sites score the global model and their personalised ones; only the figures come here.
+
+        All that have answered are asked: by this one whose update was refused goes back to where it was, be it in the
+        last round. Its figures are of an older model, and left out.
+        """
+        counted = self.persistor.counted()
+        for site, reply in self._ask(AppConstants.TASK_VALIDATION, model, self._answered).items():
+            if counted.get(site) != self.round:
+                continue
             try:
                 metrics = {name: _number(value) for name, value in reply.metrics.items()}
             except Exception as error:
@@ -195,14 +223,34 @@ class Rounds(ModelController):
                 whose, _, metric = name.partition("/")
                 self._note(site, whose, {metric: value})
 
-    def _ask(self, task: str, model: FLModel, sites: Sequence[str]) -> dict[str, FLModel]:
+    def _settle(self, model: FLModel) -> None:
+        """Every site with a personalised model makes it what it keeps, and tells how far off its cases are."""
+        self.round = self.rounds
+        model.current_round = self.rounds - 1
+        counted = self.persistor.counted()
+        sites = [site for site in self.sites if site in counted]
+        shares, shifts = {}, {}
+        for site, reply in self._ask(AppConstants.TASK_VALIDATION, model, sites, settle=True).items():
+            try:
+                told = {name: _number(value) for name, value in reply.metrics.items()}
+                shares[site] = told["share"]
+            except Exception as error:
+                self._fail(site, str(error))
+                continue
+            if "shift" in told and counted[site] == self.rounds:  # as in one process
+                shifts[site] = told["shift"]
+        shift = fmean(shifts.values()) if shifts else None
+        self.persistor.save_settled(shares if self.shares else {}, shift, self.fl_ctx)
+
+    def _ask(self, task: str, model: FLModel, sites: Sequence[str], settle: bool = False) -> dict[str, FLModel]:
         """The answers of some sites, in their order; one that has none is noted and left out."""
         there = {client.name for client in self.engine.get_clients()}
         targets = [site for site in sites if site in there]
-        model.meta = {COUNTED: self.persistor.counted()}
+        model.meta = {COUNTED: self.persistor.counted(), SETTLE: settle}
+        timeout = self.round_timeout * (max(1, self.own_rounds) if settle else 1)
         replies = []
         if targets:  # to FLARE, no targets are all clients
-            replies = self.send_model_and_wait(task_name=task, data=model, targets=targets, timeout=self.round_timeout)
+            replies = self.send_model_and_wait(task_name=task, data=model, targets=targets, timeout=timeout)
         if self.abort_signal.triggered:
             raise InputError(f"round {self.round}: the job was ended from outside.")
         by_site = {reply.meta["client_name"]: reply for reply in replies}
@@ -218,6 +266,8 @@ class Rounds(ModelController):
         return answers
 
     def _fail(self, site: str, reason: str) -> None:
+        if any(row["site"] == site and row["round"] == self.round for row in self.persistor.failures):
+            return  # it failed to train, and then to score
         self.warning(f"Round {self.round}: site '{site}' is left out: {reason}")
         self.persistor.failures.append({"round": self.round, "site": site, "reason": reason})
         self._note(site, "local", {"failed": 1.0})

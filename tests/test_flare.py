@@ -14,12 +14,8 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import shlex
 import shutil
-import subprocess
 import sys
-import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -33,7 +29,7 @@ from torch import Tensor
 
 pytest.importorskip("nvflare", reason="NVIDIA FLARE is not installed: pip install '.[flare]'")
 
-import psutil  # comes with nvflare
+from flare_runs import BUNDLE, REPOSITORY, SITES, TINY, assert_same, figures, make_sites, one_process
 from nvflare.apis.fl_constant import FLMetaKey
 from nvflare.app_common.abstract.fl_model import FLModel
 from nvflare.app_common.utils.fl_model_utils import FLModelUtils
@@ -41,37 +37,20 @@ from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 from shared_iopfl import __main__ as command
 from shared_iopfl import flare_client, flare_server
 from shared_iopfl.errors import InputError
-from shared_iopfl.federation import Federation
 from shared_iopfl.flare import FlareRun, federate, publish_sites
 from shared_iopfl.flare_client import COUNTED, Member
 from shared_iopfl.flare_results import collect
 from shared_iopfl.flare_server import Rounds, ServerFiles
 from shared_iopfl.models import load_weights
-from shared_iopfl.phantoms import make_prostate_sites
 from shared_iopfl.tables import read_rows
 
-REPOSITORY = Path(__file__).parents[1]
-BUNDLE = REPOSITORY / "bundles" / "prostate_iopfl"
-SITES = ["A", "B"]
-TINY: dict[str, Any] = {
-    "image_size": 32,
-    "features": [4, 4, 4, 4, 4, 4],
-    "passes": 1,
-    "seed": 3,
-    "val_interval": 1,
-    "tensorboard": False,
-}
+ENGINES = ("flare", "one")
 LENIENT = {**TINY, "device": "cpu", "min_sites": 1}
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sites")
-    make_prostate_sites(folder, sites=SITES, cases=4, size=(32, 32, 8))
-    # sites of different weight, and each with cases to train and to validate on
-    for name in ("Case03.nii.gz", "Case03_segmentation.nii.gz"):
-        (folder / "A" / name).unlink()
-    return folder
+    return make_sites(tmp_path_factory.mktemp("sites"))
 
 
 @pytest.fixture(autouse=True)
@@ -91,25 +70,6 @@ def _process_as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def flare_run(output_dir: Path, dataset_dir: Path | None, rounds: int = 2, **options: Any) -> FlareRun:
     options = {"settings": {**TINY, "device": "cpu"}, **options}
     return FlareRun(str(BUNDLE), SITES, rounds, str(output_dir), dataset_dir and str(dataset_dir), **options)
-
-
-def one_process(output_dir: Path, dataset_dir: Path, rounds: int = 2) -> Federation:
-    overrides = {**TINY, "dataset_dir": str(dataset_dir), "device": "cpu", "val_interval": 0, "save_checkpoints": False}
-    federation = Federation(str(BUNDLE), SITES, rounds, str(output_dir), overrides=overrides, seed=TINY["seed"])
-    federation.run()
-    return federation
-
-
-def assert_same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    assert list(found) == list(expected)
-    for key, tensor in expected.items():
-        assert found[key].dtype == tensor.dtype
-        torch.testing.assert_close(found[key], tensor, rtol=0, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}")
-
-
-def figures(output_dir: Path) -> list[tuple[str, ...]]:
-    rows = [row for row in read_rows(output_dir / "history.csv") if row["metric"] != "seconds"]
-    return sorted(tuple(row.values()) for row in rows)
 
 
 # ---- the server's rounds and the sites' members in one process, with all that crosses the wire between them ----------
@@ -201,6 +161,10 @@ def test_one_process_and_flare_give_the_same_weights(dataset, tmp_path):
         found = load_weights(tmp_path / "flare" / "sites" / site / f"model_{site}.pt")
         assert_same(found, load_weights(tmp_path / "one" / "models" / f"model_{site}.pt"))
         assert_same(load_weights(tmp_path / "flare" / "sites" / site / "model.pt"), federation.weights)
+    for name in ("shares", "scores"):
+        found, expected = (json.loads((tmp_path / run / "models" / f"{name}.json").read_text()) for run in ENGINES)
+        keys = SITES if name == "shares" else ["usual_shift"]
+        assert found == pytest.approx({key: expected[key] for key in keys}, rel=1e-5)
     assert figures(tmp_path / "flare") == figures(tmp_path / "one")
 
 
@@ -210,7 +174,7 @@ def test_weights_counts_and_numbers_cross_the_wire_and_no_personalised_model(dat
     rounds = run_here(flare_run(tmp_path / "flare", dataset, settings=averaged), tmp_path / "work")
     kept = [load_weights(path) for path in (tmp_path / "flare" / "sites").glob("*/model_*.pt")]
     assert len(kept) == len(SITES)
-    assert len(rounds.wire.answers) == 2 * 2 * len(SITES)
+    assert len(rounds.wire.answers) == (2 * 2 + 1) * len(SITES)
     for site, task, reply in rounds.wire.answers:
         assert all(type(value) is float for value in reply.metrics.values())
         if task == "train":
@@ -222,7 +186,7 @@ def test_weights_counts_and_numbers_cross_the_wire_and_no_personalised_model(dat
             assert reply.params is None
             assert reply.meta == {}
     written = {path.name for path in (tmp_path / "work" / "iopfl").rglob("*") if path.is_file()}
-    assert written == {"model.pt", "history.csv", "flare.pt"}
+    assert written == {"model.pt", "history.csv", "flare.pt", "shares.json", "scores.json"}
 
 
 # ---- faults, with fake clients ---------------------------------------------------------------------------------------
@@ -253,6 +217,14 @@ class FakeClient:
             key: 0.9 * tensor + 0.1 * self.personalised[key] if tensor.is_floating_point() else tensor
             for key, tensor in update.items()
         }
+
+    def settle(self, weights: Mapping[str, Tensor], own_rounds: int, shares: Sequence[float]) -> float:
+        for _ in range(own_rounds):
+            self.train(weights)
+        return shares[1]
+
+    def shift(self, weights: Mapping[str, Tensor]) -> float:
+        return 0.25
 
     def metrics(self) -> dict[str, float]:
         return {"train_loss": 1.0 / self.epoch}
@@ -383,6 +355,23 @@ def test_update_that_does_not_fit_is_refused_and_the_others_go_on(spoil):
     assert len(told) == (spoil is not None)
 
 
+@pytest.mark.parametrize("factor, used", [(10.0, ["A", "B"]), (0.0, ["A", "B", "C"])])
+def test_update_far_off_the_others_is_refused_unless_there_is_no_bound(factor, used):
+    moved = {"A": 1.0, "B": 2.0, "C": 100.0}
+    replies = {
+        site: FLModel(params={"w": torch.full((2,), by)}, metrics={}, meta={FLMetaKey.NUM_STEPS_CURRENT_ROUND: 1})
+        for site, by in moved.items()
+    }
+    told: list[str] = []
+    rounds = Rounds(sites=list(moved), rounds=1, min_sites=1, max_update_norm=factor)
+    rounds.persistor, rounds.warning = ServerFiles(), told.append
+    rounds._ask = lambda task, model, sites: replies  # type: ignore[method-assign]
+    average = rounds._train(FLModel(params={"w": torch.zeros(2)}))
+    assert average["w"].tolist() == pytest.approx([sum(moved[site] for site in used) / len(used)] * 2)
+    assert [row["site"] for row in rounds.persistor.failures] == [site for site in moved if site not in used]
+    assert all("'C'" in line and "141.4" in line for line in told)
+
+
 class Interrupted(BaseException):
     """As a lost machine would end a run."""
 
@@ -413,9 +402,10 @@ def test_run_cut_off_at_any_instant_and_resumed_ends_with_the_same_weights(datas
     whole = train(tmp_path / "whole" / "out", tmp_path / "whole" / "work", False)
     history = figures(tmp_path / "whole" / "out")
     last = instants
-    assert last == 2 * (
-        2 * 2 + 2 * 2 + 2
-    )  # in each round, a message and a file for each task and site; the server's two
+    messages = 2 * (2 * 2 + 1)  # of each site: two a round, and one at the end
+    of_sites = 2 * (2 * 3 + 2)  # files: two a training, one a scoring, two at the end
+    of_server = 1 + 2 * 2 + 1  # the first checkpoint, two files a round, the last checkpoint
+    assert last == messages + of_sites + of_server
     for number in range(1, last + 1):
         folder = tmp_path / str(number)
         instants, end = 0, number
@@ -522,6 +512,8 @@ JOB: dict[str, Any] = {
     "rounds": 2,
     "local_epochs": 3,
     "round_timeout": 0,
+    "own_rounds": 1,
+    "shares": [0.0, 0.5],
     "seed": 0,
     "overrides": {"alpha": 0.5, "dataset_dir": "/of/the/overrides"},
 }
@@ -573,6 +565,24 @@ def test_site_keeps_two_states_of_its_run_and_none_of_another(tmp_path, fake):
     assert [Member({**JOB, "run": "second"}, "A", place).client(done).epoch for done in (2, 3, 4, 9)] == [0, 3, 4, 4]
 
 
+def test_site_whose_update_did_not_count_goes_back_and_so_does_its_model(tmp_path, fake):
+    """Refused or too late, which the server alone knows, and tells with its next task."""
+    member = Member(JOB, "A", {"IOPFL_OUTPUT_DIR": str(tmp_path), "IOPFL_BUNDLE": str(BUNDLE)})
+    weights, own = {"w": torch.zeros(2)}, tmp_path / "sites" / "A" / "model_A.pt"
+    member.answer("train", received(weights, 0))
+    first = dict(member.client(1).personalised)
+    member.answer("train", received(weights, 1))
+    assert not torch.equal(member.client(2).personalised["w"], first["w"])
+    member.answer("validate", received(weights, 1, counted=1))
+    assert torch.equal(member.client(1).personalised["w"], first["w"])
+    assert torch.equal(load_weights(own)["w"], first["w"])
+    member.answer("train", received(weights, 2, counted=1))
+    assert member.client(3).epoch == 2
+    assert sorted(path.name for path in own.parent.glob("state_*")) == ["state_run_1.pt", "state_run_3.pt"]
+    member.answer("validate", received(weights, 2, counted=0))
+    assert not own.exists(), "what is left of a first round that did not count is no model"
+
+
 def test_site_scores_the_global_model_and_its_own(tmp_path, fake):
     member = Member(JOB, "A", {"IOPFL_OUTPUT_DIR": str(tmp_path), "IOPFL_BUNDLE": str(BUNDLE)})
     member.answer("train", received({"w": torch.zeros(2)}, 0))
@@ -620,116 +630,3 @@ def test_model_that_does_not_fit_the_global_one_is_not_published(wrong, kept):
     with pytest.raises(InputError, match=r"site 'B'|model_B"):
         publish_sites(str(kept), SITES)
     assert not (kept / "models").exists()
-
-
-# ---- FLARE's own processes -------------------------------------------------------------------------------------------
-
-
-def start(output_dir: Path, dataset_dir: Path, env: str, rounds: int, *options: str, before: str = "") -> list[str]:
-    """The command as a user types it; `before` runs first in the same shell."""
-    words = [sys.executable, "-m", "shared_iopfl", "flare", "--bundle", str(BUNDLE), "--sites", str(SITES)]
-    words += ["--rounds", str(rounds), "--env", env, "--output_dir", str(output_dir), "--device", "cpu"]
-    words += ["--dataset_dir", str(dataset_dir), *options]
-    for name, value in TINY.items():
-        words += [f"--{name}", str(value)]
-    return ["sh", "-c", f"{before}exec {shlex.join(words)}"]
-
-
-def environment(home: Path) -> dict[str, str]:
-    home.mkdir(parents=True, exist_ok=True)
-    return {**os.environ, "OMP_NUM_THREADS": "1", "HOME": str(home), "PYTHONPATH": str(REPOSITORY)}
-
-
-def assert_finished(process: subprocess.CompletedProcess, output_dir: Path, federation: Federation) -> None:
-    """A whole run: the weights and figures of the one-process run, and every personalised model where it belongs."""
-    assert process.returncode == 0, process.stdout[-3000:]
-    assert_same(load_weights(output_dir / "models" / "model.pt"), federation.weights)
-    assert figures(output_dir) == figures(federation.output_dir)
-    for site, client in federation.clients.items():
-        assert_same(load_weights(output_dir / "sites" / site / f"model_{site}.pt"), client.personalised)
-    assert json.loads((output_dir / "run.json").read_text())["settings"]["seed"] == TINY["seed"]
-    kept_by_flare = {path.name for path in (output_dir / "flare").rglob("*.pt")} | {
-        path.name for path in (output_dir / "models").iterdir()
-    }
-    assert kept_by_flare == {"model.pt", "flare.pt"}, "FLARE's processes and the server hold no personalised model"
-
-
-def end(process: subprocess.Popen) -> None:
-    """End a command and all that it has started: FLARE's processes are in sessions of their own."""
-    family = [process, *psutil.Process(process.pid).children(recursive=True)]
-    for member in family:
-        member.kill()
-    process.wait()
-
-
-def run_command(words: Sequence[str], home: Path) -> subprocess.CompletedProcess:
-    log = home.parent / f"{home.name}.log"
-    with open(log, "w") as file:
-        process = subprocess.Popen(words, env=environment(home), stdout=file, stderr=file)
-        try:
-            process.wait(timeout=900)
-        except subprocess.TimeoutExpired:
-            end(process)
-    return subprocess.CompletedProcess(words, process.returncode, log.read_text())
-
-
-@pytest.mark.slow
-def test_simulator_gives_the_weights_of_one_process(dataset, tmp_path):
-    """Property 5, with FLARE's simulator."""
-    federation = one_process(tmp_path / "one", dataset)
-    process = run_command(start(tmp_path / "flare", dataset, "sim", 2), tmp_path / "home")
-    assert_finished(process, tmp_path / "flare", federation)
-
-
-@pytest.mark.slow
-def test_simulation_that_was_killed_is_resumed_to_the_same_weights(dataset, tmp_path):
-    federation = one_process(tmp_path / "one", dataset, rounds=4)
-    words = start(tmp_path / "flare", dataset, "sim", 4)
-    with open(tmp_path / "log", "w") as log:
-        process = subprocess.Popen(words, env=environment(tmp_path / "home"), stdout=log, stderr=log)
-        deadline = time.monotonic() + 600
-        while not list((tmp_path / "flare" / "flare").rglob("iopfl/flare.pt")):
-            if process.poll() is not None or time.monotonic() > deadline:
-                break
-            time.sleep(0.1)
-        end(process)
-    assert not (tmp_path / "flare" / "models").exists(), "killed too late to prove anything"
-    process = run_command([*words[:-1], words[-1] + " --resume True"], tmp_path / "home")
-    assert_finished(process, tmp_path / "flare", federation)
-
-
-@pytest.mark.slow
-def test_simulation_goes_on_without_a_site_whose_scans_cannot_be_read(dataset, tmp_path):
-    shutil.copytree(dataset, tmp_path / "sites")
-    for path in (tmp_path / "sites" / "B").glob("*_segmentation.nii.gz"):
-        path.write_bytes(path.read_bytes()[:100])
-    words = start(tmp_path / "flare", tmp_path / "sites", "sim", 2, "--min_sites", "1")
-    process = run_command(words, tmp_path / "home")
-    assert process.returncode == 0, process.stdout[-3000:]
-    assert failed(tmp_path / "flare") == [(number, "B") for number in "1122"]
-    log = (tmp_path / "flare" / "sites" / "B" / "training.log").read_text()
-    assert "_segmentation.nii.gz cannot be read" in log
-    for path in (tmp_path / "flare" / "flare").rglob("*log*"):
-        assert not path.is_file() or "_segmentation.nii.gz" not in path.read_text(), f"{path} names a scan"
-
-
-@pytest.fixture(scope="module")
-def network_of_its_own() -> list[str]:
-    """Runs a command where nothing else listens: FLARE's proof of concept takes fixed ports of all addresses."""
-    words = ["unshare", "--user", "--map-root-user", "--net", "sh", "-c"]
-    try:
-        refused = subprocess.run([*words, "ip link set lo up"], capture_output=True, text=True, timeout=20)
-    except OSError as error:
-        pytest.skip(f"no network namespace: {error}")
-    if refused.returncode:
-        pytest.skip(f"no network namespace: {refused.stderr.strip()}")
-    return words
-
-
-@pytest.mark.slow
-def test_processes_that_speak_over_loopback_give_the_weights_of_one_process(dataset, tmp_path, network_of_its_own):
-    """FLARE's proof of concept: a provisioned server, two clients and an admin, with certificates of their own."""
-    federation = one_process(tmp_path / "one", dataset)
-    words = start(tmp_path / "flare", dataset, "poc", 2, before="ip link set lo up && ")
-    process = run_command([*network_of_its_own, words[-1]], tmp_path / "home")
-    assert_finished(process, tmp_path / "flare", federation)
