@@ -48,6 +48,7 @@ def process_as_it_was() -> Iterator[None]:
         yield
     finally:
         sys.excepthook, sys.path[:], torch.backends.cudnn.benchmark = hook, path, benchmark
+        torch.use_deterministic_algorithms(False)
         set_determinism(None)
 
 
