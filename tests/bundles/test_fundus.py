@@ -35,8 +35,22 @@ from shared_iopfl.sites import site_cases
 
 BUNDLE = Path(__file__).parents[2] / "bundles" / "fundus_iopfl"
 # enough for disc and cup to be learnt, in seconds
-LEARN: dict[str, Any] = {"rounds": 12, "passes": 8, "batch_size": 2, "learning_rate": 0.01, "val_interval": 6}
-GLANCE: dict[str, Any] = {"rounds": 1, "passes": 1, "batch_size": 2, "val_interval": 1, "crop": "never"}
+LEARN: dict[str, Any] = {
+    "rounds": 12,
+    "own_rounds": 1,
+    "passes": 8,
+    "batch_size": 2,
+    "learning_rate": 0.01,
+    "val_interval": 6,
+}
+GLANCE: dict[str, Any] = {
+    "rounds": 1,
+    "own_rounds": 1,
+    "passes": 1,
+    "batch_size": 2,
+    "val_interval": 1,
+    "crop": "never",
+}
 EXIF_ORIENTATION, TURNED = 0x0112, 6  # stored on its side: to be turned by 90 degrees clockwise
 Run = Callable[..., ConfigWorkflow]
 
@@ -304,7 +318,7 @@ def test_pictures_of_every_kind_get_their_mask(served: tuple[Path, Path]) -> Non
     _, output = served
     assert {path.name for path in output.iterdir()} == {
         *(f"{name}{ending}" for name in UPRIGHT for ending in (".png", "_overlay.png")),
-        "measures.csv", "review.csv", "routes.csv", "routes.json",
+        "measures.csv", "review.csv", "routes.csv", "routes.json", "run.json",
     }  # fmt: skip
     for name, shape in UPRIGHT.items():
         assert set(np.unique(check_mask(output / f"{name}.png", shape))) == {0, 1, 2}
