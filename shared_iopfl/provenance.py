@@ -25,6 +25,7 @@ import torch
 from ignite.engine import Engine, Events
 from monai.bundle import ConfigParser
 
+from shared_iopfl.errors import InputError
 from shared_iopfl.manifest import MODEL_FILE
 from shared_iopfl.scan_files import Case
 from shared_iopfl.sites import find_cases, fingerprint
@@ -77,11 +78,20 @@ class InferenceRecorder:
         engine.add_event_handler(Events.COMPLETED, self)
 
     def __call__(self, engine: Engine) -> None:
-        there = [scan for scan in self.scans if Path(scan["image"]).exists()]
+        there = [scan for scan in self.scans if _is_there(scan)]
         data = {"cases": len(self.scans), "fingerprint": fingerprint(there)[:16]}
         names = sorted(path.name for path in self.ckpt_dir.glob("*") if MODEL_FILE.fullmatch(path.name))
         models = {name: hashlib.sha256((self.ckpt_dir / name).read_bytes()).hexdigest() for name in names}
         _write(self.output_dir, {"settings": self.settings, "scans": data, "models": models})
+
+
+def _is_there(scan: Case) -> bool:
+    """Whether all files of a scan can be looked at; of a series, a link may lead nowhere. What is bad is in failed.csv."""
+    try:
+        fingerprint([scan])
+    except InputError:
+        return False
+    return True
 
 
 def _write(output_dir: str, content: Mapping[str, Any]) -> None:
