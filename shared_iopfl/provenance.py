@@ -86,7 +86,7 @@ class InferenceRecorder:
 
 
 def _is_there(scan: Case) -> bool:
-    """Whether all files of a scan can be looked at; of a series, a link may lead nowhere. What is bad is in failed.csv."""
+    """Whether all files of a scan can be looked at; in a series, a link may lead nowhere."""
     try:
         fingerprint([scan])
     except InputError:
