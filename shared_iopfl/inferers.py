@@ -302,12 +302,13 @@ class TestTimeRoutingInferer(StackInferer):
 
         With it what the views' agreement says of the mask; nothing where there is one view.
         """
-        views = self.views.all(_square(stack)) if self.settings.average_views else []
+        settings = self.settings
+        views = self.views.all(_square(stack)) if settings.average_views or settings.judge_views else []
         if len(views) < 2:
             return self._forward(stack, network), {}
         seen = [view.undo(self._forward(view.apply(stack), network)) for view in views]
         mean = mean_prediction(seen, self.output)
-        return mean, view_agreement(seen, mean, self.output)
+        return mean if settings.average_views else seen[0], view_agreement(seen, mean, self.output)
 
     def _adapt_guarded(
         self, routed: RoutedNetwork, some: Tensor, stack: Tensor, start: Tensor, report: dict[str, Any]

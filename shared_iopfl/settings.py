@@ -54,6 +54,7 @@ class RoutingSettings:
         noise, intensity: strength of the drawn views.
         adapt_slices: measure and adapt on at most this many slices, evenly spaced over the volume.
         average_views: average the prediction over all views that fit the anatomy.
+        judge_views: where it is not averaged, predict the views all the same, to judge the mask's quality by them.
         agreement: guard: the adapted mask must have at least this Dice with the starting one.
     """
 
@@ -78,6 +79,7 @@ class RoutingSettings:
     intensity: float = 0.1
     adapt_slices: int = 16
     average_views: bool = True
+    judge_views: bool = False
     agreement: float = 0.9
 
     def __post_init__(self) -> None:

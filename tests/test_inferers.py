@@ -206,6 +206,18 @@ def test_average_over_views_is_the_mean_probability():
 
 
 @torch.no_grad()
+def test_views_may_judge_a_mask_without_changing_it():
+    scan, network = volume(4), unet()
+    plain = routing(overrides={"average_views": False})
+    judged = routing(overrides={"average_views": False, "judge_views": True})
+    averaged = routing(overrides={"average_views": True})
+    assert torch.equal(judged(scan, network), plain(scan, network))
+    averaged(scan, network)
+    assert "quality" not in plain.reports[0]
+    assert judged.reports[0]["quality"] == averaged.reports[0]["quality"]
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("overrides", [{"per": "volume"}, {"per": "sample"}, {"statistics": 1.0}, {}])
 def test_mask_does_not_depend_on_the_batch_size(overrides):
     overrides = {"start": "random", **overrides}

@@ -39,7 +39,9 @@ def test_the_same_seed_gives_the_same_weights_and_masks(
     tiny, weights = TinyRun.make(tmp_path / "sites"), {}
     for name, options in {"one": {}, "again": {}, "switch": {"deterministic": True}, "other": {"seed": 1}}.items():
         given = {"seed": 0, **options}
-        tiny.federation(tmp_path / name, rounds=2, **given).run()
+        run = tiny.federation(tmp_path / name, rounds=2, **given)
+        run.overrides["seed"] = given["seed"]  # of the clients, as federate.json gives it to both
+        run.run()
         weights[name] = [load_weights(path) for path in sorted((tmp_path / name / "models").glob("*.pt"))]
     assert len(weights["one"]) == 3
     for name in ("again", "switch"):
