@@ -35,6 +35,7 @@ BUNDLE = Path(__file__).parents[2] / "bundles" / "prostate_iopfl"
 FEDERATE: dict[str, Any] = {
     "sites": ["A", "B"],
     "own_rounds": 1,
+    "shares": [],  # untrained, all would keep the global model
     "passes": 1,
     "batch_size": 2,
     "val_interval": 1,
