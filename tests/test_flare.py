@@ -29,7 +29,7 @@ from torch import Tensor
 
 pytest.importorskip("nvflare", reason="NVIDIA FLARE is not installed: pip install '.[flare]'")
 
-from flare_runs import BUNDLE, REPOSITORY, SITES, TINY, assert_same, figures, make_sites, one_process
+from flare_runs import BUNDLE, OF_THE_FEDERATION, REPOSITORY, SITES, TINY, assert_same, figures, make_sites, one_process
 from nvflare.apis.fl_constant import FLMetaKey
 from nvflare.app_common.abstract.fl_model import FLModel
 from nvflare.app_common.utils.fl_model_utils import FLModelUtils
@@ -441,7 +441,9 @@ def test_job_carries_settings_for_the_named_sites_and_nothing_of_the_machine(tmp
             assert not any(str(place).encode() in path.read_bytes() for place in (tmp_path, REPOSITORY, Path.home()))
     assert json.loads((job / "meta.json").read_text())["min_clients"] == 1
     server = json.loads((job / "app_server" / "config" / "config_fed_server.json").read_text())
-    assert server["workflows"][0]["args"] == {"sites": SITES, "rounds": 2, "min_sites": 1, "round_timeout": 60}
+    settled = {name: TINY[name] for name in OF_THE_FEDERATION}
+    rounds = {"sites": SITES, "rounds": 2, "min_sites": 1, "round_timeout": 60, **settled}
+    assert server["workflows"][0]["args"] == rounds
     settings = json.loads((job / "app_A" / "custom" / "federation.json").read_text())
     assert settings["overrides"]["image_size"] == TINY["image_size"]
     assert len((job / "app_A" / "custom" / "iopfl_site.py").read_text().split()) < 10
