@@ -184,7 +184,7 @@ def draw_view(panel: Axes, view: View, model: str, colour: Mapping[str, str]) ->
     for name, (line, dash) in styles.items():
         for level in case.levels(name) if name in case.masks else ():
             region = (case.masks[name][x, y, view.index] >= level).T
-            if region.any() and not region.all():
+            if region.any() and not region.all() and min(region.shape) > 1:  # a row of pixels has no outline
                 drawn = panel.contour(region, [0.5], colors=[line], linewidths=1.3, linestyles=dash)
                 halo = "black" if name == "reference" else "white"  # seen on dark and on bright tissue
                 drawn.set(path_effects=[withStroke(linewidth=2.6, foreground=halo, alpha=0.6)])

@@ -38,6 +38,7 @@ from shared_iopfl.stacks import bounded, evenly
 __all__ = ["SiteClient", "check_time_limit", "time_limit"]
 
 Weights = Mapping[str, Tensor]
+BATCH_NORM = torch.nn.modules.batchnorm._BatchNorm
 
 
 class SiteClient:
@@ -125,16 +126,20 @@ class SiteClient:
 
     @torch.no_grad()
     def shift(self, weights: Weights) -> float | None:
-        """Mean distance of the site's validation cases from a model, as test-time routing measures it; None: no case.
+        """Mean distance of the site's validation cases from a model, as test-time routing measures it.
 
         What is usual inside, against which an outside scan's shift is held: a number a site, which tells of no case.
+        None where it cannot be measured: no case, no batch norm, an inferer that does not say what a network input is.
         """
         evaluator = cast(Any, self.algo.evaluator)
+        stacks = getattr(evaluator.inferer, "stacks", None)
+        if stacks is None or not any(isinstance(m, BATCH_NORM) for m in evaluator.network.modules()):
+            return None
         network = copy_network(evaluator.network)
         network.load_state_dict(weights)
         distances = []
         for batch in evaluator.data_loader:
-            for stack in evaluator.inferer.stacks(batch[CommonKeys.IMAGE].to(evaluator.state.device)):
+            for stack in stacks(batch[CommonKeys.IMAGE].to(evaluator.state.device)):
                 some = evenly(stack, RoutingSettings.adapt_slices)
                 batches = some.split(bounded(evaluator.inferer.batch_size, some))
                 distances.append(float(distribution_distance(network, {GLOBAL: network.state_dict()}, batches).mean()))
