@@ -67,8 +67,10 @@ class Served:
 
 
 def failed(output: Path) -> dict[str, str]:
+    """File -> reason; without how sure the disc finder was, which on one colour everywhere is rounding alone."""
     with (output / "failed.csv").open(newline="", encoding="utf-8") as file:
-        return {Path(row["file"]).name: row["reason"] for row in csv.DictReader(file)}
+        rows = list(csv.DictReader(file))
+    return {Path(row["file"]).name: re.sub(r"confidence [\d.]+", "confidence", row["reason"]) for row in rows}
 
 
 def run_to_its_end(run_config: Run, bundle: str, **overrides: Any) -> str:

@@ -22,6 +22,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+from monai.bundle import ConfigParser
 from PIL import Image
 
 from shared_iopfl.phantom_fundus import fundus_case, fundus_style
@@ -94,7 +95,11 @@ def test_what_is_served_is_never_worse_than_the_start(
     if bundle == "fundus_iopfl":
         options.update(crop="never", grey="replicate")
     run_config("inference", bundle, output_dir=tmp_path / "run", **options)
-    options["routing"] = {**WAYS[way].get("routing", {}), "steps": 0}
+    config = ConfigParser()
+    config.read_config(str(Path(__file__).parents[2] / "bundles" / bundle / "configs" / "inference.json"))
+    config.update({"preset": WAYS[way].get("preset", "default")})
+    routing = WAYS[way].get("routing", config.get_parsed_content("routing"))
+    options["routing"] = {**routing, "steps": 0}
     run_config("inference", bundle, output_dir=tmp_path / "start", **options)
 
     routed = json.loads((tmp_path / "run" / "routes.json").read_text())["cases"]
