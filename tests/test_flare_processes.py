@@ -37,11 +37,7 @@ from shared_iopfl.federation import Federation
 from shared_iopfl.models import load_weights
 from shared_iopfl.tables import read_rows
 
-pytestmark = [
-    pytest.mark.slow,
-    # many minutes of real processes: by hand, until they have been seen green as a whole
-    pytest.mark.skipif("IOPFL_PROCESSES" not in os.environ, reason="set IOPFL_PROCESSES=1"),
-]
+pytestmark = pytest.mark.slow
 
 GUIDE = REPOSITORY / "docs" / "flare.md"
 ADMIN = "admin@coordinator.example"
