@@ -55,6 +55,7 @@ def one_line_errors() -> None:
         if cause is None:
             sys.__excepthook__(kind, error, trace)
         else:
-            print("error:", " ".join(str(cause).split()), file=sys.stderr)
+            # at once, on a line of its own: another thread may be in the middle of what it has to say
+            sys.stderr.write("error: " + " ".join(str(cause).split()) + "\n")
 
     sys.excepthook = excepthook

@@ -43,7 +43,15 @@ FOLDERS = {"DIR": "DATA", "PHOTOS": "SCANS"}  # placeholders that stand for the 
 NETWORK = {"features": "4"}
 TINY = {**NETWORK, "image_size": "32"}
 SMALLER = {
-    "configs/federate.json": {**TINY, "rounds": "1", "own_rounds": "1", "passes": "1", "slices_per_case": "1"},
+    # untrained, each site would keep the global model, and there would be nothing to route
+    "configs/federate.json": {
+        **TINY,
+        "rounds": "1",
+        "own_rounds": "1",
+        "shares": "[]",
+        "passes": "1",
+        "slices_per_case": "1",
+    },
     "configs/train.json": {**TINY, "epochs": "1", "passes": "1"},
     "configs/evaluate.json": TINY,
     "ckpt_export": NETWORK,
