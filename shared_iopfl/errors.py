@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 import sys
+import threading
 from types import TracebackType
 
 __all__ = ["InputError", "one_line_errors", "root_input_error"]
@@ -47,7 +48,8 @@ def root_input_error(error: BaseException | None) -> InputError | None:
 def one_line_errors() -> None:
     """Make an uncaught `InputError` end the process with ``error: <its line>`` and status 1, without a traceback.
 
-    Called by the bundles' ``initialize``; every other exception is shown as before.
+    What ends a thread only, such as TensorBoard's where the disk is full, is a warning of one line. Called by the
+    bundles' ``initialize``; every other exception is shown as before.
     """
 
     def excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -55,7 +57,18 @@ def one_line_errors() -> None:
         if cause is None:
             sys.__excepthook__(kind, error, trace)
         else:
-            # at once, on a line of its own: another thread may be in the middle of what it has to say
-            sys.stderr.write("error: " + " ".join(str(cause).split()) + "\n")
+            _say("error", cause)
 
-    sys.excepthook = excepthook
+    def thread_hook(ended: threading.ExceptHookArgs) -> None:
+        cause = root_input_error(ended.exc_value)
+        if cause is None and not isinstance(ended.exc_value, OSError):
+            threading.__excepthook__(ended)
+        else:
+            _say("warning: in the background", cause or ended.exc_value)
+
+    sys.excepthook, threading.excepthook = excepthook, thread_hook
+
+
+def _say(kind: str, error: BaseException | None) -> None:
+    # written at once: line by line, or word by word, two threads would write into each other's lines
+    sys.stderr.write(f"{kind}: " + " ".join(str(error).split()) + "\n")

@@ -235,26 +235,29 @@ def interpolate(global_state: State, personalised_state: State, share: float) ->
 
 def validated_interpolation(
     global_state: State,
-    personalised_state: State,
+    personalised_states: Sequence[State],
     validate: Callable[[dict[str, Tensor]], float],
     shares: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
 ) -> tuple[float, dict[str, Tensor]]:
     """The interpolation that does best on a site's validation cases, hence never worse there than the global model.
 
     Args:
-        global_state, personalised_state: the two models.
+        global_state: the global model.
+        personalised_states: what it may be interpolated with, one of them.
         validate: the Dice of weights on the site's validation cases.
         shares: of the personalised model, to choose among; 0, the global model, is always one of them.
 
     Returns:
-        The share, the smallest where some do equally well, and the weights.
+        The share and the weights; where some do equally well, of the first such model and its smallest such share.
     """
-    best, choice = -1.0, 0.0
-    for share in sorted({0.0, *shares}):
-        dice = validate(interpolate(global_state, personalised_state, share))
+    tries = [(0.0, global_state)]
+    tries += [(share, state) for state in personalised_states for share in sorted(set(shares) - {0.0})]
+    best, choice = -1.0, tries[0]
+    for share, state in tries:
+        dice = validate(interpolate(global_state, state, share))
         if dice > best:
-            best, choice = dice, share
-    return choice, interpolate(global_state, personalised_state, choice)
+            best, choice = dice, (share, state)
+    return choice[0], interpolate(global_state, choice[1], choice[0])
 
 
 def _not_negative(value: float, name: str) -> float:

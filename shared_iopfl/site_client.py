@@ -88,29 +88,31 @@ class SiteClient:
     def settle(self, weights: Weights, own_rounds: int, shares: Sequence[float]) -> float:
         """Make the personalised model what the site keeps for good, once the last round is over (issue 4).
 
-        From the last global weights the site trains on for itself, which the moving average follows; of the models
-        between the global one and the average it then takes the one that does best on its validation cases, if it has
-        any. Nothing of it is sent.
+        From the last global weights the site trains on for itself, which the moving average follows. Of the models
+        between the global one and the average as it is before, half-way and after, it then takes the one that does best
+        on its validation cases, if it has any: a site of few cases may be better off without. Nothing of it is sent.
 
         Args:
             weights: the last global ones.
             own_rounds: how many rounds it trains on, at the tail's small rate.
-            shares: of the average, among which it chooses; none: the average as it is.
+            shares: of the average, among which it chooses; none: the average as it is in the end.
 
         Returns:
             The share.
         """
-        own = dict(weights)
-        for _ in range(own_rounds):
-            self.algo.train(ExchangeObject(weights=own))
-            state = self.algo.trainer.network.state_dict()  # type: ignore[union-attr]
-            own = {key: tensor.detach().cpu().clone() for key, tensor in state.items()}
-        share, evaluator = 1.0, cast(Any, self.algo.evaluator)
-        if shares and len(evaluator.data_loader):
-            share, settled = validated_interpolation(
-                weights, self.personalised, lambda state: self.validate(state)["val_mean_dice"], shares
-            )
-            self.kept["personalization"].ema_model.load_state_dict(settled)
+        own, averages = dict(weights), []
+        for trained in range(own_rounds + 1):
+            if trained:
+                self.algo.train(ExchangeObject(weights=own))
+                own = _copy(self.algo.trainer.network.state_dict())  # type: ignore[union-attr]
+            if trained in (0, own_rounds // 2, own_rounds):
+                averages.append(_copy(self.personalised))
+        if not shares or not len(cast(Any, self.algo.evaluator).data_loader):
+            return 1.0
+        share, settled = validated_interpolation(
+            weights, averages, lambda state: self.validate(state)["val_mean_dice"], shares
+        )
+        self.kept["personalization"].ema_model.load_state_dict(settled)
         return share
 
     def metrics(self) -> dict[str, float]:
@@ -167,6 +169,10 @@ class SiteClient:
             scaler.load_state_dict(state["scaler"])
         for name, item in self.kept.items():
             item.load_state_dict(state["kept"][name])
+
+
+def _copy(state: Weights) -> dict[str, Tensor]:
+    return {key: tensor.detach().cpu().clone() for key, tensor in state.items()}
 
 
 def _filters(bundle_root: str, name: str) -> str:

@@ -60,6 +60,20 @@ def test_other_errors_keep_their_traceback(code):
     assert "error: handled" not in ended.stderr
 
 
+@pytest.mark.parametrize(
+    ("raised", "shown"),
+    [
+        ("OSError(27, 'File too large')", "warning: in the background: [Errno 27] File too large\n"),
+        ("InputError('no\\nscan')", "warning: in the background: no scan\n"),
+        ("KeyError('a fault of ours')", "Traceback"),
+    ],
+)
+def test_what_ends_a_thread_is_a_warning_of_one_line_unless_it_is_a_fault_of_ours(raised, shown):
+    ended = run(f"import threading\ndef fail(): raise {raised}\nt = threading.Thread(target=fail)\nt.start(); t.join()")
+    assert ended.returncode == 0
+    assert ended.stderr == shown if shown.endswith("\n") else shown in ended.stderr
+
+
 def test_root_is_the_first_input_error_of_a_chain():
     root, middle, top = InputError("root"), InputError("middle"), RuntimeError("top")
     top.__cause__, middle.__context__ = middle, root

@@ -296,11 +296,19 @@ def test_validated_interpolation_is_never_worse_than_global_and_takes_the_smalle
     shares = (1.0, 0.75, 0.5, 0.25)
     table = {0.0: global_dice, **dict(zip(shares, dice))}
     one, other = {"w": torch.zeros(1)}, {"w": torch.ones(1)}
-    share, state = validated_interpolation(one, other, lambda weights: table[float(weights["w"])], shares)
+    share, state = validated_interpolation(one, [other], lambda weights: table[float(weights["w"])], shares)
     best = max([global_dice, *(value for value in dice if value == value)])
     assert table[share] == best
     assert share == min(s for s, value in table.items() if value == best)
     assert float(state["w"]) == share
+
+
+def test_validated_interpolation_takes_the_model_that_does_best_and_the_first_of_equals():
+    one, others = {"w": torch.zeros(1)}, [{"w": torch.tensor([value])} for value in (1.0, 2.0, 3.0)]
+    dice = {0.0: 0.5, 0.5: 0.5, 1.0: 0.7, 1.5: 0.6, 2.0: 0.7, 3.0: 0.6}
+    assert validated_interpolation(one, others, lambda state: dice[float(state["w"])], (0.5, 1.0)) == (1.0, others[0])
+    dice[1.5] = 0.8  # half-way to the third, or three quarters of the second: only the former is asked for
+    assert validated_interpolation(one, others, lambda state: dice[float(state["w"])], (0.5, 1.0))[0] == 0.5
 
 
 def test_share_outside_its_range_is_refused():
@@ -400,7 +408,8 @@ def test_settled_model_goes_on_from_the_average_and_is_what_is_published(sites_d
     plain = federation(sites_dir, tmp_path / "plain")
     plain.run()
     client, expected, own = plain.clients["A"], dict(plain.clients["A"].personalised), dict(plain.weights)
-    expected = {key: tensor.clone() for key, tensor in expected.items()}
+    averages = [{key: tensor.clone() for key, tensor in expected.items()}]
+    expected = averages[0]
     handler, before = client.kept["personalization"], copy.deepcopy(client.state_dict())
     count = handler.count
     for _ in range(2):
@@ -410,6 +419,7 @@ def test_settled_model_goes_on_from_the_average_and_is_what_is_published(sites_d
             key: torch.lerp(tensor, own[key], momentum) if tensor.is_floating_point() else own[key]
             for key, tensor in expected.items()
         }
+        averages.append(expected)
     client.load_state_dict(before)
     assert client.settle(plain.weights, 2, ()) == 1.0
     assert equal(client.personalised, expected)
@@ -421,9 +431,9 @@ def test_settled_model_goes_on_from_the_average_and_is_what_is_published(sites_d
     shares = json.loads((tmp_path / "settled" / "models" / "shares.json").read_text())
     published = load_weights(tmp_path / "settled" / "models" / "model_A.pt")
     assert shares.keys() == {"A", "B"} and shares["A"] in (0.0, 0.5, 1.0)
-    assert equal(published, interpolate(plain.weights, expected, shares["A"]))
-    dice = [client.validate(weights)["val_mean_dice"] for weights in (plain.weights, expected, published)]
-    assert dice[2] >= max(dice[:2]), "never worse on its validation cases than the models it lies between"
+    assert any(equal(published, interpolate(plain.weights, average, shares["A"])) for average in averages)
+    dice = [client.validate(weights)["val_mean_dice"] for weights in (published, plain.weights, *averages)]
+    assert dice[0] >= max(dice[1:]), "never worse on its validation cases than the models it lies between"
     again = federation(sites_dir, tmp_path / "settled", resume=True)
     again.own_rounds, again.shares = 2, (0.5, 1.0)
     again.run()
