@@ -78,7 +78,8 @@ def _step_over_plain(network: nn.Module, experts: int, images: Tensor, repeats: 
 
     def adapt() -> None:
         of_routes.zero_grad(set_to_none=True)
-        objective(routed, images, view).backward()
+        for term in objective.terms(routed, images, view):
+            term.backward()
         of_routes.step()
 
     def train() -> None:

@@ -352,7 +352,8 @@ class TestTimeRoutingInferer(StackInferer):
                     optimizer.zero_grad(set_to_none=True)
                     view = self.views.draw(generator, _square(images))
                     for part in batch.split(bounded(len(batch), batch, STEP_PIXELS) if apart else len(batch)):
-                        (objective(routed, part, view) * (len(part) / len(batch))).backward()
+                        for term in objective.terms(routed, part, view):
+                            (term * (len(part) / len(batch))).backward()
                     optimizer.step()
         finally:
             routed.freeze_statistics(False)

@@ -18,7 +18,7 @@ one background) and overlapping targets (sigmoid).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -229,13 +229,24 @@ class RoutingObjective:
             images: (B, C_in, *spatial).
             view: drawn from :attr:`views`.
         """
-        plain = probabilities(network(images), self.output)
-        total = plain.new_zeros(())
-        if self.consistency:
-            seen = probabilities(view.undo(network(view.apply(images))), self.output)
-            total = total + self.consistency * F.mse_loss(seen, plain.detach())
+        return torch.stack([*self.terms(network, images, view), images.new_zeros(())]).sum()
+
+    def terms(self, network: Callable[[Tensor], Tensor], images: Tensor, view: View) -> Iterator[Tensor]:
+        """The objective's summands, one for each forward: of the images as they are, and of their view.
+
+        Their graphs share nothing, the target being detached: backward through one before asking for the next, and the
+        memory is that of one forward.
+        """
+        with torch.set_grad_enabled(torch.is_grad_enabled() and bool(self.entropy or self.shape)):
+            plain = probabilities(network(images), self.output)
+        target, total = plain.detach(), plain.new_zeros(())
         if self.entropy:
             total = total + self.entropy * entropy(plain, self.output)
         if self.shape:
             total = total + self.shape * contour_band(foreground(plain, self.output), self.window)
-        return total
+        del plain
+        if self.entropy or self.shape:
+            yield total
+        if self.consistency:
+            seen = probabilities(view.undo(network(view.apply(images))), self.output)
+            yield self.consistency * F.mse_loss(seen, target)

@@ -210,6 +210,24 @@ def test_consistency_target_is_detached():
     assert found.abs() > 1e-3
 
 
+def test_backward_through_one_term_after_the_other_is_backward_through_the_objective():
+    scan, weight, view = images(2, 1, 32, 32), torch.ones((), requires_grad=True), View(flips=(1,), gain=1.5)
+    objective = RoutingObjective("softmax", consistency=1.0, entropy=0.5, shape=0.2)
+
+    def network(x: torch.Tensor) -> torch.Tensor:
+        return pixelwise(weight * x**2)
+
+    (expected,) = torch.autograd.grad(objective(network, scan, view), weight)
+    terms = 0
+    for term in objective.terms(network, scan, view):
+        term.backward()
+        terms += 1
+    assert terms == 2
+    torch.testing.assert_close(weight.grad, expected)
+    only = RoutingObjective("softmax", consistency=1.0, entropy=0.0)
+    assert len(list(only.terms(network, scan, view))) == 1
+
+
 def test_consistency_vanishes_where_network_and_view_commute():
     objective = RoutingObjective("sigmoid", consistency=1.0, entropy=0.0)
     scan = images(2, 1, 8, 12)
