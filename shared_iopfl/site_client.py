@@ -58,11 +58,15 @@ class SiteClient:
     def __init__(self, bundle_root: str, site: str, local_epochs: int, overrides: Mapping[str, Any]) -> None:
         self.site = site
         filters = overrides.get("filters", "")
+        training = dict(overrides)
+        if not (overrides.get("val_interval", 1) or overrides.get("save_checkpoints", True)):
+            # the trainer's validator never runs, but would cache the cases that the evaluator below caches too
+            training["validate#dataset#data"] = []
         self.algo = MonaiAlgo(
             bundle_root=bundle_root,
             local_epochs=local_epochs,
             send_weight_diff=False,
-            train_kwargs=dict(overrides),
+            train_kwargs=training,
             config_evaluate_filename="configs/train.json",
             eval_kwargs=dict(overrides),
             config_filters_filename=_filters(bundle_root, filters) if filters else None,

@@ -121,7 +121,6 @@ def unlabelled(folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("IOPFL_PROCESSES" not in os.environ, reason="minutes of real processes: set IOPFL_PROCESSES=1")
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_commands_of(document: str, tmp_path: Path) -> None:
     text = (ROOT / document).read_text(encoding="utf-8")

@@ -13,7 +13,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import nbformat
@@ -31,7 +30,6 @@ def test_it_is_kept_without_outputs() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("IOPFL_PROCESSES" not in os.environ, reason="minutes of real processes: set IOPFL_PROCESSES=1")
 def test_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both bundles, inside and outside: models, masks and routes, and a picture for each that was promised."""
     monkeypatch.setenv("MONAI_DATA_DIRECTORY", str(tmp_path))
