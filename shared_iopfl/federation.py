@@ -300,9 +300,7 @@ class Federation:
             path = model_path(str(folder), GLOBAL if name == GLOBAL else "personalised", name)
             save_atomically({key: tensor.cpu() for key, tensor in weights.items()}, path)
         judges = [site for site in present if site not in self.failures.of(self.round)]
-        shifts = [shift for site in judges if (shift := self.clients[site].shift(self.weights)) is not None]
-        scores = {**self._scores(models, judges), USUAL_SHIFT: fmean(shifts) if shifts else None}
-        write_json(folder / "scores.json", scores)
+        write_json(folder / "scores.json", self._scores(models, judges))
         if absent := [site for site in self.sites if site not in delivered]:
             raise InputError(
                 f"site '{absent[0]}' failed all {self.rounds} rounds and has no personalised model; {folder} holds "
@@ -326,22 +324,36 @@ class Federation:
             write_json(self.output_dir / "models" / "shares.json", shares)
 
     def _scores(self, models: Mapping[str, Weights], judges: Sequence[str]) -> dict[str, float | None]:
-        """How far each model can be trusted elsewhere: validation Dice, without a model's own site.
+        """How far each model can be trusted elsewhere: validation Dice, without a model's own site; the usual shift.
 
         As sites differ in difficulty, a personalised model is held against the global one at each of the other sites:
-        its score is the global model's mean over all sites plus the mean of those differences.
+        its score is the global model's mean over all sites plus the mean of those differences. A site that fails at it
+        judges nothing.
         """
-        dice = {
-            name: {site: self.clients[site].validate(weights)["val_mean_dice"] for site in judges if site != name}
-            for name, weights in models.items()
-        }
-        level = fmean(dice[GLOBAL].values()) if judges else None
-        return {
+        dice: dict[str, dict[str, float]] = {name: {} for name in models}
+        shifts = []
+        for site in judges:
+            client = self.clients[site]
+            try:
+                with time_limit(site, self.site_timeout * len(models)):
+                    found = {n: client.validate(w)["val_mean_dice"] for n, w in models.items() if n != site}
+                    shift = client.shift(self.weights)
+            except Exception as error:
+                self.failures.add(self.round, site, error)
+                continue
+            for name, value in found.items():
+                dice[name][site] = value
+            if shift is not None:
+                shifts.append(shift)
+        self.failures.write(self.output_dir / "failures.csv")
+        level = fmean(dice[GLOBAL].values()) if dice[GLOBAL] else None
+        scores = {
             name: min(1.0, max(0.0, level + fmean(value - dice[GLOBAL][site] for site, value in at.items())))
             if level is not None and at
             else None
             for name, at in dice.items()
         }
+        return {**scores, USUAL_SHIFT: fmean(shifts) if shifts else None}
 
 
 @contextmanager

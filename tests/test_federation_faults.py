@@ -223,6 +223,25 @@ def test_site_that_cannot_be_scored_is_left_out_of_scoring_alone(tmp_path, monke
 
 
 @pytest.mark.usefixtures("fakes")
+@pytest.mark.parametrize("step", ["validate", "shift"])
+def test_site_that_fails_when_the_models_are_judged_judges_none_and_is_named(step, tmp_path, monkeypatch):
+    run = make(tmp_path)
+    run.run()
+    models = {"global": run.weights, **{site: run.clients[site].personalised for site in SITES}}
+    expected = run._scores(models, [site for site in SITES if site != "B"])
+    ours = getattr(FakeClient, step)
+
+    def broken(self: FakeClient, weights: Mapping[str, Tensor]) -> Any:
+        if self.site == "B":
+            raise OSError("disk of B")
+        return ours(self, weights)
+
+    monkeypatch.setattr(FakeClient, step, broken)
+    assert run._scores(models, SITES) == expected
+    assert [row["site"] for row in read_rows(tmp_path / "failures.csv")] == ["B"]
+
+
+@pytest.mark.usefixtures("fakes")
 def test_failures_of_an_earlier_run_do_not_stay(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         spoil(patch, {("B", 2): raising})

@@ -44,6 +44,8 @@ from label_server import (
     serving,
 )
 
+from shared_iopfl.models import load_experts
+
 pytestmark = [pytest.mark.slow, needs_monailabel]
 
 
@@ -149,5 +151,5 @@ def test_the_model_that_was_trained_serves(visits: dict[str, Visit], tmp_path: P
     assert visit.answers["train"] == "DONE"
     assert digest(visit.bundle / "models" / "model.pt") != digest(published / "model.pt")
     assert (visit.mask("trained") != visit.mask("first")).any()
-    sites = [path.stem.removeprefix("model_") for path in sorted(published.glob("model_*.pt"))]
+    sites = list(load_experts(str(published)))  # as the server read them, before the training
     np.testing.assert_array_equal(visit.mask("trained"), own_mask(visit.bundle, visit.scans[0], tmp_path, sites=sites))
