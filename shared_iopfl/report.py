@@ -10,8 +10,8 @@
 # limitations under the License.
 """The report of a run: one HTML file, and a table as plain text, from the files that the run left in its folder.
 
-It reads ``metrics.csv``, ``history.csv``, ``cases.csv``, ``routes.csv`` with ``routes.json``, and ``run.json``; any of
-them may be missing. Nothing is computed from scans or networks.
+It reads ``metrics.csv``, ``history.csv``, ``failures.csv``, ``cases.csv``, ``routes.csv`` with ``routes.json``, and
+``run.json``; any of them may be missing. Nothing is computed from scans or networks.
 """
 
 from __future__ import annotations
@@ -165,6 +165,20 @@ def _rates(history: Sequence[Mapping[str, str]], path: Path, colour: Mapping[str
     return picture(charts.curves_picture(panels, colour, "learning rate"), caption) if panels else ""
 
 
+def _failures_section(path: Path) -> str:
+    """Which rounds went on without which site, and why."""
+    rows = read_columns(path, "round site reason")
+    if not rows:
+        return ""
+    lines = ["<tr><th>round</th><th>site</th><th>reason</th></tr>"]
+    for row in rows:
+        cells = (escape(row["site"]), escape(without_path(row["reason"])))
+        lines.append(f"<tr><th>{escape(row['round'])}</th>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+    return f"""<h2>Rounds without a site</h2>{table(lines, "text")}
+<p class="caption">A round's update that failed or was refused counts for nothing in that round; a scoring that failed
+leaves the site out of it. Everything else went on, and the site came back where there are later results of it.</p>"""
+
+
 def _settings(value: Any, name: str = "") -> list[tuple[str, str]]:
     """Nested settings as flat pairs of name and value."""
     if isinstance(value, dict) and value:
@@ -194,8 +208,9 @@ def write_report(output_dir: str | Path, title: str = "IOP-FL") -> Path:
     """Write ``report.html`` of a run into its folder: one file, with nothing to fetch from elsewhere.
 
     Args:
-        output_dir: folder of a run with any of ``metrics.csv``, ``history.csv``, ``cases.csv``, ``run.json``, and, at
-            any depth, ``routes.csv`` and ``routes.json``. A part of the report whose file is missing is left out.
+        output_dir: folder of a run with any of ``metrics.csv``, ``history.csv``, ``failures.csv``, ``cases.csv``,
+            ``run.json``, and, at any depth, ``routes.csv`` and ``routes.json``. A part of the report whose file is
+            missing is left out.
         title: heading of the report.
 
     Returns:
@@ -222,6 +237,7 @@ def write_report(output_dir: str | Path, title: str = "IOP-FL") -> Path:
     sections = (
         _scores_section(found, colour),
         _curves_section(history, history_path, colour),
+        _failures_section(output_dir / "failures.csv"),
         routes_section(output_dir),
         overlays_section(output_dir, dice, colour),
         decisions_section(output_dir),

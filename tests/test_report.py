@@ -165,6 +165,17 @@ def test_what_is_missing_is_said_and_the_rest_is_shown(tmp_path):
     ]
 
 
+def test_rounds_that_went_on_without_a_site_are_told_with_the_reason_and_no_path(tmp_path):
+    write_csv(tmp_path / "history.csv", "round,site,model,metric,value", [[1, "S", "global", "val_mean_dice", 0.5]])
+    assert "Rounds without a site" not in report.write_report(tmp_path).read_text()
+    rows = [[2, "Ä&B", "InputError: no scan in /data/Smith^John"], [3, "C", "NaN or infinite values in 'w'"]]
+    write_csv(tmp_path / "failures.csv", "round,site,reason", rows)
+    html = report.write_report(tmp_path).read_text()
+    assert "Rounds without a site" in html and "Smith" not in html
+    assert "<tr><th>2</th><td>Ä&amp;B</td><td>InputError: no scan (path not shown)</td></tr>" in html
+    assert "<td>C</td><td>NaN or infinite values in &#x27;w&#x27;</td>" in html
+
+
 def test_nothing_to_report_is_an_error_that_names_the_folder(tmp_path):
     with pytest.raises(InputError, match=r"neither metrics\.csv nor history\.csv: run") as caught:
         report.write_report(tmp_path)
