@@ -19,6 +19,7 @@ import json
 import os
 import shutil
 import subprocess
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,9 @@ from label_server import (
 )
 
 from shared_iopfl.models import load_experts
+from shared_iopfl.packaging import package
+
+PACKED = "fundus_iopfl"  # served from the zip of `python -m shared_iopfl package`, the other as it lies
 
 pytestmark = [pytest.mark.slow, needs_monailabel]
 
@@ -67,12 +71,16 @@ class Visit:
 
 @pytest.fixture(scope="module")
 def visits(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Visit]]:
-    """One client a bundle, at the same server; the prostate's also trains."""
+    """One client a bundle, at the same server; the prostate's also trains, the fundus' comes from a zip."""
     folder = tmp_path_factory.mktemp("plain")
     app, found = folder / "app", {}
     shutil.copytree(VENV / "monailabel" / "sample-apps" / "monaibundle", app)
     for bundle in BUNDLES:
-        shutil.copytree(ROOT / "bundles" / bundle, app / "model" / bundle)
+        if bundle == PACKED:
+            with zipfile.ZipFile(package(str(ROOT / "bundles" / bundle), str(folder / "zip"))) as packed:
+                packed.extractall(app / "model")
+        else:
+            shutil.copytree(ROOT / "bundles" / bundle, app / "model" / bundle)
         for model in (app / "model" / bundle / "models").glob("*.pt"):
             os.utime(model, (1_700_000_000,) * 2)  # as where they come out of an archive
     (folder / "studies").mkdir()
