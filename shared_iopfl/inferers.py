@@ -42,7 +42,7 @@ __all__ = ["TestTimeRoutingInferer"]
 
 Mode = Literal["episodic", "site", "off"]
 STEP_PIXELS = 2**18  # a backward: 16 slices of 128 x 128, one of 384 x 384
-SCAN_PIXELS = 2**20  # of the slices that a scan is measured on, one forward: 16 of 256 x 256, seven of 384 x 384
+SCAN_PIXELS = 3 * 2**18  # of the slices that a scan is measured on, one forward: 12 of 256 x 256, five of 384 x 384
 SITE_PIXELS = 2**21  # likewise of all a site's scans: 128 of 128 x 128
 SITE_SLICES = 128
 
