@@ -229,7 +229,7 @@ class RoutingObjective:
             images: (B, C_in, *spatial).
             view: drawn from :attr:`views`.
         """
-        return torch.stack([*self.terms(network, images, view), images.new_zeros(())]).sum()
+        return sum(self.terms(network, images, view), images.new_zeros(()))
 
     def terms(self, network: Callable[[Tensor], Tensor], images: Tensor, view: View) -> Iterator[Tensor]:
         """The objective's summands, one for each forward: of the images as they are, and of their view.
@@ -237,16 +237,18 @@ class RoutingObjective:
         Their graphs share nothing, the target being detached: backward through one before asking for the next, and the
         memory is that of one forward.
         """
-        with torch.set_grad_enabled(torch.is_grad_enabled() and bool(self.entropy or self.shape)):
+        of_plain = bool(self.entropy or self.shape)
+        with torch.set_grad_enabled(of_plain and torch.is_grad_enabled()):
             plain = probabilities(network(images), self.output)
         target, total = plain.detach(), plain.new_zeros(())
         if self.entropy:
             total = total + self.entropy * entropy(plain, self.output)
         if self.shape:
             total = total + self.shape * contour_band(foreground(plain, self.output), self.window)
-        del plain
-        if self.entropy or self.shape:
+        del plain  # its graph must not outlive the caller's backward
+        if of_plain:
             yield total
+        del total
         if self.consistency:
             seen = probabilities(view.undo(network(view.apply(images))), self.output)
             yield self.consistency * F.mse_loss(seen, target)
