@@ -22,7 +22,9 @@ from torch import Tensor
 __all__ = ["StackInferer", "bounded", "evenly", "from_stack", "to_stack"]
 
 Network = Callable[[Tensor], Tensor]
-FORWARD_PIXELS = 2**19  # a forward: enough to keep the hardware busy, and a bound on memory at any image size
+# a forward: enough to keep the hardware busy, and a bound on memory at any image size; on a CPU what large tensors it
+# makes come fresh from the system, page by page, which costs more than a larger batch gains
+FORWARD_PIXELS, CPU_PIXELS = 2**19, 2**17
 
 
 def to_stack(volume: Tensor, slices: int = 3) -> Tensor:
@@ -55,8 +57,10 @@ def evenly(stack: Tensor, count: int) -> Tensor:
     return stack[index.long()]
 
 
-def bounded(count: int, stack: Tensor, pixels: int = FORWARD_PIXELS) -> int:
-    """`count`, or as many of the stack's inputs as have so many pixels; at least one."""
+def bounded(count: int, stack: Tensor, pixels: int | None = None) -> int:
+    """`count`, or as many of the stack's inputs as have so many pixels (default: of a forward); at least one."""
+    if pixels is None:
+        pixels = CPU_PIXELS if stack.device.type == "cpu" else FORWARD_PIXELS
     return max(1, min(count, pixels // max(1, stack[0, 0].numel())))
 
 
@@ -65,7 +69,7 @@ class StackInferer(Inferer):
 
     Args:
         slices: neighbouring slices that make a network input, odd; None: the inputs go in as they are.
-        batch_size: slices (or images) a forward, or fewer where they are large (three of 384 x 384).
+        batch_size: slices (or images) a forward, or fewer where they are large (of 384 x 384 three; on a CPU one).
     """
 
     def __init__(self, slices: int | None = 3, batch_size: int = 16) -> None:

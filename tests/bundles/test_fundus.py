@@ -8,32 +8,41 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The fundus bundle end to end on synthetic sites: federate in every coding, score, serve photographs, refuse."""
+"""The fundus bundle end to end on synthetic sites: federate, score, serve photographs, refuse what is none."""
 
 from __future__ import annotations
 
-import csv
 import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from monai.bundle import ConfigWorkflow
+from fundus_runs import (  # noqa: F401
+    BUNDLE,
+    Run,
+    _photographs,
+    _sites,
+    bare_retina,
+    check_mask,
+    cut_short,
+    dice,
+    first_of,
+    grey,
+    pixels,
+    refusal,
+    rows,
+    run_fundus,
+    vertical_ratio,
+)
 from PIL import Image
-from scipy import ndimage
 
-from shared_iopfl.errors import root_input_error
-from shared_iopfl.federation import Federation
-from shared_iopfl.phantoms import make_fundus_sites
 from shared_iopfl.sites import site_cases
 
-BUNDLE = Path(__file__).parents[2] / "bundles" / "fundus_iopfl"
 # enough for disc and cup to be learnt, in seconds
 LEARN: dict[str, Any] = {
     "rounds": 12,
@@ -43,89 +52,7 @@ LEARN: dict[str, Any] = {
     "learning_rate": 0.01,
     "val_interval": 6,
 }
-GLANCE: dict[str, Any] = {
-    "rounds": 1,
-    "own_rounds": 1,
-    "passes": 1,
-    "batch_size": 2,
-    "val_interval": 1,
-    "crop": "never",
-}
 EXIF_ORIENTATION, TURNED = 0x0112, 6  # stored on its side: to be turned by 90 degrees clockwise
-Run = Callable[..., ConfigWorkflow]
-
-
-def run_fundus(run_config: Run, config: str, **overrides: Any) -> ConfigWorkflow:
-    return run_config(config, "fundus_iopfl", **overrides)
-
-
-def rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def pixels(path: str | Path) -> np.ndarray:
-    """(H, W) or (H, W, 3), as the file stores them."""
-    with Image.open(path) as picture:
-        return np.asarray(picture)
-
-
-def first_of(folder: Path) -> Path:
-    return min(folder.iterdir())
-
-
-def check_mask(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """A mask is an 8-bit PNG of one channel in the picture's pixels: 0, 1 a disc in one piece, 2 a cup in it."""
-    with Image.open(path) as picture:
-        assert (picture.format, picture.mode) == ("PNG", "L")
-        mask = np.asarray(picture)
-    assert mask.shape == shape[:2]
-    assert set(np.unique(mask)) <= {0, 1, 2}
-    for target in (mask >= 1, mask == 2):
-        assert ndimage.label(target, np.ones((3, 3)))[1] <= 1
-        filled = ndimage.binary_fill_holes(target, np.ones((3, 3)))  # MONAI takes a diagonal gap for open
-        np.testing.assert_array_equal(filled, target)
-    return mask
-
-
-def dice(one: np.ndarray, other: np.ndarray) -> float:
-    return float(2 * (one & other).sum() / (one.sum() + other.sum()))
-
-
-def vertical_ratio(disc: np.ndarray, cup: np.ndarray) -> float:
-    """Rows that the cup extends over, for those of the disc, in (H, W)."""
-    heights = [np.ptp(np.flatnonzero(target.any(axis=1))) + 1 for target in (cup, disc)]
-    return float(heights[0] / heights[1])
-
-
-def as_dofe(source: Path, target: Path, held_out: int = 2) -> None:
-    """A site of ``images`` and ``masks`` as the public four-domain set has it: other folders, other values, a split."""
-    images = sorted((source / "images").iterdir())
-    for number, image in enumerate(images):
-        rois = target / ("test" if number < held_out else "train") / "ROIs"
-        for kind in ("image", "mask"):
-            (rois / kind).mkdir(parents=True, exist_ok=True)
-        coded = np.array([255, 128, 0], np.uint8)[pixels(source / "masks" / image.name)]
-        Image.open(image).save(rois / "image" / image.name)
-        Image.fromarray(coded).convert("RGB" if number % 2 else "L").save(rois / "mask" / image.name)
-
-
-@pytest.fixture(scope="module")
-def sites(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Disc crops: A, B and E coded 0, 1, 2; Domain1 and Domain2, the same eyes, as the public set codes them."""
-    folder = tmp_path_factory.mktemp("sites")
-    make_fundus_sites(folder, sites=("A", "B", "E"), cases=5, size=96)
-    as_dofe(folder / "A", folder / "Domain1")
-    as_dofe(folder / "B", folder / "Domain2")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A site of whole photographs."""
-    folder = tmp_path_factory.mktemp("photographs")
-    make_fundus_sites(folder, sites=("E",), cases=3, size=192, photographs=True)
-    return folder / "E"
 
 
 @pytest.fixture(scope="module")
@@ -190,97 +117,6 @@ def test_federation_learns_disc_and_cup(federated: Path) -> None:
     soup = [row for row in rows(federated / "metrics.csv") if row["model"] == "soup"]
     for metric in ("dice_disc", "dice_cup"):
         assert np.mean([float(row["value"]) for row in soup if row["metric"] == metric]) > 0.55
-
-
-@dataclass
-class PublicRun:
-    folder: Path
-    read_in_rounds: set[str]
-
-
-@pytest.fixture(scope="module")
-def public(sites: Path, tmp_path_factory: pytest.TempPathFactory, run_config: Run, opened_files: Any) -> PublicRun:
-    """A short run over the public layout and coding, and what its rounds opened."""
-    folder, opened = tmp_path_factory.mktemp("public"), set()
-    rounds = Federation.run
-
-    def recorded_rounds(self: Federation) -> dict[str, torch.Tensor]:
-        with opened_files.record() as paths:
-            result = rounds(self)
-        opened.update(paths)
-        return result
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Federation, "run", recorded_rounds)
-        run_fundus(
-            run_config, "federate", dataset_dir=sites, output_dir=folder, sites=["Domain1"],
-            outside_sites=["Domain2"], coding="dofe", **GLANCE,
-        )  # fmt: skip
-    return PublicRun(folder, opened)
-
-
-def test_the_public_split_is_kept(public: PublicRun, sites: Path) -> None:
-    """Rounds train and validate on the train folder, all of it, and open nothing else of the public sites."""
-    train, test = (
-        {os.path.abspath(path) for path in (sites / "Domain1" / part).rglob("*.png")} for part in ("train", "test")
-    )
-    assert len(test) == 4
-    assert train <= public.read_in_rounds
-    assert not test & public.read_in_rounds
-    assert not any("Domain2" in path for path in public.read_in_rounds)
-    scored = {row["case"] for row in rows(public.folder / "metrics.csv") if row["site"] == "Domain1"}
-    assert scored == {Path(path).stem for path in test}
-
-
-def check_references(run: Path, originals: Path, site: str, count: int) -> None:
-    """The scored references of a site are its eyes', whatever values its files have."""
-    metrics = [row for row in rows(run / "metrics.csv") if row["site"] == site and row["metric"] == "vcdr_reference"]
-    assert len({row["case"] for row in metrics}) == count
-    for row in metrics:
-        mask = pixels(originals / "masks" / f"{row['case']}.png")
-        assert float(row["value"]) == pytest.approx(vertical_ratio(mask >= 1, mask == 2), abs=1e-6)
-
-
-def test_public_masks_are_read_as_they_are_coded(public: PublicRun, sites: Path) -> None:
-    """A mask of 255, 128, 0 is the same reference as one of 0, 1, 2; masks are written as 0, 1, 2; all are pictured."""
-    check_references(public.folder, sites / "A", "Domain1", 2)
-    check_references(public.folder, sites / "B", "Domain2", 5)
-    for case in rows(public.folder / "cases.csv"):
-        check_mask(public.folder / case["mask"], pixels(case["image"]).shape)
-    assert "Left out" not in (public.folder / "report.html").read_text(encoding="utf-8")
-
-
-def test_a_coding_for_each_site(sites: Path, tmp_path: Path, run_config: Run) -> None:
-    """Sites of different codings federate."""
-    run_fundus(
-        run_config, "federate", dataset_dir=sites, output_dir=tmp_path, sites=["Domain1", "A"],
-        coding={"Domain1": "dofe", "A": "index"}, **GLANCE,
-    )  # fmt: skip
-    check_references(tmp_path, sites / "A", "Domain1", 2)
-    check_references(tmp_path, sites / "A", "A", len(site_cases(sites, "A", "test")))
-
-
-def test_a_coding_of_ones_own(sites: Path, tmp_path: Path, run_config: Run) -> None:
-    """A coding may be spelt out instead of named; the values mean what it says, not what another coding says."""
-    swapped = {"disc": [1, 2], "cup": [1], "background": [0]}  # the rim taken for the cup
-    run_fundus(
-        run_config, "federate", dataset_dir=sites, output_dir=tmp_path, sites=["A"], coding=swapped, **GLANCE
-    )  # fmt: skip
-    for row in rows(tmp_path / "metrics.csv"):
-        if row["metric"] == "vcdr_reference":
-            assert float(row["value"]) == 1
-
-
-def test_whole_photographs_federate(photographs: Path, tmp_path: Path, run_config: Run) -> None:
-    """A site of whole photographs trains on crops around the disc, and is scored in the photographs' own pixels."""
-    run_fundus(
-        run_config, "federate", dataset_dir=photographs.parent, output_dir=tmp_path, sites=["E"],
-        **{**GLANCE, "crop": "auto"},
-    )  # fmt: skip
-    assert {row["metric"] for row in rows(tmp_path / "history.csv")} >= {"train_loss", "val_mean_dice"}
-    check_references(tmp_path, photographs, "E", 1)
-    for case in rows(tmp_path / "cases.csv"):
-        assert check_mask(tmp_path / case["mask"], (192, 256)).any()
 
 
 # ---- outside --------------------------------------------------------------------------------------------------------
@@ -363,100 +199,6 @@ def test_no_cup_without_a_disc(sites: Path, federated: Path, tmp_path: Path, run
 
 
 # ---- what is refused ------------------------------------------------------------------------------------------------
-
-
-def refusal(run_config: Run, config: str, **overrides: Any) -> str:
-    """The one line that a run ends in."""
-    with pytest.raises(Exception) as caught:
-        run_fundus(run_config, config, **overrides)
-    cause = root_input_error(caught.value)
-    assert cause is not None
-    assert "\n" not in str(cause)
-    return str(cause)
-
-
-@pytest.mark.parametrize(
-    ("site", "coding", "value", "fitting"), [("A", "dofe", "1, 2", "index"), ("Domain1", "index", "128, 255", "dofe")]
-)
-def test_a_wrong_coding_is_refused(
-    site: str, coding: str, value: str, fitting: str, sites: Path, tmp_path: Path, run_config: Run
-) -> None:
-    """Before the first round, naming a file, its unexpected values, and the coding that would fit."""
-    line = refusal(
-        run_config, "federate", dataset_dir=sites, sites=[site], coding=coding, output_dir=tmp_path, **GLANCE
-    )
-    assert f"values {value} in " in line
-    assert any(case["label"] in line for case in site_cases(sites, site, "train"))
-    assert f"'{fitting}' would fit" in line
-    assert not (tmp_path / "federation.pt").exists()
-
-
-def test_an_unknown_coding_is_refused(sites: Path, tmp_path: Path, run_config: Run) -> None:
-    for coding in ("dofee", {"A": "dofee"}):
-        line = refusal(
-            run_config, "federate", dataset_dir=sites, sites=["A"], coding=coding, output_dir=tmp_path, **GLANCE
-        )
-        assert "dofee" in line
-        assert "'dofe', 'index'" in line
-
-
-def cut_short(path: Path) -> None:
-    """A JPEG that ends in the middle, under the name it has: what a broken copy leaves."""
-    Image.open(path).save(path, "JPEG", quality=95)
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def grey(path: Path) -> None:
-    Image.open(path).convert("L").save(path)
-
-
-def bare_retina(path: Path) -> None:
-    """A picture of retina without any disc."""
-    noise = 5 * np.random.RandomState(1).randn(96, 96, 3)
-    Image.fromarray((np.array([170, 85, 40]) + noise).clip(0, 255).astype(np.uint8)).save(path)
-
-
-def smaller(path: Path) -> None:
-    Image.open(path).resize((90, 90), Image.Resampling.NEAREST).save(path)
-
-
-def unexpected_value(path: Path) -> None:
-    mask = pixels(path).copy()
-    mask[0, 0] = 7
-    Image.fromarray(mask).save(path)
-
-
-def blurred(path: Path) -> None:
-    """A mask saved as JPEG has values in between."""
-    Image.open(path).save(path, "JPEG")
-
-
-@pytest.mark.parametrize(
-    ("damage", "kind", "words"),
-    [
-        (cut_short, "image", "broken picture"),
-        (grey, "image", "grey"),
-        (bare_retina, "image", "no optic disc"),
-        (smaller, "label", "shape"),
-        (unexpected_value, "label", "values 7 "),
-        (blurred, "label", "lossy"),
-    ],
-)
-def test_a_bad_file_is_named_in_one_line(
-    damage: Callable[[Path], None], kind: str, words: str, sites: Path, tmp_path: Path, run_config: Run
-) -> None:
-    """A federation over a site with one bad picture or mask stops before its first round."""
-    for name in ("images", "masks"):
-        (tmp_path / "data" / "A" / name).mkdir(parents=True)
-        for path in (sites / "A" / name).iterdir():
-            (tmp_path / "data" / "A" / name / path.name).write_bytes(path.read_bytes())
-    bad = Path(site_cases(tmp_path / "data", "A", "train")[0][kind])
-    damage(bad)
-    options = {**GLANCE, "crop": "auto", "dataset_dir": tmp_path / "data", "output_dir": tmp_path / "run"}
-    line = refusal(run_config, "federate", sites=["A"], **options)
-    assert str(bad) in line
-    assert words in line
-    assert not (tmp_path / "run" / "federation.pt").exists()
 
 
 @pytest.mark.parametrize(("damage", "words"), [(grey, "grey"), (bare_retina, "no optic disc")])

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bad_scans import BODY, with_names
+from bad_volumes import BODY, with_names
 from fake_clients import equal
 from interrupted import TinyRun
 from monai.bundle import ConfigWorkflow

@@ -1,0 +1,191 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""FLARE's rounds and members in this process, with all that crosses the wire between them; sites that are fakes."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import sys
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from flare_runs import BUNDLE, SITES, TINY, make_sites
+from monai.utils import set_determinism
+from nvflare.app_common.abstract.fl_model import FLModel
+from nvflare.app_common.utils.fl_model_utils import FLModelUtils
+from torch import Tensor
+
+from shared_iopfl import flare_client
+from shared_iopfl.flare import FlareRun
+from shared_iopfl.flare_client import COUNTED, Member
+from shared_iopfl.flare_server import Rounds, ServerFiles
+
+
+@pytest.fixture(scope="module", name="dataset")
+def _dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_sites(tmp_path_factory.mktemp("sites"))
+
+
+@pytest.fixture(autouse=True)
+def _process_as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A config seeds the process and changes how it reports errors; a FLARE run changes the environment."""
+    hook, threads, benchmark = sys.excepthook, torch.get_num_threads(), torch.backends.cudnn.benchmark
+    for variable in (*flare_client.ENVIRONMENT.values(), "NVFLARE_POC_WORKSPACE"):
+        monkeypatch.setenv(variable, "")  # so that it is put back, whatever a test does
+        monkeypatch.delenv(variable)
+    torch.set_num_threads(1)  # sums in one order, in this process as in those that a test starts
+    yield
+    sys.excepthook, torch.backends.cudnn.benchmark = hook, benchmark
+    torch.set_num_threads(threads)
+    set_determinism(None)
+
+
+def flare_run(output_dir: Path, dataset_dir: Path | None, rounds: int = 2, **options: Any) -> FlareRun:
+    options = {"settings": {**TINY, "device": "cpu"}, **options}
+    return FlareRun(str(BUNDLE), SITES, rounds, str(output_dir), dataset_dir and str(dataset_dir), **options)
+
+
+# ---- the server's rounds and the sites' members in one process, with all that crosses the wire between them ----------
+
+
+class Wire:
+    """FLARE's part: carries tasks to the members and their answers to the rounds, and keeps a copy of the answers."""
+
+    def __init__(self, members: Mapping[str, Any], between: Callable[[str, str, int, FLModel], FLModel | None]) -> None:
+        self.members, self.between = members, between
+        self.answers: list[tuple[str, str, FLModel]] = []
+
+    def carry(self, task: str, model: FLModel, targets: Sequence[str]) -> list[FLModel]:
+        replies = []
+        for site in targets[::-1]:  # answers may arrive in any order
+            received = FLModelUtils.from_shareable(FLModelUtils.to_shareable(copy.deepcopy(model)))
+            sent = self.between(site, task, model.current_round + 1, self.members[site].answer(task, received))
+            if sent is not None:
+                reply = FLModelUtils.from_shareable(FLModelUtils.to_shareable(copy.deepcopy(sent)))
+                self.answers.append((site, task, copy.deepcopy(reply)))
+                reply.meta["client_name"] = site
+                replies.append(reply)
+        return replies
+
+
+class RoundsHere(Rounds):
+    """The server's rounds without a server."""
+
+    def __init__(self, wire: Wire, workspace: Path, **options: Any) -> None:
+        super().__init__(**options)
+        self.wire, self.persistor, self.told = wire, ServerFiles(), []
+        self.abort_signal = SimpleNamespace(triggered=False)
+        places = {"get_app_custom_dir": workspace / "server", "get_run_dir": workspace}
+        paths = SimpleNamespace(**{name: lambda job, path=path: str(path) for name, path in places.items()})
+        clients = [SimpleNamespace(name=site) for site in wire.members]
+        self.engine = SimpleNamespace(get_workspace=lambda: paths, get_clients=lambda: clients)
+        self.fl_ctx = SimpleNamespace(
+            get_engine=lambda: self.engine, get_job_id=lambda: "job", set_prop=lambda *args, **kwargs: None
+        )
+
+    def event(self, event_type: str) -> None:
+        pass
+
+    def info(self, message: str) -> None:
+        pass
+
+    def warning(self, message: str) -> None:
+        self.told.append(message)
+
+    def send_model_and_wait(self, **kwargs: Any) -> list[FLModel]:
+        assert kwargs["timeout"] == self.round_timeout
+        return self.wire.carry(kwargs["task_name"], kwargs["data"], kwargs["targets"])
+
+
+def received(weights: Mapping[str, Tensor], number: int, counted: int | None = None) -> FLModel:
+    """A task as it reaches site A: the rounds done before, and the last one in which its update counted."""
+    last = number if counted is None else counted
+    return FLModel(params=dict(weights), current_round=number, meta={COUNTED: {"A": last}})
+
+
+def unchanged(site: str, task: str, number: int, reply: FLModel) -> FLModel:
+    return reply
+
+
+def run_here(run: FlareRun, workspace: Path, between: Callable[..., FLModel | None] = unchanged) -> RoundsHere:
+    """A whole run: the exported job's files, the rounds and the members."""
+    run._begin()
+    with run._recipe() as recipe:
+        job = Path(recipe.export(str(workspace / "job")) or workspace / "job" / recipe.name)
+    shutil.copytree(job / "app_server" / "custom", workspace / "server", dirs_exist_ok=True)
+    arguments = json.loads((job / "app_server" / "config" / "config_fed_server.json").read_text())["workflows"][0]
+    members = {
+        site: Member(json.loads((job / f"app_{site}" / "custom" / "federation.json").read_text()), site)
+        for site in run.sites
+    }
+    rounds = RoundsHere(Wire(members, between), workspace, **arguments["args"])
+    rounds.run()
+    return rounds
+
+
+class FakeClient:
+    """A site whose local weights depend on the global ones, its own past and the round."""
+
+    def __init__(self, bundle_root: str, site: str, local_epochs: int, overrides: Mapping[str, Any]) -> None:
+        self.site, self.overrides, self.cases, self.epoch = site, dict(overrides), 1 + SITES.index(site), 0
+        self.personalised: dict[str, Tensor] = {}
+
+    def train(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        self.epoch += 1
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.site}{self.epoch}".encode()))
+        update = {
+            key: tensor + 0.1 * torch.randn(tensor.shape, generator=generator)
+            if tensor.is_floating_point()
+            else tensor + 1
+            for key, tensor in weights.items()
+        }
+        past = self.personalised or update
+        self.personalised = {
+            key: (past[key] + tensor) / 2 if tensor.is_floating_point() else tensor for key, tensor in update.items()
+        }
+        # what a site has kept must show in what it sends, or a test of resuming would prove nothing
+        return {
+            key: 0.9 * tensor + 0.1 * self.personalised[key] if tensor.is_floating_point() else tensor
+            for key, tensor in update.items()
+        }
+
+    def settle(self, weights: Mapping[str, Tensor], own_rounds: int, shares: Sequence[float]) -> float:
+        for _ in range(own_rounds):
+            self.train(weights)
+        return shares[1]
+
+    def shift(self, weights: Mapping[str, Tensor]) -> float:
+        return 0.25
+
+    def metrics(self) -> dict[str, float]:
+        return {"train_loss": 1.0 / self.epoch}
+
+    def validate(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
+        return {"val_mean_dice": float(next(iter(weights.values())).double().mean())}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self.epoch, "personalised": self.personalised}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.epoch, self.personalised = state["epoch"], dict(state["personalised"])
+
+
+@pytest.fixture(name="fake")
+def _fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeClient]:
+    monkeypatch.setattr(flare_client, "SiteClient", FakeClient)
+    return FakeClient

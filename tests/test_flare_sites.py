@@ -1,0 +1,118 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""A site under NVIDIA FLARE: what it says of itself goes before the job; it goes back if its update did not count."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("nvflare", reason="NVIDIA FLARE is not installed: pip install '.[flare]'")
+
+from flare_here import _fake, _process_as_it_was, received  # noqa: F401
+from flare_runs import BUNDLE, REPOSITORY
+
+from shared_iopfl import flare_client
+from shared_iopfl.errors import InputError
+from shared_iopfl.flare_client import Member
+from shared_iopfl.models import load_weights
+
+JOB: dict[str, Any] = {
+    "bundle": None,
+    "dataset_dir": "/of/the/job",
+    "output_dir": None,
+    "device": None,
+    "fingerprint": flare_client.bundle_fingerprint(BUNDLE),
+    "run": "run",
+    "rounds": 2,
+    "local_epochs": 3,
+    "round_timeout": 0,
+    "own_rounds": 1,
+    "shares": [0.0, 0.5],
+    "seed": 0,
+    "overrides": {"alpha": 0.5, "dataset_dir": "/of/the/overrides"},
+}
+
+
+def test_what_a_site_says_of_itself_goes_before_the_job(tmp_path, fake):
+    environment = {
+        "IOPFL_BUNDLE": str(BUNDLE),
+        "IOPFL_DATASET_DIR": "/of/the/site",
+        "IOPFL_OUTPUT_DIR": str(tmp_path),
+        "IOPFL_DEVICE": "cuda:1",
+    }
+    overrides = Member(JOB, "A", environment).client(0).overrides
+    folder = str(tmp_path / "sites" / "A")
+    assert overrides == {
+        "alpha": 0.5,
+        "site": "A",
+        "dataset_dir": "/of/the/site",
+        "output_dir": folder,
+        "ckpt_dir": folder,
+        "epochs": 6,
+        "device": "cuda:1",
+    }
+
+
+def test_site_that_lacks_a_folder_or_has_another_bundle_takes_no_part(tmp_path, fake):
+    with pytest.raises(InputError, match="IOPFL_OUTPUT_DIR"):
+        Member(JOB, "A", {})
+    place = {"IOPFL_OUTPUT_DIR": str(tmp_path)}
+    with pytest.raises(InputError, match="IOPFL_BUNDLE"):
+        Member(JOB, "A", place).client(0)
+    with pytest.raises(InputError, match="IOPFL_DATASET_DIR"):
+        Member({**JOB, "dataset_dir": None}, "A", {**place, "IOPFL_BUNDLE": str(BUNDLE)}).client(0)
+    other = REPOSITORY / "bundles" / "fundus_iopfl"
+    with pytest.raises(InputError, match="trains in another way"):
+        Member(JOB, "A", {**place, "IOPFL_BUNDLE": str(other)}).client(0)
+
+
+def test_site_keeps_two_states_of_its_run_and_none_of_another(tmp_path, fake):
+    place = {"IOPFL_OUTPUT_DIR": str(tmp_path), "IOPFL_BUNDLE": str(BUNDLE)}
+    weights = {"w": torch.zeros(2)}
+    for run in ("first", "second"):
+        member = Member({**JOB, "run": run}, "A", place)
+        for number in range(4):
+            assert member.answer("train", received(weights, number)).params
+        names = sorted(path.name for path in member.folder.glob("state_*"))
+        assert names == [f"state_{run}_{number}.pt" for number in (3, 4)]
+    assert Member({**JOB, "run": "first"}, "A", place).client(4).epoch == 0
+    assert [Member({**JOB, "run": "second"}, "A", place).client(done).epoch for done in (2, 3, 4, 9)] == [0, 3, 4, 4]
+
+
+def test_site_whose_update_did_not_count_goes_back_and_so_does_its_model(tmp_path, fake):
+    """Refused or too late, which the server alone knows, and tells with its next task."""
+    member = Member(JOB, "A", {"IOPFL_OUTPUT_DIR": str(tmp_path), "IOPFL_BUNDLE": str(BUNDLE)})
+    weights, own = {"w": torch.zeros(2)}, tmp_path / "sites" / "A" / "model_A.pt"
+    member.answer("train", received(weights, 0))
+    first = dict(member.client(1).personalised)
+    member.answer("train", received(weights, 1))
+    assert not torch.equal(member.client(2).personalised["w"], first["w"])
+    member.answer("validate", received(weights, 1, counted=1))
+    assert torch.equal(member.client(1).personalised["w"], first["w"])
+    assert torch.equal(load_weights(own)["w"], first["w"])
+    member.answer("train", received(weights, 2, counted=1))
+    assert member.client(3).epoch == 2
+    assert sorted(path.name for path in own.parent.glob("state_*")) == ["state_run_1.pt", "state_run_3.pt"]
+    member.answer("validate", received(weights, 2, counted=0))
+    assert not own.exists(), "what is left of a first round that did not count is no model"
+
+
+def test_site_scores_the_global_model_and_its_own(tmp_path, fake):
+    member = Member(JOB, "A", {"IOPFL_OUTPUT_DIR": str(tmp_path), "IOPFL_BUNDLE": str(BUNDLE)})
+    member.answer("train", received({"w": torch.zeros(2)}, 0))
+    figures = member.answer("validate", received({"w": torch.full((2,), 7.0)}, 0, counted=1)).metrics
+    own = float(member.client(1).personalised["w"].double().mean())
+    assert figures == {"global/val_mean_dice": 7.0, "personalised/val_mean_dice": own}
+    assert own != 7.0
+    assert load_weights(tmp_path / "sites" / "A" / "model.pt")["w"].tolist() == [7, 7]

@@ -1,0 +1,242 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Adaptation leaks nothing from scan to scan, and serves nothing worse than its start."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from typing import Any, cast
+
+import pytest
+import torch
+from networks import experts, unet, volume
+from tiny_inferers import ADAPTING, LEARNT, harmful, routing
+from torch import Tensor, nn
+
+from shared_iopfl.inferers import TestTimeRoutingInferer
+from shared_iopfl.objectives import RoutingObjective, View, ViewSampler
+from shared_iopfl.routers import Router
+from shared_iopfl.routing import RoutedNetwork
+from shared_iopfl.settings import PRESETS, preset
+
+# ---- nothing leaks --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_mask_does_not_depend_on_what_was_served_before(name):
+    """A, B, A: both As are the same to the bit, as is A from a fresh inferer; another seed may differ."""
+    network = unet()
+    overrides = dict(LEARNT) if PRESETS[name].steps else {}
+    inferer = routing(name, overrides=overrides)
+    a, b = volume(3, seed=1), 2 * volume(4, seed=2) + 1
+    first, other, again = (inferer(scan, network) for scan in (a, b, a))
+    assert torch.equal(first, again)
+    assert torch.equal(routing(name, overrides=overrides)(a, network), first)
+    assert torch.equal(routing(name, overrides=overrides)(torch.cat([a, a]), network)[1:], first)
+    assert torch.equal(routing(name, overrides=overrides)(b, network), other)
+    reports = [{key: value for key, value in report.items() if key != "seconds"} for report in inferer.reports]
+    assert reports[0] == reports[2]
+    if overrides:
+        assert [report["decision"] for report in reports] == ["adapted"] * 3, "or there was nothing that could leak"
+
+
+def test_interrupted_adaptation_leaves_nothing_behind(monkeypatch):
+    """A scan that fails half way through its adaptation does not colour the next one."""
+    network, scan = unet(), volume(2)
+    inferer = routing("paper", overrides=LEARNT)
+    expected = inferer(scan, network)
+    predict, calls = inferer._predict, []
+
+    def fail(stack: Tensor, routed: RoutedNetwork) -> Tensor:
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("out of memory")
+        return predict(stack, routed)
+
+    monkeypatch.setattr(inferer, "_predict", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        inferer(volume(3, seed=5), network)
+    assert torch.equal(inferer(scan, network), expected)
+
+
+def test_two_threads_are_served_as_one_by_one():
+    network, scans = unet(), [volume(2, seed=n) for n in range(4)]
+    inferer = routing("adapted", overrides=LEARNT)
+    alone = [inferer(scan, network) for scan in scans]
+    served: dict[int, Tensor] = {}
+
+    def serve(numbers: list[int]) -> None:
+        for number in numbers:
+            with torch.no_grad():
+                served[number] = inferer(scans[number], network)
+
+    threads = [threading.Thread(target=serve, args=(numbers,)) for numbers in ([0, 1], [2, 3], [3, 0])]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(served[number], alone[number]) for number in range(4))
+
+
+def changed_in_place(network: nn.Module, state: dict[str, Tensor]) -> None:
+    with torch.no_grad():
+        for key, tensor in network.state_dict().items():
+            tensor.copy_(state[key])
+
+
+def changed_by_data(network: nn.Module, state: dict[str, Tensor]) -> None:
+    network.load_state_dict({k: v for k, v in state.items() if "running" in k}, strict=False)
+    for name, parameter in network.named_parameters():
+        parameter.data = state[name].clone()
+
+
+CHANGES = {
+    "load_state_dict": lambda network, state: network.load_state_dict(state),
+    "assign": lambda network, state: network.load_state_dict(copy.deepcopy(state), assign=True),
+    "in place": changed_in_place,
+    "data": changed_by_data,
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_network_is_routed_anew_and_an_unchanged_one_is_not(change):
+    """However the global model gets its new weights, the next scan is routed from them."""
+    network, scan = unet(), volume(2)
+    inferer = routing("soup")
+    before = inferer(scan, network)
+    built = inferer._routed(network)
+    assert inferer._routed(network) is built
+    CHANGES[change](network, unet(7).state_dict())
+    after = inferer(scan, network)
+    assert torch.equal(after, routing("soup")(scan, unet(7)))
+    assert not torch.equal(after, before)
+    assert torch.equal(inferer(scan, unet()), before)
+
+
+def test_network_made_under_inference_mode_is_served():
+    """Inference tensors have no version and allow no gradient; neither is needed of the network's own."""
+    with torch.inference_mode():
+        network = unet()
+        logits = routing("adapted", overrides=LEARNT)(volume(2), network)
+    assert torch.equal(logits, routing("adapted", overrides=LEARNT)(volume(2), unet()))
+
+
+def test_experts_are_not_kept_in_touch_with_the_live_network():
+    """The routing space is a copy: training the network on does not change what an expert was, nor the other way."""
+    network = unet()
+    space = experts(2)
+    kept = copy.deepcopy(space)
+    TestTimeRoutingInferer(space, settings=preset("adapted", LEARNT))(volume(2), network)
+    assert all(torch.equal(tensor, kept[site][key]) for site in space for key, tensor in space[site].items())
+
+
+def test_adapted_router_is_what_predicts_under_autocast():
+    """With half precision as without, what adaptation changed reaches the mask."""
+    overrides = {**LEARNT, "per": "sample", "average_views": False}
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        inferer = routing(overrides=overrides)
+        adapted = inferer(volume(2), unet())
+        start = routing(overrides={**overrides, "steps": 0})(volume(2), unet())
+    assert inferer.reports[0]["decision"] == "adapted"
+    assert not torch.equal(adapted, start)
+
+
+# ---- the guard ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("per", ["sample", "layer"])
+def test_diverged_adaptation_is_refused(per):
+    """With an absurd learning rate the start is served, to the bit, and the report says why."""
+    overrides = {"per": per, "affine": True, "agreement": 0.0}
+    inferer = routing(overrides={**overrides, "steps": 3, "learning_rate": 1e30})
+    logits = inferer(volume(2), unet())
+    assert torch.equal(logits, routing(overrides=overrides)(volume(2), unet()))
+    assert inferer.reports[0]["decision"] == "start"
+    assert inferer.reports[0]["reason"] == "adaptation became non-finite"
+
+
+@pytest.mark.parametrize("after, agreement, reason", [(2, 1, "improve"), (1, 1, "improve"), (0.5, 0.89, "strays")])
+def test_guard_refuses_what_is_no_better_and_what_strays(monkeypatch, after, agreement, reason):
+    inferer, scan, values = routing("adapted"), volume(2), iter((1.0, after))
+    monkeypatch.setattr(inferer, "_adapt", harmful)
+    monkeypatch.setattr(inferer, "_objective_value", lambda *_: next(values))
+    monkeypatch.setattr(inferer, "_agreement", lambda *_: agreement)
+    logits = inferer(scan, unet())
+    assert torch.equal(logits, routing()(scan, unet()))
+    assert inferer.reports[0]["decision"] == "start"
+    assert reason in inferer.reports[0]["reason"]
+    plain = routing()
+    plain(scan, unet())
+    assert inferer.reports[0]["routes"] == plain.reports[0]["routes"]
+
+
+def _climbing(term: torch.Tensor) -> torch.Tensor:
+    return -term if term.requires_grad else term
+
+
+@pytest.mark.parametrize("rate, kept", [(0.1, True), (0.01, True), (-0.1, False), (-0.01, False)])
+def test_what_is_served_never_has_a_worse_objective_than_the_start(rate, kept, monkeypatch):
+    """Steps that climb instead (a negative rate) are never served, steps that descend are."""
+    inferer, scan = routing(overrides={**LEARNT, "learning_rate": abs(rate)}), volume(2)
+    if rate < 0:
+        terms = RoutingObjective.terms
+        monkeypatch.setattr(RoutingObjective, "terms", lambda *args: (_climbing(term) for term in terms(*args)))
+    logits = inferer(scan, unet())
+    report = inferer.reports[0]
+    assert (report["objective_end"] < report["objective_start"]) == kept
+    assert (report["decision"] == "adapted") == kept
+    assert torch.equal(logits, routing()(scan, unet())) == (not kept)
+
+
+@pytest.mark.parametrize("output", ["softmax", "sigmoid"])
+def test_agreement_is_the_dice_of_the_two_masks(output):
+    masks = torch.zeros(2, 1, 4, 4)
+    masks[0, :, :2], masks[1, :, 1:2] = 1, 1
+    logits = 2 * masks - 1
+    logits = logits if output == "sigmoid" else torch.cat([-logits, logits], 1)
+    inferer = routing(output=output)
+    assert inferer._agreement(logits[:1], logits[1:]) == pytest.approx(2 * 4 / (8 + 4))
+    empty = torch.tensor([1.0, -1.0]).reshape(1, 2, 1, 1) if output == "softmax" else torch.tensor([[[[-1.0]]]])
+    assert inferer._agreement(empty, empty) == 1
+
+
+def test_adaptation_sees_new_views_and_dropout_masks_each_step_and_none_in_prediction(monkeypatch):
+    inferer = routing("paper", overrides={"steps": 4})
+    drawn: list[View] = []
+    generators: list[torch.Generator | None] = []
+    draw, predict = ViewSampler.draw, inferer._predict
+
+    def draw_and_note(*args: Any) -> View:
+        drawn.append(draw(*args))
+        return drawn[-1]
+
+    def predict_and_note(stack: Tensor, routed: RoutedNetwork) -> Tensor:
+        generators.append(cast(Router, routed._routed[0].routes).generator)
+        return predict(stack, routed)
+
+    monkeypatch.setattr(ViewSampler, "draw", draw_and_note)
+    monkeypatch.setattr(inferer, "_predict", predict_and_note)
+    inferer(volume(2), unet())
+    assert len({view.seed for view in drawn[2:6]}) == 4
+    assert drawn[:2] == drawn[6:], "the objective is compared over the same views before and after"
+    assert generators == [None, None]
+
+
+def test_adaptation_takes_evenly_spaced_slices(monkeypatch):
+    """At most adapt_slices of them, spread over the volume."""
+    inferer = routing(overrides={**ADAPTING, "adapt_slices": 3}, batch_size=2)
+    seen: list[Tensor] = []
+    monkeypatch.setattr(inferer, "_adapt", lambda routed, some: seen.append(some))
+    scan = torch.arange(9.0).expand(1, 1, 32, 32, 9)
+    inferer(scan, unet())
+    assert seen[0][:, 1, 0, 0].tolist() == [1, 4, 7]

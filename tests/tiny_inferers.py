@@ -1,0 +1,41 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What tests of test-time routing share: an inferer of two experts, how it adapts, and an adaptation that harms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from networks import experts, images
+from torch import Tensor
+
+from shared_iopfl.inferers import TestTimeRoutingInferer
+from shared_iopfl.routing import RoutedNetwork
+from shared_iopfl.settings import preset
+
+ADAPTING = {"steps": 2, "agreement": 0.0}
+# an adaptation that improves its objective on any network, so that the guard lets it pass
+LEARNT = {"steps": 3, "learning_rate": 0.1, "agreement": 0.0, "consistency": 0.0, "entropy": 1.0, "shape": 0.0}
+
+
+def routing(name: str = "default", overrides: Mapping[str, Any] | None = None, **kwargs: Any) -> TestTimeRoutingInferer:
+    """Running statistics unless told otherwise: most properties are about routes, not about the shift dial."""
+    if name in ("default", "adapted"):
+        overrides = {"statistics": 0.0, **(overrides or {})}
+    return TestTimeRoutingInferer(experts(2), settings=preset(name, overrides), **{"flips": [0], **kwargs})
+
+
+def harmful(routed: RoutedNetwork, some: Tensor) -> None:
+    with torch.no_grad():
+        for parameter in routed.trainable():
+            parameter.add_(images(*parameter.shape, seed=4))
