@@ -45,6 +45,7 @@ STEP_PIXELS = 2**18  # a backward: 16 slices of 128 x 128, one of 384 x 384
 SCAN_PIXELS = 3 * 2**18  # of the slices that a scan is measured on, one forward: 12 of 256 x 256, five of 384 x 384
 SITE_PIXELS = 2**21  # likewise of all a site's scans: 128 of 128 x 128
 SITE_SLICES = 128
+STATISTICS_SHARES = (0.0, 0.25, 0.5, 1.0)  # of a site's own statistics, among which its views choose
 
 
 class _Weights(dict[str, Tensor]):
@@ -187,7 +188,7 @@ class TestTimeRoutingInferer(StackInferer):
                 raise InputError("mode 'site' needs at least one scan of the site; got none.")
             routed, report = self._begin(samples, network)
             some = evenly(torch.cat(samples), bounded(SITE_SLICES, samples[0], SITE_PIXELS))
-            start, agreed = self._predict(some, self._settled(routed, some))
+            start, agreed = self._choose_statistics(routed, some, report)
             report.update(agreed, routes=routed.last_routes().tolist(), scans=len(samples))
             if settings.steps > 0:
                 self._adapt_guarded(routed, some, some, start, report)
@@ -213,7 +214,7 @@ class TestTimeRoutingInferer(StackInferer):
         if settings.start == "distance" or dial:
             distances = torch.stack([self._distances(some, network) for some in samples]).mean(0)
         routes = self._start(distances, list(experts))
-        count = sum(len(some) for some in samples) / len(samples)
+        count = sum(len(some) for some in samples)
         statistics = settings.statistics * count / (count + settings.prior)
         if dial:
             shift = float(distances[0])  # the global model comes first
@@ -226,6 +227,26 @@ class TestTimeRoutingInferer(StackInferer):
         routed.start_from(routes)
         routed.set_statistics(statistics)
         return routed, report
+
+    def _choose_statistics(
+        self, routed: RoutedNetwork, some: Tensor, report: dict[str, Any]
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Set how much of the statistics a site uses: what its views agree on best, the least of equals.
+
+        Returns what :meth:`_predict` does, for the choice.
+        """
+        statistics, views = report["statistics"], self.settings.average_views or self.settings.judge_views
+        chooses = self.settings.choose_statistics and statistics > 0 and views and len(self.views.all(_square(some))) > 1
+        tried = []
+        for share in STATISTICS_SHARES if chooses else (1.0,):
+            routed.set_statistics(share * statistics)
+            tried.append((share * statistics, *self._predict(some, self._settled(routed, some))))
+        chosen, logits, agreed = max(tried, key=lambda one: one[2].get("quality", 0.0))
+        routed.set_statistics(chosen)
+        report["statistics"] = round(chosen, 4)
+        if chooses:
+            report["agreement_by_statistics"] = {f"{share:.4g}": of["quality"] for share, _, of in tried}
+        return logits, agreed
 
     def _distances(self, some: Tensor, network: nn.Module) -> Tensor:
         """How far some slices of a scan are from each expert (E,)."""

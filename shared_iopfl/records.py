@@ -13,9 +13,11 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import math
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,7 @@ __all__ = [
     "write_routes",
 ]
 
+SITE_SCANS = 128  # as many tell what a site is like
 METRICS = ("site", "role", "case", "model", "metric", "value")
 CASES = ("site", "role", "case", "model", "image", "label", "mask")
 SUMMARY = ("site", "role", "model", "metric", "mean", "sd", "min", "max", "cases")
@@ -275,12 +278,15 @@ def write_routes(cases: Mapping[str, Mapping[str, Any]], output_dir: str | os.Pa
 
 
 class SiteFitter:
-    """Mode "site": before the first scan is served, makes one plain network from all of the site's scans.
+    """Mode "site": before the first scan is served, makes one plain network from the site's scans.
+
+    Of many scans it reads 128, evenly spaced. Where none of them can be loaded it makes nothing: each fails in its turn.
 
     Args:
         inferer: its mode "site" switches this on.
         network: the global model.
         site_model: file of the site's network, a plain state_dict. Where it is there, it is served; else it is made.
+            "": made anew from the scans at hand, and kept as ``site.pt`` in `output_dir`.
         output_dir: for ``routes.json`` and ``routes.csv`` of the site.
         device: to run on.
         image_key: of the scans in the evaluator's batches.
@@ -307,18 +313,29 @@ class SiteFitter:
             engine.add_event_handler(Events.STARTED, self)
 
     def __call__(self, engine: Engine) -> None:
-        if os.path.isfile(self.site_model):
+        if self.site_model and os.path.isfile(self.site_model):
             state = load_weights(self.site_model)
             check_experts(self.network, {self.site_model: state})
             self.inferer.site_network = copy.deepcopy(self.network).eval()
             self.inferer.site_network.load_state_dict(state)
             return
-        loader: Any = engine.state.dataloader
-        report = self.inferer.fit((batch[self.image_key].to(self.device) for batch in loader), self.network)
+        scans = self._scans(engine.state.dataloader)
+        first = next(scans, None)
+        if first is None:
+            return
+        report = self.inferer.fit(itertools.chain([first], scans), self.network)
         assert self.inferer.site_network is not None
         weights = {name: tensor.cpu() for name, tensor in self.inferer.site_network.state_dict().items()}
-        save_atomically(weights, self.site_model)
+        save_atomically(weights, self.site_model or str(Path(self.output_dir) / "site.pt"))
         write_routes({"site": report}, self.output_dir)
+
+    def _scans(self, loader: Any) -> Iterator[Tensor]:
+        """Those that can be loaded, (1, C, *spatial)."""
+        count = len(loader.dataset)
+        for index in range(0, count, math.ceil(count / SITE_SCANS)):
+            images = loader.collate_fn([loader.dataset[index]])[self.image_key]
+            if len(images):
+                yield images.to(self.device)
 
 
 class Progress:

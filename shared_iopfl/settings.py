@@ -38,9 +38,11 @@ class RoutingSettings:
         route_norms: mix the norm layers as well; False keeps the global model's (the paper).
         statistics: batch norm with running (0), the scan's own (1) or blended statistics.
         prior: how many slices (or pictures) the running statistics count for: of `statistics` the part
-            ``n / (n + prior)`` is used for the n of a scan, so that one photograph moves them little and a volume much
-            (Schneider et al. 2020). More scans of a site do not change it: what tells a site's photographs from the
-            running statistics for other reasons than its scanner (more large cups) does not average out.
+            ``n / (n + prior)`` is used for the n of a scan, in mode "site" of all its scans, so that one photograph
+            moves them little and a volume or a folder much (Schneider et al. 2020).
+        choose_statistics: in mode "site", use of `statistics`, as far as the dial opens, all, a half, a quarter or
+            nothing: that with which the views of the site's scans agree best (issue 4). A site's scans may differ from
+            the running statistics for other reasons than their scanner (more large cups); then the views agree less.
         usual_shift: the dial. The shift is the scan's distance from the global model, and its unit the mean distance of
             the inside sites' own validation cases, which the federation publishes. The dial opens by
             ``1 - usual_shift / shift``, and not at all below: so far the routes go from those that trust alone would
@@ -66,6 +68,7 @@ class RoutingSettings:
     route_norms: bool = True
     statistics: float = 1.0
     prior: float = 4.0
+    choose_statistics: bool = True
     usual_shift: float = 1.0
     affine: bool = False
     steps: int = 0

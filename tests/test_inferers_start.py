@@ -20,6 +20,7 @@ from networks import experts, images, mixture, unet, volume
 from tiny_inferers import routing
 from torch import nn
 
+from shared_iopfl import inferers
 from shared_iopfl.distances import distance_routes, distribution_distance
 from shared_iopfl.inferers import TestTimeRoutingInferer
 from shared_iopfl.settings import preset
@@ -127,13 +128,42 @@ def test_dial_turns_with_the_shift():
 
 
 @torch.no_grad()
-def test_statistics_of_more_scans_are_not_used_more_than_those_of_one():
-    """What a site's photographs have in common beside the scanner does not average out."""
+def test_statistics_of_a_site_count_all_its_scans():
     scan, network = volume(4), unet()
-    overrides = {"usual_shift": 0.0, "statistics": 1.0}
+    overrides = {"usual_shift": 0.0, "statistics": 1.0, "average_views": False}
     one = routing(overrides=overrides).route_scan(to_stack(scan[0]), network)[1]
     site = routing(overrides=overrides, mode="site").fit([scan, scan], network)
-    assert one["statistics"] == site["statistics"] == pytest.approx(4 / (4 + 4))
+    assert one["statistics"] == pytest.approx(4 / (4 + 4), abs=1e-4)
+    assert site["statistics"] == pytest.approx(8 / (8 + 4), abs=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("quality", "share"), [([4, 3, 2, 1], 0), ([1, 3, 2, 2], 0.25), ([1, 2, 3, 4], 1), ([2] * 4, 0)])
+@pytest.mark.parametrize("kind", ["average_views", "judge_views"])
+def test_views_choose_how_much_of_its_statistics_a_site_uses(monkeypatch, quality, share, kind):
+    """Nothing, a quarter, a half or all of it: what the views agree on best, the least of equals."""
+    answers = iter(quality)
+    monkeypatch.setattr(inferers, "view_agreement", lambda *_: {"quality": next(answers) / 10})
+    views = {"average_views": False, kind: True}
+    settings = {"usual_shift": 0.0, "statistics": 0.8, "prior": 0.0, "start": "uniform"}
+    scan, network = volume(4), unet()
+    chosen = routing(overrides={**settings, **views}, mode="site")
+    report = chosen.fit([scan], network)
+    assert report["statistics"] == pytest.approx(0.8 * share)
+    assert report["quality"] == max(quality) / 10
+    expected = routing(overrides={**settings, "statistics": 0.8 * share, "average_views": False}, mode="site")
+    expected.fit([scan], network)
+    for key, tensor in expected.site_network.state_dict().items():
+        torch.testing.assert_close(chosen.site_network.state_dict()[key], tensor)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("overrides", [{"choose_statistics": False}, {"average_views": False}])
+def test_without_a_choice_or_views_a_site_uses_its_statistics_as_set(overrides):
+    settings = {"usual_shift": 0.0, "statistics": 0.8, "prior": 0.0, **overrides}
+    report = routing(overrides=settings, mode="site").fit([volume(4)], unet())
+    assert report["statistics"] == pytest.approx(0.8)
+    assert "agreement_by_statistics" not in report
 
 
 @torch.no_grad()

@@ -116,13 +116,13 @@ def test_every_input_ends_in_a_mask_or_in_a_line_that_names_it(served: Served) -
 def test_nothing_else_is_written(served: Served) -> None:
     """A mask for each that has not failed, the run's tables, no half files; every line is one line."""
     good = [name for name, (_, what) in served.corpus.items() if what is None]
-    tables = {"run.json", "failed.csv", "routes.csv", "routes.json", "review.csv", "measures.csv"}
+    tables = {"run.json", "failed.csv", "routes.csv", "routes.json", "review.csv", "measures.csv", "site.pt"}
     others = {path.name for path in served.output.iterdir()} - {path.name for path in served.masks().values()}
     assert others <= tables
     assert len(served.masks()) == len(good)
     assert not any("\n" in reason for reason in served.reasons.values())
     routed = json.loads((served.output / "routes.json").read_text())["cases"]
-    assert len(routed) == len(good)
+    assert (routed["site"]["scans"] if "site" in routed else len(routed)) == len(good)
 
 
 def test_the_run_ends_in_a_line_that_counts_them(served: Served) -> None:

@@ -22,10 +22,11 @@ ROOT = Path(__file__).parents[2]
 CONFIGS = ("train", "federate", "evaluate", "inference", "multi_gpu_train")
 # what a task may have that the other has not: slices of a volume; how masks are coded, photographs cropped, read off
 OWN_KEYS = {"slices", "slices_per_case", "coding", "codings", "crop", "grey"}
-# what may differ: network channels, loss, transforms, sizes of batches, output and views of the inferer
+# what may differ: network channels, loss, transforms, sizes of batches, output and views of the inferer, and whether a
+# folder's scans are routed together
 TASK_KEYS = {"imports", "site", "passes", "batch_size", "network_def", "loss", "preprocessing_transforms", *OWN_KEYS}
 TASK_KEYS |= {"preprocessing", "postprocessing", "inferer", "handlers", "site_config", "scoring_config"}
-TASK_KEYS |= {"sampling_transforms", "augmentation_transforms", "key_metric", "routing"}
+TASK_KEYS |= {"sampling_transforms", "augmentation_transforms", "key_metric", "routing", "mode"}
 
 
 def read(task: str, config: str) -> dict:
