@@ -29,6 +29,7 @@ from shared_iopfl.models import USUAL_SHIFT
 from shared_iopfl.objectives import (
     Output,
     RoutingObjective,
+    View,
     ViewSampler,
     foreground,
     mean_prediction,
@@ -235,8 +236,8 @@ class TestTimeRoutingInferer(StackInferer):
 
         Returns what :meth:`_predict` does, for the choice.
         """
-        statistics, views = report["statistics"], self.settings.average_views or self.settings.judge_views
-        chooses = self.settings.choose_statistics and statistics > 0 and views and len(self.views.all(_square(some))) > 1
+        statistics = report["statistics"]
+        chooses = self.settings.choose_statistics and statistics > 0 and len(self._all_views(some)) > 1
         tried = []
         for share in STATISTICS_SHARES if chooses else (1.0,):
             routed.set_statistics(share * statistics)
@@ -323,13 +324,17 @@ class TestTimeRoutingInferer(StackInferer):
 
         With it what the views' agreement says of the mask; nothing where there is one view.
         """
-        settings = self.settings
-        views = self.views.all(_square(stack)) if settings.average_views or settings.judge_views else []
+        views = self._all_views(stack)
         if len(views) < 2:
             return self._forward(stack, network), {}
         seen = [view.undo(self._forward(view.apply(stack), network)) for view in views]
         mean = mean_prediction(seen, self.output)
-        return mean if settings.average_views else seen[0], view_agreement(seen, mean, self.output)
+        return mean if self.settings.average_views else seen[0], view_agreement(seen, mean, self.output)
+
+    def _all_views(self, stack: Tensor) -> list[View]:
+        """All that fit the anatomy, the stack as it is first; none where they are neither averaged nor judged by."""
+        settings = self.settings
+        return self.views.all(_square(stack)) if settings.average_views or settings.judge_views else []
 
     def _adapt_guarded(
         self, routed: RoutedNetwork, some: Tensor, stack: Tensor, start: Tensor, report: dict[str, Any]

@@ -280,7 +280,7 @@ def write_routes(cases: Mapping[str, Mapping[str, Any]], output_dir: str | os.Pa
 class SiteFitter:
     """Mode "site": before the first scan is served, makes one plain network from the site's scans.
 
-    Of many scans it reads 128, evenly spaced. Where none of them can be loaded it makes nothing: each fails in its turn.
+    Of many scans it reads 128, evenly spaced. Where none can be loaded it makes nothing: each fails in its turn.
 
     Args:
         inferer: its mode "site" switches this on.

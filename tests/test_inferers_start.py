@@ -138,7 +138,9 @@ def test_statistics_of_a_site_count_all_its_scans():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("quality", "share"), [([4, 3, 2, 1], 0), ([1, 3, 2, 2], 0.25), ([1, 2, 3, 4], 1), ([2] * 4, 0)])
+@pytest.mark.parametrize(
+    ("quality", "share"), [([4, 3, 2, 1], 0), ([1, 3, 2, 2], 0.25), ([1, 2, 3, 4], 1), ([2] * 4, 0)]
+)
 @pytest.mark.parametrize("kind", ["average_views", "judge_views"])
 def test_views_choose_how_much_of_its_statistics_a_site_uses(monkeypatch, quality, share, kind):
     """Nothing, a quarter, a half or all of it: what the views agree on best, the least of equals."""
