@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -41,6 +42,7 @@ from fundus_runs import (  # noqa: F401
 )
 from PIL import Image
 
+from shared_iopfl import records
 from shared_iopfl.sites import site_cases
 
 # enough for disc and cup to be learnt, in seconds
@@ -236,3 +238,48 @@ def test_command_line_ends_a_truncated_jpeg_in_one_line(sites: Path, federated: 
     assert line.startswith("error: ")
     assert str(bad) in line
     assert not list((tmp_path / "masks").iterdir())
+
+
+# ---- what a folder is taken for -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("count", "preset", "mode"), [(3, "default", "site"), (3, "paper", "episodic"), (1, "default", "episodic")]
+)
+def test_a_folder_of_photographs_is_one_site_unless_asked_otherwise(
+    count: int, preset: str, mode: str, sites: Path, federated: Path, tmp_path: Path, run_config: Run
+) -> None:
+    """One network for it, kept; a picture alone, and presets that route each input, go scan by scan."""
+    scans, masks = tmp_path / "scans", tmp_path / "masks"
+    scans.mkdir()
+    for image in sorted((sites / "E" / "images").iterdir())[:count]:
+        (scans / image.name).write_bytes(image.read_bytes())
+    run_fundus(
+        run_config, "inference", dataset_dir=scans, ckpt_dir=federated / "models", output_dir=masks, preset=preset
+    )
+    routed = json.loads((masks / "routes.json").read_text())["cases"]
+    assert (masks / "site.pt").is_file() == (mode == "site")
+    assert set(routed) == ({"site"} if mode == "site" else {image.stem for image in scans.iterdir()})
+    assert mode != "site" or routed["site"]["scans"] == count
+    assert preset == "paper" or len(rows(masks / "review.csv")) == count  # which judges by views
+
+
+def test_a_site_is_measured_on_so_many_of_its_photographs(
+    sites: Path, federated: Path, tmp_path: Path, run_config: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many a folder holds: evenly spaced, so that memory and time are bounded."""
+    monkeypatch.setattr(records, "SITE_SCANS", 2)
+    common = {"dataset_dir": sites / "E" / "images", "ckpt_dir": federated / "models", "output_dir": tmp_path}
+    run_fundus(run_config, "inference", **common)
+    assert json.loads((tmp_path / "routes.json").read_text())["cases"]["site"]["scans"] == 2
+    assert len(rows(tmp_path / "review.csv")) == len(list((sites / "E" / "images").iterdir())) > 2
+
+
+def test_of_a_folder_of_bad_photographs_each_is_named(federated: Path, tmp_path: Path, run_config: Run) -> None:
+    scans, masks = tmp_path / "scans", tmp_path / "masks"
+    scans.mkdir()
+    for name in ("one.png", "two.png"):
+        (scans / name).write_bytes(b"no picture")
+    line = refusal(run_config, "inference", dataset_dir=scans, ckpt_dir=federated / "models", output_dir=masks)
+    assert line.startswith("2 of 2 scans failed")
+    assert {row["case"] for row in rows(masks / "failed.csv")} == {"one", "two"}
