@@ -29,7 +29,6 @@ from scipy.stats import spearmanr
 
 from shared_iopfl.inferers import TestTimeRoutingInferer
 from shared_iopfl.records import reported_case
-from shared_iopfl.scores import read_json
 from shared_iopfl.tables import read_rows, write_rows
 
 __all__ = ["ReviewQuality", "ReviewRecorder", "collect_review", "review_by_site", "review_quality", "review_rows"]
@@ -175,13 +174,13 @@ def collect_review(output_dir: str | os.PathLike, method: str = "default") -> No
         method: whose masks.
     """
     rows = []
-    for path in sorted(Path(output_dir).glob(f"seed*/outside_*/masks/*/{method}/routes.json")):
+    for path in sorted(Path(output_dir).glob(f"seed*/outside_*/masks/*/{method}/review.csv")):
         site, run = path.parts[-3], path.parents[3]
         seed, fold = run.parent.name.removeprefix("seed"), run.name.removeprefix("outside_")
-        reports = read_json(path).get("cases", {})
+        qualities = {row["case"]: row["quality"] for row in read_rows(path)}
         for row in read_rows(run / "metrics.csv"):
-            quality = reports.get(row["case"], {}).get("quality")
-            if (row["site"], row["model"], row["metric"]) == (site, method, "dice") and quality is not None:
+            quality = qualities.get(row["case"])
+            if (row["site"], row["model"], row["metric"]) == (site, method, "dice") and quality:
                 place = {"seed": seed, "fold": fold, "site": site, "case": row["case"]}
                 rows.append({**place, "quality": quality, "dice": row["value"]})
     if rows:

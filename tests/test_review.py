@@ -35,7 +35,7 @@ from shared_iopfl.review import (
     review_rows,
 )
 from shared_iopfl.settings import preset
-from shared_iopfl.tables import read_rows, write_json, write_rows
+from shared_iopfl.tables import read_rows, write_rows
 
 ORGAN = (slice(4, 12), slice(4, 12))
 
@@ -193,8 +193,9 @@ def test_comparison_puts_quality_beside_dice(tmp_path: Path) -> None:
         columns = ("site", "role", "case", "model", "metric", "value")
         table = [dict(zip(columns, ("S 1", "outside", case, m, metric, value))) for m, metric, case, value in rows]
         write_rows(run / "metrics.csv", columns, table)
-        known = {case: {"quality": 0.5 + turn * value / 4} for case, value in dice.items() if case != "c3"}
-        write_json(run / "masks" / "S 1" / "default" / "routes.json", {"cases": {**known, "c3": {"shift": 0.1}}})
+        known = [{"case": case, "quality": 0.5 + turn * value / 4} for case, value in dice.items() if case != "c3"]
+        listed = run / "masks" / "S 1" / "default" / "review.csv"
+        write_rows(listed, ("case", "quality"), [*known, {"case": "c3", "quality": ""}])
     collect_review(tmp_path)
     rows = read_rows(tmp_path / "review.csv")
     assert list(rows[0]) == ["seed", "fold", "site", "case", "quality", "dice"]
