@@ -34,7 +34,7 @@ from shared_iopfl.local_training import (
     validated_interpolation,
 )
 from shared_iopfl.models import GLOBAL
-from shared_iopfl.objectives import Output, ViewSampler, entropy, mean_prediction, probabilities
+from shared_iopfl.objectives import Output, ViewSampler, entropy, is_square, mean_prediction, probabilities
 from shared_iopfl.routing import RoutedNetwork, check_experts, collapse, copy_network, route
 from shared_iopfl.stacks import Network, StackInferer, evenly
 
@@ -110,7 +110,7 @@ class ViewsInferer(ScanInferer):
 
     def predict(self, stack: Tensor, network: nn.Module) -> Tensor:
         plain = copy_network(network).eval()
-        views = self.views.all(square=stack.shape[2] == stack.shape[3])
+        views = self.views.all(is_square(stack))
         return mean_prediction([view.undo(self._forward(view.apply(stack), plain)) for view in views], self.output)
 
 

@@ -23,18 +23,11 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from shared_iopfl.adaptation import Adaptation, mask_agreement
 from shared_iopfl.distances import distance_routes, distribution_distance
 from shared_iopfl.errors import InputError
 from shared_iopfl.models import USUAL_SHIFT
-from shared_iopfl.objectives import (
-    Output,
-    RoutingObjective,
-    View,
-    ViewSampler,
-    foreground,
-    mean_prediction,
-    view_agreement,
-)
+from shared_iopfl.objectives import Output, View, ViewSampler, is_square, mean_prediction, view_agreement
 from shared_iopfl.routing import RoutedNetwork, collapse, route
 from shared_iopfl.settings import RoutingSettings
 from shared_iopfl.stacks import Network, StackInferer, bounded, evenly
@@ -42,7 +35,6 @@ from shared_iopfl.stacks import Network, StackInferer, bounded, evenly
 __all__ = ["TestTimeRoutingInferer"]
 
 Mode = Literal["episodic", "site", "off"]
-STEP_PIXELS = 2**18  # a backward: 16 slices of 128 x 128, one of 384 x 384
 SCAN_PIXELS = 3 * 2**18  # of the slices that a scan is measured on, one forward: 12 of 256 x 256, five of 384 x 384
 SITE_PIXELS = 2**21  # likewise of all a site's scans: 128 of 128 x 128
 SITE_SLICES = 128
@@ -110,6 +102,7 @@ class TestTimeRoutingInferer(StackInferer):
         self.settings = settings or RoutingSettings()
         self.output: Output = output
         self.views = ViewSampler(tuple(flips), rotations, self.settings.noise, self.settings.intensity)
+        self.adaptation = Adaptation(self.settings, self.views, output, batch_size, seed)
         self.scores = {name: score for name, score in (scores or {}).items() if name != USUAL_SHIFT}
         self.usual_shift = self.settings.usual_shift * (scores or {}).get(USUAL_SHIFT, 0.1)
         self.seed = seed
@@ -174,7 +167,9 @@ class TestTimeRoutingInferer(StackInferer):
             network: the global model.
 
         Returns:
-            A report as from :meth:`route_scan`, for the site as a whole. The network is :attr:`site_network`.
+            A report as from :meth:`route_scan`, for the site as a whole, with the number of ``scans`` and, where the
+            views chose the share of statistics, how far they agreed with each: ``agreement_by_statistics``. The network
+            is :attr:`site_network`.
 
         Raises:
             InputError: where the settings leave no plain network (routes a sample or a volume).
@@ -261,7 +256,7 @@ class TestTimeRoutingInferer(StackInferer):
         """
         if self.settings.per != "layer":
             return routed
-        if self.settings.statistics > 0:
+        if routed.blends:
             routed(some)
         return collapse(routed).eval()
 
@@ -316,8 +311,8 @@ class TestTimeRoutingInferer(StackInferer):
 
     def _batches(self, stack: Tensor, network: Network) -> Iterable[Tensor]:
         """As in `StackInferer`; but where slices look at each other, the scan goes in whole."""
-        together = self.settings.per == "volume" or self.settings.statistics > 0
-        return [stack] if together and isinstance(network, RoutedNetwork) else super()._batches(stack, network)
+        together = isinstance(network, RoutedNetwork) and (self.settings.per == "volume" or network.blends)
+        return [stack] if together else super()._batches(stack, network)
 
     def _predict(self, stack: Tensor, network: Network) -> tuple[Tensor, dict[str, Any]]:
         """Logits of a stack; averaged over views, they are the logarithm (or logit) of the mean probability.
@@ -334,17 +329,18 @@ class TestTimeRoutingInferer(StackInferer):
     def _all_views(self, stack: Tensor) -> list[View]:
         """All that fit the anatomy, the stack as it is first; none where they are neither averaged nor judged by."""
         settings = self.settings
-        return self.views.all(_square(stack)) if settings.average_views or settings.judge_views else []
+        return self.views.all(is_square(stack)) if settings.average_views or settings.judge_views else []
 
     def _adapt_guarded(
         self, routed: RoutedNetwork, some: Tensor, stack: Tensor, start: Tensor, report: dict[str, Any]
     ) -> Tensor:
         """Adapt on some slices; return the logits of the stack, or those at the start where the guard says no."""
-        before = self._objective_value(routed, some)
-        self._adapt(routed, some)
-        after = self._objective_value(routed, some)
+        batches = list(self._batches(some, routed))
+        before = self.adaptation.value(routed, batches)
+        self.adaptation.adapt(routed, some)
+        after = self.adaptation.value(routed, batches)
         logits, agreed = self._predict(stack, self._settled(routed, some))
-        agreement = self._agreement(start, logits)
+        agreement = mask_agreement(start, logits, self.output)
         report.update(objective_start=before, objective_end=after, agreement=agreement)
         if not (torch.isfinite(logits).all() and math.isfinite(after)):
             report["reason"] = "adaptation became non-finite"
@@ -358,62 +354,6 @@ class TestTimeRoutingInferer(StackInferer):
             return logits
         routed.reset()
         return start
-
-    def _adapt(self, routed: RoutedNetwork, images: Tensor) -> None:
-        objective, generator = self._objective(), torch.Generator().manual_seed(self.seed)
-        optimizer = torch.optim.Adam(routed.trainable(), lr=self.settings.learning_rate)
-        routed.set_dropout(generator)
-        # With routes a layer, slices meet in the statistics alone. Those of the scan at the start are kept, so
-        # that a step needs the memory of a few slices, not of all.
-        apart = self.settings.per == "layer"
-        if apart and self.settings.statistics > 0:
-            routed(images)
-            routed.freeze_statistics(True)
-        try:
-            # full precision: half-precision gradients of a mean over a volume vanish
-            with torch.enable_grad(), torch.autocast(images.device.type, enabled=False):
-                for step in range(self.settings.steps):
-                    start = step * self.batch_size % len(images)
-                    batch = images.roll(-start, 0)[: self.batch_size]
-                    optimizer.zero_grad(set_to_none=True)
-                    view = self.views.draw(generator, _square(images))
-                    for part in batch.split(bounded(len(batch), batch, STEP_PIXELS) if apart else len(batch)):
-                        for term in objective.terms(routed, part, view):
-                            (term * (len(part) / len(batch))).backward()
-                    optimizer.step()
-        finally:
-            routed.freeze_statistics(False)
-            routed.set_dropout(None)
-
-    def _objective(self) -> RoutingObjective:
-        settings = self.settings
-        return RoutingObjective(
-            self.output, settings.consistency, settings.entropy, settings.shape, settings.window, self.views
-        )
-
-    def _objective_value(self, routed: RoutedNetwork, images: Tensor) -> float:
-        """The objective over fixed views, drawn from the seed: the same before and after adaptation."""
-        objective, generator = self._objective(), torch.Generator().manual_seed(self.seed + 1)
-        views = [self.views.draw(generator, _square(images)) for _ in range(2)]
-        batches = list(self._batches(images, routed))
-        total = sum(float(objective(routed, batch, view)) * len(batch) for view in views for batch in batches)
-        return total / (len(views) * len(images))
-
-    def _agreement(self, one: Tensor, other: Tensor) -> float:
-        """Dice of the two masks over all targets; 1 where both are empty."""
-        masks = []
-        for logits in (one, other):
-            if self.output == "softmax":
-                masks.append(logits.argmax(1) > 0)
-            else:
-                masks.append(foreground(logits, self.output) > 0)
-        total = int(masks[0].sum() + masks[1].sum())
-        return 2 * int((masks[0] & masks[1]).sum()) / total if total else 1.0
-
-
-def _square(images: Tensor) -> bool:
-    """Whether the plane of the first two spatial axes may be turned by 90 degrees."""
-    return images.shape[2] == images.shape[3]
 
 
 def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:

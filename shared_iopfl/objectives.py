@@ -33,6 +33,7 @@ __all__ = [
     "contour_band",
     "entropy",
     "foreground",
+    "is_square",
     "mean_prediction",
     "probabilities",
     "view_agreement",
@@ -135,6 +136,11 @@ def mean_prediction(logits: Sequence[Tensor], output: Output) -> Tensor:
     """Several predictions (B, C, *spatial) as one: the logarithm (or logit) of their mean probability."""
     mean = torch.stack([probabilities(one, output) for one in logits]).mean(0).clamp(1e-7, 1 - 1e-7)
     return mean.log() if output == "softmax" else mean.logit()
+
+
+def is_square(images: Tensor) -> bool:
+    """Whether the plane of the first two spatial axes may be turned by 90 degrees."""
+    return images.shape[2] == images.shape[3]
 
 
 def view_agreement(logits: Sequence[Tensor], mean: Tensor, output: Output) -> dict[str, Any]:

@@ -226,8 +226,12 @@ class RoutedNetwork(nn.Module):
     def _samples_apart(self) -> bool:
         """Whether routes differ from sample to sample, and no layer looks at more than one sample."""
         routers = [layer.routes for layer in self._routed if isinstance(layer.routes, Router)]
-        blended = any(isinstance(layer, RoutedBatchNorm) and layer.blends for layer in self._routed)
-        return bool(routers) and not blended and not any(router.per_volume for router in routers)
+        return bool(routers) and not self.blends and not any(router.per_volume for router in routers)
+
+    @property
+    def blends(self) -> bool:
+        """Whether the images' own statistics take part in any of the batch norms."""
+        return any(isinstance(layer, RoutedBatchNorm) and layer.blends for layer in self._routed)
 
     def start_from(self, routes: Tensor) -> None:
         """Begin at `routes`, (E,) for the whole network or (L, E) a layer, and forget what was learnt."""

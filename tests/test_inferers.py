@@ -21,6 +21,7 @@ from networks import ARCHITECTURES, experts, images, make, mixture, unet, untouc
 from tiny_inferers import ADAPTING, LEARNT, harmful, routing
 from torch import Tensor, nn
 
+from shared_iopfl import inferers
 from shared_iopfl.distances import distance_routes, distribution_distance
 from shared_iopfl.errors import InputError
 from shared_iopfl.inferers import TestTimeRoutingInferer
@@ -164,15 +165,15 @@ def test_site_adapts_on_slices_of_every_scan(monkeypatch):
     """adapt_slices is a number a scan, not for the site."""
     inferer = routing(overrides={**ADAPTING, "adapt_slices": 2}, mode="site")
     seen: list[Tensor] = []
-    monkeypatch.setattr(inferer, "_adapt", lambda routed, some: seen.append(some))
+    monkeypatch.setattr(inferer.adaptation, "adapt", lambda routed, some: seen.append(some))
     inferer.fit([volume(5, seed=n) for n in range(3)], unet())
     assert len(seen[0]) == 6
 
 
 def test_refused_site_adaptation_leaves_the_start(monkeypatch):
     inferer = routing("adapted", mode="site")
-    monkeypatch.setattr(inferer, "_adapt", harmful)
-    monkeypatch.setattr(inferer, "_agreement", lambda *_: 0.0)
+    monkeypatch.setattr(inferer.adaptation, "adapt", harmful)
+    monkeypatch.setattr(inferers, "mask_agreement", lambda *_: 0.0)
     assert inferer.fit([volume(2)], unet())["decision"] == "start"
     start = routing(mode="site")
     start.fit([volume(2)], unet())

@@ -22,6 +22,8 @@ from networks import experts, unet, volume
 from tiny_inferers import ADAPTING, LEARNT, harmful, routing
 from torch import Tensor, nn
 
+from shared_iopfl import inferers
+from shared_iopfl.adaptation import mask_agreement
 from shared_iopfl.inferers import TestTimeRoutingInferer
 from shared_iopfl.objectives import RoutingObjective, View, ViewSampler
 from shared_iopfl.routers import Router
@@ -168,9 +170,9 @@ def test_diverged_adaptation_is_refused(per):
 @pytest.mark.parametrize("after, agreement, reason", [(2, 1, "improve"), (1, 1, "improve"), (0.5, 0.89, "strays")])
 def test_guard_refuses_what_is_no_better_and_what_strays(monkeypatch, after, agreement, reason):
     inferer, scan, values = routing("adapted"), volume(2), iter((1.0, after))
-    monkeypatch.setattr(inferer, "_adapt", harmful)
-    monkeypatch.setattr(inferer, "_objective_value", lambda *_: next(values))
-    monkeypatch.setattr(inferer, "_agreement", lambda *_: agreement)
+    monkeypatch.setattr(inferer.adaptation, "adapt", harmful)
+    monkeypatch.setattr(inferer.adaptation, "value", lambda *_: next(values))
+    monkeypatch.setattr(inferers, "mask_agreement", lambda *_: agreement)
     logits = inferer(scan, unet())
     assert torch.equal(logits, routing()(scan, unet()))
     assert inferer.reports[0]["decision"] == "start"
@@ -204,10 +206,9 @@ def test_agreement_is_the_dice_of_the_two_masks(output):
     masks[0, :, :2], masks[1, :, 1:2] = 1, 1
     logits = 2 * masks - 1
     logits = logits if output == "sigmoid" else torch.cat([-logits, logits], 1)
-    inferer = routing(output=output)
-    assert inferer._agreement(logits[:1], logits[1:]) == pytest.approx(2 * 4 / (8 + 4))
+    assert mask_agreement(logits[:1], logits[1:], output) == pytest.approx(2 * 4 / (8 + 4))
     empty = torch.tensor([1.0, -1.0]).reshape(1, 2, 1, 1) if output == "softmax" else torch.tensor([[[[-1.0]]]])
-    assert inferer._agreement(empty, empty) == 1
+    assert mask_agreement(empty, empty, output) == 1
 
 
 def test_adaptation_sees_new_views_and_dropout_masks_each_step_and_none_in_prediction(monkeypatch):
@@ -236,7 +237,7 @@ def test_adaptation_takes_evenly_spaced_slices(monkeypatch):
     """At most adapt_slices of them, spread over the volume."""
     inferer = routing(overrides={**ADAPTING, "adapt_slices": 3}, batch_size=2)
     seen: list[Tensor] = []
-    monkeypatch.setattr(inferer, "_adapt", lambda routed, some: seen.append(some))
+    monkeypatch.setattr(inferer.adaptation, "adapt", lambda routed, some: seen.append(some))
     scan = torch.arange(9.0).expand(1, 1, 32, 32, 9)
     inferer(scan, unet())
     assert seen[0][:, 1, 0, 0].tolist() == [1, 4, 7]
