@@ -24,7 +24,6 @@ from PIL import Image
 from scipy import ndimage
 
 from shared_iopfl.errors import root_input_error
-from shared_iopfl.phantoms import make_fundus_sites
 
 BUNDLE = Path(__file__).parents[1] / "bundles" / "fundus_iopfl"
 GLANCE: dict[str, Any] = {
@@ -91,24 +90,6 @@ def as_dofe(source: Path, target: Path, held_out: int = 2) -> None:
         coded = np.array([255, 128, 0], np.uint8)[pixels(source / "masks" / image.name)]
         Image.open(image).save(rois / "image" / image.name)
         Image.fromarray(coded).convert("RGB" if number % 2 else "L").save(rois / "mask" / image.name)
-
-
-@pytest.fixture(scope="module", name="sites")
-def _sites(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Disc crops: A, B and E coded 0, 1, 2; Domain1 and Domain2, the same eyes, as the public set codes them."""
-    folder = tmp_path_factory.mktemp("sites")
-    make_fundus_sites(folder, sites=("A", "B", "E"), cases=5, size=96)
-    as_dofe(folder / "A", folder / "Domain1")
-    as_dofe(folder / "B", folder / "Domain2")
-    return folder
-
-
-@pytest.fixture(scope="module", name="photographs")
-def _photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A site of whole photographs."""
-    folder = tmp_path_factory.mktemp("photographs")
-    make_fundus_sites(folder, sites=("E",), cases=3, size=192, photographs=True)
-    return folder / "E"
 
 
 def refusal(run_config: Run, config: str, **overrides: Any) -> str:

@@ -123,3 +123,9 @@ def untouched(*networks: nn.Module) -> Iterator[None]:
         assert all(parameter.grad is None for parameter in network.parameters())
         for key, tensor in network.state_dict().items():
             assert torch.equal(tensor, state[key]), f"'{key}' changed"
+
+
+def spread(name: str, count: int = 3) -> tuple[nn.Module, dict[str, Any], torch.Tensor]:
+    """A network of the architecture, as many experts of it, and images."""
+    build, shape = ARCHITECTURES[name]
+    return make(build, 0), {f"e{n}": make(build, 1 + n).state_dict() for n in range(count)}, images(*shape)

@@ -21,15 +21,11 @@ from typing import Any
 
 import pytest
 import torch
-from fl_bundles import (  # noqa: F401
+from fl_bundles import (
     BUNDLES,
     FILTERS,
     NAMES,
     TINY,
-    _bundle,
-    _data,
-    _make,
-    _name,
     equal,
     exchange,
     load,

@@ -26,14 +26,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from fl_bundles import (  # noqa: F401
+from fl_bundles import (
     BUNDLES,
     FILTERS,
     TINY,
-    _bundle,
-    _data,
-    _make,
-    _name,
     equal,
     exchange,
     load,

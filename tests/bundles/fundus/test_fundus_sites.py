@@ -20,11 +20,9 @@ from typing import Any
 
 import pytest
 import torch
-from fundus_runs import (  # noqa: F401
+from fundus_runs import (
     GLANCE,
     Run,
-    _photographs,
-    _sites,
     bare_retina,
     check_mask,
     cut_short,

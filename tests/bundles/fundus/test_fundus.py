@@ -23,11 +23,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fundus_runs import (  # noqa: F401
+from fundus_runs import (
     BUNDLE,
     Run,
-    _photographs,
-    _sites,
     bare_retina,
     check_mask,
     cut_short,
