@@ -24,15 +24,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from monai.bundle import ConfigParser
 from torch import Tensor, nn
 
 from shared_iopfl.baselines import fine_tune, labelled_routes
+from shared_iopfl.codings import coding_of
 from shared_iopfl.errors import InputError
 from shared_iopfl.federation import Federation
 from shared_iopfl.models import GLOBAL, load_experts, load_weights, model_path, save_atomically
 from shared_iopfl.review import collect_review
 from shared_iopfl.scoring import Scoring
+from shared_iopfl.site_client import SiteClient
 from shared_iopfl.stacks import to_stack
 from shared_iopfl.tables import read_rows, write_json, write_rows
 
@@ -41,6 +44,8 @@ __all__ = ["Comparison"]
 logger = logging.getLogger(__name__)
 COLUMNS = ("seed", "fold", "site", "role", "method", "case", "metric", "value")
 FEDAVG = "FedAvg"
+POOLED = "pooled"
+EXPERTS = (0.8, 0.2, 0.0)  # how the cases of a site inside are split where another one is left out: it needs no test cases
 PERSONAL = ("average", "average, interpolated", "personalised")  # what a site makes of it for itself
 
 
@@ -70,6 +75,9 @@ class Comparison:
         outside: method -> overrides of the evaluation config; a key "baseline" names an inferer of ``baselines.json``.
         candidates: name -> routing settings, among which the method "chosen" picks one by an inner leave-one-site-out;
             none: no such method.
+        pooled: overrides of the training config for the method "pooled", inside and outside: one network trained for as
+            many epochs on the cases of all the federation's sites together, which no federation is allowed to do. None:
+            no such method.
         labelled: add the bound of routes fitted with the outside site's labels.
     """
 
@@ -90,6 +98,7 @@ class Comparison:
         fine_tuning: int = 0,
         outside: Mapping[str, Mapping[str, Any]] | None = None,
         candidates: Mapping[str, Mapping[str, Any]] | None = None,
+        pooled: Mapping[str, Any] | None = None,
         labelled: bool = True,
     ) -> None:
         if len(sites) < 2:
@@ -111,6 +120,7 @@ class Comparison:
         self.fine_tuning = fine_tuning
         self.outside_methods = dict(outside or {})
         self.candidates = dict(candidates or {})
+        self.pooled = pooled
         self.labelled = labelled
 
     # inside ----------------------------------------------------------------------------------------------------------
@@ -123,13 +133,13 @@ class Comparison:
                 self.collect()
 
     def _inside_run(self, seed: int, fold: int, run: Path) -> None:
-        def cases(split: str) -> str:
+        def cases(split: str, site: str = "@site") -> str:
             if self.folds == 1:
-                return f"$sites.site_cases(@dataset_dir, @site, '{split}', seed={seed}, fractions=@fractions)"
-            return f"$sites.fold_cases(@dataset_dir, @site, '{split}', fold={fold}, folds={self.folds}, seed={seed})"
+                return f"sites.site_cases(@dataset_dir, {site}, '{split}', seed={seed}, fractions=@fractions)"
+            return f"sites.fold_cases(@dataset_dir, {site}, '{split}', fold={fold}, folds={self.folds}, seed={seed})"
 
-        data = {"train#dataset#data": cases("train"), "validate#dataset#data": cases("validation")}
-        test = {"role": "inside", "mode": "off", "validate#dataset#data": cases("test")}
+        data = {"train#dataset#data": f"${cases('train')}", "validate#dataset#data": f"${cases('validation')}"}
+        test = {"role": "inside", "mode": "off", "validate#dataset#data": f"${cases('test')}"}
         for method, options in self.inside_methods.items():
             options = dict(options)
             kind = options.pop("model", GLOBAL)
@@ -150,6 +160,10 @@ class Comparison:
                     self._personal(federation, run, test)
             for site in self.sites:
                 self._score(run, site, method, model_path(str(models), "personalised", site), **test)
+        if self.pooled is not None and not all(self._scored(run, site, POOLED) for site in self.sites):
+            for site in self.sites:
+                path = self._pool(self.sites, seed, run / "models" / POOLED, cases("train", "site"))
+                self._score(run, site, POOLED, path, **test)
 
     def _keep_models(self, federation: Federation, kind: str, models: Path) -> None:
         """Each site's model of a training method, as a file of its own."""
@@ -189,7 +203,7 @@ class Comparison:
                 others = [other for other in self.sites if other != site]
                 run = self.output_dir / f"seed{seed}" / f"outside_{site}"
                 models = self._experts(others, seed)
-                self._outside_methods(run, site, models, others)
+                self._outside_methods(run, site, models, others, seed)
                 if self.candidates and len(others) > 1:
                     name, means = self._choose(seed, others)
                     chosen.append({"seed": seed, "fold": site, "choice": name, "candidates": means})
@@ -198,13 +212,17 @@ class Comparison:
                     self._score(run, site, "chosen", model_path(models), **self._outside(models, **options))
                 self.collect()
 
-    def _outside_methods(self, run: Path, site: str, models: str, others: Sequence[str]) -> None:
+    def _outside_methods(self, run: Path, site: str, models: str, others: Sequence[str], seed: int) -> None:
         for method, options in self.outside_methods.items():
             logger.info("outside %s: %s", site, method)
             self._score(run, site, method, model_path(models), **self._outside(models, **options))
         for expert in others:
             path = model_path(models, "personalised", expert)
             self._score(run, site, f"expert {expert}", path, **self._outside(models, mode="off"))
+        if self.pooled is not None and not self._scored(run, site, POOLED):
+            cases = f"sites.site_cases(@dataset_dir, site, 'train', seed={seed}, fractions={EXPERTS})"
+            path = self._pool(others, seed, run / "models" / POOLED, cases)
+            self._score(run, site, POOLED, path, **self._outside(models, mode="off"))
         if self.labelled and not self._scored(run, site, "labelled routes"):
             path = str(run / "models" / "labelled.pt")
             save_atomically(self._fit_with_labels(site, models), path)
@@ -219,10 +237,10 @@ class Comparison:
         """The folder of the models that these sites published; federated where that has not been done yet."""
         run = self.output_dir / f"seed{seed}" / ("federation_" + "+".join(sorted(sites)))
         if not (run / "models" / "scores.json").is_file():
-            cases = "$sites.site_cases(@dataset_dir, @site, '{}', seed={}, fractions=(0.8, 0.2, 0.0))"
+            cases = "$sites.site_cases(@dataset_dir, @site, '{}', seed={}, fractions={})"
             data = {
-                "train#dataset#data": cases.format("train", seed),
-                "validate#dataset#data": cases.format("validation", seed),
+                "train#dataset#data": cases.format("train", seed, EXPERTS),
+                "validate#dataset#data": cases.format("validation", seed, EXPERTS),
             }
             self._federate(sites, seed, run, data, own_rounds=self.own_rounds, shares=self.shares)
         return str(run / "models")
@@ -285,6 +303,42 @@ class Comparison:
         )
         federation.run()
         return federation
+
+    def _pool(self, sites: Sequence[str], seed: int, folder: Path, cases: str) -> str:
+        """The model of one training on the cases of all these sites, for as many epochs as the federation has.
+
+        Args:
+            sites: whose training cases.
+            seed: of network and augmentation.
+            folder: of the model.
+            cases: what gives the training cases of ``site``, as an expression of the training config.
+
+        Returns:
+            The model's path; it is not trained again where it is there.
+        """
+        path = model_path(str(folder))
+        codings = self.training.get("coding")
+        if isinstance(codings, Mapping) and len({repr(coding_of(site, codings)) for site in sites}) > 1:
+            raise InputError(f"'{POOLED}' needs sites of one mask coding: leave it out (pooled null) or recode the masks.")
+        if not Path(path).is_file():
+            overrides = {
+                **self.training,
+                "dataset_dir": self.dataset_dir,
+                "output_dir": str(folder),
+                "ckpt_dir": str(folder / "unused"),  # where its own moving average goes
+                "site": sites[0],
+                "pooled_sites": list(sites),
+                "seed": seed,
+                "epochs": self.rounds,
+                "train#dataset#data": f"$sites.pooled(@pooled_sites, lambda site: {cases})",
+                "validate#dataset#data": [],
+                **(self.pooled or {}),
+            }
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                client = SiteClient(self.bundle_root, sites[0], self.rounds, overrides)
+            save_atomically(client.train(client.weights), path)
+        return path
 
     def _score(self, run: Path, site: str, method: str, path: str, **options: Any) -> None:
         if not self._scored(run, site, method):

@@ -25,7 +25,7 @@ import numpy as np
 from shared_iopfl import charts
 from shared_iopfl.comparison_cases import Shifts, cases_section, read_shifts
 from shared_iopfl.comparison_scores import BEST_EXPERT, read_comparison
-from shared_iopfl.comparison_tables import Contest, choices_table, facts, interval, reading_notes
+from shared_iopfl.comparison_tables import POOLED, Contest, choices_table, facts, interval, reading_notes
 from shared_iopfl.documents import Block, Bullets, Heading, Text, markdown, to_html
 from shared_iopfl.errors import InputError
 from shared_iopfl.files import write_text
@@ -37,7 +37,7 @@ __all__ = ["print_comparison", "write_comparison"]
 
 REFERENCE = {"inside": "FedAvg", "outside": "global"}
 OWN = {"inside": "personalised", "outside": "default"}
-BOUNDS = ("labelled routes",)
+BOUNDS = ("labelled routes", POOLED)
 _USE = "Figures are foreground Dice of held-out patients. For research use only, not for diagnosis."
 
 _SHIFT = (

@@ -147,8 +147,7 @@ class Federation:
             with torch.random.fork_rng():
                 torch.manual_seed(self.seed)
                 self.clients[site] = SiteClient(self.bundle_root, site, self.local_epochs, overrides)
-        first = self.clients[self.sites[0]].algo
-        self.weights = {k: v.detach().cpu().clone() for k, v in first.trainer.network.state_dict().items()}  # type: ignore[union-attr]
+        self.weights = self.clients[self.sites[0]].weights
         if self.resume:
             self._load()
 

@@ -79,6 +79,11 @@ class SiteClient:
         self.kept: dict[str, Any] = {name: item for name, item in state.items() if item is not None}
 
     @property
+    def weights(self) -> dict[str, Tensor]:
+        """The weights of the network as it stands (copies, on the CPU)."""
+        return _copy(self.algo.trainer.network.state_dict())  # type: ignore[union-attr]
+
+    @property
     def personalised(self) -> dict[str, Tensor]:
         """The personalised model; read by the client and for its own scoring only."""
         return self.kept["personalization"].ema_model.state_dict()
@@ -108,7 +113,7 @@ class SiteClient:
         for trained in range(own_rounds + 1):
             if trained:
                 self.algo.train(ExchangeObject(weights=own))
-                own = _copy(self.algo.trainer.network.state_dict())  # type: ignore[union-attr]
+                own = self.weights
             if trained in (0, own_rounds // 2, own_rounds):
                 averages.append(_copy(self.personalised))
         if not shares or not len(cast(Any, self.algo.evaluator).data_loader):

@@ -17,14 +17,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from shared_iopfl.errors import InputError
 from shared_iopfl.layouts import PARTS, known_sites, published_parts
 from shared_iopfl.scan_files import Case, entries
 
-__all__ = ["find_cases", "fingerprint", "fold_cases", "list_sites", "site_cases", "split_cases"]
+__all__ = ["find_cases", "fingerprint", "fold_cases", "list_sites", "pooled", "site_cases", "split_cases"]
 
 FRACTIONS = (0.6, 0.15, 0.25)
 
@@ -139,6 +139,16 @@ def fold_cases(
     count = min(len(rest) - 1, max(1, round(validation * len(rest))))
     parts = {"validation": set(rest[:count]), "train": set(rest[count:]), "test": set(patients) - set(rest)}
     return _sorted(case for case in cases if case["patient"] in parts[split])
+
+
+def pooled(sites: Iterable[str], cases_of: Callable[[str], Sequence[Case]]) -> list[Case]:
+    """The cases of several sites in one list, as if they lay in one hospital: what federated training is held against.
+
+    Args:
+        sites: names of the sites.
+        cases_of: gives the cases of one site.
+    """
+    return [case for site in sites for case in cases_of(site)]
 
 
 def fingerprint(cases: Sequence[Case]) -> str:
