@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 COLUMNS = ("seed", "fold", "site", "role", "method", "case", "metric", "value")
 FEDAVG = "FedAvg"
 POOLED = "pooled"
-EXPERTS = (0.8, 0.2, 0.0)  # how the cases of a site inside are split where another one is left out: it needs no test cases
+EXPERTS = (0.8, 0.2, 0.0)  # where a site is left out, those inside need no test cases
 PERSONAL = ("average", "average, interpolated", "personalised")  # what a site makes of it for itself
 
 
@@ -319,7 +319,7 @@ class Comparison:
         path = model_path(str(folder))
         codings = self.training.get("coding")
         if isinstance(codings, Mapping) and len({repr(coding_of(site, codings)) for site in sites}) > 1:
-            raise InputError(f"'{POOLED}' needs sites of one mask coding: leave it out (pooled null) or recode the masks.")
+            raise InputError(f"'{POOLED}' needs sites of one mask coding: set pooled to null.")
         if not Path(path).is_file():
             overrides = {
                 **self.training,

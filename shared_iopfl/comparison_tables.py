@@ -235,7 +235,7 @@ def reading_notes(bounds: bool) -> str:
         "loss is that of one case with one seed; the worst twentieth is the mean of that share of all sites' cases, "
         "with each seed. Set off from the others: the method that is held to the targets."
     )
-    bound = " In italics: bounds, which no hospital could reach: they used labels of the outside site, hindsight or pooled data."
+    bound = " In italics: bounds, which used labels of the outside site, hindsight or the sites' pooled data."
     return text + bound * bounds
 
 
