@@ -22,21 +22,18 @@ import copy
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-import torch
-from monai.bundle import ConfigParser
-from torch import Tensor, nn
+from torch import Tensor
 
-from shared_iopfl.baselines import fine_tune, labelled_routes
-from shared_iopfl.codings import coding_of
+from shared_iopfl.baselines import fine_tune
+from shared_iopfl.comparison_training import EXPERTS, POOLED, Trainings, keep_models
 from shared_iopfl.errors import InputError
 from shared_iopfl.federation import Federation
-from shared_iopfl.models import GLOBAL, load_experts, load_weights, model_path, save_atomically
+from shared_iopfl.models import GLOBAL, model_path, save_atomically
 from shared_iopfl.review import collect_review
 from shared_iopfl.scoring import Scoring
-from shared_iopfl.site_client import SiteClient
-from shared_iopfl.stacks import to_stack
 from shared_iopfl.tables import read_rows, write_json, write_rows
 
 __all__ = ["Comparison"]
@@ -44,8 +41,7 @@ __all__ = ["Comparison"]
 logger = logging.getLogger(__name__)
 COLUMNS = ("seed", "fold", "site", "role", "method", "case", "metric", "value")
 FEDAVG = "FedAvg"
-POOLED = "pooled"
-EXPERTS = (0.8, 0.2, 0.0)  # where a site is left out, those inside need no test cases
+ROLES = ("inside", "outside", "virtual")
 PERSONAL = ("average", "average, interpolated", "personalised")  # what a site makes of it for itself
 
 
@@ -63,6 +59,7 @@ class Comparison:
         rounds: of every federation.
         seeds: of networks, augmentation and splits; the whole protocol is run once with each.
         folds: inside, 1: the published split; more: cross-validation by patient.
+        server_momentum: of every federation, as in :class:`Federation`; a method's overrides may hold another one.
         training: overrides of the training config, for all methods alike.
         scoring: overrides of the evaluation config.
         inside: method -> overrides of the training config. A key "model" says which of the run's models it is:
@@ -78,6 +75,11 @@ class Comparison:
         pooled: overrides of the training config for the method "pooled", inside and outside: one network trained for as
             many epochs on the cases of all the federation's sites together, which no federation is allowed to do. None:
             no such method.
+        federations: name -> overrides of the training config: outside, the global model of the federation that they
+            train, as a method of that name. Which of them the other sites would choose for each site left out, without
+            its scores, is written to ``federations.json``.
+        virtual: names of virtual scanners of ``virtual.json``: inside, each training method is scored on the test cases
+            as such a scanner would have taken them. Sites nobody has tuned on, where labels are allowed.
         labelled: add the bound of routes fitted with the outside site's labels.
     """
 
@@ -90,6 +92,7 @@ class Comparison:
         rounds: int,
         seeds: Sequence[int] = (0,),
         folds: int = 1,
+        server_momentum: float = 0.0,
         training: Mapping[str, Any] | None = None,
         scoring: Mapping[str, Any] | None = None,
         inside: Mapping[str, Mapping[str, Any]] | None = None,
@@ -99,6 +102,8 @@ class Comparison:
         outside: Mapping[str, Mapping[str, Any]] | None = None,
         candidates: Mapping[str, Mapping[str, Any]] | None = None,
         pooled: Mapping[str, Any] | None = None,
+        federations: Mapping[str, Mapping[str, Any]] | None = None,
+        virtual: Sequence[str] = (),
         labelled: bool = True,
     ) -> None:
         if len(sites) < 2:
@@ -121,7 +126,20 @@ class Comparison:
         self.outside_methods = dict(outside or {})
         self.candidates = dict(candidates or {})
         self.pooled = pooled
+        self.federations = dict(federations or {})
+        self.virtual = list(virtual)
         self.labelled = labelled
+        self.trainings = Trainings(
+            bundle_root,
+            dataset_dir,
+            self.output_dir,
+            rounds,
+            training or {},
+            server_momentum,
+            own_rounds,
+            shares,
+            pooled,
+        )
 
     # inside ----------------------------------------------------------------------------------------------------------
 
@@ -139,10 +157,11 @@ class Comparison:
             return f"sites.fold_cases(@dataset_dir, {site}, '{split}', fold={fold}, folds={self.folds}, seed={seed})"
 
         data = {"train#dataset#data": f"${cases('train')}", "validate#dataset#data": f"${cases('validation')}"}
-        test = {"role": "inside", "mode": "off", "validate#dataset#data": f"${cases('test')}"}
+        tested = {"role": "inside", "mode": "off", "validate#dataset#data": f"${cases('test')}"}
         for method, options in self.inside_methods.items():
             options = dict(options)
             kind = options.pop("model", GLOBAL)
+            test = {**tested, **_architecture(options)}
             own = [*PERSONAL, *(["fine-tuned"] if self.fine_tuning else [])]
             produced = [method, *own] if method == FEDAVG else [method]
             if all(self._scored(run, site, name) for site in self.sites for name in produced):
@@ -151,29 +170,31 @@ class Comparison:
             models = run / "models" / method
             if kind == "local":
                 for site in self.sites:
-                    alone = self._federate([site], seed, run / method / site, {**data, **options})
+                    alone = self.trainings.federate([site], seed, run / method / site, {**data, **options})
                     save_atomically(alone.weights, model_path(str(models), "personalised", site))
             else:
-                federation = self._federate(self.sites, seed, run / method, {**data, **options})
-                self._keep_models(federation, kind, models)
+                federation = self.trainings.federate(self.sites, seed, run / method, {**data, **options})
+                keep_models(federation, kind, models)
                 if method == FEDAVG:
                     self._personal(federation, run, test)
             for site in self.sites:
                 self._score(run, site, method, model_path(str(models), "personalised", site), **test)
+            self._score_virtual(run, method, models, test)
         if self.pooled is not None and not all(self._scored(run, site, POOLED) for site in self.sites):
+            path = self.trainings.pool(self.sites, seed, run / "models" / POOLED, cases("train", "site"))
             for site in self.sites:
-                path = self._pool(self.sites, seed, run / "models" / POOLED, cases("train", "site"))
-                self._score(run, site, POOLED, path, **test)
+                self._score(run, site, POOLED, path, **tested)
+            self._score_virtual(run, POOLED, Path(path).parent, tested)
 
-    def _keep_models(self, federation: Federation, kind: str, models: Path) -> None:
-        """Each site's model of a training method, as a file of its own."""
-        for site, client in federation.clients.items():
-            weights: Mapping[str, Tensor] = federation.weights
-            if kind == "norms":
-                weights = client.kept["local_norms"].personal_state(federation.weights)
-            elif kind == "ditto":
-                weights = client.kept["ditto"].personal_state()
-            save_atomically(dict(weights), model_path(str(models), "personalised", site))
+    def _score_virtual(self, run: Path, method: str, models: Path, test: Mapping[str, Any]) -> None:
+        """A method on the test cases of a fold, as each virtual scanner takes them."""
+        for name in self.virtual:
+            folder = run.with_name(f"virtual_{name}_{run.name.removeprefix('inside_')}")
+            for site in self.sites:
+                own = Path(model_path(str(models), "personalised", site))
+                path = own if own.is_file() else model_path(str(models))
+                options = {**test, "role": "virtual", "acquisition": f"@virtual#{name}"}
+                self._score(folder, site, method, str(path), **options)
 
     def _personal(self, federation: Federation, run: Path, test: Mapping[str, Any]) -> None:
         """What each site makes of FedAvg for itself: the moving average, what it settles on, fine-tuning."""
@@ -202,7 +223,7 @@ class Comparison:
             for site in self.sites:
                 others = [other for other in self.sites if other != site]
                 run = self.output_dir / f"seed{seed}" / f"outside_{site}"
-                models = self._experts(others, seed)
+                models = self.trainings.experts(others, seed)
                 self._outside_methods(run, site, models, others, seed)
                 if self.candidates and len(others) > 1:
                     name, means = self._choose(seed, others)
@@ -211,21 +232,46 @@ class Comparison:
                     options = {"mode": "episodic", "preset": "default", "routing": self.candidates[name]}
                     self._score(run, site, "chosen", model_path(models), **self._outside(models, **options))
                 self.collect()
+        self._choose_federations()
+
+    def _choose_federations(self) -> None:
+        """For each site, which training the other sites would choose where each of them is left out."""
+        names = ["global", *self.federations]
+        rows = [row for row in read_rows(self.output_dir / "comparison.csv") if row["role"] == "outside"]
+        dice = {
+            (name, site): [
+                float(row["value"])
+                for row in rows
+                if (row["method"], row["site"], row["metric"]) == (name, site, "dice")
+            ]
+            for name in names
+            for site in self.sites
+        }
+        chosen = []
+        for site in self.sites if self.federations and len(self.sites) > 2 else ():
+            means = {n: fmean(fmean(dice[n, other]) for other in self.sites if other != site) for n in names}
+            best = max(means, key=lambda name: means[name])
+            chosen.append({"seed": "all", "fold": site, "choice": best, "candidates": means})
+        if chosen:
+            write_json(self.output_dir / "federations.json", chosen)
 
     def _outside_methods(self, run: Path, site: str, models: str, others: Sequence[str], seed: int) -> None:
         for method, options in self.outside_methods.items():
             logger.info("outside %s: %s", site, method)
             self._score(run, site, method, model_path(models), **self._outside(models, **options))
+        for method, training in self.federations.items():
+            path = model_path(self.trainings.experts(others, seed, method, training))
+            self._score(run, site, method, path, **self._outside(models, mode="off"), **_architecture(training))
         for expert in others:
             path = model_path(models, "personalised", expert)
             self._score(run, site, f"expert {expert}", path, **self._outside(models, mode="off"))
         if self.pooled is not None and not self._scored(run, site, POOLED):
             cases = f"sites.site_cases(@dataset_dir, site, 'train', seed={seed}, fractions={EXPERTS})"
-            path = self._pool(others, seed, run / "models" / POOLED, cases)
+            path = self.trainings.pool(others, seed, run / "models" / POOLED, cases)
             self._score(run, site, POOLED, path, **self._outside(models, mode="off"))
         if self.labelled and not self._scored(run, site, "labelled routes"):
             path = str(run / "models" / "labelled.pt")
-            save_atomically(self._fit_with_labels(site, models), path)
+            save_atomically(self.trainings.fit_with_labels(site, models), path)
             self._score(run, site, "labelled routes", path, **self._outside(models, mode="off"))
 
     def _outside(self, models: str, **options: Any) -> dict[str, Any]:
@@ -233,24 +279,12 @@ class Comparison:
             options["validate#inferer"] = f"@baselines#{options.pop('baseline')}"
         return {"role": "outside", "split": "all", "ckpt_dir": models, **options}
 
-    def _experts(self, sites: Sequence[str], seed: int) -> str:
-        """The folder of the models that these sites published; federated where that has not been done yet."""
-        run = self.output_dir / f"seed{seed}" / ("federation_" + "+".join(sorted(sites)))
-        if not (run / "models" / "scores.json").is_file():
-            cases = "$sites.site_cases(@dataset_dir, @site, '{}', seed={}, fractions={})"
-            data = {
-                "train#dataset#data": cases.format("train", seed, EXPERTS),
-                "validate#dataset#data": cases.format("validation", seed, EXPERTS),
-            }
-            self._federate(sites, seed, run, data, own_rounds=self.own_rounds, shares=self.shares)
-        return str(run / "models")
-
     def _choose(self, seed: int, sites: Sequence[str]) -> tuple[str, dict[str, float]]:
         """The candidate that does best where each of these sites plays the outsider for the rest of them."""
         means: dict[str, list[float]] = {name: [] for name in self.candidates}
         for site in sites:
             others = [other for other in sites if other != site]
-            models = self._experts(others, seed)
+            models = self.trainings.experts(others, seed)
             run = self.output_dir / f"seed{seed}" / ("inner_" + "+".join(sorted(others)))
             for name, routing in self.candidates.items():
                 options = {"mode": "episodic", "preset": "default", "routing": routing}
@@ -260,90 +294,13 @@ class Comparison:
         mean = {name: sum(values) / len(values) for name, values in means.items()}
         return max(mean, key=lambda name: mean[name]), mean
 
-    def _fit_with_labels(self, site: str, models: str) -> dict[str, Tensor]:
-        """Routes fitted with the site's labels: what the best routes for the site as a whole could give."""
-        parser = self._training_config(site)
-        network: nn.Module = parser.get_parsed_content("network")
-        network.load_state_dict(load_weights(model_path(models)))
-        experts = {GLOBAL: network.state_dict(), **load_experts(models)}
-        inferer = parser.get_parsed_content("validate#inferer")
-        device = parser.get_parsed_content("device")
-        batches = []
-        for case in parser.get_parsed_content("validate#dataset"):
-            image, label = (case[key].as_tensor().to(device) for key in ("image", "label"))
-            if inferer.slices is None:
-                batches.append((image[None], label[None]))
-            else:
-                batches.append((to_stack(image, inferer.slices), to_stack(label, 1)))
-        return labelled_routes(network, experts, batches, parser.get_parsed_content("loss"))
-
     # both ------------------------------------------------------------------------------------------------------------
-
-    def _training_config(self, site: str) -> ConfigParser:
-        parser = ConfigParser()
-        parser.read_config(str(Path(self.bundle_root) / "configs" / "train.json"))
-        data = "$sites.site_cases(@dataset_dir, @site, 'all')"
-        overrides = {**self.training, "dataset_dir": self.dataset_dir, "site": site, "validate#dataset#data": data}
-        parser.update({"bundle_root": self.bundle_root, **overrides})
-        return parser
-
-    def _federate(
-        self, sites: Sequence[str], seed: int, run: Path, overrides: Mapping[str, Any], **options: Any
-    ) -> Federation:
-        federation = Federation(
-            self.bundle_root,
-            sites,
-            self.rounds,
-            str(run),
-            overrides={**self.training, "dataset_dir": self.dataset_dir, "seed": seed, **overrides},
-            val_interval=0,
-            resume=True,
-            seed=seed,
-            **options,
-        )
-        federation.run()
-        return federation
-
-    def _pool(self, sites: Sequence[str], seed: int, folder: Path, cases: str) -> str:
-        """The model of one training on the cases of all these sites, for as many epochs as the federation has.
-
-        Args:
-            sites: whose training cases.
-            seed: of network and augmentation.
-            folder: of the model.
-            cases: what gives the training cases of ``site``, as an expression of the training config.
-
-        Returns:
-            The model's path; it is not trained again where it is there.
-        """
-        path = model_path(str(folder))
-        codings = self.training.get("coding")
-        if isinstance(codings, Mapping) and len({repr(coding_of(site, codings)) for site in sites}) > 1:
-            raise InputError(f"'{POOLED}' needs sites of one mask coding: set pooled to null.")
-        if not Path(path).is_file():
-            overrides = {
-                **self.training,
-                "dataset_dir": self.dataset_dir,
-                "output_dir": str(folder),
-                "ckpt_dir": str(folder / "unused"),  # where its own moving average goes
-                "site": sites[0],
-                "pooled_sites": list(sites),
-                "seed": seed,
-                "epochs": self.rounds,
-                "train#dataset#data": f"$sites.pooled(@pooled_sites, lambda site: {cases})",
-                "validate#dataset#data": [],
-                **(self.pooled or {}),
-            }
-            with torch.random.fork_rng():
-                torch.manual_seed(seed)
-                client = SiteClient(self.bundle_root, sites[0], self.rounds, overrides)
-            save_atomically(client.train(client.weights), path)
-        return path
 
     def _score(self, run: Path, site: str, method: str, path: str, **options: Any) -> None:
         if not self._scored(run, site, method):
             common = {**self.scoring, "dataset_dir": self.dataset_dir, "ckpt": path}
-            Scoring(self.bundle_root, str(run), common, ("evaluate", "baselines")).score(site, method, **options)
+            scoring = Scoring(self.bundle_root, str(run), common, ("evaluate", "baselines", "virtual"))
+            scoring.score(site, method, **options)
 
     def _rows(self, run: Path, site: str, method: str) -> list[dict[str, str]]:
         rows = read_rows(run / "metrics.csv") if (run / "metrics.csv").is_file() else []
@@ -355,9 +312,20 @@ class Comparison:
     def collect(self) -> None:
         """Gather the runs' scores in ``comparison.csv``, and those of the review lists in ``review.csv``."""
         rows = []
-        for path in sorted(self.output_dir.glob("seed*/*side_*/metrics.csv")):
-            seed, fold = path.parts[-3].removeprefix("seed"), path.parts[-2].split("_", 1)[1]
+        for path in sorted(self.output_dir.glob("seed*/*_*/metrics.csv")):
+            role, _, fold = path.parts[-2].partition("_")
+            if role not in ROLES:
+                continue
             for row in read_rows(path):
-                rows.append({**row, "seed": seed, "fold": fold, "method": row["model"]})
+                row = {**row, "seed": path.parts[-3].removeprefix("seed"), "fold": fold, "method": row["model"]}
+                if role == "virtual":  # a site is a scanner, its cases those of all sites
+                    scanner, _, fold = fold.rpartition("_")
+                    row |= {"fold": fold, "site": scanner, "case": f"{row['site']} {row['case']}"}
+                rows.append(row)
         write_rows(self.output_dir / "comparison.csv", COLUMNS, [{key: row[key] for key in COLUMNS} for row in rows])
         collect_review(self.output_dir)
+
+
+def _architecture(training: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a training's overrides is the network's, which its scoring has to know as well."""
+    return {key: value for key, value in training.items() if key.startswith("network_def")}

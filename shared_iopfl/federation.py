@@ -36,6 +36,8 @@ from tqdm import tqdm
 
 from shared_iopfl.errors import InputError
 from shared_iopfl.models import GLOBAL, USUAL_SHIFT, model_path, save_atomically
+from shared_iopfl.norm_statistics import STATISTICS
+from shared_iopfl.server_momentum import ServerMomentum
 from shared_iopfl.site_client import SiteClient, check_time_limit, time_limit
 from shared_iopfl.tables import write_json, write_rows
 from shared_iopfl.updates import Failures, check_update, far_off, weighted_average
@@ -52,10 +54,11 @@ class Federation:
     """The whole inside run: FedAvg over the sites, with a personalised model at each.
 
     Writes ``models/model.pt`` (global), ``models/model_<site>.pt`` (personalised) and ``models/scores.json`` (how
-    each does at the other sites, and how far validation cases are from the global model), ``history.csv``,
-    ``failures.csv`` once a site has failed, TensorBoard events, and after every round ``federation.pt``, from which
-    ``resume`` goes on to the weights of an undisturbed run. The one of the round before is kept too, as
-    ``federation_previous.pt``, for a disk that spoils the newest.
+    each does at the other sites, and how far validation cases are from the global model), ``statistics.csv`` (the
+    global model by its running statistics and by each site's own), ``history.csv``, ``failures.csv`` once a site has
+    failed, TensorBoard events, and after every round ``federation.pt``, from which ``resume`` goes on to the weights of
+    an undisturbed run. The one of the round before is kept too, as ``federation_previous.pt``, for a disk that spoils
+    the newest.
 
     A site fails a round when its training raises or takes too long, or its update is refused: it is then as it was
     before, and asked again in the next one. The reason, which may name the site's files, stays in the log and in
@@ -76,6 +79,8 @@ class Federation:
             See :func:`~shared_iopfl.site_client.time_limit` for what it can break off.
         own_rounds, shares: what each site makes of its personalised model once the last round is over; see
             :meth:`~shared_iopfl.site_client.SiteClient.settle`. 0 and none: the moving average as it is.
+        server_momentum: of the global weights from round to round; see
+            :class:`~shared_iopfl.server_momentum.ServerMomentum`. 0: plain averaging.
         resume: go on from ``federation.pt`` where there is one.
         seed: of the first global model.
     """
@@ -94,6 +99,7 @@ class Federation:
         site_timeout: float = 0.0,
         own_rounds: int = 0,
         shares: Sequence[float] = (),
+        server_momentum: float = 0.0,
         resume: bool = False,
         seed: int = 0,
     ) -> None:
@@ -115,6 +121,7 @@ class Federation:
         self.site_timeout = site_timeout
         self.own_rounds = own_rounds
         self.shares = tuple(shares)
+        self.server = ServerMomentum(server_momentum)
         self.resume = resume
         self.seed = seed
         self.round = 0
@@ -195,7 +202,9 @@ class Federation:
             self._leave_out(site, refusal, before[site])
         for site in updates:
             self._note(site, "local", metrics[site])
-        self.weights = weighted_average(updates, {site: self.clients[site].cases for site in updates})
+        average = weighted_average(updates, {site: self.clients[site].cases for site in updates})
+        parameters = self.clients[self.sites[0]].parameters if self.server.momentum else ()
+        self.weights = self.server.step(self.weights, average, parameters)
         if self.val_interval and (self.round % self.val_interval == 0 or self.round == self.rounds):
             for site in updates:
                 client = self.clients[site]
@@ -237,6 +246,7 @@ class Federation:
             if isinstance(value, (bool, int, float, str, list, tuple)) and key not in ("dataset_dir", "device")
         }
         own = {"sites": self.sites, "rounds": self.rounds, "local_epochs": self.local_epochs, "seed": self.seed}
+        own["server_momentum"] = self.server.momentum
         return {**training, **own}
 
     def _save(self) -> None:
@@ -248,6 +258,7 @@ class Federation:
                 "settings": self.settings(),
                 "round": self.round,
                 "weights": self.weights,
+                "server": self.server.state_dict(),
                 "clients": {site: client.state_dict() for site, client in self.clients.items()},
                 "history": self.history,
                 "failures": self.failures.rows,
@@ -280,6 +291,7 @@ class Federation:
                 )
         self.round, self.weights, self.history = state["round"], state["weights"], list(state["history"])
         self.failures.resume(state["failures"])
+        self.server.load_state_dict(state["server"])
         for site, client in self.clients.items():
             client.load_state_dict(state["clients"][site])
         if unreadable:
@@ -300,6 +312,7 @@ class Federation:
             save_atomically({key: tensor.cpu() for key, tensor in weights.items()}, path)
         judges = [site for site in present if site not in self.failures.of(self.round)]
         write_json(folder / "scores.json", self._scores(models, judges))
+        self._compare_statistics(judges)
         if absent := [site for site in self.sites if site not in delivered]:
             raise InputError(
                 f"site '{absent[0]}' failed all {self.rounds} rounds and has no personalised model; {folder} holds "
@@ -354,6 +367,19 @@ class Federation:
         }
         return {**scores, USUAL_SHIFT: fmean(shifts) if shifts else None}
 
+    def _compare_statistics(self, judges: Sequence[str]) -> None:
+        """Write how the global model does at each site by its running statistics, and by the site's own."""
+        rows = []
+        for site in judges:
+            try:
+                with time_limit(site, self.site_timeout * 2):
+                    if dice := self.clients[site].dice_by_statistics(self.weights):
+                        rows.append({"site": site, **dice})
+            except Exception as error:
+                self.failures.add(self.round, site, error)
+        self.failures.write(self.output_dir / "failures.csv")
+        write_rows(self.output_dir / STATISTICS, ("site", "global", "own"), rows)
+
 
 @contextmanager
 def _tensorboard(folder: Path) -> Iterator[SummaryWriter]:
@@ -374,6 +400,6 @@ def _read(path: Path) -> dict[str, Any]:
         if archive.testzip() is not None:  # torch reads over a flipped bit
             raise zipfile.BadZipFile
     state = torch.load(path, map_location="cpu", weights_only=True)
-    for key in ("settings", "round", "weights", "clients", "history", "failures"):
+    for key in ("settings", "round", "weights", "server", "clients", "history", "failures"):
         state[key]
     return state

@@ -206,6 +206,7 @@ class FlareRun:
             min_sites=self.min_sites,
             val_interval=self.federation.val_interval,
             max_update_norm=self.federation.max_update_norm,
+            server_momentum=self.federation.server.momentum,
             own_rounds=self.federation.own_rounds,
             shares=list(self.federation.shares),
             round_timeout=self.round_timeout,

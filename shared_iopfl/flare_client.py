@@ -205,7 +205,8 @@ class Member:
     def settle(self, received: FLModel) -> FLModel:
         """Make the personalised model what the site keeps.
 
-        What is told is the share that its validation cases chose, and how far they are from the global model.
+        What is told is the share that its validation cases chose, how far they are from the global model, and how that
+        does on them by its running statistics and by the site's own.
         Asked again, as after the server's death, it begins again from the last round.
         """
         client = self.client(self._counted(received))
@@ -217,8 +218,10 @@ class Member:
             raise
         self._put_back(client.personalised)
         self._client = None
-        shift = client.shift(received.params)
-        return FLModel(metrics={"share": float(share), **({} if shift is None else {"shift": float(shift)})})
+        told = {"share": float(share)}
+        if (shift := client.shift(received.params)) is not None:
+            told["shift"] = float(shift)
+        return FLModel(metrics={**told, **client.dice_by_statistics(received.params)})
 
     def _counted(self, received: FLModel) -> int:
         return int(received.meta[COUNTED].get(self.site, 0))

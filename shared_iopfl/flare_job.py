@@ -35,6 +35,7 @@ from shared_iopfl.flare_client import JOB_FILE, bundle_fingerprint
 from shared_iopfl.flare_server import CHECKPOINT, Rounds, ServerFiles
 from shared_iopfl.models import save_atomically
 from shared_iopfl.scoring import Scoring
+from shared_iopfl.server_momentum import ServerMomentum
 
 __all__ = ["FederationRecipe", "describe", "first_state", "read_state", "write_files"]
 
@@ -149,11 +150,15 @@ def first_state(bundle: Path, federation: Federation) -> dict[str, Any]:
     parser.update(federation.overrides)
     with torch.random.fork_rng():  # the random state outside is left as it was
         torch.manual_seed(federation.seed)
-        weights: dict[str, Tensor] = dict(parser.get_parsed_content("network_def").state_dict())
+        network = parser.get_parsed_content("network_def")
+    weights: dict[str, Tensor] = dict(network.state_dict())
+    parameters = [name for name, _ in network.named_parameters()]
     run = uuid.uuid4().hex[:12]
     tables: dict[str, list] = {"history": [], "failures": []}
     settings = federation.settings()
-    return {"settings": settings, "run": run, "round": 0, "settled": False, "weights": weights, **tables}
+    begun = {"settings": settings, "run": run, "round": 0, "settled": False}
+    server = ServerMomentum().state_dict()
+    return {**begun, "weights": weights, "parameters": parameters, "server": server, **tables}
 
 
 def read_state(path: Path, federation: Federation) -> dict[str, Any]:

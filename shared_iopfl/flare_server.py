@@ -39,6 +39,8 @@ from shared_iopfl.federation import HISTORY
 from shared_iopfl.flare_client import COUNTED, SETTLE
 from shared_iopfl.manifest import SCORES
 from shared_iopfl.models import USUAL_SHIFT, model_path, save_atomically
+from shared_iopfl.norm_statistics import STATISTICS
+from shared_iopfl.server_momentum import ServerMomentum
 from shared_iopfl.tables import write_json, write_rows
 from shared_iopfl.updates import check_update, far_off, weighted_average
 
@@ -58,11 +60,13 @@ class ServerFiles(ModelPersistor):
         round: the last one done.
         history: rows of ``history.csv``.
         failures: rows of ``failures.csv``.
+        server: makes the global weights of the sites' average; its state is kept with them.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.state: dict[str, Any] = {}
+        self.server = ServerMomentum()
         self.history: list[dict[str, Any]] = []
         self.failures: list[dict[str, Any]] = []
 
@@ -86,18 +90,33 @@ class ServerFiles(ModelPersistor):
     def save_model(self, model: ModelLearnable, fl_ctx: FLContext) -> None:
         weights = model[ModelLearnableKey.WEIGHTS]
         tables = {"history": self.history, "failures": self.failures}
-        self.state = {**self.state, "round": self.round + 1, "weights": weights, **tables}
+        following = {"round": self.round + 1, "weights": weights, "server": self.server.state_dict()}
+        self.state = {**self.state, **following, **tables}
         self.save_tables(fl_ctx)
         save_atomically(weights, model_path(str(self._folder(fl_ctx) / "models")))
         save_atomically(self.state, self._folder(fl_ctx) / CHECKPOINT)
 
-    def save_settled(self, shares: Mapping[str, float], shift: float | None, fl_ctx: FLContext) -> None:
-        """Note that the sites have made their personalised models what they keep, with which shares, and the shift."""
+    def save_settled(
+        self,
+        shares: Mapping[str, float],
+        shift: float | None,
+        statistics: Sequence[Mapping[str, Any]],
+        fl_ctx: FLContext,
+    ) -> None:
+        """Note that the sites have made their personalised models what they keep, and what they told besides.
+
+        Args:
+            shares: site -> share of its own model.
+            shift: the usual one.
+            statistics: rows of ``statistics.csv``.
+            fl_ctx: of FLARE.
+        """
         self.state = {**self.state, "settled": True, "history": self.history, "failures": self.failures}
         models = self._folder(fl_ctx) / "models"
         if shares:
             write_json(models / "shares.json", dict(shares))
         write_json(models / SCORES, {USUAL_SHIFT: shift})
+        write_rows(models.parent / STATISTICS, ("site", "global", "own"), statistics)
         save_atomically(self.state, self._folder(fl_ctx) / CHECKPOINT)
 
     def save_tables(self, fl_ctx: FLContext) -> None:
@@ -125,6 +144,7 @@ class Rounds(ModelController):
         min_sites: a round with fewer usable updates ends the job.
         val_interval: have both models scored every so many rounds (and at the end); 0: never.
         max_update_norm: refuse updates that lie so many times as far off as the others' median; 0: no bound.
+        server_momentum: of the global weights, as in one process.
         own_rounds, shares: what each site makes of its personalised model after the last round; see
             :meth:`~shared_iopfl.site_client.SiteClient.settle`. 0 and none: the moving average as it is.
         round_timeout: seconds to train, and again to score, after which a round goes on without those who have not
@@ -139,6 +159,7 @@ class Rounds(ModelController):
         min_sites: int,
         val_interval: int = 1,
         max_update_norm: float = 10.0,
+        server_momentum: float = 0.0,
         own_rounds: int = 0,
         shares: Sequence[float] = (),
         round_timeout: int = 0,
@@ -150,6 +171,7 @@ class Rounds(ModelController):
         self.min_sites = min_sites
         self.val_interval = val_interval
         self.max_update_norm = max_update_norm
+        self.server_momentum = server_momentum
         self.own_rounds = own_rounds
         self.shares = shares
         self.round_timeout = round_timeout
@@ -160,12 +182,14 @@ class Rounds(ModelController):
     def run(self) -> None:
         model = self.load_model()
         model.total_rounds = self.rounds
+        self.persistor.server = server = ServerMomentum(self.server_momentum)
+        server.load_state_dict(self.persistor.state["server"])
         try:
             while self.persistor.round < self.rounds:
                 self.round = self.persistor.round + 1
                 self.info(f"Round {self.round} of {self.rounds}")
                 model.current_round = self.round - 1  # FLARE counts from 0
-                model.params = self._train(model)
+                model.params = server.step(model.params, self._train(model), self.persistor.state["parameters"])
                 if self.val_interval and (self.round % self.val_interval == 0 or self.round == self.rounds):
                     self._validate(model)
                 self.save_model(model)
@@ -229,7 +253,7 @@ class Rounds(ModelController):
         model.current_round = self.rounds - 1
         counted = self.persistor.counted()
         sites = [site for site in self.sites if site in counted]
-        shares, shifts = {}, {}
+        shares, shifts, statistics = {}, {}, []
         for site, reply in self._ask(AppConstants.TASK_VALIDATION, model, sites, settle=True).items():
             try:
                 told = {name: _number(value) for name, value in reply.metrics.items()}
@@ -237,10 +261,13 @@ class Rounds(ModelController):
             except Exception as error:
                 self._fail(site, str(error))
                 continue
-            if "shift" in told and counted[site] == self.rounds:  # as in one process
-                shifts[site] = told["shift"]
+            if counted[site] == self.rounds:  # as in one process
+                if "shift" in told:
+                    shifts[site] = told["shift"]
+                if "global" in told and "own" in told:
+                    statistics.append({"site": site, "global": told["global"], "own": told["own"]})
         shift = fmean(shifts.values()) if shifts else None
-        self.persistor.save_settled(shares if self.shares else {}, shift, self.fl_ctx)
+        self.persistor.save_settled(shares if self.shares else {}, shift, statistics, self.fl_ctx)
 
     def _ask(self, task: str, model: FLModel, sites: Sequence[str], settle: bool = False) -> dict[str, FLModel]:
         """The answers of some sites, in their order; one that has none is noted and left out."""

@@ -18,6 +18,7 @@ average of all sites' running statistics, which fit none of them: a pooled train
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -27,10 +28,18 @@ from torch.optim.swa_utils import update_bn
 
 from shared_iopfl.errors import InputError
 from shared_iopfl.routing import copy_network
+from shared_iopfl.tables import read_rows
 
-__all__ = ["BATCH_NORM", "NormStatistics", "NormStatisticsHandler", "batch_norms", "with_own_statistics"]
+__all__ = [
+    "STATISTICS",
+    "NormStatistics",
+    "NormStatisticsHandler",
+    "batch_norms",
+    "print_statistics",
+    "with_own_statistics",
+]
 
-BATCH_NORM = nn.modules.batchnorm._BatchNorm
+STATISTICS = "statistics.csv"  # of a federation: see `print_statistics`
 NormStatistics = Literal["batch", "global", "blend"]
 
 
@@ -39,7 +48,7 @@ def batch_norms(network: nn.Module) -> dict[str, nn.modules.batchnorm._BatchNorm
     return {
         name: layer
         for name, layer in network.named_modules()
-        if isinstance(layer, BATCH_NORM) and layer.running_mean is not None
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.running_mean is not None
     }
 
 
@@ -86,7 +95,7 @@ class NormStatisticsHandler:
         self.end_epoch = end_epoch
         self.seed = seed
         self.generator = torch.Generator()
-        self.share: float | None = 1.0  # of the global statistics, in this step; None: the batch's alone, by torch
+        self.share = 1.0  # of the global statistics, in this step
         self._hooks: list[Any] = []
 
     def attach(self, engine: Engine) -> None:
@@ -149,3 +158,25 @@ def with_own_statistics(network: nn.Module, batches: Iterable[Tensor]) -> dict[s
     probe = copy_network(network)
     update_bn(batches, probe)
     return probe.state_dict()
+
+
+def print_statistics(output_dir: str | Path) -> str:
+    """Print, from a federation's ``statistics.csv``, how the global model does by its statistics and by a site's own.
+
+    Args:
+        output_dir: of the run; where nothing could be measured, nothing is printed.
+
+    Returns:
+        The text that was printed.
+    """
+    path = Path(output_dir) / STATISTICS
+    rows = read_rows(path) if path.is_file() else []
+    lines = [
+        f"{row['site']}: Dice {100 * float(row['global']):.1f} by the global statistics, "
+        f"{100 * float(row['own']):.1f} by its own"
+        for row in rows
+    ]
+    text = "\n".join(["norm statistics, global model on validation cases", *lines]) if lines else ""
+    if text:
+        print(text)
+    return text

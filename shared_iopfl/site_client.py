@@ -31,6 +31,7 @@ from shared_iopfl.distances import distribution_distance
 from shared_iopfl.errors import InputError
 from shared_iopfl.local_training import validated_interpolation
 from shared_iopfl.models import GLOBAL
+from shared_iopfl.norm_statistics import batch_norms, with_own_statistics
 from shared_iopfl.routing import copy_network
 from shared_iopfl.settings import RoutingSettings
 from shared_iopfl.stacks import bounded, evenly
@@ -38,7 +39,7 @@ from shared_iopfl.stacks import bounded, evenly
 __all__ = ["SiteClient", "check_time_limit", "time_limit"]
 
 Weights = Mapping[str, Tensor]
-BATCH_NORM = torch.nn.modules.batchnorm._BatchNorm
+MEASURED = 64  # network inputs that a site's own statistics are measured on
 
 
 class SiteClient:
@@ -82,6 +83,11 @@ class SiteClient:
     def weights(self) -> dict[str, Tensor]:
         """The weights of the network as it stands (copies, on the CPU)."""
         return _copy(self.algo.trainer.network.state_dict())  # type: ignore[union-attr]
+
+    @property
+    def parameters(self) -> list[str]:
+        """The names of the network's parameters; the other weights are buffers."""
+        return [name for name, _ in self.algo.trainer.network.named_parameters()]  # type: ignore[union-attr]
 
     @property
     def personalised(self) -> dict[str, Tensor]:
@@ -135,6 +141,24 @@ class SiteClient:
         result = self.algo.evaluate(ExchangeObject(weights=dict(weights))).metrics
         return {name: float(value) for name, value in (result or {}).items()}
 
+    def dice_by_statistics(self, weights: Weights) -> dict[str, float]:
+        """Validation Dice of weights by their own running statistics, and by those of the site's validation cases.
+
+        Where the second is much the better, the running statistics do not fit this site (see
+        :mod:`shared_iopfl.norm_statistics`): a fault of how the model was trained, or a scanner unlike the others.
+
+        Returns:
+            "global" and "own", in [0, 1]; nothing where it cannot be measured, as in :meth:`shift`.
+        """
+        network, stacks = self._measurable(weights)
+        if not stacks:
+            return {}
+        inputs = evenly(torch.cat([evenly(stack, MEASURED // len(stacks) + 1) for stack in stacks]), MEASURED)
+        # in an order of its own, so that each batch holds slices of several cases
+        mixed = inputs[torch.randperm(len(inputs), generator=torch.Generator().manual_seed(0))]
+        own = with_own_statistics(network, mixed.split(MEASURED // 4))
+        return {name: self.validate(w)["val_mean_dice"] for name, w in (("global", weights), ("own", own))}
+
     @torch.no_grad()
     def shift(self, weights: Weights) -> float | None:
         """Mean distance of the site's validation cases from a model, as test-time routing measures it.
@@ -142,19 +166,28 @@ class SiteClient:
         What is usual inside, against which an outside scan's shift is held: a number a site, which tells of no case.
         None where it cannot be measured: no case, no batch norm, an inferer that does not say what a network input is.
         """
+        network, stacks = self._measurable(weights)
+        size, distances = cast(Any, self.algo.evaluator).inferer.batch_size if stacks else 0, []
+        for stack in stacks:
+            some = evenly(stack, RoutingSettings.adapt_slices)
+            batches = some.split(bounded(size, some))
+            distances.append(float(distribution_distance(network, {GLOBAL: network.state_dict()}, batches).mean()))
+        return fmean(distances) if distances else None
+
+    def _measurable(self, weights: Weights) -> tuple[torch.nn.Module, list[Tensor]]:
+        """A copy of the network with these weights, and its inputs of each validation case; none where it has no batch
+        norm, or the inferer does not say what a network input is."""
         evaluator = cast(Any, self.algo.evaluator)
-        stacks = getattr(evaluator.inferer, "stacks", None)
-        if stacks is None or not any(isinstance(m, BATCH_NORM) for m in evaluator.network.modules()):
-            return None
         network = copy_network(evaluator.network)
         network.load_state_dict(weights)
-        distances = []
-        for batch in evaluator.data_loader:
-            for stack in stacks(batch[CommonKeys.IMAGE].to(evaluator.state.device)):
-                some = evenly(stack, RoutingSettings.adapt_slices)
-                batches = some.split(bounded(evaluator.inferer.batch_size, some))
-                distances.append(float(distribution_distance(network, {GLOBAL: network.state_dict()}, batches).mean()))
-        return fmean(distances) if distances else None
+        stacks = getattr(evaluator.inferer, "stacks", None)
+        if stacks is None or not batch_norms(network):
+            return network, []
+        return network, [
+            stack
+            for batch in evaluator.data_loader
+            for stack in stacks(batch[CommonKeys.IMAGE].to(evaluator.state.device))
+        ]
 
     def state_dict(self) -> dict[str, Any]:
         trainer: Any = self.algo.trainer

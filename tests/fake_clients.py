@@ -41,6 +41,10 @@ class FakeClient:
         self.file = Path(overrides["ckpt_dir"]) / f"model_{site}.pt"
         self.personalised = {key: tensor.clone() for key, tensor in network.state_dict().items()}
 
+    @property
+    def weights(self) -> State:
+        return {key: tensor.clone() for key, tensor in self.algo.trainer.network.state_dict().items()}
+
     def train(self, weights: Mapping[str, Tensor]) -> State:
         self.epoch += 1
         step = 0.1 * self.cases + 0.01 * self.epoch
@@ -54,6 +58,9 @@ class FakeClient:
 
     def shift(self, weights: Mapping[str, Tensor]) -> float:
         return 0.05 * self.cases
+
+    def dice_by_statistics(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
+        return {"global": 0.1 * self.cases, "own": 0.15 * self.cases}
 
     def validate(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
         return {"val_mean_dice": float(torch.sigmoid(weights["0.weight"].sum()))}

@@ -172,6 +172,9 @@ class FakeClient:
     def shift(self, weights: Mapping[str, Tensor]) -> float:
         return 0.25
 
+    def dice_by_statistics(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
+        return {"global": 0.5, "own": 0.6}
+
     def metrics(self) -> dict[str, float]:
         return {"train_loss": 1.0 / self.epoch}
 

@@ -132,6 +132,13 @@ class FakeClient:
         self.epoch, self.scored = 0, 0
         self.personalised = {key: tensor.clone() for key, tensor in network.state_dict().items()}
 
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        return {key: tensor.clone() for key, tensor in self.algo.trainer.network.state_dict().items()}
+
+    def dice_by_statistics(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
+        return {"global": 0.5, "own": 0.6}
+
     def train(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         CLOCK.tick()
         self.epoch += 1

@@ -30,6 +30,7 @@ from shared_iopfl import __main__ as command
 from shared_iopfl.errors import InputError
 from shared_iopfl.flare import federate, publish_sites
 from shared_iopfl.models import load_weights
+from shared_iopfl.tables import read_rows
 
 ENGINES = ("flare", "one")
 
@@ -50,6 +51,10 @@ def test_one_process_and_flare_give_the_same_weights(dataset, tmp_path):
         keys = SITES if name == "shares" else ["usual_shift"]
         assert found == pytest.approx({key: expected[key] for key in keys}, rel=1e-5)
     assert figures(tmp_path / "flare") == figures(tmp_path / "one")
+    tables = [read_rows(tmp_path / run / "statistics.csv") for run in ENGINES]
+    assert [row["site"] for row in tables[0]] == list(SITES)
+    for found, expected in zip(*tables):
+        assert all(float(found[key]) == pytest.approx(float(expected[key]), abs=1e-5) for key in ("global", "own"))
 
 
 def test_weights_counts_and_numbers_cross_the_wire_and_no_personalised_model(dataset, tmp_path):
@@ -70,7 +75,7 @@ def test_weights_counts_and_numbers_cross_the_wire_and_no_personalised_model(dat
             assert reply.params is None
             assert reply.meta == {}
     written = {path.name for path in (tmp_path / "work" / "iopfl").rglob("*") if path.is_file()}
-    assert written == {"model.pt", "history.csv", "flare.pt", "shares.json", "scores.json"}
+    assert written == {"model.pt", "history.csv", "flare.pt", "statistics.csv", "shares.json", "scores.json"}
 
 
 # ---- what is asked for, and what travels -----------------------------------------------------------------------------

@@ -93,14 +93,14 @@ def test_no_label_of_an_outside_site_is_read_before_the_scoring(
         labelled=False,
     )
     with opened_files.record() as opened:
-        comparison._experts(["A", "B"], 0)
+        comparison.trainings.experts(["A", "B"], 0)
         comparison._choose(0, ["A", "B"])
     labels = {str(Path(case["label"]).resolve()) for case in find_cases(sites_dir, "E")}
     own = {str(Path(case["label"]).resolve()) for case in find_cases(sites_dir, "A")}
     assert not labels & opened and own & opened
     comparison.outside()
     before = (tmp_path / "comparison.csv").read_bytes()
-    monkeypatch.setattr(comparison, "_federate", lambda *_: pytest.fail("trained twice"))
+    monkeypatch.setattr(comparison.trainings, "federate", lambda *_: pytest.fail("trained twice"))
     comparison.outside()
     assert (tmp_path / "comparison.csv").read_bytes() == before
 
