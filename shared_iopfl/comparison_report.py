@@ -82,12 +82,15 @@ def write_comparison(
         of_role, pictured = _role_parts(output_dir, contest, measured)
         text += of_role
         body += pictured
-    choices = choices_table(output_dir)
+    choices, trainings = choices_table(output_dir), choices_table(output_dir, "federations.json")
     notes = Text(reading_notes(any(contest.bounds & {*contest.dice.methods} for contest in contests)), "caption")
     last: list[Block] = [Heading("How to read this"), notes]
     if choices:
         why = "Mean Dice of each candidate where the other sites were left out in turn among themselves; bold: highest."
         last = [Heading("What was chosen without the site left out"), choices, Text(why, "caption"), *last]
+    if trainings:
+        why = "Mean Dice of each training's global model at the other sites, each left out in turn; bold: highest."
+        last = [Heading("Which training the other sites choose"), trainings, Text(why, "caption"), *last]
     body += to_html(last) + _run_section(read_json(output_dir / "run.json"))
     write_text(output_dir / "comparison.md", markdown(title, [*text, *last]))
     write_text(output_dir / "report.html", page(title, body))

@@ -118,7 +118,7 @@ class Contest:
         for method in dice.ranked(self.bounds):
             cells = [DASH] * 4 if method == self.reference else self._duel(method, self.reference)
             bold = [4] if worst[method] == highest else []
-            closed = [self._gap_closed(method)] * bool(gap)
+            closed = [self._gap_closed(method)] if gap else []
             rows.append(self._row(method, [*cells, worst[method], *closed], bold))
         return Table([*heads, "largest loss of a case", "worst twentieth", *gap], rows)
 
@@ -239,9 +239,9 @@ def reading_notes(bounds: bool) -> str:
     return text + bound * bounds
 
 
-def choices_table(output_dir: Path) -> Table | None:
-    """What the inner leave-one-site-out chose, from ``choices.json``; nothing where there is none."""
-    path = output_dir / "choices.json"
+def choices_table(output_dir: Path, name: str = "choices.json") -> Table | None:
+    """What was chosen without the site left out, from ``choices.json`` or its like; nothing where there is none."""
+    path = output_dir / name
     if not path.is_file():
         return None
     try:

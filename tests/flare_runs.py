@@ -32,11 +32,12 @@ TINY: dict[str, Any] = {
     "passes": 1,
     "seed": 3,
     "val_interval": 1,
+    "server_momentum": 0.5,
     "own_rounds": 1,
     "shares": [0.5, 1.0],  # without 0, by which a personalised model would be the global one
     "tensorboard": False,
 }
-OF_THE_FEDERATION = ("own_rounds", "shares")  # the others are of the training
+OF_THE_FEDERATION = ("server_momentum", "own_rounds", "shares")  # the others are of the training
 
 
 def make_sites(folder: Path, sites: Sequence[str] = SITES) -> Path:

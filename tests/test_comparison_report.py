@@ -294,3 +294,14 @@ def test_the_short_table_marks_our_own_and_puts_bounds_in_brackets(folder, capsy
     ]
     assert re.fullmatch(r"> default +70\.1  \+1\.5 \[\+0\.\d, \+2\.\d\]", outside[1])
     assert outside[2].endswith("68.6  " + DASH)
+
+
+def test_the_gap_to_pooled_training_is_shared_out(tmp_path, quick):
+    """Half of what pooled training gains is 50 %; pooled, which no hospital reaches, never wins."""
+    sites = {"A": {"FedAvg": dice(0), "half": dice(0) + 0.02, "worse": dice(0) - 0.01, "pooled": dice(0) + 0.04}}
+    write_comparison(write_scores(tmp_path, score_rows("inside", sites)))
+    rows = rows_of((tmp_path / "comparison.md").read_text(encoding="utf-8"), "Against FedAvg")
+    closed = {name.strip("*"): row[-1].strip("*") for name, row in rows.items()}
+    expected = {"pooled": "100%", "half": "50%", "FedAvg": DASH, "worse": f"{MINUS}25%"}
+    assert {name: closed[name] for name in expected} == expected
+    assert "**" not in "".join(rows["*pooled*"])

@@ -21,10 +21,10 @@ from typing import Any
 import pytest
 from monai.bundle import ConfigParser, ConfigWorkflow
 
-from shared_iopfl.comparison import PERSONAL, Comparison
+from shared_iopfl.comparison import COLUMNS, PERSONAL, Comparison
 from shared_iopfl.errors import InputError
 from shared_iopfl.sites import find_cases
-from shared_iopfl.tables import read_rows
+from shared_iopfl.tables import read_rows, write_rows
 
 BUNDLES = Path(__file__).parents[2] / "bundles"
 SITES = ["A", "B", "E"]
@@ -65,17 +65,24 @@ def test_one_command_compares_every_method_on_every_case(
         folds=2,
         own_rounds=1,
         fine_tuning=1,
+        virtual=["blur"],
     )
     rows = [row for row in read_rows(tmp_path / "out" / "comparison.csv") if row["metric"] == "dice"]
     config = json.loads((BUNDLES / bundle / "configs" / "compare.json").read_text(encoding="utf-8"))
     cases = {(site, case["case"]) for site in SITES for case in find_cases(sites, site)}
-    inside = {*config["inside"], *PERSONAL, "fine-tuned"}
-    outside = {*config["outside"], "chosen", "labelled routes"}
+    inside = {*config["inside"], *PERSONAL, "fine-tuned", "pooled"}
+    outside = {*config["outside"], *config["federations"], "chosen", "labelled routes", "pooled"}
     for role, methods in (("inside", inside), ("outside", outside)):
         for method in methods:
             of_method = [row for row in rows if row["role"] == role and row["method"] == method]
             counts = Counter((row["site"], row["case"]) for row in of_method)
             assert set(counts) == cases and set(counts.values()) == {1}, (role, method)
+    virtual = [row for row in rows if row["role"] == "virtual"]
+    assert {row["site"] for row in virtual} == {"blur"}, "a virtual scanner plays the site"
+    assert {row["method"] for row in virtual} == {*config["inside"], "pooled"}
+    assert len({row["case"] for row in virtual}) == len(cases)
+    choices = json.loads((tmp_path / "out" / "federations.json").read_text(encoding="utf-8"))
+    assert [choice["fold"] for choice in choices] == SITES
     assert (tmp_path / "out" / "comparison.md").is_file() and (tmp_path / "out" / "report.html").is_file()
 
 
@@ -103,6 +110,21 @@ def test_no_label_of_an_outside_site_is_read_before_the_scoring(
     monkeypatch.setattr(comparison.trainings, "federate", lambda *_: pytest.fail("trained twice"))
     comparison.outside()
     assert (tmp_path / "comparison.csv").read_bytes() == before
+
+
+def test_the_other_sites_choose_a_training(tmp_path: Path) -> None:
+    """For each site the training that is best on average at the others, whatever it scores there itself."""
+    scores = {"global": (0.9, 0.2, 0.7), "other": (0.1, 0.6, 0.6)}
+    rows = [
+        {"seed": 0, "fold": site, "site": site, "role": "outside", "method": method, "case": "c", "metric": "dice"}
+        | {"value": value}
+        for method, values in scores.items()
+        for site, value in zip(SITES, values)
+    ]
+    write_rows(tmp_path / "comparison.csv", COLUMNS, rows)
+    Comparison("bundle", "data", str(tmp_path), SITES, rounds=1, federations={"other": {}})._choose_federations()
+    choices = json.loads((tmp_path / "federations.json").read_text(encoding="utf-8"))
+    assert {choice["fold"]: choice["choice"] for choice in choices} == {"A": "other", "B": "global", "E": "global"}
 
 
 def test_comparison_needs_two_sites() -> None:
