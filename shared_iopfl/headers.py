@@ -24,9 +24,10 @@ import nibabel as nib
 import numpy as np
 
 from shared_iopfl.errors import InputError
+from shared_iopfl.geometry import check_affine, check_forms
 from shared_iopfl.scan_files import ITK, NIFTI, file_ending
 
-__all__ = ["check_affine", "check_header", "import_itk"]
+__all__ = ["check_header", "import_itk"]
 
 MOST_VOXELS = 2**28  # of a scan: 1024 x 1024 x 256; more than any of this kind has, less than fills a machine
 SLACK = 2**20  # bytes that may follow the last voxel
@@ -66,6 +67,8 @@ def _check_nifti(path: Path) -> None:
         kind = "colours (RGB)" if dtype.fields else "complex numbers"
         raise InputError(f"{path} holds {kind}: expected one real value for each voxel")
     check_affine(image.affine, path)
+    if isinstance(image, nib.Nifti1Pair):
+        check_forms(image.header, image.shape, path)
     _check_size(image.shape, path)
     # a reader would first take the memory that the header asks for, and then find that the file is shorter
     expected = image.dataobj.offset + math.prod(image.shape) * dtype.itemsize
@@ -119,10 +122,3 @@ def import_itk(path: Path) -> ModuleType:
     except ImportError as error:
         raise InputError(f"reading and writing {path} needs ITK: pip install itk") from error
     return itk
-
-
-def check_affine(affine: np.ndarray, path: Path) -> None:
-    spacing = np.linalg.norm(affine[:3, :3], axis=0)
-    if not np.isfinite(affine).all() or not spacing.all() or abs(np.linalg.det(affine[:3, :3] / spacing)) < 1e-6:
-        rows = np.array2string(affine[:3], precision=3, separator=" ").replace("\n", "")
-        raise InputError(f"{path} has a broken affine or voxel size ({rows}): mend its header")

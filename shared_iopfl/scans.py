@@ -12,7 +12,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
@@ -22,17 +21,18 @@ import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import ImageReader, ITKReader, MetaTensor, NibabelReader, PILReader
-from monai.data.utils import affine_to_spacing, is_no_channel, to_affine_nd
+from monai.data.utils import is_no_channel, to_affine_nd
 from monai.transforms import LoadImage, MapTransform
 from monai.utils import ensure_tuple, ensure_tuple_rep
 
 from shared_iopfl.errors import InputError
-from shared_iopfl.headers import check_affine, check_header, import_itk
+from shared_iopfl.geometry import check_affine, describe_grid, in_grid_of, same_grid
+from shared_iopfl.headers import check_header, import_itk
 from shared_iopfl.scan_files import ITK, NIFTI, PICTURES, VOLUMES, file_ending, is_dicom
 
 __all__ = ["LoadCased", "reason", "same_grid"]
 
-logger = logging.getLogger(__name__)
+ROUNDING = 1e-3  # by which a label may be off a whole number
 
 
 class LoadCased(MapTransform):
@@ -41,11 +41,13 @@ class LoadCased(MapTransform):
     The result is, for every key, a float32 `MetaTensor` (channels, *spatial) in the file's own axes and with its
     affine (RAS, mm). Volumes come from NIfTI, MHA, MHD, NRRD, a DICOM file or a folder with one DICOM series; pictures
     from PNG, JPEG, TIFF and BMP, as (channels, width, height). With ``spatial_dims`` 3, a 2D file becomes a volume of
-    one slice. A label takes the affine of its image, whose voxels it must match one by one.
+    one slice. A label comes in the grid of its image: one that fills the same box of the world with its axes flipped or
+    in another order is turned, one that lies elsewhere is refused.
 
     Refused are: files that are missing, empty, cut short or no scans; other shapes than asked for; NaN, infinite or
-    constant images; affines without a volume; labels of another shape than their image, with fractions, negative
-    values, or one value everywhere (a mask needs foreground and background, whatever numbers stand for them).
+    constant images; affines without a volume, and NIfTI whose qform and sform differ; labels on another grid than their
+    image, with fractions, negative values, or one value everywhere (a mask needs foreground and background, whatever
+    numbers stand for them).
 
     Args:
         keys: keys of the paths to load.
@@ -74,7 +76,6 @@ class LoadCased(MapTransform):
         self.label_key = label_key
         self.readers = ensure_tuple_rep(reader, len(self.keys))
         self._load_image = LoadImage(dtype=np.float32)
-        self._warned = False
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
@@ -83,8 +84,10 @@ class LoadCased(MapTransform):
             path = Path(d[key])
             is_label = key == self.label_key
             d[key] = self._load(path, reader, channels=1 if is_label else self.channels)
-            (_check_label if is_label else _check_image)(d[key], path)
-            if not is_label:
+            if is_label:
+                d[key] = _whole_numbers(d[key], path)
+            else:
+                _check_image(d[key], path)
                 images.append(d[key])
         if images and isinstance(d.get(self.label_key), MetaTensor):
             d[self.label_key] = self._match(images[0], d[self.label_key])
@@ -137,21 +140,18 @@ class LoadCased(MapTransform):
 
     def _match(self, image: MetaTensor, label: MetaTensor) -> MetaTensor:
         """The label in the image's grid."""
-        names = [tensor.meta["filename_or_obj"] for tensor in (image, label)]
-        if image.shape[1:] != label.shape[1:]:
+        image_grid, label_grid = ((tensor.affine.numpy(), tensor.shape[1:]) for tensor in (image, label))
+        values = in_grid_of(label[0].numpy(), label_grid[0], *image_grid)
+        if values is None:
+            names = [tensor.meta["filename_or_obj"] for tensor in (image, label)]
             raise InputError(
-                f"{names[1]} has shape {tuple(label.shape[1:])} but its image {names[0]} has {tuple(image.shape[1:])}: "
-                "a mask must have a value for each voxel"
+                f"{names[1]} is not in the grid of its image {names[0]}: {describe_grid(*label_grid)} instead of "
+                f"{describe_grid(*image_grid)}; resample the mask to its image, or mend the header that is wrong"
             )
-        if not self._warned and not same_grid(image.affine, label.affine, image.shape[1:]):
-            self._warned = True
-            logger.warning(
-                "%s lies elsewhere than its image %s (affines differ); voxels are taken to match one by one, "
-                "and no more is said of other cases like it",
-                *reversed(names),
-            )
+        label = MetaTensor(torch.from_numpy(values)[None], meta=label.meta)
         label.affine = image.affine.clone()
         label.meta["original_affine"] = np.array(image.meta["original_affine"])
+        label.meta["spatial_shape"] = np.asarray(label.shape[1:])
         return label
 
 
@@ -205,23 +205,17 @@ def _check_image(image: MetaTensor, path: Path) -> None:
         raise InputError(f"{path} holds nothing to see: it is {image.min():g} everywhere")
 
 
-def _check_label(label: MetaTensor, path: Path) -> None:
+def _whole_numbers(label: MetaTensor, path: Path) -> MetaTensor:
+    """The label with what tools that scale values leave of whole numbers, as 0.9999999, made whole again."""
     values = torch.unique(label.as_tensor())
-    wrong = values[~torch.isfinite(values) | (values != values.round()) | (values < 0)]
+    whole = values.round()
+    wrong = values[~torch.isfinite(values) | ((values - whole).abs() > ROUNDING) | (whole < 0)]
     if len(wrong):
-        some = ", ".join(f"{value:g}" for value in wrong[:3]) + (", ..." if len(wrong) > 3 else "")
+        some = ", ".join(f"{value:.7g}" for value in wrong[:3]) + (", ..." if len(wrong) > 3 else "")
         raise InputError(f"{path} is not a mask: its values must be 0, 1, 2, ... but include {some}")
-    if len(values) == 1:
-        raise InputError(f"{path} has no foreground to learn from or to score: it is {values[0]:g} everywhere")
-
-
-def same_grid(first: Any, second: Any, shape: Sequence[int]) -> bool:
-    """Whether no corner of the volume moves by half a voxel or more from one affine to the other."""
-    a, b = (to_affine_nd(3, np.asarray(affine, dtype=np.float64)) for affine in (first, second))
-    size = (*shape, 1, 1)[:3]
-    corners = np.array([(*corner, 1) for corner in np.ndindex(2, 2, 2)]) * (*(np.array(size) - 1), 1)
-    moved = np.linalg.norm(corners @ (a - b).T, axis=1).max()
-    return bool(moved < 0.5 * affine_to_spacing(a).min())
+    if len(torch.unique(whole)) == 1:
+        raise InputError(f"{path} has no foreground to learn from or to score: it is {whole[0]:g} everywhere")
+    return label.round()  # type: ignore[return-value]
 
 
 def reason(error: Exception) -> str:

@@ -245,6 +245,7 @@ VOLUMES: Corpus = {
     "spacing_0.mha": (stored(itk_image(BODY.T), "g.mha", meta_header("ElementSpacing = 0 0 0")), READ),
     "direction_0.mha": (stored(itk_image(BODY.T), "g.mha", meta_header("TransformMatrix = 0 0 0 0 0 0 0 0 0")), READ),
     "affine_0.nii": (header(srow_z=[0] * 4), "mend its header"),
+    "two_grids.nii": (header(qform_code=1, quatern_b=1, quatern_c=0, quatern_d=0, qoffset_x=500), "in two places"),
     # DICOM
     "slice_missing": (series(lambda path: (path / "IM1.dcm").unlink()), "slices missing"),
     "slice_cut": (series(lambda path: os.truncate(path / "IM2.dcm", 200)), r"IM2\.dcm first"),
@@ -286,7 +287,6 @@ VOLUMES: Corpus = {
     "strides.nii.gz": (array(BODY[::-1, :, ::-1]), None),
     "fortran.nii.gz": (array(np.asfortranarray(BODY)), None),
     "trailing_ones.nii.gz": (array(BODY[..., None, None, None]), None),
-    "two_grids.nii": (header(qform_code=1, quatern_b=1, quatern_c=0, quatern_d=0, qoffset_x=500), None),
     "codes_unknown.nii": (header(sform_code=99, qform_code=99), None),
     "more_behind.nii": (stored(array(BODY), "g.nii", lambda data: data + bytes(1000)), None),
     "in_two_parts.nii.gz": (stored(array(BODY), "g.nii", lambda d: gzip.compress(d[:9]) + gzip.compress(d[9:])), None),
