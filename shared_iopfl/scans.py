@@ -23,8 +23,9 @@ from monai.config import KeysCollection
 from monai.data import ImageReader, ITKReader, MetaTensor, NibabelReader, PILReader
 from monai.data.utils import is_no_channel, to_affine_nd
 from monai.transforms import LoadImage, MapTransform
-from monai.utils import ensure_tuple, ensure_tuple_rep
+from monai.utils import ensure_tuple_rep
 
+from shared_iopfl.dicom import DicomReader
 from shared_iopfl.errors import InputError
 from shared_iopfl.geometry import check_affine, describe_grid, in_grid_of, same_grid
 from shared_iopfl.headers import check_header, import_itk
@@ -161,40 +162,14 @@ def _reader_for(path: Path) -> ImageReader:
         return NibabelReader()
     if ending in PICTURES:
         return PILReader()
-    if path.is_dir() or ending in ITK or is_dicom(path):
+    if path.is_dir() or is_dicom(path):
         import_itk(path)
-        return _SeriesReader() if path.is_dir() else ITKReader()
+        return DicomReader()
+    if ending in ITK:
+        import_itk(path)
+        return ITKReader()
     kinds = ", ".join(ending[1:] for ending in VOLUMES + PICTURES)
     raise InputError(f"{path} is not of a kind that can be read: expected DICOM or {kinds}")
-
-
-class _SeriesReader(ITKReader):
-    """Reads a folder that is one whole DICOM series: ITK passes over slices it cannot read, and takes one of two."""
-
-    def read(self, data: Any, **kwargs: Any) -> Any:
-        folder = Path(ensure_tuple(data)[0])
-        files = sorted(folder.iterdir())
-        if gone := [file.name for file in files if not file.exists()]:
-            raise InputError(f"{folder} has a link that leads nowhere, {gone[0]}: copy it again")
-        files = [file for file in files if file.is_file() and is_dicom(file)]
-        if not files:
-            raise InputError(f"{folder} holds no DICOM files")
-        names = import_itk(folder).GDCMSeriesFileNames.New()
-        names.SetUseSeriesDetails(True)
-        names.AddSeriesRestriction("0008|0021")  # what makes a series, as for MONAI's reader
-        names.SetDirectory(str(folder))
-        series = [names.GetFileNames(uid) for uid in names.GetSeriesUIDs()]
-        if len(series) > 1:
-            raise InputError(f"{folder} holds {len(series)} DICOM series: put each into a folder of its own")
-        readable = {Path(name).name for found in series for name in found}
-        broken = [file.name for file in files if file.name not in readable]
-        if broken:
-            raise InputError(f"{folder} has {len(broken)} slices that cannot be read, {broken[0]} first: copy it again")
-        image = super().read(data, **kwargs)
-        meta, key = image.GetMetaDataDictionary(), "ITK_non_uniform_sampling_deviation"
-        if meta.HasKey(key) and meta[key] > 0.1 * image.GetSpacing()[2]:
-            raise InputError(f"{folder} has slices missing or unevenly spaced (by {meta[key]:.3g} mm): copy it again")
-        return image
 
 
 def _check_image(image: MetaTensor, path: Path) -> None:

@@ -250,7 +250,7 @@ VOLUMES: Corpus = {
     "slice_missing": (series(lambda path: (path / "IM1.dcm").unlink()), "slices missing"),
     "slice_cut": (series(lambda path: os.truncate(path / "IM2.dcm", 200)), r"IM2\.dcm first"),
     "two_series": (series(mixed), "2 DICOM series"),
-    "slice_twice": (series(lambda path: shutil.copy(path / "IM1.dcm", path / "copy.dcm")), "slices missing"),
+    "slice_twice": (series(lambda path: shutil.copy(path / "IM1.dcm", path / "copy.dcm")), "two images at one place"),
     "slice_empty": (series(lambda path: (path / "IM9.dcm").write_bytes(b"")), r"IM9\.dcm first"),
     "slice_gone": (series(lambda path: (path / "IM9.dcm").symlink_to("gone")), "leads nowhere"),
     "no_pixels": (series(without_pixels), "."),

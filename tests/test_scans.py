@@ -263,9 +263,7 @@ def test_a_label_on_the_same_box_is_turned_to_its_image(tmp_path, name, axes):
 )
 def test_a_label_that_lies_elsewhere_is_refused_with_both_grids(tmp_path, affine):
     image, label = nifti(tmp_path / "a.nii", VALUES), nifti(tmp_path / "m.nii", MASK, affine)
-    with pytest.raises(
-        InputError, match=r"m\.nii is not in the grid .*of 0\.7x0\.9x3 mm, axes LPS"
-    ) as error:
+    with pytest.raises(InputError, match=r"m\.nii is not in the grid .*of 0\.7x0\.9x3 mm, axes LPS") as error:
         LoadCased()({"image": image, "label": label})
     assert "\n" not in str(error.value)
     assert str(error.value).count("voxels of") == 2
