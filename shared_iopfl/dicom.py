@@ -27,7 +27,7 @@ from monai.utils import ensure_tuple
 
 from shared_iopfl.errors import InputError
 from shared_iopfl.headers import import_itk
-from shared_iopfl.scan_files import is_dicom
+from shared_iopfl.scan_names import is_dicom
 
 __all__ = ["DicomReader", "is_no_image"]
 

@@ -15,6 +15,7 @@ An affine is 4 x 4, from voxel indices to millimetres in RAS, as nibabel and MON
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from shared_iopfl.errors import InputError
 
 __all__ = ["check_affine", "check_forms", "describe_grid", "in_grid_of", "same_grid"]
 
+logger = logging.getLogger(__name__)
 SPACING = 0.01  # by which two voxel sizes may differ, relative
 
 
@@ -63,6 +65,8 @@ def check_forms(header: Any, shape: Sequence[int], path: Path) -> None:
         path: for the message.
     """
     qform, sform = header.get_qform(coded=True)[0], header.get_sform(coded=True)[0]
+    if qform is None and sform is None:
+        logger.warning("%s does not say where its axes point (no qform, no sform): nibabel's convention is taken", path)
     if qform is None or sform is None:
         return
     check_affine(qform, path)

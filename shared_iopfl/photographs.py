@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Photographs and their drawn masks, from PNG, JPEG, TIFF and BMP as cameras and drawing tools write them."""
+"""Photographs and their drawn masks, from PNG, JPEG, TIFF, BMP and others as cameras and drawing tools write them."""
 
 from __future__ import annotations
 
@@ -24,12 +24,14 @@ from monai.utils import ensure_tuple
 from PIL import Image, ImageOps, TiffImagePlugin
 
 from shared_iopfl.errors import InputError
+from shared_iopfl.scan_names import PICTURES
 
 __all__ = ["CodedMaskReader", "PhotographReader"]
 
-FORMATS = ("PNG", "JPEG", "TIFF", "BMP")
+FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "GIF", "PPM")
+MOVING = ("WEBP", "GIF")
 LOSSY = ("JPEG", "MPO")  # MPO: how Pillow calls a JPEG with a second picture behind it, as some cameras write
-SUFFIXES = ("png", "jpg", "jpeg", "tif", "tiff", "bmp")
+SUFFIXES = tuple(ending[1:] for ending in PICTURES)
 SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N", "I")  # "I": some 16-bit files in 32-bit integers
 
 
@@ -79,6 +81,8 @@ class _PictureReader(PILReader):
             with Image.open(name, formats=FORMATS) as img:
                 if isinstance(img, TiffImagePlugin.TiffImageFile):
                     _refuse_tiff(img, name)
+                if img.format in MOVING and getattr(img, "n_frames", 1) > 1:
+                    raise InputError(f"{img.n_frames} pictures in {name}: save the one to be used as a file of its own")
                 img.load()
                 picture = ImageOps.exif_transpose(img)
                 meta = {"format": str(img.format), "mode": img.mode, "width": picture.width, "height": picture.height}
@@ -88,7 +92,7 @@ class _PictureReader(PILReader):
             limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 10**6
             raise InputError(f"more than {limit} megapixels in {name}: save it smaller") from error
         except Image.UnidentifiedImageError as error:
-            raise InputError(f"not a PNG, JPEG, TIFF or BMP picture that can be read: {name}") from error
+            raise InputError(f"not a PNG, JPEG, TIFF or BMP (WebP, GIF, PNM) that can be read: {name}") from error
         except InputError:
             raise
         except (OSError, SyntaxError, ValueError, EOFError, MemoryError) as error:  # what Pillow's decoders raise

@@ -29,7 +29,7 @@ from shared_iopfl.dicom import DicomReader
 from shared_iopfl.errors import InputError
 from shared_iopfl.geometry import check_affine, describe_grid, in_grid_of, same_grid
 from shared_iopfl.headers import check_header, import_itk
-from shared_iopfl.scan_files import ITK, NIFTI, PICTURES, VOLUMES, file_ending, is_dicom
+from shared_iopfl.scan_names import ITK, NIBABEL, PICTURES, VOLUMES, file_ending, is_dicom
 
 __all__ = ["LoadCased", "reason", "same_grid"]
 
@@ -40,10 +40,10 @@ class LoadCased(MapTransform):
     """Load a case's image and label, or say in one line what is wrong with which file.
 
     The result is, for every key, a float32 `MetaTensor` (channels, *spatial) in the file's own axes and with its
-    affine (RAS, mm). Volumes come from NIfTI, MHA, MHD, NRRD, a DICOM file or a folder with one DICOM series; pictures
-    from PNG, JPEG, TIFF and BMP, as (channels, width, height). With ``spatial_dims`` 3, a 2D file becomes a volume of
-    one slice. A label comes in the grid of its image: one that fills the same box of the world with its axes flipped or
-    in another order is turned, one that lies elsewhere is refused.
+    affine (RAS, mm). Volumes come from NIfTI, MGZ, MHA, MHD, NRRD, a DICOM file or a folder with one DICOM series;
+    pictures from PNG, JPEG, TIFF, BMP, WebP, GIF and PNM, as (channels, width, height). With ``spatial_dims`` 3, a 2D
+    file becomes a volume of one slice. A label comes in the grid of its image: one that fills the same box of the world
+    with its axes flipped or in another order is turned, one that lies elsewhere is refused.
 
     Refused are: files that are missing, empty, cut short or no scans; other shapes than asked for; NaN, infinite or
     constant images; affines without a volume, and NIfTI whose qform and sform differ; labels on another grid than their
@@ -158,7 +158,7 @@ class LoadCased(MapTransform):
 
 def _reader_for(path: Path) -> ImageReader:
     ending = file_ending(path)
-    if ending in NIFTI:
+    if ending in NIBABEL:
         return NibabelReader()
     if ending in PICTURES:
         return PILReader()

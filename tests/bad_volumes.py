@@ -246,6 +246,7 @@ VOLUMES: Corpus = {
     "direction_0.mha": (stored(itk_image(BODY.T), "g.mha", meta_header("TransformMatrix = 0 0 0 0 0 0 0 0 0")), READ),
     "affine_0.nii": (header(srow_z=[0] * 4), "mend its header"),
     "two_grids.nii": (header(qform_code=1, quatern_b=1, quatern_c=0, quatern_d=0, qoffset_x=500), "in two places"),
+    "analyze.hdr": (array(BODY, np.eye(4), nib.AnalyzeImage), "ANALYZE"),
     # DICOM
     "slice_missing": (series(lambda path: (path / "IM1.dcm").unlink()), "slices missing"),
     "slice_cut": (series(lambda path: os.truncate(path / "IM2.dcm", 200)), r"IM2\.dcm first"),
@@ -261,6 +262,9 @@ VOLUMES: Corpus = {
     "good.mha": (itk_image(BODY.T), None),
     "good.mhd": (itk_image(BODY.T), None),
     "good.nrrd": (itk_image((BODY.T * 99).astype(np.uint16)), None),
+    "good.nhdr": (itk_image(BODY.T), None),
+    "good.mgz": (array(BODY, kind=nib.MGHImage), None),
+    "pair.hdr": (array(BODY, kind=nib.Nifti1Pair), None),
     "good_series": (series(), None),
     "series_and_notes": (series(lambda path: (path / "notes.txt").write_text("moved")), None),
     "nifti2.nii.gz": (array(BODY, kind=nib.Nifti2Image), None),
