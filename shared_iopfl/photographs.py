@@ -24,6 +24,7 @@ from monai.utils import ensure_tuple
 from PIL import Image, ImageOps, TiffImagePlugin
 
 from shared_iopfl.errors import InputError
+from shared_iopfl.photograph_checks import check_colours, check_shape, glance, monochrome
 from shared_iopfl.scan_names import PICTURES
 
 __all__ = ["CodedMaskReader", "PhotographReader"]
@@ -132,13 +133,15 @@ class PhotographReader(_PictureReader):
     - 16-bit values 0..65535 become 0..255 (Pillow itself reads 16-bit RGB as 8-bit).
 
     Args:
-        grey: what to do with a picture of one channel or of three equal ones: ``"refuse"`` it, or ``"replicate"`` the
-            one channel three times.
+        grey: what to do with a picture of one channel, of three (nearly) equal ones, or of a single colour, as red-free
+            ones are: ``"refuse"`` it, and other colours than a fundus has; or ``"replicate"`` the one channel three
+            times, and take other colours as they are.
         reverse_indexing: whether arrays are (width, height), as all MONAI readers give them, or (height, width).
         min_size: the least width and height in pixels.
 
     Raises:
-        InputError: (by `get_data`) when the file is broken, too small or large, or grey where colour is expected.
+        InputError: (by `get_data`) when the file is broken, too small or large, grey where colour is expected, or no
+            photograph of one fundus, as `photograph_checks` tells.
     """
 
     def __init__(self, grey: str = "refuse", reverse_indexing: bool = True, min_size: int = 16) -> None:
@@ -164,14 +167,23 @@ class PhotographReader(_PictureReader):
             rgb = rgba[..., :3] * (rgba[..., 3:] / 255)
         else:
             rgb = np.asarray(picture.convert("RGB"), dtype=np.float32)
-        is_grey = np.array_equal(rgb[..., 0], rgb[..., 1]) and np.array_equal(rgb[..., 0], rgb[..., 2])
-        return self._colour(rgb[..., 0], name) if is_grey else rgb
+        if np.array_equal(rgb[..., 0], rgb[..., 1]) and np.array_equal(rgb[..., 0], rgb[..., 2]):
+            return self._colour(rgb[..., 0], name)
+        small = glance(rgb)
+        check_shape(small, name)
+        channel = monochrome(small)
+        if channel is not None:
+            grey = rgb.mean(axis=-1) if channel < 0 else rgb[..., channel]
+            return self._colour(grey, name, "grey with a tint" if channel < 0 else "a single colour")
+        if self.grey == "refuse":
+            check_colours(small, name)
+        return rgb
 
-    def _colour(self, grey: np.ndarray, name: str) -> np.ndarray:
+    def _colour(self, grey: np.ndarray, name: str, what: str = "grey") -> np.ndarray:
         """Three equal channels of one grey one, if that is wanted."""
         if self.grey == "refuse":
             raise InputError(
-                f'expected colour (RGB), got grey in {name}: give the colour photograph or grey="replicate"'
+                f'expected colour (RGB), got {what} in {name}: give the colour photograph or grey="replicate"'
             )
         return np.repeat(grey[..., None], 3, axis=-1)
 

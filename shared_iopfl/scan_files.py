@@ -137,7 +137,7 @@ def _survey(root: Path, pictures: bool) -> _Survey:
         return _Survey([root] if file_ending(root) or is_dicom(root) else [])
     survey = _Survey()
     found = sorted(_scans_below(root, root, survey))
-    volumes = [scan for scan in found if scan.is_dir() or file_ending(scan) not in PICTURES]
+    volumes = [scan for scan in found if file_ending(scan) not in PICTURES]
     for scan in found if pictures else ():
         if scan in volumes:
             survey.pass_over("volumes where pictures are wanted", _name(scan, root))
