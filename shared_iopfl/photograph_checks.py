@@ -12,7 +12,7 @@
 
 A network gives a confident mask to whatever looks a little like its training pictures: to a red-free photograph, to one
 whose channels were swapped on the way, to two eyes in one picture. The limits lie well beyond what public sets show:
-of 352 pictures by four cameras the green mean is 0.35 to 0.85 of the red one, the blue mean 0.05 to 0.85 of the green
+of 349 pictures by four cameras the green mean is 0.35 to 0.85 of the red one, the blue mean 0.05 to 0.85 of the green
 one, and the saturation 0.34 at least.
 """
 
