@@ -33,8 +33,9 @@ from shared_iopfl.errors import InputError
 from shared_iopfl.federation import Federation
 from shared_iopfl.models import GLOBAL, model_path, save_atomically
 from shared_iopfl.review import collect_review
-from shared_iopfl.scoring import Scoring
+from shared_iopfl.scoring import Scoring, raise_failures
 from shared_iopfl.tables import read_rows, write_json, write_rows
+from shared_iopfl.tolerant import Failure
 
 __all__ = ["Comparison"]
 
@@ -119,6 +120,7 @@ class Comparison:
         self.folds = folds
         self.training = dict(training or {})
         self.scoring = dict(scoring or {})
+        self.failures: list[Failure] = []
         self.inside_methods = dict(inside or {})
         self.own_rounds = own_rounds
         self.shares = tuple(shares)
@@ -301,6 +303,11 @@ class Comparison:
             common = {**self.scoring, "dataset_dir": self.dataset_dir, "ckpt": path}
             scoring = Scoring(self.bundle_root, str(run), common, ("evaluate", "baselines", "virtual"))
             scoring.score(site, method, **options)
+            self.failures += scoring.failures
+
+    def finish(self) -> None:
+        """Raise `InputError` where cases could not be scored."""
+        raise_failures(self.failures)
 
     def _rows(self, run: Path, site: str, method: str) -> list[dict[str, str]]:
         rows = read_rows(run / "metrics.csv") if (run / "metrics.csv").is_file() else []

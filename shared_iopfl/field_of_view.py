@@ -15,7 +15,7 @@ from __future__ import annotations
 import numpy as np
 from scipy import ndimage
 
-__all__ = ["field_of_view", "is_bordered", "is_reddish"]
+__all__ = ["count_fields", "field_of_view", "is_bordered", "is_reddish", "stretch"]
 
 
 def field_of_view(rgb: np.ndarray) -> np.ndarray:
@@ -46,3 +46,36 @@ def is_bordered(field: np.ndarray) -> bool:
 def _corners(picture: np.ndarray) -> list[np.ndarray]:
     n = max(1, min(picture.shape) // 40)
     return [picture[:n, :n], picture[:n, -n:], picture[-n:, :n], picture[-n:, -n:]]
+
+
+def count_fields(rgb: np.ndarray) -> int:
+    """How many fields of view, or whole pictures side by side, lie apart in the dark of one picture; 1 at least."""
+    bright = rgb.max(axis=-1)
+    full = np.percentile(bright, 98)
+    areas, _ = ndimage.label(ndimage.binary_opening(bright > max(0.1 * full, 1e-6)))
+    sizes = np.bincount(areas.ravel())[1:]
+    return max(1, int((sizes > max(0.1 * bright.size, 0.4 * sizes.max(initial=0))).sum()))
+
+
+def stretch(field: np.ndarray) -> float:
+    """How many times as wide as high the circle is whose rim a field of view shows; a camera's is 1.
+
+    Cameras cut their circle above and below, or at both sides: the rim is looked at where it is left. NaN where too
+    little of it is, or where it is no circle's.
+    """
+    wide = _stretch(field)
+    return wide if np.isfinite(wide) else 1 / _stretch(field.T)
+
+
+def _stretch(field: np.ndarray) -> float:
+    rows = np.flatnonzero(field.any(axis=1))
+    rows = rows[len(rows) // 20 : len(rows) - len(rows) // 20]  # at the very ends a row more or less counts much
+    first, last = field[rows].argmax(axis=1), field.shape[1] - 1 - field[rows][:, ::-1].argmax(axis=1)
+    rim = (first > 1) & (last < field.shape[1] - 2)
+    if rim.sum() < max(16, len(rows) // 2):
+        return float("nan")
+    # of an ellipse, the square of half a row's length falls with the square of the row's distance from the middle
+    height, half = (rows - rows.mean())[rim], ((last - first + 1) / 2)[rim]
+    fall, tilt, top = np.polyfit(height, half**2, 2)
+    off = np.abs(np.sqrt(np.maximum(fall * height**2 + tilt * height + top, 0)) - half)
+    return float(np.sqrt(-fall)) if fall < 0 and np.percentile(off, 90) < 0.04 * half.max() else float("nan")

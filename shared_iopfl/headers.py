@@ -24,9 +24,10 @@ import nibabel as nib
 import numpy as np
 
 from shared_iopfl.errors import InputError
-from shared_iopfl.scan_files import ITK, NIFTI, file_ending
+from shared_iopfl.geometry import check_affine, check_forms
+from shared_iopfl.scan_names import ITK, NIBABEL, file_ending
 
-__all__ = ["check_affine", "check_header", "import_itk"]
+__all__ = ["check_header", "import_itk"]
 
 MOST_VOXELS = 2**28  # of a scan: 1024 x 1024 x 256; more than any of this kind has, less than fills a machine
 SLACK = 2**20  # bytes that may follow the last voxel
@@ -42,8 +43,8 @@ def check_header(path: Path) -> None:
     """
     if not path.is_file():
         return
-    if file_ending(path) in NIFTI:
-        _check_nifti(path)
+    if file_ending(path) in NIBABEL:
+        _check_nibabel(path)
     elif file_ending(path) in ITK:
         itk = import_itk(path)
         _check_data_file(path)
@@ -54,27 +55,39 @@ def check_header(path: Path) -> None:
             _check_size([io.GetDimensions(axis) for axis in range(io.GetNumberOfDimensions())], path)
 
 
-def _check_nifti(path: Path) -> None:
+def _check_nibabel(path: Path) -> None:
     image: Any = nib.load(path)
-    with image.file_map["image"].get_prepare_fileobj() as file:
-        raw = type(image.header).from_fileobj(file, check=False)  # with the check, a voxel size of 0 becomes 1 mm
-    sizes = raw["pixdim"][1 : 1 + min(len(image.shape), 3)]
-    if raw["sform_code"] == 0 and not np.all(np.abs(sizes) > 0):
-        raise InputError(f"{path} has voxels of size {tuple(sizes.tolist())} mm: mend its header")
+    if isinstance(image, nib.Nifti1Pair):
+        _check_nifti(image, path)
+    elif not isinstance(image, nib.MGHImage):
+        raise InputError(f"{path} is in ANALYZE format, which does not say where its axes point: convert it to NIfTI")
     dtype = image.header.get_data_dtype()
     if dtype.fields or dtype.kind == "c":
         kind = "colours (RGB)" if dtype.fields else "complex numbers"
         raise InputError(f"{path} holds {kind}: expected one real value for each voxel")
     check_affine(image.affine, path)
+    if isinstance(image, nib.Nifti1Pair):
+        check_forms(image.header, image.shape, path)
     _check_size(image.shape, path)
     # a reader would first take the memory that the header asks for, and then find that the file is shorter
+    voxels = Path(image.file_map["image"].filename)
     expected = image.dataobj.offset + math.prod(image.shape) * dtype.itemsize
-    found = _unpacked(path, expected + SLACK) if path.suffix.lower() == ".gz" else path.stat().st_size
+    is_packed = voxels.suffix.lower() in (".gz", ".mgz")
+    found = _unpacked(voxels, expected + SLACK) if is_packed else voxels.stat().st_size
     if found < expected:
         raise InputError(
             f"{path} cannot be read as a scan (it is cut short: {found} bytes, {expected} by its header): export or "
             "copy it again"
         )
+
+
+def _check_nifti(image: Any, path: Path) -> None:
+    file_map = image.file_map
+    with file_map["header" if "header" in file_map else "image"].get_prepare_fileobj() as file:
+        raw = type(image.header).from_fileobj(file, check=False)  # with the check, a voxel size of 0 becomes 1 mm
+    sizes = raw["pixdim"][1 : 1 + min(len(image.shape), 3)]
+    if raw["sform_code"] == 0 and not np.all(np.abs(sizes) > 0):
+        raise InputError(f"{path} has voxels of size {tuple(sizes.tolist())} mm: mend its header")
 
 
 def _unpacked(path: Path, limit: int) -> int:
@@ -119,10 +132,3 @@ def import_itk(path: Path) -> ModuleType:
     except ImportError as error:
         raise InputError(f"reading and writing {path} needs ITK: pip install itk") from error
     return itk
-
-
-def check_affine(affine: np.ndarray, path: Path) -> None:
-    spacing = np.linalg.norm(affine[:3, :3], axis=0)
-    if not np.isfinite(affine).all() or not spacing.all() or abs(np.linalg.det(affine[:3, :3] / spacing)) < 1e-6:
-        rows = np.array2string(affine[:3], precision=3, separator=" ").replace("\n", "")
-        raise InputError(f"{path} has a broken affine or voxel size ({rows}): mend its header")

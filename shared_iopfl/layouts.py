@@ -103,6 +103,8 @@ def _pair(images: Path, masks: Path) -> list[tuple[Path, Path]]:
         for entry in entries(folder):
             if file_ending(entry) not in endings or not entry.is_file():
                 continue
+            if file_ending(entry) == ".img" and entry.with_suffix(".hdr").is_file():
+                continue  # the voxels of the scan that the .hdr is
             name, found = case_name(entry), image_of
             if folder == masks and name.lower().endswith(suffix):
                 name, found = name[: len(name) - len(suffix)], mask_of

@@ -45,9 +45,9 @@ class SaveMaskd(MapTransform):
     Comes last in a bundle's postprocessing: the mask is inverted (`Invertd`) and discrete (`AsDiscreted`), so (1,
     *spatial) in the axes of the scan's file. Shape and affine (qform and sform, or origin, spacing and direction) are
     copied from that file, and nothing that it says about the patient. NIfTI gives NIfTI, NRRD gives NRRD, MHA and MHD
-    give MHA, DICOM gives NIfTI, and a picture gives a PNG with the class of each pixel, which lies on the picture as it
-    was read. A file appears whole or not at all. Scans of one name do not overwrite each other: the second gets ``_2``,
-    with a warning.
+    give MHA, DICOM and what else is read give NIfTI, and a picture gives a PNG with the class of each pixel, which lies
+    on the picture as it was read. A file appears whole or not at all. Scans of one name do not overwrite each other:
+    the second gets ``_2``, with a warning.
 
     Args:
         keys: keys of the masks.
@@ -143,7 +143,7 @@ def _mask_ending(source: Path) -> str:
     ending = file_ending(source)
     if ending in PICTURES:
         return ".png"
-    return {".nii": ".nii", ".mha": ".mha", ".mhd": ".mha", ".nrrd": ".nrrd"}.get(ending, ".nii.gz")
+    return {".nii": ".nii", ".mha": ".mha", ".mhd": ".mha", ".nrrd": ".nrrd", ".nhdr": ".nrrd"}.get(ending, ".nii.gz")
 
 
 def _write(array: np.ndarray, source: Path, affine: Any, target: Path) -> None:
@@ -176,7 +176,7 @@ def _write(array: np.ndarray, source: Path, affine: Any, target: Path) -> None:
             raise OSError(reason(error)) from error
         if not written:
             raise OSError("the file came out incomplete")
-    else:  # DICOM: its axes and affine as ITK reads them
+    else:  # DICOM and others: the axes and the affine with which they were read
         nib.save(nib.Nifti1Image(array, np.asarray(affine)), target)
 
 

@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from shared_iopfl.models import load_weights
 from shared_iopfl.routing import check_experts
+from shared_iopfl.tolerant import TolerantEvaluator
 
 __all__ = ["PersonalisedMetrics"]
 
@@ -62,7 +63,9 @@ class PersonalisedMetrics:
         check_experts(network, {self.load_path: weights})
         network = copy.deepcopy(network)  # the evaluator's own may be the one in training
         network.load_state_dict(weights)
-        second = SupervisedEvaluator(
+        options = {"output_dir": engine.output_dir, "strict": False} if isinstance(engine, TolerantEvaluator) else {}
+        second = (TolerantEvaluator if options else SupervisedEvaluator)(
+            **options,
             device=engine.state.device,
             val_data_loader=engine.data_loader,
             network=network,

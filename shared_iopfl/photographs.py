@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Photographs and their drawn masks, from PNG, JPEG, TIFF and BMP as cameras and drawing tools write them."""
+"""Photographs and their drawn masks, from PNG, JPEG, TIFF, BMP and others as cameras and drawing tools write them."""
 
 from __future__ import annotations
 
@@ -24,12 +24,15 @@ from monai.utils import ensure_tuple
 from PIL import Image, ImageOps, TiffImagePlugin
 
 from shared_iopfl.errors import InputError
+from shared_iopfl.photograph_checks import check_colours, check_shape, glance, monochrome
+from shared_iopfl.scan_names import PICTURES
 
 __all__ = ["CodedMaskReader", "PhotographReader"]
 
-FORMATS = ("PNG", "JPEG", "TIFF", "BMP")
+FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "GIF", "PPM")
+MOVING = ("WEBP", "GIF")
 LOSSY = ("JPEG", "MPO")  # MPO: how Pillow calls a JPEG with a second picture behind it, as some cameras write
-SUFFIXES = ("png", "jpg", "jpeg", "tif", "tiff", "bmp")
+SUFFIXES = tuple(ending[1:] for ending in PICTURES)
 SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N", "I")  # "I": some 16-bit files in 32-bit integers
 
 
@@ -79,6 +82,8 @@ class _PictureReader(PILReader):
             with Image.open(name, formats=FORMATS) as img:
                 if isinstance(img, TiffImagePlugin.TiffImageFile):
                     _refuse_tiff(img, name)
+                if img.format in MOVING and getattr(img, "n_frames", 1) > 1:
+                    raise InputError(f"{img.n_frames} pictures in {name}: save the one to be used as a file of its own")
                 img.load()
                 picture = ImageOps.exif_transpose(img)
                 meta = {"format": str(img.format), "mode": img.mode, "width": picture.width, "height": picture.height}
@@ -88,7 +93,7 @@ class _PictureReader(PILReader):
             limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 10**6
             raise InputError(f"more than {limit} megapixels in {name}: save it smaller") from error
         except Image.UnidentifiedImageError as error:
-            raise InputError(f"not a PNG, JPEG, TIFF or BMP picture that can be read: {name}") from error
+            raise InputError(f"not a PNG, JPEG, TIFF or BMP (WebP, GIF, PNM) that can be read: {name}") from error
         except InputError:
             raise
         except (OSError, SyntaxError, ValueError, EOFError, MemoryError) as error:  # what Pillow's decoders raise
@@ -128,13 +133,15 @@ class PhotographReader(_PictureReader):
     - 16-bit values 0..65535 become 0..255 (Pillow itself reads 16-bit RGB as 8-bit).
 
     Args:
-        grey: what to do with a picture of one channel or of three equal ones: ``"refuse"`` it, or ``"replicate"`` the
-            one channel three times.
+        grey: what to do with a picture of one channel, of three (nearly) equal ones, or of a single colour, as red-free
+            ones are: ``"refuse"`` it, and other colours than a fundus has; or ``"replicate"`` the one channel three
+            times, and take other colours as they are.
         reverse_indexing: whether arrays are (width, height), as all MONAI readers give them, or (height, width).
         min_size: the least width and height in pixels.
 
     Raises:
-        InputError: (by `get_data`) when the file is broken, too small or large, or grey where colour is expected.
+        InputError: (by `get_data`) when the file is broken, too small or large, grey where colour is expected, or no
+            photograph of one fundus, as `photograph_checks` tells.
     """
 
     def __init__(self, grey: str = "refuse", reverse_indexing: bool = True, min_size: int = 16) -> None:
@@ -160,14 +167,23 @@ class PhotographReader(_PictureReader):
             rgb = rgba[..., :3] * (rgba[..., 3:] / 255)
         else:
             rgb = np.asarray(picture.convert("RGB"), dtype=np.float32)
-        is_grey = np.array_equal(rgb[..., 0], rgb[..., 1]) and np.array_equal(rgb[..., 0], rgb[..., 2])
-        return self._colour(rgb[..., 0], name) if is_grey else rgb
+        if np.array_equal(rgb[..., 0], rgb[..., 1]) and np.array_equal(rgb[..., 0], rgb[..., 2]):
+            return self._colour(rgb[..., 0], name)
+        small = glance(rgb)
+        check_shape(small, name)
+        channel = monochrome(small)
+        if channel is not None:
+            grey = rgb.mean(axis=-1) if channel < 0 else rgb[..., channel]
+            return self._colour(grey, name, "grey with a tint" if channel < 0 else "a single colour")
+        if self.grey == "refuse":
+            check_colours(small, name)
+        return rgb
 
-    def _colour(self, grey: np.ndarray, name: str) -> np.ndarray:
+    def _colour(self, grey: np.ndarray, name: str, what: str = "grey") -> np.ndarray:
         """Three equal channels of one grey one, if that is wanted."""
         if self.grey == "refuse":
             raise InputError(
-                f'expected colour (RGB), got grey in {name}: give the colour photograph or grey="replicate"'
+                f'expected colour (RGB), got {what} in {name}: give the colour photograph or grey="replicate"'
             )
         return np.repeat(grey[..., None], 3, axis=-1)
 

@@ -63,7 +63,8 @@ class ReviewRecorder:
         state: Any = engine.state
         for batch, output in zip(state.batch, state.output):
             if "report" in output:
-                self.reports[reported_case(batch)] = output["report"]
+                remarks = getattr(batch.get("image"), "meta", {}).get("remarks", "")
+                self.reports[reported_case(batch)] = {**output["report"], "remarks": remarks}
 
     def write(self, engine: Engine) -> None:
         usual = getattr(self.inferer, "usual_shift", 0)  # a method next to ours knows none
@@ -94,6 +95,8 @@ def review_rows(reports: Mapping[str, Mapping[str, Any]], large_shift: float = m
 
 
 def _reasons(report: Mapping[str, Any], large_shift: float) -> Iterable[str]:
+    if report.get("remarks"):
+        yield str(report["remarks"])  # of those who read and cropped the picture
     areas = report.get("areas", ())
     if areas and not any(areas):
         yield "empty mask"

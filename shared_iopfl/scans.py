@@ -12,7 +12,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
@@ -22,30 +21,34 @@ import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import ImageReader, ITKReader, MetaTensor, NibabelReader, PILReader
-from monai.data.utils import affine_to_spacing, is_no_channel, to_affine_nd
+from monai.data.utils import is_no_channel, to_affine_nd
 from monai.transforms import LoadImage, MapTransform
-from monai.utils import ensure_tuple, ensure_tuple_rep
+from monai.utils import ensure_tuple_rep
 
+from shared_iopfl.dicom import DicomReader
 from shared_iopfl.errors import InputError
-from shared_iopfl.headers import check_affine, check_header, import_itk
-from shared_iopfl.scan_files import ITK, NIFTI, PICTURES, VOLUMES, file_ending, is_dicom
+from shared_iopfl.geometry import check_affine, describe_grid, in_grid_of, same_grid
+from shared_iopfl.headers import check_header, import_itk
+from shared_iopfl.scan_names import ITK, NIBABEL, PICTURES, VOLUMES, file_ending, is_dicom
 
 __all__ = ["LoadCased", "reason", "same_grid"]
 
-logger = logging.getLogger(__name__)
+ROUNDING = 1e-3  # by which a label may be off a whole number
 
 
 class LoadCased(MapTransform):
     """Load a case's image and label, or say in one line what is wrong with which file.
 
     The result is, for every key, a float32 `MetaTensor` (channels, *spatial) in the file's own axes and with its
-    affine (RAS, mm). Volumes come from NIfTI, MHA, MHD, NRRD, a DICOM file or a folder with one DICOM series; pictures
-    from PNG, JPEG, TIFF and BMP, as (channels, width, height). With ``spatial_dims`` 3, a 2D file becomes a volume of
-    one slice. A label takes the affine of its image, whose voxels it must match one by one.
+    affine (RAS, mm). Volumes come from NIfTI, MGZ, MHA, MHD, NRRD, a DICOM file or a folder with one DICOM series;
+    pictures from PNG, JPEG, TIFF, BMP, WebP, GIF and PNM, as (channels, width, height). With ``spatial_dims`` 3, a 2D
+    file becomes a volume of one slice. A label comes in the grid of its image: one that fills the same box of the world
+    with its axes flipped or in another order is turned, one that lies elsewhere is refused.
 
     Refused are: files that are missing, empty, cut short or no scans; other shapes than asked for; NaN, infinite or
-    constant images; affines without a volume; labels of another shape than their image, with fractions, negative
-    values, or one value everywhere (a mask needs foreground and background, whatever numbers stand for them).
+    constant images; affines without a volume, and NIfTI whose qform and sform differ; labels on another grid than their
+    image, with fractions, negative values, or one value everywhere (a mask needs foreground and background, whatever
+    numbers stand for them).
 
     Args:
         keys: keys of the paths to load.
@@ -74,7 +77,6 @@ class LoadCased(MapTransform):
         self.label_key = label_key
         self.readers = ensure_tuple_rep(reader, len(self.keys))
         self._load_image = LoadImage(dtype=np.float32)
-        self._warned = False
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
@@ -83,8 +85,10 @@ class LoadCased(MapTransform):
             path = Path(d[key])
             is_label = key == self.label_key
             d[key] = self._load(path, reader, channels=1 if is_label else self.channels)
-            (_check_label if is_label else _check_image)(d[key], path)
-            if not is_label:
+            if is_label:
+                d[key] = _whole_numbers(d[key], path)
+            else:
+                _check_image(d[key], path)
                 images.append(d[key])
         if images and isinstance(d.get(self.label_key), MetaTensor):
             d[self.label_key] = self._match(images[0], d[self.label_key])
@@ -137,64 +141,35 @@ class LoadCased(MapTransform):
 
     def _match(self, image: MetaTensor, label: MetaTensor) -> MetaTensor:
         """The label in the image's grid."""
-        names = [tensor.meta["filename_or_obj"] for tensor in (image, label)]
-        if image.shape[1:] != label.shape[1:]:
+        image_grid, label_grid = ((tensor.affine.numpy(), tensor.shape[1:]) for tensor in (image, label))
+        values = in_grid_of(label[0].numpy(), label_grid[0], *image_grid)
+        if values is None:
+            names = [tensor.meta["filename_or_obj"] for tensor in (image, label)]
             raise InputError(
-                f"{names[1]} has shape {tuple(label.shape[1:])} but its image {names[0]} has {tuple(image.shape[1:])}: "
-                "a mask must have a value for each voxel"
+                f"{names[1]} is not in the grid of its image {names[0]}: {describe_grid(*label_grid)} instead of "
+                f"{describe_grid(*image_grid)}; resample the mask to its image, or mend the header that is wrong"
             )
-        if not self._warned and not same_grid(image.affine, label.affine, image.shape[1:]):
-            self._warned = True
-            logger.warning(
-                "%s lies elsewhere than its image %s (affines differ); voxels are taken to match one by one, "
-                "and no more is said of other cases like it",
-                *reversed(names),
-            )
+        label = MetaTensor(torch.from_numpy(values)[None], meta=label.meta)
         label.affine = image.affine.clone()
         label.meta["original_affine"] = np.array(image.meta["original_affine"])
+        label.meta["spatial_shape"] = np.asarray(label.shape[1:])
         return label
 
 
 def _reader_for(path: Path) -> ImageReader:
     ending = file_ending(path)
-    if ending in NIFTI:
+    if ending in NIBABEL:
         return NibabelReader()
     if ending in PICTURES:
         return PILReader()
-    if path.is_dir() or ending in ITK or is_dicom(path):
+    if path.is_dir() or is_dicom(path):
         import_itk(path)
-        return _SeriesReader() if path.is_dir() else ITKReader()
+        return DicomReader()
+    if ending in ITK:
+        import_itk(path)
+        return ITKReader()
     kinds = ", ".join(ending[1:] for ending in VOLUMES + PICTURES)
     raise InputError(f"{path} is not of a kind that can be read: expected DICOM or {kinds}")
-
-
-class _SeriesReader(ITKReader):
-    """Reads a folder that is one whole DICOM series: ITK passes over slices it cannot read, and takes one of two."""
-
-    def read(self, data: Any, **kwargs: Any) -> Any:
-        folder = Path(ensure_tuple(data)[0])
-        files = sorted(folder.iterdir())
-        if gone := [file.name for file in files if not file.exists()]:
-            raise InputError(f"{folder} has a link that leads nowhere, {gone[0]}: copy it again")
-        files = [file for file in files if file.is_file() and is_dicom(file)]
-        if not files:
-            raise InputError(f"{folder} holds no DICOM files")
-        names = import_itk(folder).GDCMSeriesFileNames.New()
-        names.SetUseSeriesDetails(True)
-        names.AddSeriesRestriction("0008|0021")  # what makes a series, as for MONAI's reader
-        names.SetDirectory(str(folder))
-        series = [names.GetFileNames(uid) for uid in names.GetSeriesUIDs()]
-        if len(series) > 1:
-            raise InputError(f"{folder} holds {len(series)} DICOM series: put each into a folder of its own")
-        readable = {Path(name).name for found in series for name in found}
-        broken = [file.name for file in files if file.name not in readable]
-        if broken:
-            raise InputError(f"{folder} has {len(broken)} slices that cannot be read, {broken[0]} first: copy it again")
-        image = super().read(data, **kwargs)
-        meta, key = image.GetMetaDataDictionary(), "ITK_non_uniform_sampling_deviation"
-        if meta.HasKey(key) and meta[key] > 0.1 * image.GetSpacing()[2]:
-            raise InputError(f"{folder} has slices missing or unevenly spaced (by {meta[key]:.3g} mm): copy it again")
-        return image
 
 
 def _check_image(image: MetaTensor, path: Path) -> None:
@@ -205,23 +180,17 @@ def _check_image(image: MetaTensor, path: Path) -> None:
         raise InputError(f"{path} holds nothing to see: it is {image.min():g} everywhere")
 
 
-def _check_label(label: MetaTensor, path: Path) -> None:
+def _whole_numbers(label: MetaTensor, path: Path) -> MetaTensor:
+    """The label with what tools that scale values leave of whole numbers, as 0.9999999, made whole again."""
     values = torch.unique(label.as_tensor())
-    wrong = values[~torch.isfinite(values) | (values != values.round()) | (values < 0)]
+    whole = values.round()
+    wrong = values[~torch.isfinite(values) | ((values - whole).abs() > ROUNDING) | (whole < 0)]
     if len(wrong):
-        some = ", ".join(f"{value:g}" for value in wrong[:3]) + (", ..." if len(wrong) > 3 else "")
+        some = ", ".join(f"{value:.7g}" for value in wrong[:3]) + (", ..." if len(wrong) > 3 else "")
         raise InputError(f"{path} is not a mask: its values must be 0, 1, 2, ... but include {some}")
-    if len(values) == 1:
-        raise InputError(f"{path} has no foreground to learn from or to score: it is {values[0]:g} everywhere")
-
-
-def same_grid(first: Any, second: Any, shape: Sequence[int]) -> bool:
-    """Whether no corner of the volume moves by half a voxel or more from one affine to the other."""
-    a, b = (to_affine_nd(3, np.asarray(affine, dtype=np.float64)) for affine in (first, second))
-    size = (*shape, 1, 1)[:3]
-    corners = np.array([(*corner, 1) for corner in np.ndindex(2, 2, 2)]) * (*(np.array(size) - 1), 1)
-    moved = np.linalg.norm(corners @ (a - b).T, axis=1).max()
-    return bool(moved < 0.5 * affine_to_spacing(a).min())
+    if len(torch.unique(whole)) == 1:
+        raise InputError(f"{path} has no foreground to learn from or to score: it is {whole[0]:g} everywhere")
+    return label.round()  # type: ignore[return-value]
 
 
 def reason(error: Exception) -> str:

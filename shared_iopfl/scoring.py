@@ -19,8 +19,20 @@ from typing import Any
 from monai.bundle import ConfigWorkflow
 
 from shared_iopfl.errors import InputError
+from shared_iopfl.tolerant import Failure
 
-__all__ = ["Scoring"]
+__all__ = ["Scoring", "raise_failures"]
+
+
+def raise_failures(failures: Sequence[Failure]) -> None:
+    """Raise `InputError` where cases failed, naming the first; one that failed for several models is one."""
+    reasons = {failure.file: failure.reason for failure in failures}
+    if reasons:
+        first = next(iter(reasons.values()))
+        raise InputError(
+            f"{len(reasons)} cases could not be scored, all others were; failed.csv beside the masks names them. "
+            f"First: {first}"
+        )
 
 
 class Scoring:
@@ -44,6 +56,7 @@ class Scoring:
         self.bundle_root = bundle_root
         self.output_dir = output_dir
         self.overrides = dict(overrides or {})
+        self.failures: list[Failure] = []
 
     def score(self, site: str, model: str, **overrides: Any) -> None:
         """Score one model on one site; `overrides` come on top of the common ones."""
@@ -55,11 +68,16 @@ class Scoring:
             output_dir=self.output_dir,
             site=site,
             model=model,
-            **{"personalised_metrics": False, **self.overrides, **overrides},
+            **{"personalised_metrics": False, "strict": False, **self.overrides, **overrides},
         )
         workflow.initialize()
         workflow.run()
+        self.failures += workflow.parser.get_parsed_content("evaluator").failures
         workflow.finalize()
+
+    def finish(self) -> None:
+        """Raise `InputError` where cases could not be scored: the others were, but a run must say so by its status."""
+        raise_failures(self.failures)
 
     @staticmethod
     def check(sites: Sequence[str], outside_sites: Sequence[str]) -> None:

@@ -10,8 +10,7 @@
 # limitations under the License.
 """A folder of scans served to its end: a bad scan is named in ``failed.csv``, the others get their masks.
 
-For inference alone. In training and evaluation a bad scan ends the run: what is learnt or scored must be what was
-asked.
+For inference and for scoring. In training a bad scan ends the run: what is learnt must be what was asked.
 """
 
 from __future__ import annotations
@@ -19,13 +18,14 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from monai.data import Dataset, list_data_collate
 from monai.engines import IterationEvents, SupervisedEvaluator
+from monai.handlers import from_engine
 from monai.utils import CommonKeys, ensure_tuple
 
 from shared_iopfl.errors import InputError, root_input_error
@@ -35,7 +35,7 @@ from shared_iopfl.scan_files import case_name, printable
 from shared_iopfl.scans import reason
 from shared_iopfl.tables import write_rows
 
-__all__ = ["Failure", "ScanWriter", "TolerantDataset", "TolerantEvaluator", "tolerant_collate"]
+__all__ = ["Failure", "ScanWriter", "TolerantDataset", "TolerantEvaluator", "from_scored", "tolerant_collate"]
 
 logger = logging.getLogger(__name__)
 FAILURES = "failures"  # key of a batch: its scans that could not be loaded
@@ -93,6 +93,12 @@ def tolerant_collate(items: Sequence[Any]) -> dict[str, Any]:
     return {**batch, FAILURES: failures} if failures else batch
 
 
+def from_scored(keys: Sequence[str]) -> Callable[[Any], Any]:
+    """`monai.handlers.from_engine` for metrics, where an iteration may have no case: that of a failed scan."""
+    items = from_engine(keys)
+    return lambda output: items(output) if output else tuple([] for _ in keys)
+
+
 class ScanWriter(OutputWriter):
     """An `OutputWriter` at work within the iteration, so that a scan whose mask cannot be written fails alone."""
 
@@ -112,11 +118,14 @@ class TolerantEvaluator(SupervisedEvaluator):
 
     Args:
         output_dir: where ``failed.csv`` goes.
+        strict: whether failures end the run with an `InputError`; otherwise only a run in which all scans failed does,
+            and `failures` holds them for whoever runs it.
         args, kwargs: of `SupervisedEvaluator`; its loader is over a `TolerantDataset`, with `tolerant_collate`.
     """
 
-    def __init__(self, *args: Any, output_dir: str | os.PathLike, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, output_dir: str | os.PathLike, strict: bool = True, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.strict = strict
         self.output_dir = Path(output_dir)
         self.failures: list[Failure] = []
 
@@ -132,9 +141,13 @@ class TolerantEvaluator(SupervisedEvaluator):
         """
         self.failures = []
         self.failed_csv.unlink(missing_ok=True)  # of another run
-        super().run(global_epoch)
-        if self.failures:
-            count = len(self.data_loader.dataset)  # type: ignore[union-attr, arg-type]
+        count = len(self.data_loader.dataset)  # type: ignore[union-attr, arg-type]
+        try:
+            super().run(global_epoch)
+        except ValueError:  # MONAI's metrics, where there is nothing to aggregate
+            if len(self.failures) < count:
+                raise
+        if self.failures and (self.strict or len(self.failures) == count):
             raise InputError(f"{len(self.failures)} of {count} scans failed: see {self.failed_csv}")
 
     def _iteration(self, engine: Any, batchdata: dict[str, Any]) -> Any:

@@ -12,16 +12,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from fundus_pictures import case, tensor, truth
 from monai.data import MetaTensor, decollate_batch, list_data_collate
 from monai.transforms import Compose, Invertd, Resized
+from PIL import Image
 from skimage import data
 
-from shared_iopfl.cropping import CropToDiscd
+from shared_iopfl.cropping import CropToDiscd, site_crop
 from shared_iopfl.errors import InputError
+from shared_iopfl.locating import find_disc
+from shared_iopfl.phantom_fundus import fundus_case, fundus_style
 
 
 def landscape() -> np.ndarray:
@@ -107,3 +112,58 @@ def test_mismatched_mask_and_unknown_settings_are_refused():
         CropToDiscd("image", crop="none")
     with pytest.raises(InputError, match="size_ratio"):
         CropToDiscd("image", size_ratio=0.5)
+
+
+def folder(root: Path, kinds: str) -> list[dict[str, str]]:
+    """A site of crops ("c") and whole photographs ("w")."""
+    cases = []
+    for number, kind in enumerate(kinds):
+        size = 300 if kind == "w" else 128
+        picture = fundus_case(fundus_style("A"), size, np.random.RandomState(number), photograph=kind == "w")[0]
+        Image.fromarray(picture).save(root / f"{number}.png")
+        cases.append({"image": str(root / f"{number}.png")})
+    return cases
+
+
+@pytest.mark.parametrize(
+    "kinds, chosen", [("cccw", "crops"), ("wwwc", "auto"), ("cw", "auto"), ("c", "auto"), ("cc", "crops")]
+)
+def test_the_site_decides_whether_its_pictures_are_crops(tmp_path, kinds, chosen):
+    cases = folder(tmp_path, kinds)
+    (tmp_path / "broken.png").write_bytes(b"x")
+    odd = [{"image": str(tmp_path / name)} for name in ("broken.png", "gone.png")]
+    assert site_crop("auto", [*cases, *odd] if len(cases) > 1 else cases) == chosen
+    for told in ("always", "never", "crops"):
+        assert site_crop(told, cases) == told
+
+
+def test_among_crops_an_unsure_disc_is_taken_with_a_remark_and_no_disc_at_all_is_refused(monkeypatch):
+    """A crop of an older camera, in which the disc is found with less than what is asked for."""
+    picture = MetaTensor(case("A", photograph=False)[0], meta={"filename_or_obj": "x.png"})
+    found = find_disc(picture)
+    for confidence, whole, remark in (
+        (0.24, False, "optic disc unsure (confidence 0.24)"),
+        (0.24, True, "optic disc unsure (confidence 0.24)"),
+        (0.8, True, "looks like a whole photograph among crops"),
+        (0.8, False, ""),
+    ):
+        disc = found._replace(confidence=confidence, whole=whole)
+        monkeypatch.setattr("shared_iopfl.cropping.find_disc", lambda image, disc=disc: disc)
+        left = CropToDiscd("image", crop="crops")({"image": picture})["image"]
+        assert torch.equal(left.as_tensor(), picture.as_tensor())
+        assert left.meta["remarks"] == remark
+    for crop, confidence in (("auto", 0.24), ("crops", 0.05)):
+        disc = found._replace(confidence=confidence)
+        monkeypatch.setattr("shared_iopfl.cropping.find_disc", lambda image, disc=disc: disc)
+        with pytest.raises(InputError, match="no optic disc found"):
+            CropToDiscd("image", crop=crop)({"image": picture})
+
+
+@pytest.mark.parametrize("crop", ["auto", "never", "crops"])
+def test_a_stretched_crop_is_remarked(crop):
+    picture, _ = case("A", photograph=False)
+    wide = torch.nn.functional.interpolate(picture[None], scale_factor=(1.5, 1))[0]
+    assert CropToDiscd("image", crop=crop)({"image": MetaTensor(wide)})["image"].meta["remarks"] == (
+        "a crop 1.5 times as wide as high"
+    )
+    assert CropToDiscd("image", crop=crop)({"image": MetaTensor(picture)})["image"].meta["remarks"] == ""

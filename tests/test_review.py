@@ -204,3 +204,11 @@ def test_comparison_puts_quality_beside_dice(tmp_path: Path) -> None:
     }
     assert float(rows[0]["quality"]) == 0.625 and float(rows[0]["dice"]) == 0.5
     assert review_by_site(rows) == {"S 1": ReviewQuality(6, pytest.approx(0.0), 0.5)}
+
+
+def test_what_is_odd_about_a_picture_is_the_first_reason() -> None:
+    reports = {
+        "a": {"quality": 0.5, "areas": [3], "remarks": "optic disc unsure"},
+        "b": {"quality": 0.95, "remarks": ""},
+    }
+    assert [row["reasons"] for row in review_rows(reports)] == ["optic disc unsure; views disagree", ""]

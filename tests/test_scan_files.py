@@ -12,27 +12,149 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
+from ignite.engine import Engine
 from site_folders import names, touch
+from test_dicom import report
+from tiny_scans import AFFINES, MASK, VALUES, nifti
 
 from shared_iopfl.errors import InputError
-from shared_iopfl.scan_files import find_scans
+from shared_iopfl.scan_files import PICTURES, NotTaken, find_scans, not_taken
 
 DICOM = bytes(128) + b"DICM" + bytes(8)
 
 
 def test_find_scans_in_a_mixed_folder(tmp_path):
-    """Files, DICOM series folders at any depth and an images folder are scans; masks and odd files are not."""
-    touch(tmp_path, "a.nii.gz", "b.mha", "c.png", "a_segmentation.nii.gz", "notes.txt", ".hidden.nii", "masks/c.png")
-    touch(tmp_path, "images/d.jpg", "results/e.nii.gz")
+    """Files and DICOM series folders at any depth are scans; masks and odd files are not, and are named."""
+    touch(tmp_path, "a.nii.gz", "b.mha", "a_segmentation.nii.gz", "notes.txt", ".hidden.nii", "masks/c.png")
+    touch(tmp_path, "images/d.nii", "results/e.nii.gz")
     touch(tmp_path, "patient1/study/1.dcm", "patient1/study/2.dcm")
     touch(tmp_path, "patient2/1.2.840.5", "patient2/DICOMDIR", content=DICOM)
     touch(tmp_path, "DICOMDIR", content=DICOM)
     (tmp_path / "patient2" / "loop").symlink_to(tmp_path)
-    assert names(find_scans(tmp_path)) == ["a", "b", "c", "d", "study", "patient2"]
+    assert names(find_scans(tmp_path)) == ["a", "b", "d", "study", "patient2", "e"]
     assert all(Path(scan["image"]).exists() for scan in find_scans(tmp_path))
+    line = not_taken(tmp_path)
+    assert line.startswith("not taken: ")
+    for part in ("1 files of other kinds (notes.txt)", "(a_segmentation.nii.gz)", "1 folders of masks (masks/)"):
+        assert part in line
+
+
+def label_map(path: Path, kind: type = np.uint8) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nifti(path, MASK.astype(kind))
+
+
+def scan(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nifti(path, VALUES)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("Case00_mask", "Case00_seg", "Case00-label", "Case00_gt", "Case00_label", "Case00.seg", "CASE00_SEG"),
+        *("Case00 Segmentation", "case00-labels", "Case00_mask_1", "seg_Case00", "mask-Case00", "Case00_groundtruth"),
+        *("Case00_dseg", "Case00_ground_truth", "mask", "Segmentation", "Case00-labelmap", "Case00_ROI"),
+    ],
+)
+@pytest.mark.parametrize("ending", [".nii.gz", ".mha", ".nii"])
+def test_masks_beside_their_scan_are_known_by_their_names(tmp_path, name, ending):
+    """Whatever they hold: a soft mask is a mask too."""
+    touch(tmp_path, "Case00.nii.gz", f"{name}{ending}")
+    assert names(find_scans(tmp_path)) == ["Case00"]
+    assert f"1 masks by their names ({name}{ending})" in not_taken(tmp_path)
+
+
+def test_masks_beside_scans_are_known_by_their_few_whole_numbers(tmp_path):
+    """Whatever they are called; scans of a mask's name, and odd scans of two values, stay scans."""
+    scan(tmp_path / "Case00.nii.gz")
+    scan(tmp_path / "t2_seg_study" / "t2_seg.nii.gz")
+    nifti(tmp_path / "two_bright_values.nii.gz", MASK * np.float32(1e6))
+    nifti(tmp_path / "halves.nii.gz", MASK * np.float32(0.5))
+    nifti(tmp_path / "constant.nii.gz", MASK * np.float32(0))
+    for number, kind in enumerate((np.uint8, np.int16, np.float32, np.float64)):
+        label_map(tmp_path / f"predictions/p{number}.nii.gz", kind)
+        label_map(tmp_path / f"predictions/q{number}.nii", kind)
+    label_map(tmp_path / "sub-01_space-T2w_mask.nii.gz")
+    nifti(tmp_path / "coded.nii.gz", MASK * np.float32(255))
+    nifti(tmp_path / "hair.nii.gz", MASK * np.float32(0.9999999))
+    found = names(find_scans(tmp_path))
+    assert sorted(found) == ["Case00", "constant", "halves", "t2_seg", "two_bright_values"]
+    assert (
+        "11 volumes of a few whole numbers, as masks are (coded.nii.gz, hair.nii.gz, predictions/p0.nii.gz, ...)"
+        in not_taken(tmp_path)
+    )
+
+
+def test_labels_in_other_formats(tmp_path):
+    itk = pytest.importorskip("itk")
+    scan(tmp_path / "a.nii.gz")
+    for ending in (".nrrd", ".mha", ".mhd", ".nhdr"):
+        itk.imwrite(itk.image_from_array(np.ascontiguousarray(MASK.T)), str(tmp_path / f"b{ending[1:]}{ending}"))
+    nib.save(nib.MGHImage(MASK, AFFINES["LPS"]), tmp_path / "c.mgz")
+    assert names(find_scans(tmp_path)) == ["a"]
+    assert "5 volumes of a few whole numbers" in not_taken(tmp_path)
+
+
+def test_a_folder_of_masks_alone_is_refused_and_a_mask_given_by_itself_is_taken(tmp_path):
+    label_map(tmp_path / "a.nii.gz")
+    with pytest.raises(InputError, match=r"no scan at .*; not taken: 1 volumes of a few whole numbers.*\(a\.nii\.gz\)"):
+        find_scans(tmp_path)
+    assert names(find_scans(tmp_path / "a.nii.gz")) == ["a"]
+
+
+@pytest.mark.parametrize("volume", ["a.nii.gz", "sub/b.mha", "series/1.dcm"])
+def test_pictures_beside_volumes_are_previews_unless_pictures_are_wanted(tmp_path, volume):
+    touch(tmp_path, volume, "preview.png", "sub/Case.jpg")
+    assert len(find_scans(tmp_path)) == 1
+    assert "2 pictures beside volumes (preview.png, sub/Case.jpg)" in not_taken(tmp_path)
+    assert names(find_scans(tmp_path, pictures=True)) == ["preview", "Case"]
+    assert "1 volumes where pictures are wanted" in not_taken(tmp_path, pictures=True)
+
+
+def test_the_output_of_a_run_is_no_scan(tmp_path):
+    scan(tmp_path / "a.nii.gz")
+    touch(tmp_path, "masks_of_mine/run.json", "masks_of_mine/a.nii.gz", "masks_of_mine/a_overlay.png")
+    assert names(find_scans(tmp_path)) == ["a"]
+    assert "1 folders that a run wrote (masks_of_mine/)" in not_taken(tmp_path)
+
+
+def test_every_kind_that_the_libraries_read_is_taken(tmp_path):
+    """A header and its voxels are one scan."""
+    pictures = [f"{ending[1:]}{ending}" for ending in PICTURES]
+    volumes = ["a.nii", "b.nii.gz", "c.hdr", "d.mha", "e.mhd", "f.nrrd", "g.nhdr", "h.mgz", "i.mgh"]
+    touch(tmp_path / "p", *pictures)
+    touch(tmp_path / "v", *volumes, "c.img", "e.raw", "g.raw.gz")
+    assert len(find_scans(tmp_path / "p", pictures=True)) == len(pictures)
+    assert names(find_scans(tmp_path / "v")) == list("abcdefghi")
+    assert not_taken(tmp_path / "p", pictures=True) == not_taken(tmp_path / "v") == ""
+
+
+def test_dicom_objects_without_voxels_are_no_slices(tmp_path):
+    report(tmp_path / "SR.dcm")
+    with pytest.raises(InputError, match=r"not taken: 1 DICOM objects without voxels \(SR\.dcm\)"):
+        find_scans(tmp_path)
+    touch(tmp_path, "IM0", content=DICOM)
+    assert len(find_scans(tmp_path)) == 1
+    assert "(SR.dcm)" in not_taken(tmp_path)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_run_ends_with_what_was_not_taken(tmp_path, caplog, fails):
+    touch(tmp_path, "a.nii.gz", *(f"{k}.txt" for k in range(5)))
+    engine = Engine(lambda engine, batch: 1 / (not fails))
+    NotTaken(tmp_path).attach(engine)
+    with pytest.raises(ZeroDivisionError) if fails else nullcontext():
+        engine.run([0])
+    assert caplog.messages[-1] == "not taken: 5 files of other kinds (0.txt, 1.txt, 2.txt, ...)"
+    NotTaken(tmp_path / "a.nii.gz").attach(engine)
+    NotTaken(tmp_path / "gone").attach(engine)
 
 
 def test_find_scans_names_are_unique_and_tell_where_they_come_from(tmp_path):

@@ -12,7 +12,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from pathlib import Path
 
@@ -23,7 +22,7 @@ import torch
 from monai.data import CacheDataset, DataLoader, MetaTensor, PILReader, decollate_batch
 from monai.transforms import Compose
 from PIL import Image
-from tiny_scans import AFFINES, MASK, PICTURE, RNG, SERIES, VALUES, dicom_series, nifti
+from tiny_scans import AFFINES, MASK, PICTURE, RNG, SERIES, VALUES, affine_of, dicom_series, nifti, rotation
 
 from shared_iopfl.errors import InputError, root_input_error
 from shared_iopfl.scan_files import find_scans
@@ -146,7 +145,7 @@ def test_colours_are_counted(tmp_path):
 def test_label_of_another_shape(tmp_path):
     """Both files are named."""
     image, label = nifti(tmp_path / "a.nii", VALUES), nifti(tmp_path / "m.nii", MASK[..., :4])
-    with pytest.raises(InputError, match=r"m\.nii has shape \(6, 7, 4\) but its image .*a\.nii has \(6, 7, 5\)"):
+    with pytest.raises(InputError, match=r"m\.nii is not in the grid of its image .*a\.nii: 6x7x4 .* of 6x7x5 voxels"):
         LoadCased()({"image": image, "label": label})
 
 
@@ -231,20 +230,77 @@ def test_grey_mask_stored_as_rgb_has_one_channel(tmp_path):
     assert np.array_equal(label.numpy(), PICTURE[None, ..., 0].transpose(0, 2, 1))
 
 
-def test_label_lies_in_its_images_grid(tmp_path, caplog):
-    """A label's rounded affine is replaced silently, one that lies elsewhere with a single warning."""
+def test_a_labels_rounded_affine_is_its_images(tmp_path):
     image = nifti(tmp_path / "a.nii", VALUES, AFFINES["oblique"])
     near = nifti(tmp_path / "near.nii", MASK, AFFINES["oblique"].round(2))
-    far = nifti(tmp_path / "far.nii", MASK, np.eye(4))
-    loader = LoadCased()
-    with caplog.at_level(logging.WARNING, "shared_iopfl"):
-        case = loader({"image": image, "label": near})
-        assert not caplog.records
-        for _ in range(2):
-            case = loader({"image": image, "label": far})
-    assert len(caplog.records) == 1
+    case = LoadCased()({"image": image, "label": near})
     assert torch.equal(case["label"].affine, case["image"].affine)
     assert np.array_equal(case["label"][0].numpy(), MASK)
+
+
+@pytest.mark.parametrize("name", ["LPS", "oblique", "sheared"])
+@pytest.mark.parametrize("axes", ["LPS", "RAS", "LPI", "SAL", "IPR", "PSL"])
+def test_a_label_on_the_same_box_is_turned_to_its_image(tmp_path, name, axes):
+    """As a viewer saves it: the same voxels in another order. No value moves in the world."""
+    image = nifti(tmp_path / "a.nii", VALUES, AFFINES[name])
+    mask = nib.Nifti1Image(MASK, AFFINES[name])
+    turn = nib.orientations.ornt_transform(nib.io_orientation(mask.affine), nib.orientations.axcodes2ornt(tuple(axes)))
+    nib.save(mask.as_reoriented(turn), tmp_path / "m.nii")
+    case = LoadCased()({"image": image, "label": tmp_path / "m.nii"})
+    assert np.array_equal(case["label"][0].numpy(), MASK)
+    assert torch.equal(case["label"].affine, case["image"].affine)
+
+
+@pytest.mark.parametrize(
+    "affine",
+    [
+        np.eye(4),
+        affine_of(np.diag([-0.7, -0.9, 3]), (5, -6, 10)),
+        affine_of(np.diag([-0.7, -1.2, 3])),
+        affine_of(rotation() @ np.diag([-0.7, -0.9, 3])),
+    ],
+    ids=["none", "a slice off", "other voxels", "turned"],
+)
+def test_a_label_that_lies_elsewhere_is_refused_with_both_grids(tmp_path, affine):
+    image, label = nifti(tmp_path / "a.nii", VALUES), nifti(tmp_path / "m.nii", MASK, affine)
+    with pytest.raises(InputError, match=r"m\.nii is not in the grid .*of 0\.7x0\.9x3 mm, axes LPS") as error:
+        LoadCased()({"image": image, "label": label})
+    assert "\n" not in str(error.value)
+    assert str(error.value).count("voxels of") == 2
+
+
+def with_forms(path: Path, qform: np.ndarray, sform: np.ndarray) -> Path:
+    image = nib.Nifti1Image(VALUES, AFFINES["LPS"])
+    image.set_qform(qform, 1)
+    image.set_sform(sform, 1)
+    nib.save(image, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "qform",
+    [
+        AFFINES["RAS"],
+        affine_of(np.diag([-0.7, -0.9, 3]), (5, -6, 70)),
+        affine_of(np.diag([-0.72, -0.9, 3])),
+        affine_of(rotation() @ np.diag([-0.7, -0.9, 3])),
+        affine_of(np.diag([0.7, -0.9, 3])),
+    ],
+    ids=["flipped", "shifted", "stretched", "turned", "mirrored"],
+)
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
+def test_forms_that_disagree_are_refused_naming_both(tmp_path, qform, ending):
+    refused(with_forms(tmp_path / f"a{ending}", qform, AFFINES["LPS"]), "two places: its qform says .*, its sform")
+
+
+def test_forms_that_differ_by_rounding_are_one(tmp_path):
+    load(with_forms(tmp_path / "a.nii", AFFINES["oblique"], AFFINES["oblique"] + 0.001))
+
+
+def test_a_label_a_hair_off_whole_numbers_is_those_numbers(tmp_path):
+    label = LoadCased()({"label": nifti(tmp_path / "m.nii", MASK * np.float32(0.9999))})["label"]
+    assert np.array_equal(label[0].numpy(), MASK)
+    refused(nifti(tmp_path / "n.nii", MASK * np.float32(0.9985)), r"include 0\.9985", key="label")
 
 
 def test_readers_can_be_given_one_a_key(tmp_path):

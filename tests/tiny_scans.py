@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import locale
+from collections.abc import Callable
 from pathlib import Path
 
 import nibabel as nib
@@ -51,28 +52,37 @@ def nifti(path: Path, array: np.ndarray, affine: np.ndarray = AFFINES["LPS"]) ->
     return path
 
 
-def dicom_series(folder: Path, array: np.ndarray, uid: str = "1.2.3") -> Path:
-    """An oblique series of slices, (slice, row, column)."""
+def dicom_series(
+    folder: Path,
+    array: np.ndarray,
+    uid: str = "1.2.3",
+    name: str = "IM",
+    direction: np.ndarray = rotation(),  # noqa: B008
+    thickness: Callable[[int], str] = lambda k: "3.0",
+    place: Callable[[int], float] = float,
+    tilt: float = 0,
+) -> Path:
+    """An oblique series of slices, (slice, row, column); `place` tells where a slice lies, in slices from
+    the first, and `tilt` how far each is shifted along its rows, in mm."""
     itk = pytest.importorskip("itk")
-    folder.mkdir()
-    direction = rotation()
+    folder.mkdir(exist_ok=True)
     category = locale.setlocale(locale.LC_ALL)  # ITK's DICOM writer leaves "C" behind
     for k, slice_values in enumerate(array):
         image = itk.image_from_array(slice_values[None])
-        position = np.array([5, 6, 7]) + 3.0 * k * direction[:, 2]
+        position = np.array([5, 6, 7]) + 3.0 * place(k) * direction[:, 2] + tilt * k * direction[:, 0]
         tags = image.GetMetaDataDictionary()
-        tags["0020|000d"], tags["0020|000e"], tags["0008|0018"] = "1.2", uid, f"{uid}.{k}"
+        tags["0020|000d"], tags["0020|000e"], tags["0008|0018"] = "1.2", uid, f"{uid}.{name == 'IM':d}{k}"
         tags["0008|0060"], tags["0008|0021"], tags["0020|0013"] = "MR", "20200101", str(k)
         tags["0010|0010"], tags["0010|0020"], tags["0010|0030"] = "DOE^JOHN", "MRN1950", "19500101"
         tags["0020|0032"] = "\\".join(f"{value:.6f}" for value in position)
         tags["0020|0037"] = "\\".join(f"{value:.6f}" for value in direction[:, :2].T.ravel())
-        tags["0028|0030"], tags["0018|0050"], tags["0018|0088"] = "0.9\\0.7", "3.0", "3.0"
+        tags["0028|0030"], tags["0018|0050"], tags["0018|0088"] = "0.9\\0.7", thickness(k), "3.0"
         image.SetOrigin(position.tolist())
         image.SetSpacing([0.7, 0.9, 3.0])
         image.SetDirection(itk.matrix_from_array(direction))
         image.SetMetaDataDictionary(tags)
         io = itk.GDCMImageIO.New()
         io.KeepOriginalUIDOn()
-        itk.ImageFileWriter.New(image, FileName=str(folder / f"IM{k}.dcm"), ImageIO=io).Update()
+        itk.ImageFileWriter.New(image, FileName=str(folder / f"{name}{k}.dcm"), ImageIO=io).Update()
     locale.setlocale(locale.LC_ALL, category)
     return folder

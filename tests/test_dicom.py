@@ -1,0 +1,142 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""DICOM: one volume whose place is known is read in its grid; anything else is refused for what it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_scans import SERIES, dicom_series, rotation
+
+from shared_iopfl.errors import InputError
+from shared_iopfl.scans import LoadCased
+
+SAGITTAL = np.array([[0, 0, 1.0], [1, 0, 0], [0, 1, 0]])
+POSITION, ORIENTATION, SPACING = (b"\x20\x00\x32\x00", b"\x20\x00\x37\x00", b"\x28\x00\x30\x00")
+
+
+def load(path: Path):
+    return LoadCased("image")({"image": str(path)})["image"]
+
+
+def refused(path: Path, what: str) -> None:
+    with pytest.raises(InputError, match=what) as error:
+        load(path)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def good(folder: Path) -> None:
+    """The very values and place of the series."""
+    scan = load(folder)
+    assert np.array_equal(scan[0].numpy(), SERIES.T)
+    direction, flip = rotation(), np.diag([-1, -1, 1])
+    assert np.allclose(scan.affine[:3, :3], flip @ direction @ np.diag([0.7, 0.9, 3]), atol=1e-4)
+    assert np.allclose(scan.affine[:3, 3], flip @ [5, 6, 7], atol=1e-4)
+
+
+def without(folder: Path, *tags: bytes) -> Path:
+    """The tags under numbers that nobody knows."""
+    for file in folder.iterdir():
+        data = file.read_bytes()
+        for tag in tags:
+            assert tag in data
+            data = data.replace(tag, tag[:2] + bytes([tag[2] + 1]) + tag[3:], 1)
+        file.write_bytes(data)
+    return folder
+
+
+def report(path: Path, kind: str = "88.22") -> None:
+    def element(number: int, vr: str, value: bytes) -> bytes:
+        value += b"\0" * (len(value) % 2)
+        length = bytes(2) + len(value).to_bytes(4, "little") if vr == "OB" else len(value).to_bytes(2, "little")
+        return b"\x02\x00" + number.to_bytes(2, "little") + vr.encode() + length + value
+
+    what = f"1.2.840.10008.5.1.4.1.1.{kind}".encode()
+    meta = element(1, "OB", b"\0\1") + element(2, "UI", what) + element(3, "UI", b"1.9")
+    meta += element(0x10, "UI", b"1.2.840.10008.1.2.1")
+    path.write_bytes(bytes(128) + b"DICM" + element(0, "UL", len(meta).to_bytes(4, "little")) + meta)
+
+
+def test_a_series_is_read_in_the_order_of_its_places(tmp_path):
+    """Whatever the files' names, and with names of slices that sort otherwise."""
+    folder = dicom_series(tmp_path / "s", SERIES)
+    good(folder)
+    for number, file in enumerate(sorted(folder.iterdir())):
+        file.rename(folder / f"x{(3 * number) % 5}.dcm")
+    good(folder)
+
+
+@pytest.mark.parametrize("noise", ["3.00000{}", "{}.0", "3{}"])
+def test_another_text_for_the_thickness_makes_no_other_series(tmp_path, noise):
+    good(dicom_series(tmp_path / "s", SERIES, thickness=lambda k: noise.format(k + 1)))
+
+
+@pytest.mark.parametrize("kind", ["88.22", "88.59", "11.1", "66.4", "104.1", "481.3"])
+@pytest.mark.parametrize("name", ["SR.dcm", "0000", "zzz"])
+def test_objects_without_voxels_are_passed_over_by_name(tmp_path, caplog, kind, name):
+    folder = dicom_series(tmp_path / "s", SERIES)
+    report(folder / name, kind)
+    good(folder)
+    assert any(name in record.getMessage() for record in caplog.records)
+
+
+def test_a_folder_of_reports_is_no_scan(tmp_path):
+    (tmp_path / "s").mkdir()
+    report(tmp_path / "s" / "SR.dcm")
+    refused(tmp_path / "s", r"no DICOM images, only reports or the like \(SR\.dcm\)")
+
+
+@pytest.mark.parametrize(
+    "tags, what",
+    [
+        ((POSITION,), r"does not say where IM0\.dcm lies \(no image position\)"),
+        ((ORIENTATION,), "no image orientation"),
+        ((POSITION, ORIENTATION), "no image position and no image orientation"),
+        ((SPACING,), "no pixel spacing"),
+    ],
+)
+@pytest.mark.parametrize("alone", [False, True], ids=["series", "file"])
+def test_slices_that_do_not_say_where_they_lie(tmp_path, tags, what, alone):
+    folder = without(dicom_series(tmp_path / "s", SERIES), *tags)
+    refused(folder / "IM0.dcm" if alone else folder, what)
+
+
+def test_two_images_at_one_place(tmp_path):
+    """Phases, echoes or repetitions, and a slice that was copied twice."""
+    folder = dicom_series(tmp_path / "s", SERIES)
+    dicom_series(folder, SERIES // 2, name="second")
+    refused(folder, r"two images at one place, IM0\.dcm and second0\.dcm")
+    refused(dicom_series(tmp_path / "t", SERIES, place=lambda k: min(k, 3)), "two images at one place")
+
+
+def test_slices_of_several_directions(tmp_path):
+    folder = dicom_series(tmp_path / "s", SERIES)
+    dicom_series(folder, SERIES, name="sagittal", direction=SAGITTAL)
+    refused(folder, "slices of several directions")
+
+
+def test_slices_of_several_sizes(tmp_path):
+    folder = dicom_series(tmp_path / "s", SERIES)
+    dicom_series(folder, SERIES[:, 1:], name="small", place=lambda k: k + 5)
+    refused(folder, "slices of several sizes")
+
+
+@pytest.mark.parametrize("place", [lambda k: k + (k > 2), lambda k: k * (1 + 0.1 * k), lambda k: k**2])
+def test_uneven_slices(tmp_path, place):
+    refused(dicom_series(tmp_path / "s", SERIES, place=place), r"missing or unevenly spaced \(.* mm apart\)")
+
+
+def test_slices_shifted_against_each_other(tmp_path):
+    """A tilted gantry's: positions that do not follow the slices' normal."""
+    refused(dicom_series(tmp_path / "s", SERIES, tilt=1), "shifted against each other")
