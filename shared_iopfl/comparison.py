@@ -28,9 +28,11 @@ from monai.bundle import ConfigParser
 from torch import Tensor, nn
 
 from shared_iopfl.baselines import fine_tune, labelled_routes
+from shared_iopfl.config_values import Expression, as_values
 from shared_iopfl.errors import InputError
 from shared_iopfl.federation import Federation
 from shared_iopfl.models import GLOBAL, load_experts, load_weights, model_path, save_atomically
+from shared_iopfl.names import check_file_name, check_sites
 from shared_iopfl.review import collect_review
 from shared_iopfl.scoring import Scoring
 from shared_iopfl.stacks import to_stack
@@ -99,7 +101,7 @@ class Comparison:
         self.bundle_root = bundle_root
         self.dataset_dir = dataset_dir
         self.output_dir = Path(output_dir)
-        self.sites = list(sites)
+        self.sites = check_sites(sites)
         self.rounds = rounds
         self.seeds = list(seeds)
         self.folds = folds
@@ -123,10 +125,13 @@ class Comparison:
                 self.collect()
 
     def _inside_run(self, seed: int, fold: int, run: Path) -> None:
-        def cases(split: str) -> str:
+        def cases(split: str) -> Expression:
             if self.folds == 1:
-                return f"$sites.site_cases(@dataset_dir, @site, '{split}', seed={seed}, fractions=@fractions)"
-            return f"$sites.fold_cases(@dataset_dir, @site, '{split}', fold={fold}, folds={self.folds}, seed={seed})"
+                text = f"$sites.site_cases(@dataset_dir, @site, '{split}', seed={seed:d}, fractions=@fractions)"
+            else:
+                folds = f"fold={fold:d}, folds={self.folds:d}"
+                text = f"$sites.fold_cases(@dataset_dir, @site, '{split}', {folds}, seed={seed:d})"
+            return Expression(text)
 
         data = {"train#dataset#data": cases("train"), "validate#dataset#data": cases("validation")}
         test = {"role": "inside", "mode": "off", "validate#dataset#data": cases("test")}
@@ -212,17 +217,18 @@ class Comparison:
 
     def _outside(self, models: str, **options: Any) -> dict[str, Any]:
         if "baseline" in options:
-            options["validate#inferer"] = f"@baselines#{options.pop('baseline')}"
+            baseline = check_file_name(options.pop("baseline"), "baseline")
+            options["validate#inferer"] = Expression(f"@baselines#{baseline}")
         return {"role": "outside", "split": "all", "ckpt_dir": models, **options}
 
     def _experts(self, sites: Sequence[str], seed: int) -> str:
         """The folder of the models that these sites published; federated where that has not been done yet."""
         run = self.output_dir / f"seed{seed}" / ("federation_" + "+".join(sorted(sites)))
         if not (run / "models" / "scores.json").is_file():
-            cases = "$sites.site_cases(@dataset_dir, @site, '{}', seed={}, fractions=(0.8, 0.2, 0.0))"
+            cases = "$sites.site_cases(@dataset_dir, @site, '{}', seed={:d}, fractions=(0.8, 0.2, 0.0))"
             data = {
-                "train#dataset#data": cases.format("train", seed),
-                "validate#dataset#data": cases.format("validation", seed),
+                "train#dataset#data": Expression(cases.format("train", seed)),
+                "validate#dataset#data": Expression(cases.format("validation", seed)),
             }
             self._federate(sites, seed, run, data, own_rounds=self.own_rounds, shares=self.shares)
         return str(run / "models")
@@ -264,9 +270,9 @@ class Comparison:
     def _training_config(self, site: str) -> ConfigParser:
         parser = ConfigParser()
         parser.read_config(str(Path(self.bundle_root) / "configs" / "train.json"))
-        data = "$sites.site_cases(@dataset_dir, @site, 'all')"
+        data = Expression("$sites.site_cases(@dataset_dir, @site, 'all')")
         overrides = {**self.training, "dataset_dir": self.dataset_dir, "site": site, "validate#dataset#data": data}
-        parser.update({"bundle_root": self.bundle_root, **overrides})
+        parser.update(as_values({"bundle_root": self.bundle_root, **overrides}))
         return parser
 
     def _federate(
