@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks.timing import machine, spread
+from shared_iopfl.config_values import Expression
 from shared_iopfl.models import load_experts
 from shared_iopfl.scoring import Scoring
 
@@ -82,7 +83,7 @@ def measure(
                     "ckpt_dir": ckpt_dir or str(bundle / "models"),
                     "sites": [name for name in experts if name != site],
                     "validate#inferer#_target_": inferer,
-                    "validate#dataset#data": f"$sites.site_cases(@dataset_dir, @site, 'all')[:{cases}]",
+                    "validate#dataset#data": Expression(f"$sites.site_cases(@dataset_dir, @site, 'all')[:{cases:d}]"),
                 }
                 Scoring(str(bundle), folder, {**overrides, **common}).score(site, "routed", role="outside")
                 dice[path], seconds[path] = _dice(Path(folder)), _seconds(Path(folder), site)

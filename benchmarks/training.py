@@ -25,6 +25,7 @@ from torch import Tensor
 
 from benchmarks.networks import agree
 from benchmarks.timing import alternate, machine, now, peak_memory, print_peak, spread
+from shared_iopfl.config_values import Expression
 from shared_iopfl.federation import Federation, SiteClient
 from shared_iopfl.handlers import RoundHandler
 from shared_iopfl.phantoms import make_fundus_sites, make_prostate_sites
@@ -168,7 +169,7 @@ def measure(
 
 def memory(device: str, task: Task, image_size: int, features: int, bf16: bool, rounds: int) -> None:
     """So many rounds of one step at each of 6 sites with 20 cases; print the peak. A process of its own."""
-    one_batch = {"train#dataloader#sampler#num_samples": "@batch_size"}
+    one_batch = {"train#dataloader#sampler#num_samples": Expression("@batch_size")}
     overrides = {"device": device, "features": features, "bf16": bf16, **one_batch}
     with tempfile.TemporaryDirectory() as folder:
         federation = _federation(folder, task, 6, 20, image_size, overrides, rounds=1, val_interval=0)

@@ -12,7 +12,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -21,10 +22,13 @@ import fire
 
 from shared_iopfl.errors import InputError, one_line_errors
 from shared_iopfl.manifest import check_manifest
+from shared_iopfl.names import parse_names
 from shared_iopfl.packaging import package, publish
 from shared_iopfl.phantoms import make_fundus_sites, make_prostate_sites
 from shared_iopfl.report import print_table, write_report
 from shared_iopfl.sites import list_sites, site_cases
+
+TEXT = {"dataset_dir", "output_dir", "models_dir", "from_dir", "to_dir", "terms", "bundle", "env", "sites"}
 
 
 def prepare(dataset_dir: str, seed: int = 0) -> None:
@@ -78,17 +82,23 @@ def main() -> None:
     one_line_errors()
     fire.Fire(
         {
-            "prepare": prepare,
-            "phantoms": {"prostate": make_prostate_sites, "fundus": make_fundus_sites},
-            "report": report,
-            "publish": fire.decorators.SetParseFns(from_dir=str, to_dir=str, terms=str)(publish),
-            "check": check,
-            "package": package,
-            "flare": flare,
-            "flare_publish": flare_publish,
+            "prepare": _as_typed(prepare),
+            "phantoms": {"prostate": _as_typed(make_prostate_sites), "fundus": _as_typed(make_fundus_sites)},
+            "report": _as_typed(report),
+            "publish": _as_typed(publish),
+            "check": _as_typed(check),
+            "package": _as_typed(package),
+            "flare": _as_typed(flare),
+            "flare_publish": _as_typed(flare_publish),
         },
         name="shared_iopfl",
     )
+
+
+def _as_typed(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The command, told paths and names as they are typed: Fire takes 2024 and 1e3 for numbers, and a,b for a tuple."""
+    text = {name: parse_names if name == "sites" else str for name in inspect.signature(command).parameters}
+    return fire.decorators.SetParseFns(**{name: text[name] for name in text.keys() & TEXT})(command)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from ignite.engine import Engine, Events
 from shared_iopfl.errors import InputError
 from shared_iopfl.layouts import known_sites
 from shared_iopfl.manifest import release
+from shared_iopfl.names import check_site
 
 __all__ = ["OwnModels", "own_site"]
 
@@ -43,9 +44,9 @@ def own_site(dataset_dir: str | Path, run_name: str | None, default: str) -> str
     sites = known_sites(Path(dataset_dir)) if Path(dataset_dir).is_dir() else []
     client = CLIENT.fullmatch(run_name or "")
     if client and client[1] in sites:
-        return client[1]
+        return check_site(client[1])
     if len(sites) == 1:
-        return sites[0]
+        return check_site(sites[0])
     if client and sites:
         raise InputError(
             f"client '{client[1]}' is none of the sites in {dataset_dir} ({', '.join(sites)}): name the client as its "

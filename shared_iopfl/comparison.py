@@ -29,9 +29,12 @@ from torch import Tensor
 
 from shared_iopfl.baselines import fine_tune
 from shared_iopfl.comparison_training import EXPERTS, POOLED, Trainings, keep_models
+from shared_iopfl.config_values import Expression
 from shared_iopfl.errors import InputError
 from shared_iopfl.federation import Federation
+from shared_iopfl.layouts import PARTS
 from shared_iopfl.models import GLOBAL, model_path, save_atomically
+from shared_iopfl.names import check_file_name, check_sites
 from shared_iopfl.review import collect_review
 from shared_iopfl.scoring import Scoring, raise_failures
 from shared_iopfl.tables import read_rows, write_json, write_rows
@@ -114,7 +117,7 @@ class Comparison:
         self.bundle_root = bundle_root
         self.dataset_dir = dataset_dir
         self.output_dir = Path(output_dir)
-        self.sites = list(sites)
+        self.sites = check_sites(sites)
         self.rounds = rounds
         self.seeds = list(seeds)
         self.folds = folds
@@ -155,11 +158,13 @@ class Comparison:
     def _inside_run(self, seed: int, fold: int, run: Path) -> None:
         def cases(split: str, site: str = "@site") -> str:
             if self.folds == 1:
-                return f"sites.site_cases(@dataset_dir, {site}, '{split}', seed={seed}, fractions=@fractions)"
-            return f"sites.fold_cases(@dataset_dir, {site}, '{split}', fold={fold}, folds={self.folds}, seed={seed})"
+                return f"sites.site_cases(@dataset_dir, {site}, '{split}', seed={seed:d}, fractions=@fractions)"
+            folds = f"fold={fold:d}, folds={self.folds:d}"
+            return f"sites.fold_cases(@dataset_dir, {site}, '{split}', {folds}, seed={seed:d})"
 
-        data = {"train#dataset#data": f"${cases('train')}", "validate#dataset#data": f"${cases('validation')}"}
-        tested = {"role": "inside", "mode": "off", "validate#dataset#data": f"${cases('test')}"}
+        parts = {split: Expression(f"${cases(split)}") for split in PARTS}
+        data = {"train#dataset#data": parts["train"], "validate#dataset#data": parts["validation"]}
+        tested = {"role": "inside", "mode": "off", "validate#dataset#data": parts["test"]}
         for method, options in self.inside_methods.items():
             options = dict(options)
             kind = options.pop("model", GLOBAL)
@@ -195,7 +200,11 @@ class Comparison:
             for site in self.sites:
                 own = Path(model_path(str(models), "personalised", site))
                 path = own if own.is_file() else model_path(str(models))
-                options = {**test, "role": "virtual", "acquisition": f"@virtual#{name}"}
+                options = {
+                    **test,
+                    "role": "virtual",
+                    "acquisition": Expression(f"@virtual#{check_file_name(name, 'virtual scanner')}"),
+                }
                 self._score(folder, site, method, str(path), **options)
 
     def _personal(self, federation: Federation, run: Path, test: Mapping[str, Any]) -> None:
@@ -268,7 +277,7 @@ class Comparison:
             path = model_path(models, "personalised", expert)
             self._score(run, site, f"expert {expert}", path, **self._outside(models, mode="off"))
         if self.pooled is not None and not self._scored(run, site, POOLED):
-            cases = f"sites.site_cases(@dataset_dir, site, 'train', seed={seed}, fractions={EXPERTS})"
+            cases = f"sites.site_cases(@dataset_dir, site, 'train', seed={seed:d}, fractions={EXPERTS})"
             path = self.trainings.pool(others, seed, run / "models" / POOLED, cases)
             self._score(run, site, POOLED, path, **self._outside(models, mode="off"))
         if self.labelled and not self._scored(run, site, "labelled routes"):
@@ -278,7 +287,8 @@ class Comparison:
 
     def _outside(self, models: str, **options: Any) -> dict[str, Any]:
         if "baseline" in options:
-            options["validate#inferer"] = f"@baselines#{options.pop('baseline')}"
+            baseline = check_file_name(options.pop("baseline"), "baseline")
+            options["validate#inferer"] = Expression(f"@baselines#{baseline}")
         return {"role": "outside", "split": "all", "ckpt_dir": models, **options}
 
     def _choose(self, seed: int, sites: Sequence[str]) -> tuple[str, dict[str, float]]:

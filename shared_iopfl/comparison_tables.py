@@ -12,7 +12,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from shared_iopfl import pictures
 from shared_iopfl.comparison_scores import RESAMPLES, Difference, RoleScores
 from shared_iopfl.documents import Block, Row, Table, Text
 from shared_iopfl.errors import InputError
+from shared_iopfl.reading import read_json
 from shared_iopfl.scores import DASH, FEWEST_CASES, MINUS, finite, heading, show
 
 __all__ = ["Contest", "choices_table", "facts", "interval", "reading_notes"]
@@ -245,7 +245,7 @@ def choices_table(output_dir: Path, name: str = "choices.json") -> Table | None:
     if not path.is_file():
         return None
     try:
-        choices: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+        choices: list[dict[str, Any]] = read_json(path)
         names = list(dict.fromkeys(name for choice in choices for name in choice["candidates"]))
         rows = []
         for choice in choices:

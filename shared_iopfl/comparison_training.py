@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from shared_iopfl.baselines import labelled_routes
 from shared_iopfl.codings import coding_of
+from shared_iopfl.config_values import Expression, as_values
 from shared_iopfl.errors import InputError
 from shared_iopfl.federation import Federation
 from shared_iopfl.models import GLOBAL, load_experts, load_weights, model_path, save_atomically
@@ -103,10 +104,10 @@ class Trainings:
         run = self.output_dir / f"seed{seed}" / (f"federation_{name}_" * bool(name) or "federation_")
         run = run.with_name(run.name + "+".join(sorted(sites)))
         if not (run / "models" / "scores.json").is_file():
-            cases = "$sites.site_cases(@dataset_dir, @site, '{}', seed={}, fractions={})"
+            cases = "$sites.site_cases(@dataset_dir, @site, '{}', seed={:d}, fractions={})"
             data = {
-                "train#dataset#data": cases.format("train", seed, EXPERTS),
-                "validate#dataset#data": cases.format("validation", seed, EXPERTS),
+                "train#dataset#data": Expression(cases.format("train", seed, EXPERTS)),
+                "validate#dataset#data": Expression(cases.format("validation", seed, EXPERTS)),
             }
             own = {} if name else {"own_rounds": self.own_rounds, "shares": self.shares}
             self.federate(sites, seed, run, {**data, **(training or {})}, **own)
@@ -138,7 +139,7 @@ class Trainings:
                 "pooled_sites": list(sites),
                 "seed": seed,
                 "epochs": self.rounds,
-                "train#dataset#data": f"$sites.pooled(@pooled_sites, lambda site: {cases})",
+                "train#dataset#data": Expression(f"$sites.pooled(@pooled_sites, lambda site: {cases})"),
                 "validate#dataset#data": [],
                 **self.pooled,
             }
@@ -168,9 +169,9 @@ class Trainings:
     def _config(self, site: str) -> ConfigParser:
         parser = ConfigParser()
         parser.read_config(str(Path(self.bundle_root) / "configs" / "train.json"))
-        data = "$sites.site_cases(@dataset_dir, @site, 'all')"
+        data = Expression("$sites.site_cases(@dataset_dir, @site, 'all')")
         overrides = {**self.training, "dataset_dir": self.dataset_dir, "site": site, "validate#dataset#data": data}
-        parser.update({"bundle_root": self.bundle_root, **overrides})
+        parser.update(as_values({"bundle_root": self.bundle_root, **overrides}))
         return parser
 
 

@@ -71,4 +71,6 @@ def one_line_errors() -> None:
 
 def _say(kind: str, error: BaseException | None) -> None:
     # written at once: line by line, or word by word, two threads would write into each other's lines
-    sys.stderr.write(f"{kind}: " + " ".join(str(error).split()) + "\n")
+    line = " ".join(str(error).split())
+    # a name that is quoted must not steer the terminal
+    sys.stderr.write(f"{kind}: " + re.sub(r"[\x00-\x1f\x7f-\x9f]", "?", line) + "\n")

@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 from shared_iopfl.errors import InputError
 from shared_iopfl.models import GLOBAL, USUAL_SHIFT, model_path, save_atomically
+from shared_iopfl.names import check_sites
 from shared_iopfl.norm_statistics import STATISTICS
 from shared_iopfl.server_momentum import ServerMomentum
 from shared_iopfl.site_client import SiteClient, check_time_limit, time_limit
@@ -111,7 +112,7 @@ class Federation:
             raise InputError(f"max_update_norm must be 0 (no bound) or positive, but is {max_update_norm!r}.")
         check_time_limit(site_timeout)
         self.bundle_root = bundle_root
-        self.sites = list(sites)
+        self.sites = check_sites(sites)
         self.rounds = rounds
         self.output_dir = Path(output_dir)
         self.local_epochs = local_epochs
@@ -241,7 +242,7 @@ class Federation:
     def settings(self) -> dict[str, Any]:
         """What has to be the same when a run is resumed; folders and the device may change."""
         training = {
-            key: list(value) if isinstance(value, (list, tuple)) else value
+            key: list(value) if isinstance(value, (list, tuple)) else str(value) if isinstance(value, str) else value
             for key, value in self.overrides.items()
             if isinstance(value, (bool, int, float, str, list, tuple)) and key not in ("dataset_dir", "device")
         }

@@ -17,7 +17,6 @@ paths and what its errors say stay: they lie in ``<output_dir>/sites/<site>``.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import threading
@@ -37,6 +36,8 @@ from torch import Tensor
 from shared_iopfl.errors import InputError, root_input_error
 from shared_iopfl.masks import check_writable
 from shared_iopfl.models import model_path, save_atomically
+from shared_iopfl.names import check_site
+from shared_iopfl.reading import read_json
 from shared_iopfl.site_client import SiteClient, time_limit
 
 __all__ = ["COUNTED", "ENVIRONMENT", "JOB_FILE", "SETTLE", "Member", "bundle_fingerprint", "run"]
@@ -79,7 +80,7 @@ class Member:
 
     def __init__(self, job: Mapping[str, Any], site: str, environment: Mapping[str, str] = os.environ) -> None:
         self.job = job
-        self.site = site
+        self.site = check_site(site)
         self.paths: dict[str, Any] = {
             name: environment.get(variable) or job.get(name) for name, variable in ENVIRONMENT.items()
         }
@@ -251,8 +252,7 @@ def run(script: str) -> None:
         script: the job's client script, beside which ``federation.json`` lies.
     """
     flare.init()
-    job = json.loads(Path(script).with_name(JOB_FILE).read_text(encoding="utf-8"))
-    member = Member(job, flare.get_site_name())
+    member = Member(read_json(Path(script).with_name(JOB_FILE)), flare.get_site_name())
     with member.own_log():
         while flare.is_running():
             received = flare.receive()

@@ -29,11 +29,13 @@ from nvflare.app_opt.pt.recipes.fedavg import FedAvgRecipe
 from nvflare.client.config import ExchangeFormat
 from torch import Tensor
 
+from shared_iopfl.config_values import as_value, as_values, is_data
 from shared_iopfl.errors import InputError, root_input_error
 from shared_iopfl.federation import Federation
 from shared_iopfl.flare_client import JOB_FILE, bundle_fingerprint
 from shared_iopfl.flare_server import CHECKPOINT, Rounds, ServerFiles
 from shared_iopfl.models import save_atomically
+from shared_iopfl.names import nearest
 from shared_iopfl.scoring import Scoring
 from shared_iopfl.server_momentum import ServerMomentum
 
@@ -108,17 +110,19 @@ def describe(bundle: Path, given: Mapping[str, Any]) -> tuple[Federation, Scorin
     of_site = {}
     for name, value in given.items():
         key = name.split("#")[0]
-        if not _plain(value):
+        if not is_data(value):
             raise InputError(f"{name} must be a plain value, but is {value!r}: a site evaluates nothing of others.")
         if key in OF_ONE_PROCESS:
             raise InputError(f"'{key}' is a setting of the one-process run; docs/flare.md says what to do instead.")
         if name in OF_THE_MACHINE or not any(key in config for config in configs):
-            raise InputError(f"unknown setting '{name}': it is no key of {bundle}/configs/federate.json or train.json.")
+            hint = nearest(key, [key for config in configs for key in config])
+            missing = f": it is no key of {bundle}/configs/federate.json or train.json"
+            raise InputError(f"unknown setting '{name}'{missing}{hint or '.'}")
         if key in configs[0]:
             federate[name] = value
         else:
             of_site[name] = value
-    federate["bundle_root"] = str(bundle)
+    federate["bundle_root"] = as_value(str(bundle))
     try:
         federation = federate.get_parsed_content("federation")
         scoring = federate.get_parsed_content("scoring")
@@ -132,22 +136,11 @@ def describe(bundle: Path, given: Mapping[str, Any]) -> tuple[Federation, Scorin
     return federation, scoring, {**settings, **of_site}
 
 
-def _plain(value: Any) -> bool:
-    """Whether a value is data: MONAI evaluates strings that begin with $ or hold an @, and builds what has _target_."""
-    if isinstance(value, str):
-        return not value.startswith(("$", "%")) and "@" not in value
-    if isinstance(value, (list, tuple)):
-        return all(_plain(item) for item in value)
-    if isinstance(value, Mapping):
-        return "_target_" not in value and all(isinstance(key, str) and _plain(v) for key, v in value.items())
-    return value is None or isinstance(value, (bool, int, float))
-
-
 def first_state(bundle: Path, federation: Federation) -> dict[str, Any]:
     """The checkpoint that a run begins with: the network that the one-process run begins with, and no round done."""
     parser = ConfigParser()
     parser.read_config(str(bundle / "configs" / "train.json"))
-    parser.update(federation.overrides)
+    parser.update(as_values(federation.overrides))
     with torch.random.fork_rng():  # the random state outside is left as it was
         torch.manual_seed(federation.seed)
         network = parser.get_parsed_content("network_def")

@@ -25,6 +25,7 @@ from shared_iopfl.federation import Federation
 from shared_iopfl.flare_job import read_state
 from shared_iopfl.flare_server import CHECKPOINT, RESULTS
 from shared_iopfl.models import load_weights, model_path, save_atomically
+from shared_iopfl.names import check_sites
 from shared_iopfl.scoring import Scoring
 from shared_iopfl.tables import read_rows
 from shared_iopfl.updates import check_update
@@ -112,6 +113,6 @@ def checked_names(sites: Sequence[str]) -> list[str]:
     if isinstance(sites, str) or not sites:
         raise InputError(f"sites must be a list of names, such as \"['BIDMC','HK']\", but is {sites!r}.")
     for site in sites:
-        if not re.fullmatch(r"[A-Za-z0-9_-]+", str(site)) or site == "server":
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", str(site)) or str(site).lower() == "server":
             raise InputError(f"site {site!r} can be no client of FLARE: use letters, digits, '-' and '_'.")
-    return [str(site) for site in sites]
+    return check_sites(str(site) for site in sites)

@@ -20,10 +20,11 @@ What lies in ``dataset_dir`` tells the layout, site by site:
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 from shared_iopfl.errors import InputError
+from shared_iopfl.names import check_site
+from shared_iopfl.reading import read_json
 from shared_iopfl.scan_files import MASK, PICTURES, VOLUMES, Case, case_name, entries, file_ending, unique_names
 
 __all__ = ["known_sites", "published_parts"]
@@ -43,8 +44,8 @@ def known_sites(root: Path) -> list[str]:
 
 def _is_datalist(path: Path) -> bool:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = read_json(path)
+    except InputError:
         return True  # listed, so that whoever asks for the site hears what is wrong with it
     return isinstance(content, dict) and not DATALIST_KEYS.keys().isdisjoint(content)
 
@@ -57,9 +58,10 @@ def _is_site_folder(folder: Path) -> bool:
 
 def published_parts(root: Path, site: str) -> dict[str, list[Case]]:
     """A site's labelled cases by published part; all in ``"train"`` where no split is published."""
+    check_site(site)
     known = known_sites(root)
     if site not in known:
-        what = "holds no cases" if site and (root / str(site)).is_dir() else "is not known"
+        what = "holds no cases" if (root / site).is_dir() else "is not known"
         raise InputError(f"site {site!r} {what} in {root}; sites there: {', '.join(known) or 'none'}")
     folder, datalist = root / site, root / f"{site}.json"
     patients: dict[Path, str] = {}
@@ -127,10 +129,9 @@ def _read_datalist(path: Path, root: Path) -> tuple[dict[str, list[tuple[Path, P
 
     A validation or test list without any label, as public challenges have it, cannot score anything and is left out.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as a JSON datalist: {error}") from error
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is no datalist, but a {type(content).__name__}: take it away or mend it.")
     pairs: dict[str, list[tuple[Path, Path]]] = {}
     patients: dict[Path, str] = {}
     for key, part in DATALIST_KEYS.items():
@@ -156,7 +157,9 @@ def _read_datalist(path: Path, root: Path) -> tuple[dict[str, list[tuple[Path, P
 
 def _inside(root: Path, path: str, where: str) -> Path:
     full = root / path
-    if not full.resolve().is_relative_to(root.resolve()):
+    if "\\" in path and not full.exists():  # a list written on Windows
+        full = root / PureWindowsPath(path).as_posix()
+    if "\0" in path or not full.resolve().is_relative_to(root.resolve()):
         raise InputError(f"{where} points outside {root}: {path}; keep a site's files below dataset_dir")
     if not full.exists():
         raise InputError(f"{where} names a file that is not there: {full}")

@@ -18,7 +18,6 @@ a manifest, such as a federation's own output, is read as it is.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -27,9 +26,20 @@ from typing import Any, TypeVar
 
 from shared_iopfl import __version__
 from shared_iopfl.errors import InputError
+from shared_iopfl.names import check_site
+from shared_iopfl.reading import parse_json, read_bounded
 from shared_iopfl.tables import write_json
 
-__all__ = ["check_manifest", "plain_name", "read_checked", "read_manifest", "release", "setting", "write_manifest"]
+__all__ = [
+    "check_manifest",
+    "check_setting",
+    "plain_name",
+    "read_checked",
+    "read_manifest",
+    "release",
+    "setting",
+    "write_manifest",
+]
 
 MANIFEST = "manifest.json"
 SCORES = "scores.json"
@@ -40,6 +50,7 @@ LIMIT = 4 * 2**30
 MODEL_FILE = re.compile(r"model(?:_(?!final\.pt)(.+))?\.pt")
 # sizes and numbers of features beyond this are no settings but a way to fill the memory
 LARGEST = 10_000
+LARGEST_OF = {"image_size": 2048, "features": 4096, "slices": 99}
 AGAIN = "download the models again, or publish them anew."
 T = TypeVar("T")
 
@@ -107,7 +118,7 @@ def read_manifest(models_dir: str | os.PathLike) -> dict[str, Any] | None:
     if not os.path.lexists(path):
         return None
     try:
-        manifest = json.loads(_read(path, limit=2**24))
+        manifest = parse_json(_read(path, limit=2**24), path)
         if manifest["format"] != FORMAT:
             raise ValueError(f"its format is {manifest['format']!r}, not {FORMAT}")
         for name, kind in (("architecture", dict), ("sites", list), ("terms", str)):
@@ -115,6 +126,8 @@ def read_manifest(models_dir: str | os.PathLike) -> dict[str, Any] | None:
                 raise ValueError(f"its {name} should be a {kind.__name__}")
         for name, entry in manifest["files"].items():
             plain_name(name)
+            if site := _role(name).get("site"):
+                check_site(site)
             if not entry.get("released") and not (isinstance(entry["size"], int) and isinstance(entry["sha256"], str)):
                 raise ValueError(f"{name} has no size and sha256")
     except InputError as error:
@@ -183,11 +196,24 @@ def setting(models_dir: str | os.PathLike, name: str, default: T) -> T:
         InputError: where the manifest has something else than positive whole numbers of sensible size.
     """
     value = ((read_manifest(models_dir) or {}).get("architecture") or {}).get(name, default)
+    return check_setting(name, value, Path(models_dir) / MANIFEST)
+
+
+def check_setting(name: str, value: T, path: str | os.PathLike) -> T:
+    """The value of a setting of the architecture, if it is positive whole numbers of sensible size.
+
+    Args:
+        name: such as ``features``.
+        value: a number, or a list of them, as a file has it.
+        path: of that file, for the message.
+
+    Raises:
+        InputError: for anything else.
+    """
+    largest = LARGEST_OF.get(name, LARGEST)
     numbers = value if isinstance(value, list) else [value]
-    if not numbers or not all(type(number) is int and 0 < number <= LARGEST for number in numbers):
-        raise InputError(
-            f"{Path(models_dir) / MANIFEST} has {name} {value!r:.80}, not whole numbers from 1 to {LARGEST}; {AGAIN}"
-        )
+    if not 0 < len(numbers) < 100 or not all(type(number) is int and 0 < number <= largest for number in numbers):
+        raise InputError(f"{path} has {name} {value!r:.80}, not whole numbers from 1 to {largest}; {AGAIN}")
     return value
 
 
@@ -231,11 +257,4 @@ def _read(path: Path, limit: int = LIMIT) -> bytes:
     """The bytes of a file that lies in its folder, itself and not by a link to elsewhere, and is not too large."""
     if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(path.parent)):
         raise InputError(f"{path} is a link that leads out of its folder: put the file itself there.")
-    try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size > limit:
-                raise InputError(f"{path} is too large to be what it is called: {size} bytes, at most {limit}.")
-            return file.read(size)
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}.") from error
+    return read_bounded(path, limit)

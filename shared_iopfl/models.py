@@ -13,7 +13,6 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import pickle
 import zipfile
@@ -30,6 +29,8 @@ from torch import Tensor, nn
 from shared_iopfl.errors import InputError
 from shared_iopfl.files import whole_file
 from shared_iopfl.manifest import LIMIT, MODEL_FILE, SCORES, plain_name, read_checked, read_manifest
+from shared_iopfl.names import check_site
+from shared_iopfl.reading import parse_json
 from shared_iopfl.routing import check_experts
 from shared_iopfl.settings import PRESETS
 
@@ -151,7 +152,7 @@ def load_experts(
         published = {name for name, entry in files.items() if not entry.get("released")}
         names = published | {path.name for path in Path(ckpt_dir).glob("model_*.pt")}
         sites = [match[1] for name in sorted(names) if (match := MODEL_FILE.fullmatch(name)) and match[1]]
-    sites = [sites] if isinstance(sites, str) else sites
+    sites = [check_site(site) for site in ([sites] if isinstance(sites, str) else sites)]
     _tell_apart(ckpt_dir)
     models = {site: load_weights(model_path(ckpt_dir, "personalised", site)) for site in sites}
     if equal_too or not models or not os.path.isfile(model_path(ckpt_dir)):
@@ -192,8 +193,8 @@ def load_scores(ckpt_dir: str) -> dict[str, float] | None:
     content = read_checked(path)
     if content is None:
         return None
+    scores = parse_json(content, path)
     try:
-        scores = json.loads(content)
         return {name: float(value) for name, value in scores.items() if value is not None}
     except (ValueError, TypeError, AttributeError) as error:
         raise InputError(f"cannot read {path}: {error}; it maps each expert's name to its Dice.") from error

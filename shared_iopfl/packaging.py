@@ -12,7 +12,6 @@
 
 from __future__ import annotations
 
-import json
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,9 +21,18 @@ import torch
 from monai.bundle import ConfigParser
 from torch import Tensor
 
+from shared_iopfl.config_values import as_values
 from shared_iopfl.errors import InputError
 from shared_iopfl.files import whole_file
-from shared_iopfl.manifest import MANIFEST, MODEL_FILE, SCORES, check_manifest, read_manifest, write_manifest
+from shared_iopfl.manifest import (
+    MANIFEST,
+    MODEL_FILE,
+    SCORES,
+    check_manifest,
+    check_setting,
+    read_manifest,
+    write_manifest,
+)
 from shared_iopfl.models import (
     GLOBAL,
     USUAL_SHIFT,
@@ -34,6 +42,8 @@ from shared_iopfl.models import (
     model_path,
     save_atomically,
 )
+from shared_iopfl.names import check_file_name
+from shared_iopfl.reading import parse_json, read_json
 from shared_iopfl.routing import check_experts
 from shared_iopfl.tables import read_rows, write_json
 
@@ -91,7 +101,8 @@ def publish(
     run = _read_run(run_dir / "run.json")
     settings = run.get("settings", {})
     root = Path(bundle) if bundle else target.absolute().parent
-    architecture = _architecture(root, {**settings, "ckpt_dir": from_dir}, models)
+    own = {name: check_setting(name, settings[name], run_dir / "run.json") for name in ARCHITECTURE if name in settings}
+    architecture = _architecture(root, {**own, "ckpt_dir": from_dir}, models)
     if half:
         models = {name: _halved(weights, name) for name, weights in models.items()}
     scores = load_scores(from_dir)
@@ -109,12 +120,12 @@ def publish(
 
 def _read_run(path: Path) -> dict[str, Any]:
     try:
-        run = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise InputError(f"cannot read {path} ({reason}): it tells with what settings the models were made.") from error
-    if not isinstance(run, dict):
-        raise InputError(f"{path} is not what a run leaves behind: no dictionary.")
+        run = read_json(path)
+    except InputError as error:
+        raise InputError(f"{error} {path.name} tells with what settings the models were made.") from error
+    parts = [run, *(run.get(name, {}) for name in ("settings", "versions"))] if isinstance(run, dict) else [None]
+    if not all(isinstance(part, dict) for part in parts):
+        raise InputError(f"{path} is not what a run leaves behind: no dictionary of settings and versions.")
     return run
 
 
@@ -128,7 +139,7 @@ def _architecture(
         raise InputError(f"no bundle at {root}: give the bundle that the models are of with --bundle.")
     config.read_config(str(path))
     known = [name for name in ARCHITECTURE if name in config]
-    config.update({name: settings[name] for name in (*known, "ckpt_dir") if name in settings})
+    config.update(as_values({name: settings[name] for name in (*known, "ckpt_dir") if name in settings}))
     network_def = config.get_parsed_content("network_def", instantiate=False)
     check_experts(network_def.instantiate(), models)
     return {"network_def": dict(network_def.get_config()), **{name: config.get_parsed_content(name) for name in known}}
@@ -183,7 +194,8 @@ def package(bundle: str, output_dir: str = "dist") -> str:
         The archive's path.
 
     Raises:
-        InputError: where there is no such bundle, its models differ from their manifest, or they were never published.
+        InputError: where there is no such bundle, a link in it leads out of it, its models differ from their manifest,
+            or they were never published.
     """
     root = _find_bundle(bundle)
     files = {path.relative_to(root).as_posix(): path.read_bytes() for path in _bundle_files(root)}
@@ -193,8 +205,8 @@ def package(bundle: str, output_dir: str = "dist") -> str:
     code = Path(__file__).parent
     files["scripts/__init__.py"] = (_header(code / "__init__.py") + SCRIPTS).encode()
     files.update({f"scripts/{code.name}/{path.name}": path.read_bytes() for path in code.glob("*.py")})
-    version = json.loads(files["configs/metadata.json"])["version"]
-    archive = Path(output_dir) / f"{root.name}_v{version}.zip"
+    version = parse_json(files["configs/metadata.json"], root / "configs" / "metadata.json").get("version")
+    archive = Path(output_dir) / f"{root.name}_v{check_file_name(version, 'version')}.zip"
     with whole_file(archive) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as packed:
         for number, name in enumerate(sorted(files)):
             # the same files give the same archive; each has a time of its own (a zip's clock ticks in steps of two
@@ -218,8 +230,14 @@ def _bundle_files(root: Path) -> list[Path]:
     """The files that make up a bundle; of its models only what was published."""
     files = [root / "LICENSE"]
     for folder in ("configs", "docs"):
-        files += [path for path in (root / folder).rglob("*") if path.is_file() and not path.name.startswith(".")]
+        files += [path for path in (root / folder).rglob("*") if not path.name.startswith(".")]
     models = root / "models"
+    for path in [*files, models]:
+        if not path.resolve().is_relative_to(root):
+            raise InputError(
+                f"{path} is a link that leads out of the bundle: put what it leads to there, or remove it."
+            )
+    files = [path for path in files if path.is_file()]
     listed = check_manifest(models)["files"] if read_manifest(models) is not None else {}
     unpublished = [name for name, entry in listed.items() if entry.get("released")]
     if not listed:

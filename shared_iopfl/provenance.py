@@ -25,6 +25,7 @@ import torch
 from ignite.engine import Engine, Events
 from monai.bundle import ConfigParser
 
+from shared_iopfl.config_values import as_values
 from shared_iopfl.errors import InputError
 from shared_iopfl.manifest import MODEL_FILE
 from shared_iopfl.scan_files import Case
@@ -110,7 +111,7 @@ def _resolved(bundle_root: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     parser.read_config(str(Path(bundle_root) / "configs" / "train.json"))
     given = {"bundle_root": bundle_root, **settings}
     config: Any = parser.config
-    parser.update({name: value for name, value in given.items() if name in config})
+    parser.update(as_values({name: value for name, value in given.items() if name in config}))
     values = {
         name: parser.get_parsed_content(name) if isinstance(written, str) else written
         for name, written in config.items()

@@ -16,10 +16,12 @@ import atexit
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import count
 from pathlib import Path
 
 from shared_iopfl.errors import InputError
+from shared_iopfl.names import check_file_name
 from shared_iopfl.scan_files import Case, file_ending
 from shared_iopfl.tables import read_rows, write_rows
 
@@ -42,7 +44,8 @@ def under_pseudonyms(scans: Sequence[Case], table: str | os.PathLike, output_dir
         output_dir: where the masks go.
 
     Raises:
-        InputError: where the table would lie among the masks, or is none.
+        InputError: where the table would lie among the masks, is none, or has a pseudonym that is no plain name or
+            stands for two files.
     """
     if not table:
         return list(scans)
@@ -52,16 +55,31 @@ def under_pseudonyms(scans: Sequence[Case], table: str | os.PathLike, output_dir
     rows = read_rows(table)
     if any(not row.get(column) for row in rows for column in COLUMNS) or (table.exists() and not rows):
         raise InputError(f"{table} is no table of pseudonyms: its columns are {' and '.join(COLUMNS)}.")
-    known = {row["file"]: row["pseudonym"] for row in rows}
+    known = _checked(rows, table)
+    taken = {name.casefold() for name in known.values()}
+    free = (name for number in count(len(known) + 1) if (name := f"scan_{number:04d}") not in taken)
     folder = Path(tempfile.mkdtemp(prefix="iopfl_"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     served = []
     for scan in scans:
         file = os.path.abspath(scan["image"])
         # what no table can hold (a name that is not UTF-8) is kept escaped
-        name = known.setdefault(file.encode(errors="backslashreplace").decode(), f"scan_{len(known) + 1:04d}")
+        told = file.encode(errors="backslashreplace").decode()
+        name = known[told] = known.get(told) or next(free)
         link = folder / f"{name}{file_ending(file)}"
         link.symlink_to(file)
         served.append({"image": str(link), "case": name})
     write_rows(table, COLUMNS, [{"pseudonym": name, "file": file} for file, name in known.items()])
     return served
+
+
+def _checked(rows: Sequence[Mapping[str, str]], table: Path) -> dict[str, str]:
+    """The pseudonyms of a table, which may have been edited: file -> pseudonym, each a file name of its own."""
+    known: dict[str, str] = {}
+    files: dict[str, str] = {}
+    for row in rows:
+        file, name = row["file"], check_file_name(row["pseudonym"], f"{table}: pseudonym")
+        # letter case does not tell files apart everywhere
+        if known.setdefault(file, name) != name or files.setdefault(name.casefold(), file) != file:
+            raise InputError(f"{table}: pseudonym {name!r} or its file {file} stands there twice: give each one row.")
+    return known

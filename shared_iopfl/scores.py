@@ -12,7 +12,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from shared_iopfl import reading
 from shared_iopfl.errors import InputError
 from shared_iopfl.tables import read_rows
 
@@ -73,10 +73,7 @@ def read_columns(path: Path, columns: str) -> list[dict[str, str]]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The content of a JSON file, nothing where there is no file."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise InputError(f"{path} is not valid JSON ({error}): mend or delete it") from None
+    content = reading.read_json(path) if path.exists() else {}
     return content if isinstance(content, dict) else {}
 
 

@@ -18,7 +18,9 @@ from typing import Any
 
 from monai.bundle import ConfigWorkflow
 
+from shared_iopfl.config_values import as_values
 from shared_iopfl.errors import InputError
+from shared_iopfl.names import check_site, check_sites
 from shared_iopfl.tolerant import Failure
 
 __all__ = ["Scoring", "raise_failures"]
@@ -59,16 +61,25 @@ class Scoring:
         self.failures: list[Failure] = []
 
     def score(self, site: str, model: str, **overrides: Any) -> None:
-        """Score one model on one site; `overrides` come on top of the common ones."""
+        """Score one model on one site; `overrides` come on top of the common ones.
+
+        Values are handed over as values: MONAI evaluates none of them but an `Expression`.
+        """
+        given = {
+            "bundle_root": self.bundle_root,
+            "output_dir": self.output_dir,
+            "site": check_site(site),
+            "model": model,
+            "personalised_metrics": False,
+            "strict": False,
+            **self.overrides,
+            **overrides,
+        }
         workflow = ConfigWorkflow(
             config_file=self.configs,
             meta_file=None,
             logging_file=False,
-            bundle_root=self.bundle_root,
-            output_dir=self.output_dir,
-            site=site,
-            model=model,
-            **{"personalised_metrics": False, "strict": False, **self.overrides, **overrides},
+            **as_values(given),
         )
         workflow.initialize()
         workflow.run()
@@ -82,6 +93,7 @@ class Scoring:
     @staticmethod
     def check(sites: Sequence[str], outside_sites: Sequence[str]) -> None:
         """Raise `InputError` where a site is both inside and outside: its score would not be an outsider's."""
+        check_sites([*sites, *outside_sites])
         both = sorted(set(sites) & set(outside_sites))
         if both:
             raise InputError(f"site '{both[0]}' is both in sites and in outside_sites: leave it out of one.")

@@ -27,10 +27,12 @@ from monai.fl.utils.exchange_object import ExchangeObject
 from monai.utils.enums import CommonKeys
 from torch import Tensor
 
+from shared_iopfl.config_values import as_values, is_data
 from shared_iopfl.distances import distribution_distance
 from shared_iopfl.errors import InputError
 from shared_iopfl.local_training import validated_interpolation
 from shared_iopfl.models import GLOBAL
+from shared_iopfl.names import check_site
 from shared_iopfl.norm_statistics import batch_norms, with_own_statistics
 from shared_iopfl.routing import copy_network
 from shared_iopfl.settings import RoutingSettings
@@ -49,17 +51,20 @@ class SiteClient:
         bundle_root: the bundle.
         site: the site's name.
         local_epochs: epochs a round.
-        overrides: of the training config, id -> value. Besides, ``filters`` names the bundle's config of what the site
-            holds back of its updates, such as "fl_filters"; "": nothing.
+        overrides: of the training config, id -> value; of texts only an `Expression` is evaluated. Besides, ``filters``
+            names the bundle's config of what the site holds back of its updates, such as "fl_filters"; "": nothing.
 
     Raises:
         InputError: where there are no such filters.
     """
 
     def __init__(self, bundle_root: str, site: str, local_epochs: int, overrides: Mapping[str, Any]) -> None:
-        self.site = site
-        filters = overrides.get("filters", "")
-        training = dict(overrides)
+        self.site = check_site(site)
+        if not is_data(bundle_root):
+            raise InputError(f"the bundle's path {bundle_root!r} would be evaluated or has a '#': give another.")
+        training, scoring = as_values(overrides), as_values(overrides)
+        filters = training.pop("filters", "")
+        scoring.pop("filters", None)
         if not (overrides.get("val_interval", 1) or overrides.get("save_checkpoints", True)):
             # the trainer's validator never runs, but would cache the cases that the evaluator below caches too
             training["validate#dataset#data"] = []
@@ -69,7 +74,7 @@ class SiteClient:
             send_weight_diff=False,
             train_kwargs=training,
             config_evaluate_filename="configs/train.json",
-            eval_kwargs=dict(overrides),
+            eval_kwargs=scoring,
             config_filters_filename=_filters(bundle_root, filters) if filters else None,
         )
         self.algo.initialize({ExtraItems.CLIENT_NAME: site})

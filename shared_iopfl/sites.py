@@ -22,6 +22,7 @@ from pathlib import Path
 
 from shared_iopfl.errors import InputError
 from shared_iopfl.layouts import PARTS, known_sites, published_parts
+from shared_iopfl.names import check_sites
 from shared_iopfl.scan_files import Case, entries
 
 __all__ = ["find_cases", "fingerprint", "fold_cases", "list_sites", "pooled", "site_cases", "split_cases"]
@@ -33,9 +34,9 @@ def list_sites(dataset_dir: str | Path) -> list[str]:
     """The names of the sites in a folder, sorted.
 
     Raises:
-        InputError: when there is no such folder, or it holds no site.
+        InputError: when there is no such folder, it holds no site, or one whose name a site cannot have.
     """
-    sites = known_sites(Path(dataset_dir))
+    sites = check_sites(known_sites(Path(dataset_dir)))
     if not sites:
         raise InputError(
             f"no sites in {dataset_dir}: expected a folder of scans and masks, or a SITE.json, for each site"

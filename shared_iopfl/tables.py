@@ -8,23 +8,33 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The CSV files of a run: rows appended, or replaced where the same thing was measured again, a file whole or not."""
+"""The CSV files of a run: rows appended, or replaced where the same thing was measured again, a file whole or not.
+
+Spreadsheets execute a cell that begins as a formula does. Names and reasons come with data, so text of this kind is
+written with an apostrophe before it, as OWASP advises, and read back without; numbers stand as they are.
+"""
 
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from shared_iopfl.errors import InputError
 from shared_iopfl.files import write_text
+from shared_iopfl.reading import read_bounded
 
 __all__ = ["read_rows", "replace_rows", "write_json", "write_rows"]
 
 Row = Mapping[str, Any]
+FORMULA = re.compile("'*[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*(e[+-]?\d+)?|nan|inf)", re.IGNORECASE)
+LARGEST = 2**30
 
 
 def write_json(path: str | os.PathLike, content: Any) -> None:
@@ -49,19 +59,31 @@ def write_rows(path: str | os.PathLike, columns: Sequence[str], rows: Iterable[R
     lines = Lines()
     writer = csv.DictWriter(lines, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({column: _as_text(value) for column, value in row.items()} for row in rows)
     write_text(path, "".join(lines))
+
+
+def _as_text(value: Any) -> Any:
+    is_formula = isinstance(value, str) and FORMULA.match(value) and not NUMBER.fullmatch(value)
+    return f"'{value}" if is_formula else value
+
+
+def _from_text(value: Any) -> Any:
+    """What `_as_text` was given; a row that is too short has None, one that is too long a list."""
+    is_text = isinstance(value, str) and value.startswith("'") and FORMULA.match(value)
+    return value[1:] if is_text else value
 
 
 def read_rows(path: str | os.PathLike) -> list[dict[str, str]]:
     """The rows of a CSV file with a header; none where there is no file."""
     if not os.path.isfile(path):
         return []
-    with open(path, newline="", encoding="utf-8-sig") as file:  # a table saved by Excel begins with a byte-order mark
-        try:
-            return list(csv.DictReader(file))
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise InputError(f"cannot read the table {path}: {error}; move it away.") from error
+    try:
+        text = read_bounded(path, LARGEST).decode("utf-8-sig")  # a table saved by Excel begins with a byte-order mark
+        rows = list(csv.DictReader(io.StringIO(text, newline="")))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"cannot read the table {path}: {error}; move it away.") from error
+    return [{column: _from_text(value) for column, value in row.items()} for row in rows]
 
 
 def replace_rows(path: str | os.PathLike, columns: Sequence[str], rows: Sequence[Row], same: Sequence[str]) -> None:

@@ -125,7 +125,7 @@ def test_bad_datalist_items(tmp_path, item, what):
 @pytest.mark.parametrize(
     "content, what",
     [
-        ("{", "cannot be read as a JSON datalist"),
+        ("{", "cannot be read as JSON"),
         ('{"training": {}, "test": {"a": 1}}', "must be a list"),
         ('{"training": []}', "no labelled cases"),
     ],
