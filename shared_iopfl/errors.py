@@ -17,6 +17,8 @@ import sys
 import threading
 from types import TracebackType
 
+from tqdm import tqdm
+
 __all__ = ["InputError", "one_line_errors", "root_input_error"]
 
 
@@ -70,6 +72,8 @@ def one_line_errors() -> None:
 
 
 def _say(kind: str, error: BaseException | None) -> None:
+    for bar in list(getattr(tqdm, "_instances", ())):  # an unfinished bar leaves the cursor in its line
+        bar.close()
     # written at once: line by line, or word by word, two threads would write into each other's lines
     line = " ".join(str(error).split())
     # a name that is quoted must not steer the terminal
