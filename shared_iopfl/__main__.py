@@ -22,6 +22,7 @@ import fire
 
 from shared_iopfl.errors import InputError, one_line_errors
 from shared_iopfl.manifest import check_manifest
+from shared_iopfl.models import check_models
 from shared_iopfl.names import parse_names
 from shared_iopfl.packaging import package, publish
 from shared_iopfl.phantoms import make_fundus_sites, make_prostate_sites
@@ -45,8 +46,9 @@ def report(output_dir: str) -> None:
 
 
 def check(models_dir: str) -> None:
-    """Hold a published model set to its manifest, and say what it is."""
+    """Hold a published model set to its manifest, read what is in it, and say what it is."""
     manifest = check_manifest(models_dir)
+    check_models(models_dir)
     print(f"{len(manifest['files'])} files as published, of the sites {', '.join(manifest['sites']) or 'none'}")
     print(f"terms: {manifest['terms']}")
 

@@ -88,7 +88,7 @@ class ScanInferer(StackInferer):
         if not isinstance(network, nn.Module):
             raise ValueError(f"{type(self).__name__} needs an nn.Module, but got {type(network).__name__}.")
         with torch.inference_mode(False), torch.no_grad():
-            return self._join([self.predict(stack, network) for stack in self.stacks(inputs)])
+            return self._join([self.predict(stack, network) for stack in self.stacks(inputs)], inputs)
 
     def predict(self, stack: Tensor, network: nn.Module) -> Tensor:
         """Logits (N, C, *spatial) of one scan's network inputs (N, C_in, *spatial)."""

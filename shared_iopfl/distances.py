@@ -67,7 +67,7 @@ def distribution_distance(
         the network's order.
 
     Raises:
-        InputError: where the network has no batch norm with running statistics.
+        InputError: where the network has no batch norm with running statistics, or a variance is none.
     """
     # frozen, because autocast would keep the half-precision copies of the first expert's weights for all the others
     probe = copy_network(network).eval().requires_grad_(False)
@@ -85,7 +85,7 @@ def distribution_distance(
         raise InputError("distance routes need batch norms with running statistics: use start='uniform'.")
     batches = list(batches)
     rows = []
-    for state in experts.values():
+    for expert, state in experts.items():
         probe.load_state_dict(state)
         moments.update({name: _Moments(layer.num_features, batches[0].device) for name, layer in norms.items()})
         for batch in batches:
@@ -96,6 +96,11 @@ def distribution_distance(
                 continue
             remembered = state[f"{name}.running_var" if name else "running_var"].to(batches[0].device).double()
             ratio = torch.log(moments[name].variance() + layer.eps) - torch.log(remembered + layer.eps)
+            if not torch.isfinite(ratio).all():
+                raise InputError(
+                    f"the features of a scan at '{name}' cannot be compared with those of the expert '{expert}': they, "
+                    "or the variances that it remembers, are no finite numbers from 0."
+                )
             distances.append((ratio**2).mean())
         rows.append(torch.stack(distances))
     return torch.stack(rows).float().cpu()
@@ -125,5 +130,7 @@ def distance_routes(
     if scores is not None:
         if len(scores) != len(mean):
             raise InputError(f"expected one score an expert ({len(mean)}), got {len(scores)}.")
+        if not all(0 <= score <= 1 for score in scores):
+            raise InputError(f"scores are Dice, numbers from 0 to 1, but are {list(scores)}.")
         logits = logits + 100 * trust * torch.as_tensor(list(scores), dtype=logits.dtype)
     return torch.softmax(logits, dim=0)

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import time
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,6 +35,8 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from shared_iopfl.averaging import Averaging, average_updates, weighted_average
+from shared_iopfl.checks import check_values
 from shared_iopfl.errors import InputError
 from shared_iopfl.models import GLOBAL, USUAL_SHIFT, model_path, save_atomically
 from shared_iopfl.names import check_sites
@@ -41,7 +44,7 @@ from shared_iopfl.norm_statistics import STATISTICS
 from shared_iopfl.server_momentum import ServerMomentum
 from shared_iopfl.site_client import SiteClient, check_time_limit, time_limit
 from shared_iopfl.tables import write_json, write_rows
-from shared_iopfl.updates import Failures, check_update, far_off, weighted_average
+from shared_iopfl.updates import UPDATE_NORM, Failures, accepted_norms, check_update, far_off, update_norm
 
 __all__ = ["Federation", "SiteClient", "check_update", "weighted_average"]
 
@@ -74,8 +77,9 @@ class Federation:
         overrides: of the training config, the same for all sites; ``site`` and ``output_dir`` are set for each.
         val_interval: score both models on the sites' validation cases every so many rounds (and at the end); 0: never.
         min_sites: a round goes on without those that failed while at least so many deliver; 0: it takes all sites.
-        max_update_norm: refuse an update that lies more than so many times as far from the global model as the median
-            of the others' does (from three sites on); 0: no bound. The default lets in ten times as many steps.
+        max_update_norm: refuse an update that lies more than so many times as far from the global model as is usual; 0:
+            no bound. See :func:`~shared_iopfl.updates.far_off`. The default lets in ten times as many steps.
+        averaging: "mean", "median" or "trimmed_mean"; see :func:`~shared_iopfl.averaging.average_updates`.
         site_timeout: a site may take so many seconds for a round's training, and as many to score a model; 0: no limit.
             See :func:`~shared_iopfl.site_client.time_limit` for what it can break off.
         own_rounds, shares: what each site makes of its personalised model once the last round is over; see
@@ -103,13 +107,24 @@ class Federation:
         server_momentum: float = 0.0,
         resume: bool = False,
         seed: int = 0,
+        averaging: Averaging = "mean",
     ) -> None:
         if isinstance(sites, str) or not sites or len(set(sites)) != len(sites):
             raise InputError(f"sites must be a list of different names, such as \"['BIDMC','HK']\", but is {sites!r}.")
-        if rounds < 1 or local_epochs < 1:
-            raise InputError(f"rounds and local_epochs must be at least 1, but are {rounds} and {local_epochs}.")
-        if not max_update_norm >= 0:
-            raise InputError(f"max_update_norm must be 0 (no bound) or positive, but is {max_update_norm!r}.")
+        own = {
+            "rounds": rounds,
+            "local_epochs": local_epochs,
+            "val_interval": val_interval,
+            "min_sites": min_sites,
+            "max_update_norm": max_update_norm,
+            "site_timeout": site_timeout,
+            "own_rounds": own_rounds,
+            "shares": shares,
+            "resume": resume,
+            "seed": seed,
+            "averaging": averaging,
+        }
+        check_values({**(overrides or {}), **own})
         check_time_limit(site_timeout)
         self.bundle_root = bundle_root
         self.sites = check_sites(sites)
@@ -125,6 +140,7 @@ class Federation:
         self.server = ServerMomentum(server_momentum)
         self.resume = resume
         self.seed = seed
+        self.averaging: Averaging = averaging
         self.round = 0
         self.weights: dict[str, Tensor] = {}
         self.clients: dict[str, SiteClient] = {}
@@ -193,17 +209,19 @@ class Federation:
             try:
                 with time_limit(site, self.site_timeout):
                     update = client.train(self.weights)
-                check_update(site, update, self.weights)
+                update = check_update(site, update, self.weights)
                 metrics[site] = {**client.metrics(), "seconds": time.perf_counter() - began}
                 updates[site] = update
             except Exception as error:
                 self._leave_out(site, error, before[site])
-        for site, refusal in far_off(updates, self.weights, self.max_update_norm).items():
+        earlier = accepted_norms(self.history)
+        for site, refusal in far_off(updates, self.weights, self.max_update_norm, earlier).items():
             del updates[site]
             self._leave_out(site, refusal, before[site])
-        for site in updates:
-            self._note(site, "local", metrics[site])
-        average = weighted_average(updates, {site: self.clients[site].cases for site in updates})
+        for site, update in updates.items():
+            self._note(site, "local", {**metrics[site], UPDATE_NORM: update_norm(update, self.weights)})
+        counts = {site: self.clients[site].cases for site in updates}
+        average = average_updates(updates, counts, self.averaging, self.weights)
         parameters = self.clients[self.sites[0]].parameters if self.server.momentum else ()
         self.weights = self.server.step(self.weights, average, parameters)
         if self.val_interval and (self.round % self.val_interval == 0 or self.round == self.rounds):
@@ -247,8 +265,7 @@ class Federation:
             if isinstance(value, (bool, int, float, str, list, tuple)) and key not in ("dataset_dir", "device")
         }
         own = {"sites": self.sites, "rounds": self.rounds, "local_epochs": self.local_epochs, "seed": self.seed}
-        own["server_momentum"] = self.server.momentum
-        return {**training, **own}
+        return {**training, **own, "server_momentum": self.server.momentum, "averaging": self.averaging}
 
     def _save(self) -> None:
         # the history first: a run interrupted between the two does this round again, and writes it again
@@ -361,12 +378,15 @@ class Federation:
         self.failures.write(self.output_dir / "failures.csv")
         level = fmean(dice[GLOBAL].values()) if dice[GLOBAL] else None
         scores = {
-            name: min(1.0, max(0.0, level + fmean(value - dice[GLOBAL][site] for site, value in at.items())))
+            name: level + fmean(value - dice[GLOBAL][site] for site, value in at.items())
             if level is not None and at
-            else None
+            else math.nan
             for name, at in dice.items()
         }
-        return {**scores, USUAL_SHIFT: fmean(shifts) if shifts else None}
+        shift = fmean(shifts) if shifts else math.nan
+        # what could not be measured is unknown: neither the worst that there is, nor a NaN in the file
+        known = {name: min(1.0, max(0.0, score)) if math.isfinite(score) else None for name, score in scores.items()}
+        return {**known, USUAL_SHIFT: shift if math.isfinite(shift) else None}
 
     def _compare_statistics(self, judges: Sequence[str]) -> None:
         """Write how the global model does at each site by its running statistics, and by the site's own."""

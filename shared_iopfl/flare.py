@@ -210,6 +210,7 @@ class FlareRun:
             own_rounds=self.federation.own_rounds,
             shares=list(self.federation.shares),
             round_timeout=self.round_timeout,
+            averaging=self.federation.averaging,
         )
         with tempfile.TemporaryDirectory() as folder:
             files = Path(folder)

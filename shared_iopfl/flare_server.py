@@ -34,6 +34,7 @@ from nvflare.app_opt.pt.decomposers import TensorDecomposer
 from nvflare.fuel.utils import fobs
 from torch import Tensor
 
+from shared_iopfl.averaging import Averaging, average_updates
 from shared_iopfl.errors import InputError
 from shared_iopfl.federation import HISTORY
 from shared_iopfl.flare_client import COUNTED, SETTLE
@@ -42,13 +43,14 @@ from shared_iopfl.models import USUAL_SHIFT, model_path, save_atomically
 from shared_iopfl.norm_statistics import STATISTICS
 from shared_iopfl.server_momentum import ServerMomentum
 from shared_iopfl.tables import write_json, write_rows
-from shared_iopfl.updates import check_update, far_off, weighted_average
+from shared_iopfl.updates import UPDATE_NORM, accepted_norms, check_update, far_off, update_norm
 
 __all__ = ["CHECKPOINT", "FAILURES", "RESULTS", "Rounds", "ServerFiles"]
 
 RESULTS = "iopfl"  # folder in the server's run, laid out as the output_dir of a one-process run
 CHECKPOINT = "flare.pt"
 FAILURES = "failures.csv"
+MOST_CASES = 1e9  # more than any site has: what claims more would be the average
 
 
 class ServerFiles(ModelPersistor):
@@ -143,13 +145,15 @@ class Rounds(ModelController):
         rounds: number of rounds.
         min_sites: a round with fewer usable updates ends the job.
         val_interval: have both models scored every so many rounds (and at the end); 0: never.
-        max_update_norm: refuse updates that lie so many times as far off as the others' median; 0: no bound.
+        max_update_norm: refuse updates that lie so many times as far off as is usual; 0: no bound. See
+            :func:`~shared_iopfl.updates.far_off`.
         server_momentum: of the global weights, as in one process.
         own_rounds, shares: what each site makes of its personalised model after the last round; see
             :meth:`~shared_iopfl.site_client.SiteClient.settle`. 0 and none: the moving average as it is.
         round_timeout: seconds to train, and again to score, after which a round goes on without those who have not
             answered; 0: wait for all.
         persistor_id: the component that keeps the global model.
+        averaging: "mean", "median" or "trimmed_mean"; see :func:`~shared_iopfl.averaging.average_updates`.
     """
 
     def __init__(
@@ -164,6 +168,7 @@ class Rounds(ModelController):
         shares: Sequence[float] = (),
         round_timeout: int = 0,
         persistor_id: str = AppConstants.DEFAULT_PERSISTOR_ID,
+        averaging: Averaging = "mean",
     ) -> None:
         super().__init__(persistor_id=persistor_id, ignore_result_error=True)
         self.sites = sites
@@ -176,6 +181,7 @@ class Rounds(ModelController):
         self.shares = shares
         self.round_timeout = round_timeout
         self.persistor_id = persistor_id
+        self.averaging: Averaging = averaging
         self.round = 0
         self._answered: list[str] = []  # in this round, with whatever update
 
@@ -199,8 +205,8 @@ class Rounds(ModelController):
             self.persistor.save_tables(self.fl_ctx)
 
     def _train(self, model: FLModel) -> dict[str, Tensor]:
-        """The mean of the sites' local weights, each weighed by its number of training cases."""
-        updates: dict[str, Mapping[str, Tensor]] = {}
+        """The average of the sites' local weights."""
+        updates: dict[str, dict[str, Tensor]] = {}
         counts: dict[str, float] = {}
         metrics: dict[str, dict[str, float]] = {}
         replies = self._ask("train", model, self.sites)
@@ -208,15 +214,16 @@ class Rounds(ModelController):
         for site, reply in replies.items():
             try:
                 count = _number(reply.meta.get(FLMetaKey.NUM_STEPS_CURRENT_ROUND))
-                if count <= 0:
+                if not 1 <= count <= MOST_CASES:
                     raise InputError(f"site '{site}' says that it has {count} training cases.")
-                check_update(site, reply.params, model.params)
+                update = check_update(site, reply.params, model.params)
                 metrics[site] = {name: _number(value) for name, value in (reply.metrics or {}).items()}
             except Exception as error:  # whatever a site sends, the others go on
                 self._fail(site, str(error))
                 continue
-            updates[site], counts[site] = reply.params, count
-        for site, refusal in far_off(updates, model.params, self.max_update_norm).items():
+            updates[site], counts[site] = update, count
+        earlier = accepted_norms(self.persistor.history)
+        for site, refusal in far_off(updates, model.params, self.max_update_norm, earlier).items():
             del updates[site]
             self._fail(site, str(refusal))
         if len(updates) < self.min_sites:
@@ -224,9 +231,9 @@ class Rounds(ModelController):
                 f"round {self.round}: {len(updates)} of {len(self.sites)} sites sent a usable update, fewer than "
                 f"min_sites {self.min_sites}; {FAILURES} tells what became of the others."
             )
-        for site in updates:
-            self._note(site, "local", metrics[site])
-        return weighted_average(updates, counts)
+        for site, update in updates.items():
+            self._note(site, "local", {**metrics[site], UPDATE_NORM: update_norm(update, model.params)})
+        return average_updates(updates, counts, self.averaging, model.params)
 
     def _validate(self, model: FLModel) -> None:
         """The sites score the global model and their personalised ones; only the figures come here.
@@ -245,7 +252,8 @@ class Rounds(ModelController):
                 continue
             for name, value in metrics.items():
                 whose, _, metric = name.partition("/")
-                self._note(site, whose, {metric: value})
+                if whose in ("global", "personalised"):  # what is noted of "local" bounds and counts a site's updates
+                    self._note(site, whose, {metric: value})
 
     def _settle(self, model: FLModel) -> None:
         """Every site with a personalised model makes it what it keeps, and tells how far off its cases are."""
@@ -262,7 +270,7 @@ class Rounds(ModelController):
                 self._fail(site, str(error))
                 continue
             if counted[site] == self.rounds:  # as in one process
-                if "shift" in told:
+                if math.isfinite(told.get("shift", math.nan)):
                     shifts[site] = told["shift"]
                 if "global" in told and "own" in told:
                     statistics.append({"site": site, "global": told["global"], "own": told["own"]})

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from shared_iopfl.adaptation import Adaptation, mask_agreement
+from shared_iopfl.checks import check_values
 from shared_iopfl.distances import distance_routes, distribution_distance
 from shared_iopfl.errors import InputError
 from shared_iopfl.models import USUAL_SHIFT
@@ -91,6 +92,7 @@ class TestTimeRoutingInferer(StackInferer):
         seed: int = 0,
     ) -> None:
         super().__init__(slices, batch_size)
+        check_values({"seed": seed})
         if mode not in get_args(Mode):
             raise InputError(f"unknown mode '{mode}': choose one of {', '.join(get_args(Mode))}.")
         if output not in get_args(Output):
@@ -116,6 +118,9 @@ class TestTimeRoutingInferer(StackInferer):
 
         A network that is one expert among others was chosen as it is (a MONAI Label client names a site's model file):
         plain inference.
+
+        Raises:
+            InputError: naming the scan, where the logits are not finite.
         """
         if self.mode == "off" or not self.experts or (self.mode == "episodic" and self._is_expert(network)):
             return super().__call__(inputs, network)
@@ -130,7 +135,7 @@ class TestTimeRoutingInferer(StackInferer):
             else:
                 raise ValueError(f"test-time routing needs an nn.Module to route, but got {type(network).__name__}.")
             self.reports.extend(report for _, report in served if report)
-            return self._join([output for output, _ in served])
+            return self._join([output for output, _ in served], inputs)
 
     def route_scan(self, stack: Tensor, network: nn.Module) -> tuple[Tensor, dict[str, Any]]:
         """Route one scan.
@@ -237,7 +242,8 @@ class TestTimeRoutingInferer(StackInferer):
         for share in STATISTICS_SHARES if chooses else (1.0,):
             routed.set_statistics(share * statistics)
             tried.append((share * statistics, *self._predict(some, self._settled(routed, some))))
-        chosen, logits, agreed = max(tried, key=lambda one: one[2].get("quality", 0.0))
+        finite = [one for one in tried if torch.isfinite(one[1]).all()]
+        chosen, logits, agreed = max(finite or tried, key=lambda one: one[2].get("quality", 0.0))
         routed.set_statistics(chosen)
         report["statistics"] = round(chosen, 4)
         if chooses:

@@ -26,6 +26,7 @@ from ignite.engine import Engine
 from monai.handlers import CheckpointLoader
 from torch import Tensor, nn
 
+from shared_iopfl.checks import has_negative_variance, number
 from shared_iopfl.errors import InputError
 from shared_iopfl.files import whole_file
 from shared_iopfl.manifest import LIMIT, MODEL_FILE, SCORES, plain_name, read_checked, read_manifest
@@ -34,7 +35,15 @@ from shared_iopfl.reading import parse_json
 from shared_iopfl.routing import check_experts
 from shared_iopfl.settings import PRESETS
 
-__all__ = ["CheckedCheckpointLoader", "load_experts", "load_scores", "load_weights", "model_path", "save_atomically"]
+__all__ = [
+    "CheckedCheckpointLoader",
+    "check_models",
+    "load_experts",
+    "load_scores",
+    "load_weights",
+    "model_path",
+    "save_atomically",
+]
 
 GLOBAL = "global"
 USUAL_SHIFT = "usual_shift"  # in scores.json, next to the experts' names
@@ -87,7 +96,7 @@ def load_weights(path: str | os.PathLike) -> dict[str, Tensor]:
 
     Raises:
         InputError: where there is no file, it is not the published one, or it holds anything but finite, dense tensors
-            by name.
+            by name, variances not below 0 among them.
     """
     content = read_checked(path)
     if content is None:
@@ -130,6 +139,8 @@ def _checked(tensor: Tensor, key: str, path: str | os.PathLike) -> Tensor:
         raise InputError(f"{path} holds no plain tensor in '{key}'; save the network's state_dict() alone.")
     if not torch.isfinite(tensor).all():
         raise InputError(f"{path} has NaN or infinite values in '{key}'; train or download it again.")
+    if has_negative_variance(key, tensor):
+        raise InputError(f"{path} has negative variances in '{key}'; train or download it again.")
     return tensor.float() if tensor.dtype in HALF else tensor
 
 
@@ -187,7 +198,10 @@ def load_scores(ckpt_dir: str) -> dict[str, float] | None:
 
     Returns:
         Expert -> Dice at the other sites, and as `USUAL_SHIFT` the mean distance of the inside sites' validation cases
-        from the global model, which has no unit.
+        from the global model, which has no unit. What is unknown (null) is left out.
+
+    Raises:
+        InputError: for a Dice that is no number from 0 to 1, or a shift that is none from 0.
     """
     path = Path(ckpt_dir) / SCORES
     content = read_checked(path)
@@ -195,9 +209,21 @@ def load_scores(ckpt_dir: str) -> dict[str, float] | None:
         return None
     scores = parse_json(content, path)
     try:
-        return {name: float(value) for name, value in scores.items() if value is not None}
+        known = {name: value for name, value in scores.items() if value is not None}
     except (ValueError, TypeError, AttributeError) as error:
         raise InputError(f"cannot read {path}: {error}; it maps each expert's name to its Dice.") from error
+    for name, value in known.items():
+        rule = number(0) if name == USUAL_SHIFT else number(0, 1)
+        if not rule.holds(value):
+            raise InputError(f"{path} has '{name}': {value!r:.80}; it must be {rule.allowed}, or null if unknown.")
+    return {name: float(value) for name, value in known.items()}
+
+
+def check_models(ckpt_dir: str) -> None:
+    """Read all that routing would read of a folder; `InputError` for the first thing that is wrong with it."""
+    load_experts(ckpt_dir, equal_too=True)
+    load_weights(model_path(ckpt_dir))
+    load_scores(ckpt_dir)
 
 
 class CheckedCheckpointLoader(CheckpointLoader):

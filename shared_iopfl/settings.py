@@ -12,11 +12,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args, get_type_hints
 
+from shared_iopfl.checks import Rule, number, switch, whole
 from shared_iopfl.errors import InputError
 from shared_iopfl.routers import Activation
 
@@ -89,33 +89,32 @@ class RoutingSettings:
         """Raise `InputError` for a value outside its range: a misspelt start would else be another start in silence."""
         for name, hint in get_type_hints(type(self)).items():
             value, choices = getattr(self, name), get_args(hint)
-            if choices and value not in choices:
+            if choices and not (isinstance(value, str) and value in choices):
                 raise InputError(f"unknown {name} '{value}': choose one of {', '.join(choices)}.")
-            if name in LIMITS:
-                low, high = LIMITS[name]
-                if not isinstance(value, int if hint is int else (int, float)) or not low <= value <= high:
-                    raise InputError(f"routing setting {name} must be from {low} to {high}, but is {value!r}.")
+            rule = switch if hint is bool else LIMITS.get(name)
+            if rule is not None and not rule.holds(value):
+                raise InputError(f"routing setting {name} must be {rule.allowed}, but is {value!r:.80}.")
         if self.steps and not (self.consistency or self.entropy or self.shape):
             raise InputError("adaptation needs an objective: give consistency, entropy or shape a weight, or steps=0.")
 
 
-LIMITS: dict[str, tuple[float, float]] = {
-    "temperature": (1e-3, math.inf),
-    "trust": (0, math.inf),
-    "statistics": (0, 1),
-    "prior": (0, math.inf),
-    "usual_shift": (0, math.inf),
-    "steps": (0, math.inf),
-    "learning_rate": (0, math.inf),
-    "dropout": (0, 0.99),
-    "consistency": (0, math.inf),
-    "entropy": (0, math.inf),
-    "shape": (0, math.inf),
-    "window": (0, 1),
-    "noise": (0, math.inf),
-    "intensity": (0, math.inf),
-    "adapt_slices": (1, math.inf),
-    "agreement": (0, 1),
+LIMITS: dict[str, Rule] = {
+    "temperature": number(1e-3),
+    "trust": number(0),
+    "statistics": number(0, 1),
+    "prior": number(0),
+    "usual_shift": number(0),
+    "steps": whole(0),
+    "learning_rate": number(0),
+    "dropout": number(0, 0.99),
+    "consistency": number(0),
+    "entropy": number(0),
+    "shape": number(0),
+    "window": number(0, 1),
+    "noise": number(0),
+    "intensity": number(0),
+    "adapt_slices": whole(1),
+    "agreement": number(0, 1),
 }
 
 PRESETS: dict[str, RoutingSettings] = {
@@ -156,10 +155,12 @@ def preset(name: str = "default", overrides: Mapping[str, Any] | None = None) ->
     Raises:
         InputError: for an unknown preset or setting, naming the known ones.
     """
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise InputError(f"unknown preset '{name}': choose one of {', '.join(PRESETS)}.")
+    if not isinstance(overrides, Mapping | None):
+        raise InputError(f"routing must be a dictionary, setting -> value, but is {overrides!r:.80}.")
     known = {field.name for field in fields(RoutingSettings)}
-    unknown = sorted(set(overrides or {}) - known)
+    unknown = sorted(set(overrides or {}) - known, key=str)
     if unknown:
         raise InputError(f"unknown routing setting '{unknown[0]}': choose among {', '.join(sorted(known))}.")
     return replace(PRESETS[name], **dict(overrides or {}))

@@ -19,6 +19,9 @@ import torch
 from monai.inferers import Inferer
 from torch import Tensor
 
+from shared_iopfl.checks import check_values
+from shared_iopfl.errors import InputError
+
 __all__ = ["StackInferer", "bounded", "evenly", "from_stack", "to_stack"]
 
 Network = Callable[[Tensor], Tensor]
@@ -57,6 +60,13 @@ def evenly(stack: Tensor, count: int) -> Tensor:
     return stack[index.long()]
 
 
+def _name(inputs: Tensor, index: int) -> str:
+    """What a scan of a batch is called, as far as its metadata tell."""
+    files = getattr(inputs, "meta", {}).get("filename_or_obj", ())
+    files = [files] if isinstance(files, str) else files
+    return str(files[index]) if index < len(files) else "a scan"
+
+
 def bounded(count: int, stack: Tensor, pixels: int | None = None) -> int:
     """`count`, or as many of the stack's inputs as have so many pixels (default: of a forward); at least one."""
     if pixels is None:
@@ -73,24 +83,38 @@ class StackInferer(Inferer):
     """
 
     def __init__(self, slices: int | None = 3, batch_size: int = 16) -> None:
+        check_values({"batch_size": batch_size, **({} if slices is None else {"slices": slices})})
         super().__init__()
         self.slices = slices
         self.batch_size = batch_size
 
     def __call__(self, inputs: Tensor, network: Network, *args: Any, **kwargs: Any) -> Tensor:
-        """Logits (B, C, *spatial) of scans (B, C_in, *spatial)."""
-        return self._join([self._forward(stack, network) for stack in self.stacks(inputs)])
+        """Logits (B, C, *spatial) of scans (B, C_in, *spatial).
+
+        Raises:
+            InputError: naming the scan, where they are not finite.
+        """
+        return self._join([self._forward(stack, network) for stack in self.stacks(inputs)], inputs)
 
     def stacks(self, inputs: Tensor) -> list[Tensor]:
         """Each scan of the batch as a stack of network inputs."""
         plain = inputs.as_tensor() if hasattr(inputs, "as_tensor") else inputs  # no metadata inside the network
         return [_channels_last(scan[None]) if self.slices is None else to_stack(scan, self.slices) for scan in plain]
 
-    def _join(self, outputs: list[Tensor]) -> Tensor:
+    def _join(self, outputs: list[Tensor], inputs: Tensor) -> Tensor:
+        """What was made of each scan, as one batch; a mask of what is not finite would be empty, or any other."""
+        for index, output in enumerate(outputs):
+            if not torch.isfinite(output).all():
+                raise InputError(
+                    f"the network's output for {_name(inputs, index)} is not finite: its weights are damaged or its "
+                    "training went astray; train or download the models again."
+                )
         return torch.cat([output if self.slices is None else from_stack(output)[None] for output in outputs])
 
     def _forward(self, stack: Tensor, network: Network) -> Tensor:
-        return torch.cat([network(_channels_last(batch)).float() for batch in self._batches(stack, network)])
+        outputs = torch.cat([network(_channels_last(batch)).float() for batch in self._batches(stack, network)])
+        # infinite is as wrong as NaN, but a mean of probabilities would hide it
+        return outputs.masked_fill(~torch.isfinite(outputs), torch.nan)
 
     def _batches(self, stack: Tensor, network: Network) -> Iterable[Tensor]:
         return stack.split(bounded(self.batch_size, stack))

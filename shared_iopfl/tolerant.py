@@ -28,6 +28,7 @@ from monai.engines import IterationEvents, SupervisedEvaluator
 from monai.handlers import from_engine
 from monai.utils import CommonKeys, ensure_tuple
 
+from shared_iopfl.checks import check_values
 from shared_iopfl.errors import InputError, root_input_error
 from shared_iopfl.masks import check_writable
 from shared_iopfl.records import OutputWriter
@@ -40,6 +41,7 @@ __all__ = ["Failure", "ScanWriter", "TolerantDataset", "TolerantEvaluator", "fro
 logger = logging.getLogger(__name__)
 FAILURES = "failures"  # key of a batch: its scans that could not be loaded
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+NAMED = 20  # so many scans are named in one line
 
 
 class Failure(NamedTuple):
@@ -109,6 +111,9 @@ class ScanWriter(OutputWriter):
 class TolerantEvaluator(SupervisedEvaluator):
     """An evaluator that goes on with the next scan where one cannot be loaded, segmented or written.
 
+    A scan whose mask is empty keeps it, and is named in the log and when the run ends. That too gives a status other
+    than 0, as every scan shows what most tasks look for, unless `empty_masks` allows it.
+
     ``failed.csv`` in `output_dir` names each failed scan as soon as it failed: case, file, reason. There is no such
     file when none has. When all scans have had their turn the run ends with an `InputError` that counts the failures,
     and so with a status other than 0.
@@ -120,14 +125,25 @@ class TolerantEvaluator(SupervisedEvaluator):
         output_dir: where ``failed.csv`` goes.
         strict: whether failures end the run with an `InputError`; otherwise only a run in which all scans failed does,
             and `failures` holds them for whoever runs it.
+        empty_masks: "fail" where every scan shows what is looked for, or "allow".
         args, kwargs: of `SupervisedEvaluator`; its loader is over a `TolerantDataset`, with `tolerant_collate`.
     """
 
-    def __init__(self, *args: Any, output_dir: str | os.PathLike, strict: bool = True, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        output_dir: str | os.PathLike,
+        strict: bool = True,
+        empty_masks: str = "allow",
+        **kwargs: Any,
+    ) -> None:
+        check_values({"empty_masks": empty_masks})
         super().__init__(*args, **kwargs)
         self.strict = strict
         self.output_dir = Path(output_dir)
+        self.empty_masks = empty_masks
         self.failures: list[Failure] = []
+        self.empty: list[str] = []  # the cases of empty masks
 
     @property
     def failed_csv(self) -> Path:
@@ -137,9 +153,9 @@ class TolerantEvaluator(SupervisedEvaluator):
         """Serve all scans.
 
         Raises:
-            InputError: at the end, when there were failures: how many, and where they are named.
+            InputError: at the end, when there were failures: how many, and where they are named; or empty masks.
         """
-        self.failures = []
+        self.failures, self.empty = [], []
         self.failed_csv.unlink(missing_ok=True)  # of another run
         count = len(self.data_loader.dataset)  # type: ignore[union-attr, arg-type]
         try:
@@ -147,8 +163,17 @@ class TolerantEvaluator(SupervisedEvaluator):
         except ValueError:  # MONAI's metrics, where there is nothing to aggregate
             if len(self.failures) < count:
                 raise
+        ends = []
         if self.failures and (self.strict or len(self.failures) == count):
-            raise InputError(f"{len(self.failures)} of {count} scans failed: see {self.failed_csv}")
+            ends.append(f"{len(self.failures)} of {count} scans failed: see {self.failed_csv}")
+        if self.empty and self.empty_masks == "fail":
+            named = ", ".join(self.empty[:NAMED]) + (", ..." if len(self.empty) > NAMED else "")
+            ends.append(
+                f"{len(self.empty)} of {count} scans have an empty mask: {named}; where some show nothing of what is "
+                "looked for, allow that with --empty_masks allow"
+            )
+        if ends:
+            raise InputError("; ".join(ends))
 
     def _iteration(self, engine: Any, batchdata: dict[str, Any]) -> Any:
         self._record(batchdata.pop(FAILURES, []))
@@ -158,7 +183,9 @@ class TolerantEvaluator(SupervisedEvaluator):
         files = ensure_tuple(image.meta["filename_or_obj"])
         cases = batchdata.get("case", [None] * len(files))
         try:
-            return super()._iteration(engine, batchdata)
+            outputs = super()._iteration(engine, batchdata)
+            self._note_empty(outputs, cases, files)
+            return outputs
         except Exception as error:
             if len(self.data_loader.dataset) == 1 or _is_hopeless(error):  # type: ignore[union-attr, arg-type]
                 raise
@@ -167,6 +194,12 @@ class TolerantEvaluator(SupervisedEvaluator):
             logger.debug("what failed with %s:", files, exc_info=True)
             self._record([Failure.of(case, file, error) for case, file in zip(cases, files)])
             return self._nothing()
+
+    def _note_empty(self, outputs: Sequence[Mapping[str, Any]], cases: Sequence[str | None], files: Any) -> None:
+        for output, case, file in zip(outputs, cases, files):
+            if not torch.count_nonzero(output[CommonKeys.PRED]):
+                self.empty.append(printable(case or case_name(str(file))))
+                logger.warning("%s has an empty mask", self.empty[-1])
 
     def _nothing(self) -> list[dict[str, Any]]:
         """An iteration's output without a case: nothing for the handlers to write or to record."""

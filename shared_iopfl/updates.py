@@ -8,114 +8,122 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What the sites send: whether it can be let in, the mean of it, and who failed to deliver."""
+"""What the sites send: whether it can be let in, and who failed to deliver."""
 
 from __future__ import annotations
 
 import logging
 import math
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from shared_iopfl.checks import has_negative_variance
 from shared_iopfl.errors import InputError, root_input_error
 from shared_iopfl.tables import write_rows
 
-__all__ = ["Failures", "check_update", "far_off", "weighted_average"]
+__all__ = ["UPDATE_NORM", "Failures", "accepted_norms", "check_update", "far_off", "update_norm"]
 
 logger = logging.getLogger(__name__)
 Weights = Mapping[str, Tensor]
+UPDATE_NORM = "update_norm"  # in the history: how far an accepted update moved the global model
 
 
-def check_update(site: str, update: Weights, reference: Weights, whose: str = "the global model") -> None:
-    """Raise `InputError`, naming site and key, unless its weights are finite and of the reference's kind and shape."""
+def check_update(site: str, update: Weights, reference: Weights, whose: str = "the global model") -> dict[str, Tensor]:
+    """A site's weights in the types of the global model, if they can be let in.
+
+    They are cast before they are looked at: what is finite in double precision may be none in single precision.
+
+    Args:
+        site: who sent them.
+        update: the weights.
+        reference: what they must be like, in keys, kinds and shapes.
+        whose: what `reference` is called in an error.
+
+    Raises:
+        InputError: naming site and key, where they are not, are not finite, or hold a negative variance.
+    """
     if difference := set(update) ^ set(reference):
         key = min(difference, key=str)
         raise InputError(f"site '{site}' sent other keys than {whose}: '{key}' is in one of them only.")
-    for key, tensor in update.items():
-        like = reference[key]
-        if not isinstance(tensor, Tensor):
-            raise InputError(f"site '{site}' sent a {type(tensor).__name__} as '{key}', not a tensor as {whose}.")
+    checked = {}
+    for key, like in reference.items():
+        tensor = update[key]
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+            kind = type(tensor).__name__ if not isinstance(tensor, Tensor) else "sparse tensor"
+            raise InputError(f"site '{site}' sent a {kind} as '{key}', not a plain tensor as {whose}.")
         if tensor.shape != like.shape:
             shapes = f"{tuple(tensor.shape)}, not {tuple(like.shape)} as {whose}"
             raise InputError(f"site '{site}' sent '{key}' of shape {shapes}.")
         # precision may differ, as a filter on the way may lower it; a complex or an integer weight is a mistake
         if tensor.is_floating_point() != like.is_floating_point() or tensor.is_complex() != like.is_complex():
             raise InputError(f"site '{site}' sent '{key}' of type {tensor.dtype}, not {like.dtype} as {whose}.")
-        if not torch.isfinite(tensor).all():
-            raise InputError(f"site '{site}' sent NaN or infinite values in '{key}'.")
+        cast = tensor.detach().to(like)
+        if not torch.isfinite(cast).all():
+            raise InputError(f"site '{site}' sent NaN or infinite values in '{key}', as {like.dtype}.")
+        if has_negative_variance(key, cast):
+            raise InputError(f"site '{site}' sent a negative variance in '{key}'.")
+        checked[key] = cast
+    return checked
 
 
-def far_off(updates: Mapping[str, Weights], reference: Weights, factor: float) -> dict[str, InputError]:
-    """Which sites moved the global model more than `factor` times as far as the others' median did.
+def far_off(
+    updates: Mapping[str, Weights], reference: Weights, factor: float, earlier: Sequence[float] = ()
+) -> dict[str, InputError]:
+    """Which sites moved the global model too far: more than `factor` times as far as is usual.
 
-    The norm is Euclidean, of all floating-point entries, in double precision. Two sites cannot say which of them is
-    off, so it takes three; and sites that all stood still are no measure for one that moved.
+    Usual is the median of the accepted updates of earlier rounds; in the first round, and where all of those stood
+    still, the norm of the global model itself, so that one site alone is bounded too. From three sites on, the median
+    of the others' updates of the round is a second measure: two sites cannot say which of them is off. Others that all
+    stood still are no measure for one that moved.
+
+    The norm is Euclidean, of all floating-point entries, in double precision.
 
     Args:
         updates: site -> weights, checked (see :func:`check_update`).
         reference: the global weights that the round began with.
         factor: how many times as far is too far; 0: any distance is let in.
+        earlier: norms of the updates that were accepted in earlier rounds (see :func:`accepted_norms`).
 
     Returns:
         site -> what is wrong with it.
     """
-    if factor <= 0 or len(updates) < 3:
+    if factor <= 0:
         return {}
-    norms = {site: _distance(update, reference) for site, update in updates.items()}
+    norms = {site: update_norm(update, reference) for site, update in updates.items()}
+    usual = {"the median of earlier rounds'": statistics.median(earlier) if earlier else 0.0}
+    if not any(usual.values()):
+        usual = {"the global model's own": update_norm(reference)}
     refused = {}
     for site, norm in norms.items():
-        median = statistics.median(other for name, other in norms.items() if name != site)
-        if norm > factor * median > 0:
-            refused[site] = InputError(
-                f"site '{site}' sent an update of norm {norm:.4g}, more than {factor:g} times the others' median "
-                f"{median:.4g}; if it is as it should be, raise max_update_norm (0: no bound)."
-            )
+        others = [other for name, other in norms.items() if name != site]
+        measures = {**usual, **({"the others' median": statistics.median(others)} if len(others) > 1 else {})}
+        for name, length in measures.items():
+            if norm > factor * length > 0:
+                refused[site] = InputError(
+                    f"site '{site}' sent an update of norm {norm:.4g}, more than {factor:g} times {name} {length:.4g}; "
+                    "if it is as it should be, raise max_update_norm (0: no bound)."
+                )
     return refused
 
 
-def _distance(update: Weights, reference: Weights) -> float:
+def update_norm(update: Weights, reference: Weights | None = None) -> float:
+    """The Euclidean distance of weights from a reference (None: zero), over all floating-point entries."""
     squares = (
-        float((update[key].double() - like.double()).square().sum())
-        for key, like in reference.items()
-        if like.is_floating_point()
+        float((tensor.double() - (reference[key].double() if reference is not None else 0)).square().sum())
+        for key, tensor in update.items()
+        if tensor.is_floating_point()
     )
     return math.sqrt(math.fsum(squares))
 
 
-def weighted_average(updates: Mapping[str, Weights], counts: Mapping[str, float]) -> dict[str, Tensor]:
-    """FedAvg: the mean of the sites' weights, each weighed by its number of training cases.
-
-    Summed in double precision in the order of `updates`; integer buffers (batch-norm counters) stay integers and are
-    the first site's.
-
-    Args:
-        updates: site -> state_dict.
-        counts: site -> positive number.
-
-    Raises:
-        InputError: naming the site whose update differs from the first one's in keys or shapes, or is not finite.
-    """
-    if not updates:
-        raise InputError("nothing to average: no site sent an update.")
-    total = float(sum(counts[site] for site in updates))
-    if not all(counts[site] > 0 for site in updates):
-        raise InputError(f"the sites' numbers of cases must be positive, but are {dict(counts)}.")
-    first, reference = next(iter(updates.items()))
-    for site, update in updates.items():
-        check_update(site, update, reference, f"'{first}'")
-    average = {}
-    for key, like in reference.items():
-        if like.is_floating_point():
-            mean = sum(update[key].double() * (counts[site] / total) for site, update in updates.items())
-            average[key] = torch.as_tensor(mean).to(like.dtype)
-        else:
-            average[key] = like.clone()
-    return average
+def accepted_norms(history: Iterable[Mapping[str, Any]]) -> list[float]:
+    """The norms of all accepted updates, from the rows of a run's history, with which they are kept and resumed."""
+    return [row["value"] for row in history if row["model"] == "local" and row["metric"] == UPDATE_NORM]
 
 
 class Failures:

@@ -226,7 +226,7 @@ def test_history_has_each_round_site_and_model_once(tmp_path):
     assert list(rows[0]) == ["round", "site", "model", "metric", "value"]
     keys = [(int(row["round"]), row["site"], row["model"], row["metric"]) for row in rows]
     assert len(set(keys)) == len(keys)
-    local = itertools.product(range(1, 6), ("HK", "UCL"), ("local",), ("train_loss", "seconds"))
+    local = itertools.product(range(1, 6), ("HK", "UCL"), ("local",), ("train_loss", "seconds", "update_norm"))
     scored = itertools.product((2, 4, 5), ("HK", "UCL"), ("global", "personalised"), ("val_mean_dice",))
     assert set(keys) == {*local, *scored}
     assert all(torch.isfinite(torch.tensor(float(row["value"]))) for row in rows)

@@ -47,7 +47,8 @@ def moved(state: State, distance: float) -> State:
         ([1, 2, 3, 10.1], 5, ["D"]),
         ([1, 1, 1, 100, 200], 10, ["D", "E"]),
         ([1, 1, 1e9], 0, []),
-        ([1, 1e9], 10, []),  # two cannot say which of them is off
+        ([1, 90], 10, []),  # two cannot say which of them is off
+        ([1, 1e9], 10, ["B"]),  # but the model's own norm can
         ([0, 0, 5], 10, []),  # nobody else moved
         ([0, 5, 5], 10, []),
     ],

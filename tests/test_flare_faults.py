@@ -166,6 +166,39 @@ def test_update_far_off_the_others_is_refused_unless_there_is_no_bound(factor, u
     assert all("'C'" in line and "141.4" in line for line in told)
 
 
+@pytest.mark.parametrize("earlier, refused", [([], True), ([1000.0] * 2, False), ([1.0] * 2, True)])
+@pytest.mark.parametrize("averaging", ["mean", "median"])
+def test_with_two_sites_an_update_is_bounded_by_the_model_and_the_history(earlier, refused, averaging):
+    """As in one process; what a site says of its own update's norm, or of its number of cases, bounds nothing."""
+    said = {"update_norm": 1e9}
+    replies = {
+        site: FLModel(
+            params={"w": torch.full((2,), 1.0 + by)}, metrics=said, meta={FLMetaKey.NUM_STEPS_CURRENT_ROUND: 1}
+        )
+        for site, by in {"A": 1.0, "B": 1000.0}.items()
+    }
+    replies["C"] = FLModel(params={"w": torch.ones(2)}, metrics={}, meta={FLMetaKey.NUM_STEPS_CURRENT_ROUND: 1e12})
+    rounds = Rounds(sites=["A", "B", "C"], rounds=3, min_sites=1, averaging=averaging)
+    rounds.persistor, rounds.warning = ServerFiles(), lambda text: None
+    for norm in earlier:
+        rounds._note("A", "local", {"update_norm": norm})
+    rounds._ask = lambda task, model, sites, **kwargs: replies  # type: ignore[method-assign]
+    rounds._train(FLModel(params={"w": torch.ones(2)}))
+    assert [row["site"] for row in rounds.persistor.failures] == (["C", "B"] if refused else ["C"])
+    kept = [row["value"] for row in rounds.persistor.history if row["metric"] == "update_norm"]
+    assert kept[len(earlier) :] == pytest.approx([2**0.5] + [1000 * 2**0.5] * (not refused))
+
+
+def test_figures_that_a_site_calls_another_sites_own_are_left_out():
+    replies = {"A": FLModel(metrics={"local/update_norm": 1e9, "local/failed": 1.0, "global/val_mean_dice": 0.5})}
+    rounds = Rounds(sites=["A"], rounds=1, min_sites=1)
+    rounds.persistor, rounds.round = ServerFiles(), 1
+    rounds._note("A", "local", {"train_loss": 1.0})
+    rounds._ask = lambda task, model, sites, **kwargs: replies  # type: ignore[method-assign]
+    rounds._validate(FLModel(params={}))
+    assert [row["metric"] for row in rounds.persistor.history] == ["train_loss", "val_mean_dice"]
+
+
 class Interrupted(BaseException):
     """As a lost machine would end a run."""
 

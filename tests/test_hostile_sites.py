@@ -1,0 +1,238 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What a hostile site can send, with one other site and with many: updates far too long, or of other types."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fake_clients import FakeClient, equal, fakes, make  # noqa: F401
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from shared_iopfl.averaging import AVERAGES, average_updates, weighted_average
+from shared_iopfl.errors import InputError
+from shared_iopfl.federation import Federation
+from shared_iopfl.tables import read_rows
+from shared_iopfl.updates import accepted_norms, check_update, far_off, update_norm
+
+Updates = dict[str, dict[str, Tensor]]
+MODEL = {"w": torch.full((4,), 2.0), "n": torch.tensor(3)}  # of norm 4
+
+
+def moved(by: float, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    return {"w": MODEL["w"].to(dtype) + by / 2, "n": MODEL["n"] + 1}
+
+
+# ---- how long an update may be --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "lengths, earlier, refused",
+    [
+        ({"A": 1.0}, [], []),
+        ({"A": 39.0}, [], []),
+        ({"A": 41.0}, [], ["A"]),  # ten times the model's own norm
+        ({"A": 1.0, "B": 1000.0}, [], ["B"]),
+        ({"A": 1000.0, "B": 1000.0}, [], ["A", "B"]),
+        ({"A": 1.0, "B": 9.0}, [1.0, 1.0], []),
+        ({"A": 1.0, "B": 11.0}, [1.0, 1.0], ["B"]),  # ten times what was usual so far
+        ({"A": 1.0, "B": 11.0}, [0.5, 3.0, 2.0, 50.0], []),  # the median, of which one long update makes little
+        ({"A": 1.0, "B": 11.0, "C": 11.0, "D": 11.0}, [1.0, 1.0], ["B", "C", "D"]),  # hostile ones in the majority
+        ({"A": 1.0, "B": 39.0}, [0.0, 0.0], []),  # all stood still: no measure
+        ({"A": 0.0, "B": 0.0}, [1.0], []),
+    ],
+)
+def test_an_update_is_bounded_by_the_model_and_by_earlier_rounds(lengths, earlier, refused):
+    updates = {site: moved(length) for site, length in lengths.items()}
+    found = far_off(updates, MODEL, 10.0, earlier)
+    assert list(found) == refused
+    assert all(
+        f"'{site}'" in str(e) and "max_update_norm" in str(e) and "\n" not in str(e) for site, e in found.items()
+    )
+    assert far_off(updates, MODEL, 0.0, earlier) == {}
+
+
+def test_a_model_of_zeros_is_no_measure():
+    assert far_off({"A": {"w": torch.ones(4)}}, {"w": torch.zeros(4)}, 10.0) == {}
+
+
+def test_norm_is_of_floating_point_entries():
+    assert update_norm(moved(3.0), MODEL) == pytest.approx(3.0)
+    assert update_norm(MODEL) == pytest.approx(4.0)
+
+
+def too_long(monkeypatch: pytest.MonkeyPatch, times: float, rounds: tuple[int, ...]) -> None:
+    """Let site B's update be so many times as long, in some of its trainings."""
+    train, calls = FakeClient.train, [0]
+
+    def hostile(self: FakeClient, weights: Mapping[str, Tensor]) -> Any:
+        update = train(self, weights)
+        if self.site != "B":
+            return update
+        calls[0] += 1
+        if calls[0] not in rounds:
+            return update
+        return {k: weights[k] + times * (v - weights[k]) if v.is_floating_point() else v for k, v in update.items()}
+
+    monkeypatch.setattr(FakeClient, "train", hostile)
+
+
+@pytest.mark.usefixtures("fakes")
+@pytest.mark.parametrize("round_", [1, 2, 3])
+def test_with_two_sites_an_update_a_thousand_times_too_long_is_left_out(round_, tmp_path, monkeypatch):
+    too_long(monkeypatch, 1000.0, (round_,))
+    run = make(tmp_path, sites=["A", "B"], min_sites=1)
+    run.run()
+    assert [(row["round"], row["site"]) for row in read_rows(tmp_path / "failures.csv")] == [(str(round_), "B")]
+    assert max(float(weight.abs().max()) for weight in run.weights.values()) < 10
+
+
+@pytest.mark.usefixtures("fakes")
+def test_one_site_alone_is_bounded_and_where_all_must_deliver_the_run_ends_in_one_line(tmp_path, monkeypatch):
+    too_long(monkeypatch, 1000.0, (2,))
+    with pytest.raises(InputError, match=r"'B' sent an update of norm .* earlier rounds'"):
+        make(tmp_path, sites=["B"], min_sites=0).run()
+
+
+@pytest.mark.usefixtures("fakes")
+def test_what_was_usual_is_known_after_a_resumption(tmp_path, monkeypatch):
+    """Ten times the usual, which is far from ten times the model's norm: only the history can tell."""
+    first = make(tmp_path, sites=["A", "B"], min_sites=1, rounds=3)
+    first.start()
+    for _ in range(2):
+        first.run_round()
+    assert len(accepted_norms(first.history)) == 4
+    usual = accepted_norms(first.history)
+    too_long(monkeypatch, 12.0, (1,))
+    resumed = make(tmp_path, sites=["A", "B"], min_sites=1, rounds=3, resume=True)
+    resumed.run()
+    assert accepted_norms(resumed.history)[:4] == usual
+    assert [(row["round"], row["site"]) for row in read_rows(tmp_path / "failures.csv")] == [("3", "B")]
+
+
+# ---- of which types -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("averaging", AVERAGES)
+def test_update_of_another_precision_leaves_the_averages_type_as_it_was(dtype, averaging):
+    updates = {"A": moved(1.0, dtype), "B": moved(1.0), "C": moved(1.0)}
+    assert check_update("A", updates["A"], MODEL)["w"].dtype == torch.float32
+    average = average_updates(updates, dict.fromkeys(updates, 1), averaging, MODEL)
+    assert average["w"].dtype == torch.float32
+    assert average["n"].dtype == torch.int64
+    torch.testing.assert_close(average["w"], moved(1.0)["w"])
+
+
+@pytest.mark.parametrize("value", [1e300, -1e39])
+def test_what_is_finite_in_double_precision_alone_is_refused(value):
+    wrong = {**MODEL, "w": torch.full((4,), value, dtype=torch.float64)}
+    with pytest.raises(InputError, match=r"'HK' sent NaN or infinite values in 'w', as torch\.float32"):
+        check_update("HK", wrong, MODEL)
+
+
+def test_no_plain_tensor_is_refused():
+    with pytest.raises(InputError, match="'HK' sent a sparse tensor as 'w'"):
+        check_update("HK", {"w": torch.ones(2).to_sparse()}, {"w": torch.ones(2)})
+
+
+def test_negative_variance_is_refused():
+    name = "down.bn.running_var"
+    with pytest.raises(InputError, match=f"'HK' sent a negative variance in '{name}'"):
+        check_update("HK", {name: torch.tensor([1.0, -0.1])}, {name: torch.ones(2)})
+
+
+@pytest.mark.parametrize("counts", [{"A": 1e308, "B": 1e308}, {"A": 1.0, "B": float("inf")}, {"A": 0, "B": 1}])
+def test_numbers_of_cases_that_leave_no_average_are_refused(counts):
+    with pytest.raises(InputError, match="numbers of cases"):
+        weighted_average({"A": moved(1.0), "B": moved(1.0)}, counts)
+
+
+# ---- averages that a few cannot move --------------------------------------------------------------------------------
+
+
+def average(values: list[list[float]], averaging: Any) -> list[float]:
+    updates = {str(n): {"w": torch.tensor(value)} for n, value in enumerate(values)}
+    return average_updates(updates, {site: 1 + int(site) for site in updates}, averaging)["w"].tolist()
+
+
+@pytest.mark.parametrize(
+    "values, median, trimmed",
+    [
+        ([1.0], 1.0, 1.0),
+        ([1.0, 3.0], 2.0, 2.0),
+        ([1.0, 2.0, 900.0], 2.0, 2.0),
+        ([1.0, 2.0, 4.0, 900.0], 3.0, 3.0),
+        ([-900.0, 1.0, 2.0, 6.0, 900.0], 2.0, 3.0),
+        ([-900.0, -900.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 900.0, 900.0], 3.5, 3.5),
+    ],
+)
+def test_median_and_trimmed_mean_by_hand(values, median, trimmed):
+    assert average([[value] for value in values], "median") == pytest.approx([median])
+    assert average([[value] for value in values], "trimmed_mean") == pytest.approx([trimmed])
+
+
+@given(
+    st.lists(st.floats(-5, 5), min_size=3, max_size=7),
+    st.sampled_from(["median", "trimmed_mean"]),
+    st.floats(-1e30, 1e30),
+)
+@settings(max_examples=50, deadline=None)
+def test_one_hostile_site_moves_no_entry_out_of_the_others_range(honest, averaging, hostile):
+    found = average([[value] for value in (hostile, *honest)], averaging)[0]
+    assert min(honest) - 1e-5 <= found <= max(honest) + 1e-5
+
+
+def test_averages_agree_where_all_sites_do():
+    same = [[0.1, -3.0]] * 5
+    for averaging in AVERAGES:
+        assert average(same, averaging) == pytest.approx(same[0])
+
+
+def test_unknown_average_is_refused_by_name():
+    with pytest.raises(InputError, match="averaging must be one of mean, median, trimmed_mean, but is 'krum'"):
+        average([[1.0]], "krum")
+    with pytest.raises(InputError, match="averaging must be"):
+        make(Path("nowhere"), averaging="krum")
+
+
+@pytest.mark.usefixtures("fakes")
+@pytest.mark.parametrize("averaging", ["median", "trimmed_mean"])
+def test_a_federation_averages_as_it_is_told_and_resumes_with_nothing_else(averaging, tmp_path):
+    run = make(tmp_path, rounds=1, averaging=averaging)
+    weights = run.run()
+    # steps of 0.11, 0.21, 0.31 and 0.41: both leave the two in the middle, unweighted
+    start = make(tmp_path / "start")
+    start.start()
+    moved = {key: weights[key] - tensor for key, tensor in start.weights.items() if tensor.is_floating_point()}
+    assert all(torch.allclose(step, torch.full_like(step, 0.26), atol=1e-6) for step in moved.values())
+    with pytest.raises(InputError, match="averaging"):
+        make(tmp_path, rounds=1, resume=True).run()
+
+
+@pytest.mark.usefixtures("fakes")
+def test_scores_that_could_not_be_measured_are_unknown(tmp_path, monkeypatch):
+    monkeypatch.setattr(FakeClient, "validate", lambda self, weights: {"val_mean_dice": float("nan")})
+    monkeypatch.setattr(FakeClient, "shift", lambda self, weights: float("nan"))
+    run: Federation = make(tmp_path)
+    run.start()
+    assert set(run._scores({"global": run.weights, "A": run.weights}, ["A", "B"]).values()) == {None}
+
+
+@pytest.mark.usefixtures("fakes")
+def test_by_default_the_mean_is_what_it_was(tmp_path):
+    assert equal(make(tmp_path / "a").run(), make(tmp_path / "b", averaging="mean").run())
