@@ -16,7 +16,7 @@ or a user types. Text that came with data, weights, a run or a federation must n
 it a value, and `check_settings`, the first step of every bundle's ``initialize``, looks at what was typed.
 
 The one exception: **a bundle's own configs are code.** Whoever runs a bundle runs its author's code, as with any bundle
-for MONAI (see its security advisory GHSA-wvpx-5qmp-46g3): take bundles from those you trust, as you do with code. The
+for MONAI (see its security advisory GHSA-873f-pvrv-4x83): take bundles from those you trust, as you do with code. The
 same holds for a config file named on the command line, and for a setting typed there that is no path and no name
 (``--device "$torch.device('cuda:1')"``).
 """
@@ -216,7 +216,8 @@ def _typed(name: str, given: Any) -> str | None:
     if typed is None:
         return None
     parsed = DefaultParseValue(typed)
-    if isinstance(parsed, str):
-        # Fire takes quotes away, MONAI replaces every '#'
-        return parsed if given in (parsed, ReferenceResolver.normalize_id(parsed)) else None
-    return typed if parsed == given and type(parsed) is type(given) else None
+    made = ReferenceResolver.normalize_id(parsed) if isinstance(parsed, str) else parsed
+    if given not in (parsed, made) or type(given) is not type(parsed):
+        return None
+    # Fire takes quotes away, as it should, and also what follows a '#', as of a comment
+    return parsed if isinstance(parsed, str) and typed[:1] in ("'", '"') else typed

@@ -42,7 +42,14 @@ def known_sites(root: Path) -> list[str]:
     return sorted(lists | folders)
 
 
+def _is_there(datalist: Path) -> bool:
+    """Whether there is such a list, or something in its place that cannot be read as one, such as a pipe."""
+    return datalist.exists() and not datalist.is_dir()
+
+
 def _is_datalist(path: Path) -> bool:
+    if not _is_there(path):
+        return False
     try:
         content = read_json(path)
     except InputError:
@@ -65,7 +72,7 @@ def published_parts(root: Path, site: str) -> dict[str, list[Case]]:
         raise InputError(f"site {site!r} {what} in {root}; sites there: {', '.join(known) or 'none'}")
     folder, datalist = root / site, root / f"{site}.json"
     patients: dict[Path, str] = {}
-    if datalist.is_file():
+    if _is_there(datalist):
         pairs, patients = _read_datalist(datalist, root)
     elif (folder / "images").is_dir():
         pairs = {"train": _pair(folder / "images", folder / "masks")}

@@ -88,7 +88,7 @@ def parse_names(text: str) -> list[str]:
 
 def nearest(name: str, known: Sequence[str]) -> str:
     """A hint for a message: ``; did you mean 'rounds'?``, or nothing where no known name is like it."""
-    close = difflib.get_close_matches(name, known, 1, 0.6)
+    close = difflib.get_close_matches(name, known, 1, 0.7)
     return f"; did you mean '{close[0]}'?" if close else ""
 
 

@@ -160,11 +160,14 @@ def _halved(weights: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
 def _mean_scores(summary: Path) -> dict[str, Any]:
     """How each model did at each site on how many cases, from a run's ``summary.csv``, if there is one."""
     means: dict[str, Any] = {}
-    for row in read_rows(summary):
-        if not row["mean"]:  # undefined in every case, as a distance from a mask in which nothing was found
-            continue
-        figure = {"mean": float(row["mean"]), "cases": int(row["cases"])}
-        means.setdefault(row["site"], {}).setdefault(row["model"], {})[row["metric"]] = figure
+    try:
+        for row in read_rows(summary):
+            if not row["mean"]:  # undefined in every case, as a distance from a mask in which nothing was found
+                continue
+            figure = {"mean": float(row["mean"]), "cases": int(row["cases"])}
+            means.setdefault(row["site"], {}).setdefault(row["model"], {})[row["metric"]] = figure
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{summary} is no summary of a run ({error}): mend it or take it away.") from error
     return means
 
 
