@@ -105,8 +105,11 @@ def is_no_image(file: Path) -> bool:
 
 def _storage_class(file: Path) -> str:
     """The class of what a file stores, from its first elements, which are always explicit and little endian."""
-    with open(file, "rb") as stream:
-        start = stream.read(1024)
+    try:
+        with open(file, "rb") as stream:
+            start = stream.read(1024)
+    except OSError:  # such as a link that leads nowhere: whoever reads it says so
+        return ""
     at = start.find(b"\x02\x00\x02\x00UI")
     if start[128:132] != b"DICM" or at < 0:
         return ""

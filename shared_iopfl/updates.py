@@ -76,10 +76,10 @@ def far_off(
 ) -> dict[str, InputError]:
     """Which sites moved the global model too far: more than `factor` times as far as is usual.
 
-    Usual is the median of the accepted updates of earlier rounds; in the first round, and where all of those stood
-    still, the norm of the global model itself, so that one site alone is bounded too. From three sites on, the median
-    of the others' updates of the round is a second measure: two sites cannot say which of them is off. Others that all
-    stood still are no measure for one that moved.
+    Usual is the norm of the global model itself, or the median of the accepted updates of earlier rounds where that is
+    the larger, so that one site alone is bounded too, from its first round on. From three sites on, the median of the
+    others' updates of the round is a second measure: two sites cannot say which of them is off. Others that all stood
+    still are no measure for one that moved.
 
     The norm is Euclidean, of all floating-point entries, in double precision.
 
@@ -95,9 +95,10 @@ def far_off(
     if factor <= 0:
         return {}
     norms = {site: update_norm(update, reference) for site, update in updates.items()}
-    usual = {"the median of earlier rounds'": statistics.median(earlier) if earlier else 0.0}
-    if not any(usual.values()):
-        usual = {"the global model's own": update_norm(reference)}
+    of_model, of_rounds = update_norm(reference), statistics.median(earlier) if earlier else 0.0
+    usual = (
+        {"the median of earlier rounds'": of_rounds} if of_rounds > of_model else {"the global model's own": of_model}
+    )
     refused = {}
     for site, norm in norms.items():
         others = [other for name, other in norms.items() if name != site]

@@ -45,7 +45,7 @@ def train(network: nn.Module, handler: PersonalizationHandler, rounds: int, firs
         with torch.no_grad():
             for n, tensor in enumerate(network.state_dict().values()):
                 if tensor.is_floating_point():
-                    tensor.copy_(images(*tensor.shape, seed=100 * engine.state.epoch + n))
+                    tensor.copy_(images(*tensor.shape, seed=100 * engine.state.epoch + n).abs())  # variances too
                 else:
                     tensor.fill_(engine.state.epoch)
         local.append({key: tensor.clone() for key, tensor in network.state_dict().items()})

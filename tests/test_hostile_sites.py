@@ -23,12 +23,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from shared_iopfl import updates
 from shared_iopfl.averaging import AVERAGES, average_updates, weighted_average
 from shared_iopfl.errors import InputError
 from shared_iopfl.federation import Federation
 from shared_iopfl.tables import read_rows
 from shared_iopfl.updates import accepted_norms, check_update, far_off, update_norm
 
+norm = update_norm
 Updates = dict[str, dict[str, Tensor]]
 MODEL = {"w": torch.full((4,), 2.0), "n": torch.tensor(3)}  # of norm 4
 
@@ -48,10 +50,11 @@ def moved(by: float, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         ({"A": 41.0}, [], ["A"]),  # ten times the model's own norm
         ({"A": 1.0, "B": 1000.0}, [], ["B"]),
         ({"A": 1000.0, "B": 1000.0}, [], ["A", "B"]),
-        ({"A": 1.0, "B": 9.0}, [1.0, 1.0], []),
-        ({"A": 1.0, "B": 11.0}, [1.0, 1.0], ["B"]),  # ten times what was usual so far
-        ({"A": 1.0, "B": 11.0}, [0.5, 3.0, 2.0, 50.0], []),  # the median, of which one long update makes little
-        ({"A": 1.0, "B": 11.0, "C": 11.0, "D": 11.0}, [1.0, 1.0], ["B", "C", "D"]),  # hostile ones in the majority
+        ({"A": 1.0, "B": 39.0}, [1.0, 1.0], []),  # a site may go far while the model is young
+        ({"A": 1.0, "B": 59.0}, [6.0, 6.0], []),
+        ({"A": 1.0, "B": 61.0}, [6.0, 6.0], ["B"]),  # ten times what was usual so far
+        ({"A": 1.0, "B": 61.0}, [5.0, 3.0, 7.0, 50.0], ["B"]),  # the median, of which one long update makes little
+        ({"A": 1.0, "B": 61.0, "C": 61.0, "D": 61.0}, [6.0, 6.0], ["B", "C", "D"]),  # hostile ones in the majority
         ({"A": 1.0, "B": 39.0}, [0.0, 0.0], []),  # all stood still: no measure
         ({"A": 0.0, "B": 0.0}, [1.0], []),
     ],
@@ -104,13 +107,14 @@ def test_with_two_sites_an_update_a_thousand_times_too_long_is_left_out(round_, 
 @pytest.mark.usefixtures("fakes")
 def test_one_site_alone_is_bounded_and_where_all_must_deliver_the_run_ends_in_one_line(tmp_path, monkeypatch):
     too_long(monkeypatch, 1000.0, (2,))
-    with pytest.raises(InputError, match=r"'B' sent an update of norm .* earlier rounds'"):
+    with pytest.raises(InputError, match=r"'B' sent an update of norm"):
         make(tmp_path, sites=["B"], min_sites=0).run()
 
 
 @pytest.mark.usefixtures("fakes")
 def test_what_was_usual_is_known_after_a_resumption(tmp_path, monkeypatch):
-    """Ten times the usual, which is far from ten times the model's norm: only the history can tell."""
+    """Ten times the usual, which is more than ten times the model's norm: only the history can tell."""
+    monkeypatch.setattr(updates, "update_norm", lambda update, like=None: 0.0 if like is None else norm(update, like))
     first = make(tmp_path, sites=["A", "B"], min_sites=1, rounds=3)
     first.start()
     for _ in range(2):

@@ -47,7 +47,7 @@ def test_volumes_show_in_radiological_convention_however_they_are_stored(tmp_pat
 
 
 def test_pictures_in_colour_are_whole_and_upright_with_both_classes_outlined(tmp_path):
-    photograph = np.full((12, 18, 3), 40, np.uint8)
+    photograph = np.full((12, 18, 3), (60, 40, 20), np.uint8)
     photograph[2, 15] = (255, 128, 0)
     mask = np.zeros((12, 18), np.uint8)
     mask[3:9, 3:9], mask[5:7, 5:7] = 1, 2

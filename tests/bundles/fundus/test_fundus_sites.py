@@ -179,7 +179,7 @@ def blurred(path: Path) -> None:
         (cut_short, "image", "broken picture"),
         (grey, "image", "grey"),
         (bare_retina, "image", "no optic disc"),
-        (smaller, "label", "shape"),
+        (smaller, "label", "grid"),
         (unexpected_value, "label", "values 7 "),
         (blurred, "label", "lossy"),
     ],

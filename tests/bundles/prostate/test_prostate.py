@@ -39,7 +39,8 @@ def test_train_evaluate_infer(sites_dir: Path, tmp_path: Path, run_config: Run) 
     test_cases = {case["case"] for case in site_cases(sites_dir, "A", "test")}
     assert {row["case"] for row in rows(output / "metrics.csv")} == test_cases
 
-    run_config("inference", dataset_dir=sites_dir / "E", ckpt_dir=models, output_dir=tmp_path / "masks")
+    untrained = {"empty_masks": "allow"}
+    run_config("inference", dataset_dir=sites_dir / "E", ckpt_dir=models, output_dir=tmp_path / "masks", **untrained)
     scans = {path.name for path in (sites_dir / "E").iterdir() if "_segmentation" not in path.name}
     assert {path.name for path in (tmp_path / "masks").glob("*.nii.gz")} == scans
     assert (tmp_path / "masks" / "routes.csv").is_file()

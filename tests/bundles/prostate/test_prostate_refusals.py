@@ -63,7 +63,7 @@ def test_a_bad_file_is_named_in_one_line(
     ("config", "overrides", "words"),
     [
         ("federate", {"sites": ["A", "Atlantis"]}, "Atlantis"),
-        ("federate", {"sites": "A"}, "list"),
+        ("federate", {"sites": []}, "list"),
         ("federate", {"rounds": 0}, "rounds"),
         ("evaluate", {"site": "A"}, "model.pt"),
         ("evaluate", {"site": "A", "model": "personalised"}, "model_A.pt"),
