@@ -50,6 +50,7 @@ LEARN: dict[str, Any] = {
     "passes": 8,
     "batch_size": 2,
     "learning_rate": 0.01,
+    "server_momentum": 0.0,  # at so large a rate it would overshoot
     "val_interval": 6,
 }
 EXIF_ORIENTATION, TURNED = 0x0112, 6  # stored on its side: to be turned by 90 degrees clockwise
