@@ -41,8 +41,10 @@ from shared_iopfl.reading import read_json
 __all__ = ["Expression", "as_value", "as_values", "check_settings", "is_data"]
 
 PATHS = ("bundle_root", "dataset_dir", "output_dir", "ckpt_dir", "mask_dir", "ckpt", "site_model", "pseudonyms")
-WORDS = ("site", "role", "model", "split", "mode", "preset", "filters", "run_name", "coding", "crop", "grey")
-WORDS += ("norm_statistics", "averaging", "empty_masks")
+WORDS = (
+    *("site", "role", "model", "split", "mode", "preset", "filters", "run_name", "coding", "crop", "grey"),
+    *("norm_statistics", "averaging", "empty_masks"),
+)
 NAMES = ("sites", "outside_sites")  # lists
 STEPS = ("imports", "initialize", "run", "finalize")
 

@@ -68,14 +68,15 @@ class DicomReader(ITKReader):
         path = Path(ensure_tuple(data)[0])
         itk = import_itk(path)
         files = _images(path) if path.is_dir() else [path]
-        tags = {file: _tags(itk, file) for file in files}
-        broken = [file for file in files if tags[file] is None]
+        found = {file: _tags(itk, file) for file in files}
+        broken = [file for file in files if found[file] is None]
         if broken and path.is_dir():
             raise InputError(
                 f"{path} has {len(broken)} slices that cannot be read, {broken[0].name} first: copy it again"
             )
         if broken:
             raise InputError(f"{path} cannot be read as a scan (no DICOM image): export or copy it again")
+        tags = {file: of_file for file, of_file in found.items() if of_file is not None}
         if (count := len({tags[file][SERIES] for file in files})) > 1:
             raise InputError(f"{path} holds {count} DICOM series: put each into a folder of its own")
         if any(int(tags[file][SAMPLES] or 1) > 1 for file in files):
@@ -156,7 +157,8 @@ def _slice(path: Path, file: Path, tags: Mapping[str, Any]) -> _Slice:
     try:
         position, across, pixels = (np.array([float(value) for value in tags[tag].split("\\")]) for tag in PLACE)
         across = across.reshape(2, 3)
-        known = len(position) == 3 and len(pixels) == 2 and abs(np.linalg.norm(np.cross(*across)) - 1) < TURNED
+        upright = abs(float(np.linalg.norm(np.cross(*across))) - 1) < TURNED
+        known = len(position) == 3 and len(pixels) == 2 and upright
         known = known and bool(np.isfinite([*position, *pixels]).all() and (pixels > 0).all())
     except ValueError:
         known = False

@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from ignite.engine import Events
@@ -63,8 +64,11 @@ class PersonalisedMetrics:
         check_experts(network, {self.load_path: weights})
         network = copy.deepcopy(network)  # the evaluator's own may be the one in training
         network.load_state_dict(weights)
-        options = {"output_dir": engine.output_dir, "strict": False} if isinstance(engine, TolerantEvaluator) else {}
-        second = (TolerantEvaluator if options else SupervisedEvaluator)(
+        options: dict[str, Any] = (
+            {"output_dir": engine.output_dir, "strict": False} if isinstance(engine, TolerantEvaluator) else {}
+        )
+        kind: Any = TolerantEvaluator if options else SupervisedEvaluator
+        second = kind(
             **options,
             device=engine.state.device,
             val_data_loader=engine.data_loader,

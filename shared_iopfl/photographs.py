@@ -82,8 +82,9 @@ class _PictureReader(PILReader):
             with Image.open(name, formats=FORMATS) as img:
                 if isinstance(img, TiffImagePlugin.TiffImageFile):
                     _refuse_tiff(img, name)
-                if img.format in MOVING and getattr(img, "n_frames", 1) > 1:
-                    raise InputError(f"{img.n_frames} pictures in {name}: save the one to be used as a file of its own")
+                pictures = int(getattr(img, "n_frames", 1))
+                if img.format in MOVING and pictures > 1:
+                    raise InputError(f"{pictures} pictures in {name}: save the one to be used as a file of its own")
                 img.load()
                 picture = ImageOps.exif_transpose(img)
                 meta = {"format": str(img.format), "mode": img.mode, "width": picture.width, "height": picture.height}

@@ -183,7 +183,7 @@ class TolerantEvaluator(SupervisedEvaluator):
         files = ensure_tuple(image.meta["filename_or_obj"])
         cases = batchdata.get("case", [None] * len(files))
         try:
-            outputs = super()._iteration(engine, batchdata)
+            outputs: Any = super()._iteration(engine, batchdata)
             self._note_empty(outputs, cases, files)
             return outputs
         except Exception as error:
