@@ -76,7 +76,7 @@ def failed(output: Path) -> dict[str, str]:
 def run_to_its_end(run_config: Run, bundle: str, **overrides: Any) -> str:
     """The line that a run with failures ends in."""
     with pytest.raises(Exception) as caught:
-        run_config("inference", bundle, **overrides)
+        run_config("inference", bundle, empty_masks="allow", **overrides)  # of random models
     cause = root_input_error(caught.value)
     assert cause is not None, caught.value
     return str(cause)
@@ -139,12 +139,14 @@ def test_masks_of_odd_scans_lie_on_them(served: Served) -> None:
                 size = ImageOps.exif_transpose(picture).size
             values = np.asarray(Image.open(mask))
             assert values.shape == size[::-1], name
-        elif ".nii" in name.lower():
+        elif ".nii" in name.lower() or scan.suffix.lower() in (".mgz", ".mgh", ".hdr", ".img"):
             image: Any = nib.load(scan)
             written: Any = nib.load(mask)
             values = np.asarray(written.dataobj)
             assert values.shape == image.shape, name
-            np.testing.assert_array_equal(written.affine, image.affine, name)
+            np.testing.assert_allclose(
+                written.affine, image.affine, 0 if ".nii" in name.lower() else 1e-5, err_msg=name
+            )
         elif scan.is_dir():
             values = np.asarray(nib.load(mask).dataobj)  # type: ignore[attr-defined]
             assert values.shape == (18, 20, len(list(scan.glob("*.dcm")))), name
