@@ -54,10 +54,13 @@ def write_rows(path: str | os.PathLike, columns: Sequence[str], rows: Iterable[R
     """Write a CSV file with a header."""
 
     class Lines(list):
-        write = list.append  # what csv asks of a file
+        def write(self, line: str) -> None:  # what csv asks of a file
+            self.append(line.removesuffix("\r\n") + "\n")
 
     lines = Lines()
-    writer = csv.DictWriter(lines, columns, extrasaction="ignore", lineterminator="\n")
+    writer = csv.DictWriter(
+        lines, columns, extrasaction="ignore", lineterminator="\r\n"
+    )  # which has it quote both letters
     writer.writeheader()
     writer.writerows({column: _as_text(value) for column, value in row.items()} for row in rows)
     write_text(path, "".join(lines))
