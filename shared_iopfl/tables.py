@@ -54,10 +54,12 @@ def write_rows(path: str | os.PathLike, columns: Sequence[str], rows: Iterable[R
     """Write a CSV file with a header."""
 
     class Lines(list):
-        write = list.append  # what csv asks of a file
+        def write(self, line: str) -> None:  # what csv asks of a file
+            self.append(line.removesuffix("\r\n") + "\n")
 
     lines = Lines()
-    writer = csv.DictWriter(lines, columns, extrasaction="ignore", lineterminator="\n")
+    # with both letters in its line's end, it quotes a cell that holds either
+    writer = csv.DictWriter(lines, columns, extrasaction="ignore", lineterminator="\r\n")
     writer.writeheader()
     writer.writerows({column: _as_text(value) for column, value in row.items()} for row in rows)
     write_text(path, "".join(lines))

@@ -12,10 +12,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from site_folders import datalist, dofe, names, saml, touch
 
 from shared_iopfl.errors import InputError
+from shared_iopfl.layouts import published_parts
 from shared_iopfl.sites import find_cases, list_sites, site_cases
 
 
@@ -186,3 +189,29 @@ def test_a_site_is_a_name_and_no_path(tmp_path, site):
     (tmp_path / "A").mkdir()
     with pytest.raises(InputError):
         find_cases(tmp_path / "A", site)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("separator", ["/", "\\"])
+def test_datalist_written_on_windows(tmp_path, encoding, separator):
+    (tmp_path / "files").mkdir()
+    for name in ("i0.nii.gz", "l0.nii.gz"):
+        (tmp_path / "files" / name).touch()
+    item = {"image": f"files{separator}i0.nii.gz", "label": f".{separator}files{separator}l0.nii.gz"}
+    (tmp_path / "S.json").write_bytes(json.dumps({"training": [item]}).encode(encoding))
+    (case,) = published_parts(tmp_path, "S")["train"]
+    assert case["image"] == str(tmp_path / "files" / "i0.nii.gz")
+    assert case["case"] == "i0"
+
+
+@pytest.mark.parametrize("path", ["..\\x.nii.gz", "C:\\x.nii.gz", "\\\\host\\x.nii.gz", "a\0b"])
+def test_datalist_of_windows_paths_elsewhere(tmp_path, path):
+    (tmp_path / "S.json").write_text(json.dumps({"training": [{"image": path, "label": path}]}))
+    with pytest.raises(InputError, match=r"points outside|not there"):
+        published_parts(tmp_path, "S")
+
+
+@pytest.mark.parametrize("name", ["$x", "../S", "global", "a#b"])
+def test_site_of_a_name_that_no_site_may_have(tmp_path, name):
+    with pytest.raises(InputError, match="site "):
+        published_parts(tmp_path, name)

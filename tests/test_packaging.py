@@ -289,3 +289,72 @@ def test_a_bundle_is_found_by_name_or_folder(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.chdir(tmp_path)
     assert Path(package("fundus_iopfl", "dist")).is_file()
     refused(lambda: package("liver_iopfl"), "liver_iopfl")
+
+
+EVIL = "$__import__('os').system('touch PWNED')"
+
+
+@pytest.mark.parametrize("name", ["features", "image_size"])
+@pytest.mark.parametrize(
+    "value", [EVIL, [EVIL], "@seed", "%x", {"_target_": "os.getcwd"}, "4", 4.5, True, 0, 10**6, None]
+)
+def test_settings_of_somebodys_run_are_numbers_and_never_evaluated(
+    run: Path, bundle: Path, name: str, value: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = run.parent / "run.json"
+    content = json.loads(path.read_text())
+    content["settings"][name] = value
+    path.write_text(json.dumps(content))
+    refused(lambda: publish(str(run), str(bundle / "models"), "research only"), "run.json", name)
+    assert not (tmp_path / "PWNED").exists()
+    assert not (bundle / "models").exists()
+
+
+def test_other_fields_of_a_run_are_handed_on_as_text(
+    run: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing that reads the manifest evaluates them, either."""
+    monkeypatch.chdir(tmp_path)
+    fields = dict.fromkeys(("preset", "network_def", "seed", "ckpt_dir", "bundle_root", EVIL), EVIL)
+    content = {"settings": {**SETTINGS, **fields}, "versions": {"torch": EVIL, EVIL: "1"}, "config": EVIL}
+    (run.parent / "run.json").write_text(json.dumps(content))
+    publish(str(run), str(bundle / "models"), EVIL)
+    assert check_manifest(bundle / "models")["training"]["preset"] == EVIL
+    assert not (tmp_path / "PWNED").exists()
+
+
+@pytest.mark.parametrize("content", ["[]", '{"settings": 1}', '{"settings": [1]}', '{"settings": {}, "versions": "x"}'])
+def test_a_run_of_another_shape_is_named(run: Path, bundle: Path, content: str) -> None:
+    (run.parent / "run.json").write_text(content)
+    refused(lambda: publish(str(run), str(bundle / "models"), "research only"), "run.json")
+
+
+@pytest.mark.parametrize("row", ["site,model\nA,global\n", "site,model,metric,mean,cases\nA,global,dice,x,3\n"])
+def test_a_summary_that_is_none_is_named(run: Path, bundle: Path, row: str) -> None:
+    (run.parent / "summary.csv").write_text(row)
+    refused(lambda: publish(str(run), str(bundle / "models"), "research only"), "summary.csv")
+
+
+@pytest.mark.parametrize("place", ["docs/notes.txt", "configs/more.json", "docs/more", "LICENSE", "models"])
+def test_a_link_out_of_the_bundle_is_not_followed(bundle: Path, tmp_path: Path, place: str) -> None:
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "secret.txt").write_text("secret")
+    folder = place in ("docs/more", "models")
+    (bundle / place).unlink(missing_ok=True)
+    (bundle / place).symlink_to(tmp_path / "outside" / ("" if folder else "secret.txt"))
+    refused(lambda: package(str(bundle), str(tmp_path / "dist")), place, "leads out of the bundle")
+    assert not (tmp_path / "dist").exists()
+
+
+def test_a_link_within_the_bundle_is_packed_as_the_file_itself(bundle: Path, tmp_path: Path) -> None:
+    (bundle / "docs" / "again.md").symlink_to("README.md")
+    with zipfile.ZipFile(package(str(bundle), str(tmp_path / "dist"))) as packed:
+        assert packed.read("prostate_iopfl/docs/again.md") == (bundle / "docs" / "README.md").read_bytes()
+
+
+@pytest.mark.parametrize("version", ["../../x", "", None, 1])
+def test_a_version_is_a_plain_name(bundle: Path, tmp_path: Path, version: Any) -> None:
+    path = bundle / "configs" / "metadata.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "version": version}))
+    refused(lambda: package(str(bundle), str(tmp_path / "dist")), "version")

@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import os
@@ -32,7 +33,7 @@ def table(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("tables") / "table.csv"
 
 
-words = st.text(st.characters(codec="utf-8", exclude_characters="\r\0"), min_size=1, max_size=8)
+words = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=8)
 
 
 @given(rows=st.lists(st.fixed_dictionaries(dict.fromkeys(COLUMNS, words)), max_size=5))
@@ -114,3 +115,44 @@ def test_json_is_json_to_a_strict_reader(tmp_path):
 
     found = json.loads((tmp_path / "report.json").read_text(), parse_constant=refuse)
     assert found == {"objective": None, "list": [1, None, {"deep": None}], "path": str(Path("a/b")), "fine": 0.5}
+
+
+FORMULAS = [
+    "=1+1",
+    "+x",
+    "-x",
+    "@x",
+    "\t=x",
+    "\r=x",
+    "\n=x",
+    "=cmd|' /C calc'!A0",
+    "\uff1d1",
+    "'=x",
+    "''=x",
+    "-1+2",
+    "+",
+]
+
+
+@pytest.mark.parametrize("text", FORMULAS)
+def test_a_cell_that_a_spreadsheet_would_execute_is_written_as_text(tmp_path, text):
+    path = tmp_path / "table.csv"
+    write_rows(path, ("case", "value"), [{"case": text, "value": "-0.25"}])
+    with open(path, newline="", encoding="utf-8") as file:
+        written = list(csv.DictReader(file))
+    assert written == [{"case": f"'{text}", "value": "-0.25"}]
+    assert read_rows(path) == [{"case": text, "value": "-0.25"}]
+
+
+@pytest.mark.parametrize("text", ["-0.25", "+1", "-1e-5", "-inf", "nan", "'quoted", "a=b", "x-1"])
+def test_numbers_and_plain_text_stand_as_they_are(tmp_path, text):
+    write_rows(tmp_path / "table.csv", ("case",), [{"case": text}])
+    with open(tmp_path / "table.csv", newline="", encoding="utf-8") as file:
+        assert list(csv.DictReader(file)) == [{"case": text}]
+    assert read_rows(tmp_path / "table.csv") == [{"case": text}]
+
+
+def test_a_row_of_such_a_name_is_replaced_by_its_like(tmp_path):
+    for value in ("1", "2"):
+        replace_rows(tmp_path / "table.csv", ("case", "value"), [{"case": "=x", "value": value}], ("case",))
+    assert read_rows(tmp_path / "table.csv") == [{"case": "=x", "value": "2"}]
