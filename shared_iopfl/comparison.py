@@ -28,6 +28,7 @@ from typing import Any
 from torch import Tensor
 
 from shared_iopfl.baselines import fine_tune
+from shared_iopfl.comparison_scores import COMPARED
 from shared_iopfl.comparison_training import EXPERTS, POOLED, Trainings, keep_models
 from shared_iopfl.config_values import Expression
 from shared_iopfl.errors import InputError
@@ -45,7 +46,6 @@ __all__ = ["Comparison"]
 logger = logging.getLogger(__name__)
 COLUMNS = ("seed", "fold", "site", "role", "method", "case", "metric", "value")
 FEDAVG = "FedAvg"
-ROLES = ("inside", "outside", "virtual")
 PERSONAL = ("average", "average, interpolated", "personalised")  # what a site makes of it for itself
 
 
@@ -331,7 +331,7 @@ class Comparison:
         rows = []
         for path in sorted(self.output_dir.glob("seed*/*_*/metrics.csv")):
             role, _, fold = path.parts[-2].partition("_")
-            if role not in ROLES:
+            if role not in COMPARED:
                 continue
             for row in read_rows(path):
                 row = {**row, "seed": path.parts[-3].removeprefix("seed"), "fold": fold, "method": row["model"]}

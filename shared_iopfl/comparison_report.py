@@ -35,7 +35,7 @@ from shared_iopfl.scores import DASH, read_json, show
 
 __all__ = ["print_comparison", "write_comparison"]
 
-REFERENCE = {"inside": "FedAvg", "outside": "global"}
+REFERENCE = {"inside": "FedAvg", "outside": "global", "virtual": "FedAvg"}
 OWN = {"inside": "personalised", "outside": "default"}
 BOUNDS = ("labelled routes", POOLED)
 _USE = "Figures are foreground Dice of held-out patients. For research use only, not for diagnosis."

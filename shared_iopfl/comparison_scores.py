@@ -32,6 +32,7 @@ __all__ = ["BEST_EXPERT", "MEAN_EXPERT", "RESAMPLES", "Difference", "RoleScores"
 RESAMPLES = 10_000
 WIN = 0.005  # Dice: what is less is a tie
 EXPERT = "expert "
+COMPARED = (*ROLES, "virtual")  # virtual: test cases inside, as another scanner would have taken them
 MEAN_EXPERT, BEST_EXPERT = "mean expert", "best expert (hindsight)"
 _DIGITS = 9  # to which figures are exact: sums of binary fractions leave dust behind
 
@@ -206,13 +207,15 @@ def read_comparison(output_dir: str | Path) -> dict[str, dict[str, RoleScores]]:
     if not rows:
         raise InputError(f"{path} holds no scores: run the bundle's compare.json with this folder as output_dir first")
     found: dict[tuple[str, str], dict[str, dict[str, _Values]]] = {}
-    folds: dict[str, set[str]] = {role: set() for role in ROLES}
+    folds: dict[str, set[str]] = {role: set() for role in COMPARED}
     for row in rows:
         role, metric, key = row["role"], row["metric"], (row["seed"], row["case"])
         value = number(row["value"], path)
         where = f"{path}: case '{row['case']}' of site '{row['site']}', method '{row['method']}', seed {row['seed']}"
-        if role not in ROLES:
-            raise InputError(f"{where}: role {role!r} is neither 'inside' nor 'outside': mend or delete this row")
+        if role not in COMPARED:
+            raise InputError(
+                f"{where}: role {role!r} is none of {', '.join(COMPARED)}: mend or delete this row"
+            )
         if metric.startswith("dice") and not (0 <= value <= 1 or math.isnan(value)):
             raise InputError(f"{where}: {metric} {value:g} is not between 0 and 1: mend or delete this row")
         of_method = found.setdefault((role, metric), {}).setdefault(row["site"], {}).setdefault(row["method"], {})
@@ -221,7 +224,7 @@ def read_comparison(output_dir: str | Path) -> dict[str, dict[str, RoleScores]]:
         of_method[key] = value
         folds[role].add(row["fold"])
     scores: dict[str, dict[str, RoleScores]] = {}
-    for role in ROLES:
+    for role in COMPARED:
         experts: dict[str, str] = {}
         # Dice first: it says which expert was the best, for the other metrics too
         for metric in sorted({m for r, m in found if r == role}, key=lambda metric: (metric != "dice", metric)):

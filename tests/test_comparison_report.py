@@ -305,3 +305,13 @@ def test_the_gap_to_pooled_training_is_shared_out(tmp_path, quick):
     expected = {"pooled": "100%", "half": "50%", "FedAvg": DASH, "worse": f"{MINUS}25%"}
     assert {name: closed[name] for name in expected} == expected
     assert not any(cell.startswith("**") for cell in rows["*pooled*"])
+
+
+def test_virtual_scanners_are_a_role_of_their_own(tmp_path, quick):
+    """Scored inside and by virtual scanners: two sections, each against FedAvg."""
+    rows = score_rows("inside", {"A": {"FedAvg": dice(0), "other": dice(1)}})
+    rows += score_rows("virtual", {"blur": {"FedAvg": dice(0), "other": dice(0) - 0.02}})
+    write_comparison(write_scores(tmp_path, rows))
+    text = (tmp_path / "comparison.md").read_text(encoding="utf-8")
+    assert "# Virtual\n" in text
+    assert rows_of(text.split("# Virtual\n", 1)[1], "Against FedAvg")["other"][0].startswith(f"{MINUS}2.0")

@@ -45,7 +45,7 @@ def volumes() -> dict[str, np.ndarray]:
     x, y, z = np.mgrid[-1 : 1 : SIZE * 1j, -1 : 1 : SIZE * 1j, -1:1:8j]
     return {
         "noise": rng.rand(SIZE, SIZE, 8).astype(np.float32),
-        "empty": (rng.rand(SIZE, SIZE, 8) < 0.001).astype(np.float32),  # a few hot pixels of an empty scanner
+        "empty": 0.37 * (rng.rand(SIZE, SIZE, 8) < 0.001),  # a few hot pixels of an empty scanner
         "other_organ": 900 * (np.abs(x) + y**2 + z**2 < 0.5) + 100 * (x**2 + y**2 < 0.8),
         "upside_down": np.asarray(scan)[:, ::-1],
         "back_to_front": np.asarray(scan)[..., ::-1],
