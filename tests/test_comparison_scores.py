@@ -193,7 +193,7 @@ def test_a_method_that_lacks_a_whole_site_is_an_error_too(tmp_path):
     [
         (COLUMNS, [], "holds no scores: run"),
         (COLUMNS.replace("fold", "part"), [[0, 0, "A", "inside", "FedAvg", "c", "dice", 1]], "lacks the column 'fold'"),
-        (COLUMNS, [[0, 0, "A", "beside", "FedAvg", "c", "dice", 1]], "'beside' is neither"),
+        (COLUMNS, [[0, 0, "A", "beside", "FedAvg", "c", "dice", 1]], "'beside' is none of"),
         (COLUMNS, [[0, 0, "A", "inside", "FedAvg", "c", "dice", 87.2]], "dice 87.2 is not between 0 and 1"),
         (COLUMNS, [[0, 0, "A", "inside", "FedAvg", "c", "dice", "good"]], "'good' is not a number"),
         (COLUMNS, [[0, f, "A", "inside", "FedAvg", "c", "dice", 1] for f in (0, 1)], "case 'c'.*stands there twice"),
