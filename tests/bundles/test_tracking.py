@@ -89,6 +89,7 @@ def test_without_mlflow(
         *("--bundle_root", str(root), "--dataset_dir", str(make_sites(name, tmp_path / "sites") / "E")),
         *("--ckpt_dir", str(random_models(tmp_path / "models", name)), "--output_dir", str(tmp_path / "masks")),
         *("--image_size", "32", "--features", "4", "--device", "cpu", "--mode", "off"),
+        *("--empty_masks", "allow"),
     ]
     plain = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert plain.returncode == 0, plain.stderr[-2000:]
