@@ -333,11 +333,11 @@ class Comparison:
             role, _, fold = path.parts[-2].partition("_")
             if role not in COMPARED:
                 continue
+            scanner, _, fold = fold.rpartition("_") if role == "virtual" else ("", "", fold)
             for row in read_rows(path):
                 row = {**row, "seed": path.parts[-3].removeprefix("seed"), "fold": fold, "method": row["model"]}
-                if role == "virtual":  # a site is a scanner, its cases those of all sites
-                    scanner, _, fold = fold.rpartition("_")
-                    row |= {"fold": fold, "site": scanner, "case": f"{row['site']} {row['case']}"}
+                if scanner:  # the scanner is the site, its cases those of all sites
+                    row |= {"site": scanner, "case": f"{row['site']} {row['case']}"}
                 rows.append(row)
         write_rows(self.output_dir / "comparison.csv", COLUMNS, [{key: row[key] for key in COLUMNS} for row in rows])
         collect_review(self.output_dir)

@@ -127,6 +127,25 @@ def test_the_other_sites_choose_a_training(tmp_path: Path) -> None:
     assert {choice["fold"]: choice["choice"] for choice in choices} == {"A": "other", "B": "global", "E": "global"}
 
 
+def test_runs_are_gathered_by_their_folders(tmp_path: Path) -> None:
+    """A virtual scanner is the site of its run, and the cases are those of all sites."""
+    columns = ("site", "role", "case", "model", "metric", "value")
+    for folder, role in (("inside_0", "inside"), ("virtual_curve_1_0", "virtual"), ("outside_A", "outside")):
+        rows = [("A", role, case, "FedAvg", "dice", 0.5) for case in ("c0", "c1")]
+        write_rows(tmp_path / "seed3" / folder / "metrics.csv", columns, [dict(zip(columns, row)) for row in rows])
+    Comparison("bundle", "data", str(tmp_path), SITES, rounds=1).collect()
+    gathered = read_rows(tmp_path / "comparison.csv")
+    found = [tuple(row[key] for key in ("role", "seed", "fold", "site", "case")) for row in gathered]
+    assert found == [
+        ("inside", "3", "0", "A", "c0"),
+        ("inside", "3", "0", "A", "c1"),
+        ("outside", "3", "A", "A", "c0"),
+        ("outside", "3", "A", "A", "c1"),
+        ("virtual", "3", "0", "curve_1", "A c0"),
+        ("virtual", "3", "0", "curve_1", "A c1"),
+    ]
+
+
 def test_comparison_needs_two_sites() -> None:
     """With one site there is nobody to leave out: said in one line."""
     with pytest.raises(InputError, match="two sites"):
