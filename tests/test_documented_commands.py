@@ -50,7 +50,6 @@ SMALLER = {
         "own_rounds": "1",
         "shares": "[]",
         "passes": "1",
-        "slices_per_case": "1",
     },
     "configs/train.json": {**TINY, "epochs": "1", "passes": "1"},
     "configs/evaluate.json": TINY,

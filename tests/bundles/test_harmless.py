@@ -35,7 +35,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "default": {"preset": "default"},
     "adapted": {"preset": "adapted"},
     "paper": {"preset": "paper", "routing": {"steps": 4}},
-    "wild": {"preset": "adapted", "routing": {"learning_rate": 3.0, "affine": True, "agreement": 0.0}},
+    "wild": {"preset": "adapted", "routing": {"learning_rate": 1000.0, "affine": True, "agreement": 0.0}},
 }
 
 
