@@ -15,8 +15,11 @@ from __future__ import annotations
 import ast
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from monai.bundle import ConfigParser
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ("train", "federate", "evaluate", "inference", "multi_gpu_train")
@@ -80,3 +83,29 @@ def test_no_python_asks_which_task_it_serves() -> None:
                 strings = [n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
                 named = [text for text in strings if "prostate" in text.lower() or "fundus" in text.lower()]
                 assert not named, f"{path.name}:{node.lineno} asks for a task: {named}"
+
+
+@pytest.mark.parametrize("config", ["train", "evaluate", "inference"])
+@pytest.mark.parametrize("bundle", ["prostate_iopfl", "fundus_iopfl"])
+def test_a_scan_of_a_fine_grid_is_smoothed_before_it_is_shrunk(bundle: str, config: str) -> None:
+    """Otherwise noise of a fine grid goes into the network as it is: interpolation alone leaves half of it here."""
+    parser = ConfigParser()
+    parser.read_config(str(ROOT / "bundles" / bundle / "configs" / f"{config}.json"))
+    parser["image_size"] = 32
+    groups = [parser.get(key) for key in ("preprocessing_transforms", "preprocessing", "validate") if key in parser]
+    transforms = [item for group in groups for item in _transforms(group)]
+    resize = next(item for item in transforms if item.get("_target_") == "Resized")
+    parser["resize"] = {**resize, "allow_missing_keys": True}
+    noise = torch.randn(3, 128, 128, generator=torch.Generator().manual_seed(0))
+    noise = noise if bundle == "fundus_iopfl" else noise[:1, ..., None].expand(-1, -1, -1, 4).clone()
+    shrunk = parser.get_parsed_content("resize")({"image": noise})["image"]
+    assert shrunk.shape[1:3] == (32, 32)
+    assert float(shrunk.std()) < 0.3
+
+
+def _transforms(group: Any) -> list[dict[str, Any]]:
+    """All transforms of a part of a config, however deep they stand."""
+    if isinstance(group, dict):
+        inner = [item for value in group.values() for item in _transforms(value)]
+        return ([group] if "_target_" in group else []) + inner
+    return [item for value in group for item in _transforms(value)] if isinstance(group, list) else []
