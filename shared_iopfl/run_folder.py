@@ -173,15 +173,13 @@ def claim_training(
     """
     if os.environ.get("RANK", "0") != "0":
         return
-    run = claim("train", output_dir, dataset_dir, overwrite=overwrite)
-    paths = {Path(os.path.abspath(path)) for path in models if os.path.lexists(path)}
-    if paths and not overwrite:
-        release(output_dir)
+    there = [Path(os.path.abspath(path)) for path in models if os.path.lexists(path)]
+    if there and not overwrite:
         raise InputError(
-            f"{min(paths)} is there already, and training would replace it: give another --ckpt_dir, or replace it "
-            "with --overwrite True."
+            f"{there[0]} is there already, and training would replace it: give another --ckpt_dir, or replace it with "
+            "--overwrite True."
         )
-    run.replaced = paths
+    claim("train", output_dir, dataset_dir, overwrite=overwrite).replaced = {*there}
 
 
 def finish(output_dir: str | os.PathLike) -> None:
