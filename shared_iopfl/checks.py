@@ -194,6 +194,7 @@ RULES: dict[str, Rule] = {
     "own_rounds": whole(0),
     "shares": several("a list of numbers from 0 to 1", number(0, 1)),
     "resume": switch,
+    "overwrite": switch,
     "fine_tuning": whole(0),
     "labelled": switch,
     # inference

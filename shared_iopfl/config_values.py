@@ -38,7 +38,7 @@ from shared_iopfl.errors import InputError
 from shared_iopfl.names import check_sites, nearest, parse_names
 from shared_iopfl.reading import read_json
 
-__all__ = ["Expression", "as_value", "as_values", "check_settings", "is_data"]
+__all__ = ["Expression", "as_value", "as_values", "check_settings", "is_data", "is_given"]
 
 PATHS = ("bundle_root", "dataset_dir", "output_dir", "ckpt_dir", "mask_dir", "ckpt", "site_model", "pseudonyms")
 WORDS = (
@@ -137,6 +137,12 @@ def check_settings() -> None:
     if changed:
         parser.update(changed)
         parser.parse(reset=True)
+
+
+def is_given(name: str) -> bool:
+    """Whether a value was handed over for what the bundle's files have an expression for, as servers do with cases."""
+    workflow = _running_workflow()
+    return workflow is not None and not isinstance(workflow.parser[name], str)
 
 
 def _running_workflow() -> ConfigWorkflow | None:

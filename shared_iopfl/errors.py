@@ -19,7 +19,9 @@ from types import TracebackType
 
 from tqdm import tqdm
 
-__all__ = ["InputError", "one_line_errors", "root_input_error"]
+__all__ = ["InputError", "one_line_errors", "root_input_error", "when_interrupted"]
+
+INTERRUPTED = 130  # a shell's status of what Ctrl-C ended
 
 
 class InputError(ValueError):
@@ -47,14 +49,26 @@ def root_input_error(error: BaseException | None) -> InputError | None:
     return found
 
 
+_advice = ""
+
+
+def when_interrupted(advice: str) -> None:
+    """Set what is said when Ctrl-C ends the process: what is left, and how to go on."""
+    global _advice
+    _advice = advice
+
+
 def one_line_errors() -> None:
     """Make an uncaught `InputError` end the process with ``error: <its line>`` and status 1, without a traceback.
 
-    What ends a thread only, such as TensorBoard's where the disk is full, is a warning of one line. Called by the
-    bundles' ``initialize``; every other exception is shown as before.
+    Ctrl-C is one line too, with status 130. What ends a thread only, such as TensorBoard's where the disk is full, is a
+    warning of one line. Called by the bundles' ``initialize``; every other exception is shown as before.
     """
 
     def excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if isinstance(error, KeyboardInterrupt):
+            _say("interrupted", _advice or "nothing was written that could be gone on from")
+            raise SystemExit(INTERRUPTED)  # the interpreter takes it for its status
         cause = root_input_error(error)
         if cause is None:
             sys.__excepthook__(kind, error, trace)
@@ -71,7 +85,7 @@ def one_line_errors() -> None:
     sys.excepthook, threading.excepthook = excepthook, thread_hook
 
 
-def _say(kind: str, error: BaseException | None) -> None:
+def _say(kind: str, error: BaseException | str | None) -> None:
     for bar in list(getattr(tqdm, "_instances", ())):  # an unfinished bar leaves the cursor in its line
         bar.close()
     # written at once: line by line, or word by word, two threads would write into each other's lines

@@ -36,6 +36,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from shared_iopfl.averaging import Averaging, average_updates, weighted_average
+from shared_iopfl.checkpoints import check_state
 from shared_iopfl.checks import check_values
 from shared_iopfl.errors import InputError
 from shared_iopfl.models import GLOBAL, USUAL_SHIFT, model_path, save_atomically
@@ -51,6 +52,7 @@ __all__ = ["Federation", "SiteClient", "check_update", "weighted_average"]
 logger = logging.getLogger(__name__)
 Weights = Mapping[str, Tensor]
 HISTORY = ("round", "site", "model", "metric", "value")
+FAILURES = ("round", "site", "reason")
 UNFINISHED = "." + 12 * "[0-9a-f]" + "_*"  # files that a run was writing when it was killed; see `whole_file`
 
 
@@ -307,6 +309,7 @@ class Federation:
                     f"{path} was begun with {name} {state['settings'].get(name)}, now it is {value}; "
                     "resume with the same, or choose another output folder."
                 )
+        self._check(state, path)
         self.round, self.weights, self.history = state["round"], state["weights"], list(state["history"])
         self.failures.resume(state["failures"])
         self.server.load_state_dict(state["server"])
@@ -316,6 +319,24 @@ class Federation:
             self.checkpoint.unlink()  # it must not take the place of the one that can be read
             logger.warning("cannot read %s: going on from the round before", unreadable[0])
         logger.info("resumed after round %d", self.round)
+
+    def _check(self, state: Mapping[str, Any], path: Path) -> None:
+        """Raise for what no run wrote: a checkpoint that was altered."""
+        count, history = state["round"], state["history"]
+        if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= self.rounds:
+            raise InputError(
+                f"{path}: round must be a whole number from 1 to {self.rounds}, but is {count!r:.60}; take the file "
+                "away, or start afresh."
+            )
+        check_state(state["weights"], self.weights, path, "weights")
+        check_state(state["clients"], {s: c.state_dict() for s, c in self.clients.items()}, path, "clients")
+        velocity = {name: tensor for name, tensor in self.weights.items() if name in state["server"]["velocity"]}
+        check_state(state["server"], {"velocity": velocity}, path, "server")
+        for field, rows, columns in (("history", history, HISTORY), ("failures", state["failures"], FAILURES)):
+            known = isinstance(rows, list) and all(isinstance(row, Mapping) and {*columns} <= {*row} for row in rows)
+            numbers = {"round": int, "value": float}
+            if not known or any(not isinstance(r[c], kind) for r in rows for c, kind in numbers.items() if c in r):
+                raise InputError(f"{path}: {field} is no table of a run; take the file away, or start afresh.")
 
     def _publish(self) -> None:
         """Write the models, and how each of them does at the inside sites it was not made for."""

@@ -18,10 +18,24 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Protocol
 
 from shared_iopfl.errors import InputError
 
-__all__ = ["whole_file", "write_text"]
+__all__ = ["Keeper", "check_writable", "keepers", "whole_file", "write_text"]
+
+
+class Keeper(Protocol):
+    """Whoever wants to know what is written: a run that owns its folder."""
+
+    def check(self, target: Path) -> None:
+        """Raise `InputError` where a file must not be written."""
+
+    def note(self, target: Path, content: Path) -> None:
+        """A file is about to get its name; until then its content is elsewhere."""
+
+
+keepers: list[Keeper] = []
 
 
 @contextmanager
@@ -35,9 +49,11 @@ def whole_file(target: str | os.PathLike, previous: str | os.PathLike | None = N
         previous: what the target's old content is kept as. Between the two renames, only this one is there.
 
     Raises:
-        InputError: when the folder cannot be written to, naming it.
+        InputError: when the folder cannot be written to, naming it, or one of the `keepers` refuses.
     """
     target = Path(target)
+    for keeper in keepers:
+        keeper.check(target)
     # several threads may write one target; and a name may be as long as the disk lets it be
     temporary = target.with_name(f".{uuid.uuid4().hex[:12]}_{target.name[-40:]}")
     try:
@@ -45,6 +61,10 @@ def whole_file(target: str | os.PathLike, previous: str | os.PathLike | None = N
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
+        for keeper in keepers:
+            keeper.note(target, temporary)
+            if previous is not None:
+                keeper.note(Path(previous), temporary)
         if previous is not None and target.exists():
             os.replace(target, previous)
         os.replace(temporary, target)
@@ -64,3 +84,16 @@ def write_text(target: str | os.PathLike, text: str) -> None:
     """Write a text file, whole or not at all."""
     with whole_file(target) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="")
+
+
+def check_writable(output_dir: str | os.PathLike) -> None:
+    """Make a folder if it is not there and try to write to it, before hours of work end at a full or locked disk.
+
+    Raises:
+        InputError: when nothing can be written there.
+    """
+    folder = Path(output_dir)
+    with whole_file(folder / ".writable") as temporary, open(temporary, "wb") as file:
+        file.write(bytes(2**16))
+        os.fsync(file.fileno())
+    (folder / ".writable").unlink(missing_ok=True)

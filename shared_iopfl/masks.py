@@ -28,7 +28,7 @@ from monai.utils import ensure_tuple
 from PIL import Image
 
 from shared_iopfl.errors import InputError
-from shared_iopfl.files import whole_file
+from shared_iopfl.files import check_writable, whole_file
 from shared_iopfl.headers import import_itk
 from shared_iopfl.scan_files import ITK, NIFTI, PICTURES, case_name, file_ending
 from shared_iopfl.scans import reason, same_grid
@@ -124,19 +124,6 @@ class SaveMaskd(MapTransform):
             raise InputError(f"the mask of {source} would replace the scan itself: choose another output_dir")
         self._written[target] = (source, key)
         return target
-
-
-def check_writable(output_dir: str | os.PathLike) -> None:
-    """Make a folder if it is not there and try to write to it, before hours of work end at a full or locked disk.
-
-    Raises:
-        InputError: when nothing can be written there.
-    """
-    folder = Path(output_dir)
-    with whole_file(folder / ".writable") as temporary, open(temporary, "wb") as file:
-        file.write(bytes(2**16))
-        os.fsync(file.fileno())
-    (folder / ".writable").unlink(missing_ok=True)
 
 
 def _mask_ending(source: Path) -> str:

@@ -31,7 +31,7 @@ from shared_iopfl.errors import InputError
 from shared_iopfl.files import whole_file
 from shared_iopfl.manifest import LIMIT, MODEL_FILE, SCORES, plain_name, read_checked, read_manifest
 from shared_iopfl.names import check_site
-from shared_iopfl.reading import parse_json
+from shared_iopfl.reading import parse_json, read_json
 from shared_iopfl.routing import check_experts
 from shared_iopfl.settings import PRESETS
 
@@ -163,6 +163,8 @@ def load_experts(
         published = {name for name, entry in files.items() if not entry.get("released")}
         names = published | {path.name for path in Path(ckpt_dir).glob("model_*.pt")}
         sites = [match[1] for name in sorted(names) if (match := MODEL_FILE.fullmatch(name)) and match[1]]
+        if not files:
+            _check_named(sites, Path(ckpt_dir))
     sites = [check_site(site) for site in ([sites] if isinstance(sites, str) else sites)]
     _tell_apart(ckpt_dir)
     models = {site: load_weights(model_path(ckpt_dir, "personalised", site)) for site in sites}
@@ -170,6 +172,20 @@ def load_experts(
         return models
     shared = load_weights(model_path(ckpt_dir))
     return {site: model for site, model in models.items() if not _equal(model, shared)}
+
+
+def _check_named(sites: Sequence[str], folder: Path) -> None:
+    """Raise where a federation's folder holds the model of a site that took no part in it."""
+    path = folder.absolute().parent / "run.json"
+    run = read_json(path) if folder.absolute().name == "models" and path.is_file() else None
+    settings = run.get("settings") if isinstance(run, dict) and run.get("kind") == "federate" else None
+    named = settings.get("sites") if isinstance(settings, dict) else None
+    strangers = [site for site in sites if site not in named] if isinstance(named, list) else []
+    if strangers:
+        raise InputError(
+            f"{folder} holds model_{strangers[0]}.pt, of a site that {path} does not name: move it away, or name the "
+            "sites with --sites."
+        )
 
 
 def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:

@@ -28,6 +28,8 @@ from monai.bundle import ConfigParser
 from shared_iopfl.config_values import as_values
 from shared_iopfl.errors import InputError
 from shared_iopfl.manifest import MODEL_FILE
+from shared_iopfl.reading import read_json
+from shared_iopfl.run_folder import finish
 from shared_iopfl.scan_files import Case
 from shared_iopfl.sites import find_cases, fingerprint
 from shared_iopfl.tables import write_json
@@ -84,6 +86,7 @@ class InferenceRecorder:
         names = sorted(path.name for path in self.ckpt_dir.glob("*") if MODEL_FILE.fullmatch(path.name))
         models = {name: hashlib.sha256((self.ckpt_dir / name).read_bytes()).hexdigest() for name in names}
         _write(self.output_dir, {"settings": self.settings, "scans": data, "models": models})
+        finish(self.output_dir)
 
 
 def _is_there(scan: Case) -> bool:
@@ -102,7 +105,10 @@ def _write(output_dir: str, content: Mapping[str, Any]) -> None:
         "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU",
         "threads": torch.get_num_threads(),
     }
-    write_json(Path(output_dir) / "run.json", {**content, **machine})
+    path = Path(output_dir) / "run.json"
+    begun = read_json(path) if path.is_file() else {}
+    kept = {name: begun[name] for name in ("kind", "status") if name in begun}
+    write_json(path, {**kept, **content, **machine})
 
 
 def _resolved(bundle_root: str, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -32,7 +32,8 @@ from shared_iopfl.inferers import TestTimeRoutingInferer
 from shared_iopfl.models import load_weights, save_atomically
 from shared_iopfl.routing import check_experts
 from shared_iopfl.scan_files import case_name
-from shared_iopfl.tables import replace_rows, write_json, write_rows
+from shared_iopfl.served import GrowingFile, attach_served
+from shared_iopfl.tables import csv_text, json_text, replace_rows, write_json, write_rows
 
 __all__ = [
     "CaseRecorder",
@@ -49,6 +50,7 @@ __all__ = [
 SITE_SCANS = 128  # as many tell what a site is like
 METRICS = ("site", "role", "case", "model", "metric", "value")
 CASES = ("site", "role", "case", "model", "image", "label", "mask")
+ROUTES = ("case", "layer", "expert", "weight")
 SUMMARY = ("site", "role", "model", "metric", "mean", "sd", "min", "max", "cases")
 
 
@@ -191,7 +193,7 @@ class OutputWriter:
 
 
 class MeasureRecorder:
-    """Writes ``measures.csv``: what a clinic reads off each mask, without any reference.
+    """Writes ``measures.csv``, as scans are served: what a clinic reads off each mask, without any reference.
 
     Args:
         output_dir: where the file goes.
@@ -203,25 +205,27 @@ class MeasureRecorder:
         self.output_dir = Path(output_dir)
         self.measures = dict(measures)
         self.pred_key = pred_key
-        self.rows: list[dict[str, Any]] = []
+        self.columns = ("case", *self.measures)
+        self.file: GrowingFile
 
     def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(Events.STARTED, lambda _: self.rows.clear())
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self.record)
-        engine.add_event_handler(Events.COMPLETED, self.write)
+        engine.add_event_handler(Events.STARTED, self.start)
+        attach_served(engine, self.record, lambda: self.file.take_back())
+
+    def start(self, engine: Engine) -> None:
+        self.file = GrowingFile(self.output_dir / "measures.csv", csv_text(self.columns, []))
 
     def record(self, engine: Engine) -> None:
         state: Any = engine.state
+        rows = []
         for batch, output in zip(state.batch, state.output):
             values = {name: f"{measure(output[self.pred_key]):.4f}" for name, measure in self.measures.items()}
-            self.rows.append({"case": batch["case"], **values})
-
-    def write(self, engine: Engine) -> None:
-        write_rows(self.output_dir / "measures.csv", ("case", *self.measures), self.rows)
+            rows.append({"case": batch["case"], **values})
+        self.file.add(csv_text(self.columns, rows, header=False))
 
 
 class RoutesRecorder:
-    """Writes ``routes.json`` and ``routes.csv``: what the guard decided for each scan, which experts it leaned on.
+    """Writes ``routes.json`` and ``routes.csv``, as scans are served: the guard's decision, and the experts.
 
     The inferer's whole report of a scan is left in the engine's output as "report", for the handlers that come after.
     """
@@ -230,23 +234,48 @@ class RoutesRecorder:
         self.inferer = inferer
         self.output_dir = Path(output_dir)
         self.cases: dict[str, dict[str, Any]] = {}
+        self.newest: list[str] = []  # the cases of this iteration
+        self.files: list[GrowingFile] = []
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.STARTED, self.start)
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self.record)
+        attach_served(engine, self.record, self.take_back)
         engine.add_event_handler(Events.COMPLETED, self.write)
 
     def start(self, engine: Engine) -> None:
-        self.cases = {}
+        self.cases, self.newest, self.files = {}, [], []
         self.inferer.reports.clear()
 
     def record(self, engine: Engine) -> None:
         state: Any = engine.state
+        self.newest = []
         for batch, output in zip(state.batch, state.output):
             if self.inferer.reports:
                 report = output["report"] = self.inferer.reports.popleft()
                 if "routes" in report:
                     self.cases[reported_case(batch)] = report
+                    self.newest.append(reported_case(batch))
+        if self.newest:
+            self._grow({case: self.cases[case] for case in self.newest})
+
+    def _grow(self, cases: Mapping[str, Mapping[str, Any]]) -> None:
+        if not self.files:
+            experts = json_text(list(next(iter(cases.values()))["experts"]))
+            head = f'{{"experts": {experts}, "cases": {{\n'
+            self.files = [
+                GrowingFile(self.output_dir / "routes.csv", csv_text(ROUTES, [])),
+                GrowingFile(self.output_dir / "routes.json", head, "\n}}\n", ",\n"),
+            ]
+        table, summary = self.files
+        table.add(csv_text(ROUTES, _route_rows(cases), header=False))
+        summary.add(",\n".join(f"{json_text(case)}: {json_text(_summary(report))}" for case, report in cases.items()))
+
+    def take_back(self) -> None:
+        for case in self.newest:
+            del self.cases[case]
+        for file in self.files if self.newest else ():
+            file.take_back()
+        self.newest = []
 
     def write(self, engine: Engine) -> None:
         write_routes(self.cases, self.output_dir)
@@ -261,20 +290,25 @@ def write_routes(cases: Mapping[str, Mapping[str, Any]], output_dir: str | os.Pa
     """Write the reports of `TestTimeRoutingInferer`, case -> report, as ``routes.json`` and ``routes.csv``."""
     if not cases:
         return
-    rows = [
+    experts = list(next(iter(cases.values()))["experts"])
+    summary = {case: _summary(report) for case, report in cases.items()}
+    write_json(Path(output_dir) / "routes.json", {"experts": experts, "cases": summary})
+    write_rows(Path(output_dir) / "routes.csv", ROUTES, _route_rows(cases))
+
+
+def _route_rows(cases: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    return [
         {"case": case, "layer": layer, "expert": expert, "weight": f"{weight:.6f}"}
         for case, report in cases.items()
         for layer, weights in zip(report["layers"], report["routes"])
         for expert, weight in zip(report["experts"], weights)
     ]
-    summary = {}
-    for case, report in cases.items():
-        mean = torch.tensor(report["routes"]).mean(0).tolist()
-        kept = {key: value for key, value in report.items() if key not in ("routes", "layers", "experts")}
-        summary[case] = {**kept, "experts": {e: round(w, 6) for e, w in zip(report["experts"], mean)}}
-    experts = list(next(iter(cases.values()))["experts"])
-    write_json(Path(output_dir) / "routes.json", {"experts": experts, "cases": summary})
-    write_rows(Path(output_dir) / "routes.csv", ("case", "layer", "expert", "weight"), rows)
+
+
+def _summary(report: Mapping[str, Any]) -> dict[str, Any]:
+    mean = torch.tensor(report["routes"]).mean(0).tolist()
+    kept = {key: value for key, value in report.items() if key not in ("routes", "layers", "experts")}
+    return {**kept, "experts": {e: round(w, 6) for e, w in zip(report["experts"], mean)}}
 
 
 class SiteFitter:

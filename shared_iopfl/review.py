@@ -29,6 +29,7 @@ from scipy.stats import spearmanr
 
 from shared_iopfl.inferers import TestTimeRoutingInferer
 from shared_iopfl.records import reported_case
+from shared_iopfl.served import attach_served
 from shared_iopfl.tables import read_rows, write_rows
 
 __all__ = ["ReviewQuality", "ReviewRecorder", "collect_review", "review_by_site", "review_quality", "review_rows"]
@@ -40,7 +41,7 @@ FEWEST = 3  # cases for a rank correlation
 
 
 class ReviewRecorder:
-    """Writes ``review.csv``: the scans by the quality of their masks, the worst first, and what speaks against each.
+    """Writes ``review.csv``, as scans are served: the worst masks first, and what speaks against each.
 
     No file is written where no quality is known: for plain inference, or prediction from a single view.
 
@@ -53,20 +54,32 @@ class ReviewRecorder:
         self.inferer = inferer
         self.output_dir = Path(output_dir)
         self.reports: dict[str, Mapping[str, Any]] = {}
+        self.newest: list[str] = []  # the cases of this iteration
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.STARTED, lambda _: self.reports.clear())
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self.record)
-        engine.add_event_handler(Events.COMPLETED, self.write)
+        attach_served(engine, self.record, self.take_back)
 
     def record(self, engine: Engine) -> None:
         state: Any = engine.state
+        self.newest = []
         for batch, output in zip(state.batch, state.output):
             if "report" in output:
                 remarks = getattr(batch.get("image"), "meta", {}).get("remarks", "")
                 self.reports[reported_case(batch)] = {**output["report"], "remarks": remarks}
+                self.newest.append(reported_case(batch))
+        if self.newest:
+            self.write()
 
-    def write(self, engine: Engine) -> None:
+    def take_back(self) -> None:
+        for case in self.newest:
+            del self.reports[case]
+        if self.newest:
+            (self.output_dir / "review.csv").unlink(missing_ok=True)
+            self.write()
+        self.newest = []
+
+    def write(self) -> None:
         usual = getattr(self.inferer, "usual_shift", 0)  # a method next to ours knows none
         rows = review_rows(self.reports, 2 * usual or math.inf)
         if rows:

@@ -72,6 +72,7 @@ class Scoring:
             "model": model,
             "personalised_metrics": False,
             "strict": False,
+            "own_folder": False,
             **self.overrides,
             **overrides,
         }

@@ -29,7 +29,7 @@ from shared_iopfl.errors import InputError
 from shared_iopfl.files import write_text
 from shared_iopfl.reading import read_bounded
 
-__all__ = ["read_rows", "replace_rows", "write_json", "write_rows"]
+__all__ = ["csv_text", "json_text", "read_rows", "replace_rows", "write_json", "write_rows"]
 
 Row = Mapping[str, Any]
 FORMULA = re.compile("'*[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
@@ -39,7 +39,12 @@ LARGEST = 2**30
 
 def write_json(path: str | os.PathLike, content: Any) -> None:
     """Write `content` as indented JSON; numbers that JSON does not know (NaN, infinity) as null."""
-    write_text(path, json.dumps(_finite(content), indent=2, default=str, allow_nan=False) + "\n")
+    write_text(path, json_text(content, indent=2) + "\n")
+
+
+def json_text(content: Any, indent: int | None = None) -> str:
+    """`content` as JSON; numbers that JSON does not know (NaN, infinity) as null."""
+    return json.dumps(_finite(content), indent=indent, default=str, allow_nan=False)
 
 
 def _finite(content: Any) -> Any:
@@ -52,6 +57,11 @@ def _finite(content: Any) -> Any:
 
 def write_rows(path: str | os.PathLike, columns: Sequence[str], rows: Iterable[Row]) -> None:
     """Write a CSV file with a header."""
+    write_text(path, csv_text(columns, rows))
+
+
+def csv_text(columns: Sequence[str], rows: Iterable[Row], header: bool = True) -> str:
+    """Rows as they are in a CSV file, with or without the header."""
 
     class Lines(list):
         def write(self, line: str) -> None:  # what csv asks of a file
@@ -60,9 +70,10 @@ def write_rows(path: str | os.PathLike, columns: Sequence[str], rows: Iterable[R
     lines = Lines()
     # with both letters in its line's end, it quotes a cell that holds either
     writer = csv.DictWriter(lines, columns, extrasaction="ignore", lineterminator="\r\n")
-    writer.writeheader()
+    if header:
+        writer.writeheader()
     writer.writerows({column: _as_text(value) for column, value in row.items()} for row in rows)
-    write_text(path, "".join(lines))
+    return "".join(lines)
 
 
 def _as_text(value: Any) -> Any:

@@ -34,6 +34,7 @@ from shared_iopfl.masks import check_writable
 from shared_iopfl.records import OutputWriter
 from shared_iopfl.scan_files import case_name, printable
 from shared_iopfl.scans import reason
+from shared_iopfl.served import ServedEvents
 from shared_iopfl.tables import write_rows
 
 __all__ = ["Failure", "ScanWriter", "TolerantDataset", "TolerantEvaluator", "from_scored", "tolerant_collate"]
@@ -138,6 +139,7 @@ class TolerantEvaluator(SupervisedEvaluator):
         **kwargs: Any,
     ) -> None:
         check_values({"empty_masks": empty_masks})
+        kwargs["event_names"] = [*(kwargs.get("event_names") or ()), ServedEvents]
         super().__init__(*args, **kwargs)
         self.strict = strict
         self.output_dir = Path(output_dir)
@@ -206,6 +208,7 @@ class TolerantEvaluator(SupervisedEvaluator):
         if hasattr(self.inferer, "reports"):
             self.inferer.reports.clear()  # of the scan that failed: the next one's must not be mistaken for it
         self.state.batch = []
+        self.fire_event(ServedEvents.SCAN_FAILED)
         return []
 
     def _record(self, failures: Sequence[Failure]) -> None:

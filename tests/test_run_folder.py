@@ -1,0 +1,187 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""A run's folder: what was there stays, a second run says what it found, and two at once do not mix."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from shared_iopfl import run_folder
+from shared_iopfl.errors import InputError
+from shared_iopfl.files import keepers, write_text
+from shared_iopfl.run_folder import claim, claim_training, finish, release
+from shared_iopfl.written import LIST, Written
+
+HOLDER = (
+    "import sys; from shared_iopfl.run_folder import claim; "
+    "claim('inference', sys.argv[1]); print('held', flush=True); sys.stdin.read()"
+)
+
+
+@pytest.fixture(autouse=True)
+def _given_back() -> Iterator[None]:
+    yield
+    for folder in list(run_folder._held):
+        release(folder)
+    assert not keepers
+
+
+def a_run(folder: Path, *names: str, kind: str = "inference") -> Path:
+    """What an earlier run has left."""
+    claim(kind, folder)
+    for name in names or ("A.nii.gz", "routes.csv"):
+        write_text(folder / name, name)
+    finish(folder)
+    release(folder)
+    return folder
+
+
+def files(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_new_folder_is_taken_and_given_back(tmp_path: Path) -> None:
+    a_run(tmp_path / "new" / "out", "A.nii.gz")
+    assert files(tmp_path / "new" / "out") == {"A.nii.gz", "run.json", LIST}
+    assert json.loads((tmp_path / "new" / "out" / "run.json").read_text())["status"] == "finished"
+
+
+@pytest.mark.parametrize("name", ["scan.nii.gz", "images/eye.jpg", "a/b/slice.dcm", "routes.csv", "run.json", LIST])
+def test_what_somebody_else_has_there_is_in_the_way(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(InputError, match=f"holds {name}, which no run is known to have written"):
+        claim("inference", tmp_path, overwrite=True)
+    assert files(tmp_path) == {name}
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_other_files_stay(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    claim("inference", tmp_path)
+    with pytest.raises(InputError, match="was there before this run"):
+        write_text(tmp_path / "notes.txt", "no longer")
+    release(tmp_path)
+    claim("inference", tmp_path, overwrite=True)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_used_folder_needs_a_word(tmp_path: Path) -> None:
+    a_run(tmp_path)
+    with pytest.raises(InputError, match=r"holds an inference \(finished, 3 files\).*--overwrite True\.$"):
+        claim("inference", tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    claim("inference", tmp_path, overwrite=True)
+    assert files(tmp_path) - {".run.lock"} == {"notes.txt", "run.json", LIST}
+
+
+def test_another_kind_of_run_is_never_replaced(tmp_path: Path) -> None:
+    a_run(tmp_path, "models/model.pt", kind="federate")
+    with pytest.raises(InputError, match=r"holds a federation .*: choose another output_dir"):
+        claim("inference", tmp_path, overwrite=True)
+    assert (tmp_path / "models" / "model.pt").is_file()
+
+
+def test_a_mask_that_was_corrected_by_hand_stays(tmp_path: Path) -> None:
+    a_run(tmp_path)
+    (tmp_path / "A.nii.gz").write_text("better")
+    with pytest.raises(InputError, match=r"A.nii.gz was changed since"):
+        claim("inference", tmp_path, overwrite=True)
+    assert files(tmp_path) == {"A.nii.gz", "routes.csv", "run.json", LIST}
+
+
+def test_a_list_that_leads_elsewhere_removes_nothing_there(tmp_path: Path) -> None:
+    (tmp_path / "mine.nii.gz").write_text("mine")
+    out = a_run(tmp_path / "out")
+    (out / "link").symlink_to(tmp_path)
+    with open(out / LIST, "a") as file:
+        for name in ("../mine.nii.gz", str(tmp_path / "mine.nii.gz"), "link/mine.nii.gz"):
+            file.write(json.dumps({"file": name}) + "\n")
+        file.write('{"file": 3}\n[[\n{"file": "A.')
+    claim("inference", out, overwrite=True)
+    assert (tmp_path / "mine.nii.gz").read_text() == "mine"
+    assert not (out / "A.nii.gz").exists()
+
+
+@pytest.mark.parametrize(
+    ("output", "where"), [("data", "the same as"), ("data/images", "inside of"), (".", "around"), ("link", "the same")]
+)
+def test_data_are_kept_apart(output: str, where: str, tmp_path: Path) -> None:
+    (tmp_path / "data" / "images").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "data")
+    with pytest.raises(InputError, match=f"is {where}"):
+        claim("inference", tmp_path / output, tmp_path / "data")
+    assert not files(tmp_path)
+
+
+def test_going_on_needs_the_same_settings(tmp_path: Path) -> None:
+    claim("federate", tmp_path, settings={"sites": ["A", "B"], "device": "cpu"})
+    write_text(tmp_path / "federation.pt", "")
+    (tmp_path / ".0123456789ab_model.pt").touch()
+    release(tmp_path)
+    with pytest.raises(InputError, match="--overwrite True, or go on with it with --resume True"):
+        claim("federate", tmp_path, settings={"sites": ["A", "B"]})
+    with pytest.raises(InputError, match="was begun with sites"):
+        claim("federate", tmp_path, settings={"sites": ["A", "C"]}, resume=True)
+    claim("federate", tmp_path, settings={"sites": ("A", "B"), "device": "cuda"}, resume=True)
+    write_text(tmp_path / "federation.pt", "newer")
+    assert not list(tmp_path.glob(".0*"))
+
+
+def test_models_that_training_would_replace_need_a_word(tmp_path: Path) -> None:
+    model = tmp_path / "models" / "model.pt"
+    write_text(model, "shipped")
+    with pytest.raises(InputError, match=r"model.pt is there already.*--overwrite True"):
+        claim_training(tmp_path / "out", tmp_path / "data", [model])
+    claim_training(tmp_path / "out", tmp_path / "data", [model], overwrite=True)
+    assert model.read_text() == "shipped"
+
+
+def test_evaluations_share_a_folder_but_not_a_part(tmp_path: Path) -> None:
+    a_run(tmp_path, "models/model.pt", kind="federate")
+    for part in ("masks/A/global", "masks/A/routed"):
+        claim("evaluate", tmp_path, part=tmp_path / part)
+        write_text(tmp_path / part / "Case00.nii.gz", "")
+        release(tmp_path)
+    with pytest.raises(InputError, match="holds an evaluation of this model"):
+        claim("evaluate", tmp_path, part=tmp_path / "masks/A/global")
+    claim("evaluate", tmp_path, part=tmp_path / "masks/A/global", overwrite=True)
+    assert not (tmp_path / "masks/A/global").exists()
+    assert (tmp_path / "masks/A/routed/Case00.nii.gz").exists()
+    assert json.loads((tmp_path / "run.json").read_text())["kind"] == "federate"
+
+
+def test_two_runs_at_once_are_refused_until_the_first_is_gone(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(InputError, match=rf"in use by another run .process {holder.pid}."):
+            claim("inference", tmp_path, overwrite=True)
+        holder.kill()
+        holder.wait()
+        assert (tmp_path / ".run.lock").exists()
+        claim("inference", tmp_path)
+
+
+def test_a_file_is_listed_before_it_is_there(tmp_path: Path) -> None:
+    claim("inference", tmp_path)
+    (tmp_path / "sub").write_text("")  # where the folder of the next file should be
+    with pytest.raises(InputError):
+        write_text(tmp_path / "sub" / "A.nii.gz", "")
+    write_text(tmp_path / "B.nii.gz", "")
+    assert set(Written(tmp_path).files) == {"run.json", "B.nii.gz"}
