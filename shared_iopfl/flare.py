@@ -36,6 +36,7 @@ from shared_iopfl.flare_results import checked_names, collect, draw, publish_sit
 from shared_iopfl.flare_server import CHECKPOINT, FAILURES, Rounds
 from shared_iopfl.masks import check_writable
 from shared_iopfl.models import model_path
+from shared_iopfl.personalised_verdict import print_personalised_verdict
 from shared_iopfl.provenance import write_run
 from shared_iopfl.report import print_table, write_report
 from shared_iopfl.sites import site_cases
@@ -278,3 +279,4 @@ def federate(
     else:
         print("global model:", run.simulate() if env == "sim" else run.prove())
         print_table(output_dir)
+        print_personalised_verdict(output_dir)
