@@ -150,6 +150,7 @@ RULES: dict[str, Rule] = {
     "folds": whole(1),
     "image_size": whole(16, 2048),
     "normalise": switch,
+    "match_manifest": switch,
     "augment": switch,
     # network and machine
     "features": either(

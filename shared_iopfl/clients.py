@@ -13,11 +13,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from ignite.engine import Engine, Events
 
+from shared_iopfl.architecture import check_training, describe_architecture, write_architecture
 from shared_iopfl.errors import InputError
 from shared_iopfl.layouts import known_sites
 from shared_iopfl.manifest import release
@@ -56,18 +58,29 @@ def own_site(dataset_dir: str | Path, run_name: str | None, default: str) -> str
 
 
 class OwnModels:
-    """Before a trainer writes models into the folder of a published set, says in its manifest that they are not it.
+    """Before a trainer writes models into a folder, says in its manifest what they are trained with.
 
-    A handler, not a step of the config's ``run``, which `MonaiAlgo` leaves out.
+    Where a published set lies there, its manifest says from then on that they are not it. A handler, not a step of the
+    config's ``run``, which `MonaiAlgo` leaves out.
 
     Args:
         ckpt_dir: the folder.
         names: of the files that training writes.
+        architecture: what has to be the same when they are run, name -> value; the network is the config's.
+
+    Raises:
+        InputError: where other models lie there that were trained with something else.
     """
 
-    def __init__(self, ckpt_dir: str, names: Iterable[str]) -> None:
+    def __init__(self, ckpt_dir: str, names: Iterable[str], architecture: Mapping[str, Any] | None = None) -> None:
         self.ckpt_dir = ckpt_dir
         self.names = list(names)
+        self.architecture = describe_architecture(architecture or {})
+        check_training(ckpt_dir, self.architecture, self.names)
 
     def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(Events.STARTED, lambda _: release(self.ckpt_dir, self.names))
+        engine.add_event_handler(Events.STARTED, self.start)
+
+    def start(self, engine: Engine) -> None:
+        release(self.ckpt_dir, self.names)
+        write_architecture(self.ckpt_dir, self.architecture)

@@ -31,14 +31,23 @@ from pathlib import Path
 from typing import Any
 
 from fire.parser import DefaultParseValue
-from monai.bundle import ConfigWorkflow
+from monai.bundle import ConfigComponent, ConfigParser, ConfigWorkflow
 from monai.bundle.reference_resolver import ReferenceResolver
 
 from shared_iopfl.errors import InputError
 from shared_iopfl.names import check_sites, nearest, parse_names
 from shared_iopfl.reading import read_json
 
-__all__ = ["Expression", "as_value", "as_values", "check_settings", "is_data", "is_given"]
+__all__ = [
+    "Expression",
+    "as_value",
+    "as_values",
+    "check_settings",
+    "component",
+    "component_of",
+    "is_data",
+    "is_given",
+]
 
 PATHS = ("bundle_root", "dataset_dir", "output_dir", "ckpt_dir", "mask_dir", "ckpt", "site_model", "pseudonyms")
 WORDS = (
@@ -154,6 +163,29 @@ def _running_workflow() -> ConfigWorkflow | None:
             return workflow
         frame = frame.f_back  # type: ignore[assignment]
     return None
+
+
+def component(name: str) -> dict[str, Any]:
+    """How a component of the config in which this is evaluated would be built, its references as values.
+
+    Args:
+        name: such as ``network_def``.
+
+    Returns:
+        The same dictionary as in the config; none where no config is running, or it has no component of that name.
+    """
+    workflow = _running_workflow()
+    if workflow is None or not isinstance(workflow.parser.config, dict):  # type: ignore[union-attr]
+        return {}
+    return component_of(workflow.parser.config, name)  # type: ignore[union-attr]
+
+
+def component_of(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """`component` of a config that is not running."""
+    # a parser of its own: one that has resolved a component without building it would never build it
+    parser = ConfigParser({key: value for key, value in config.items() if key not in STEPS or key == "imports"})
+    item = parser.get_parsed_content(name, instantiate=False) if name in parser else None
+    return dict(item.get_config()) if isinstance(item, ConfigComponent) else {}
 
 
 def _written(folder: Path, config: Mapping[str, Any]) -> dict[str, list[Any]]:

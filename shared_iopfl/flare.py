@@ -28,13 +28,15 @@ from typing import Any
 from nvflare.fuel.flare_api.flare_api import new_secure_session
 from nvflare.recipe import PocEnv, ProdEnv, SimEnv
 
+from shared_iopfl.architecture import write_architecture
 from shared_iopfl.errors import InputError
 from shared_iopfl.flare_client import ENVIRONMENT
-from shared_iopfl.flare_job import FederationRecipe, describe, first_state, read_state, write_files
+from shared_iopfl.flare_job import FederationRecipe, architecture_of, describe, first_state, read_state, write_files
 from shared_iopfl.flare_results import checked_names, collect, draw, publish_sites, score
 from shared_iopfl.flare_server import CHECKPOINT, FAILURES, Rounds
 from shared_iopfl.masks import check_writable
 from shared_iopfl.models import model_path
+from shared_iopfl.personalised_verdict import print_personalised_verdict
 from shared_iopfl.provenance import write_run
 from shared_iopfl.report import print_table, write_report
 from shared_iopfl.sites import site_cases
@@ -188,6 +190,7 @@ class FlareRun:
             raise InputError(f"{earlier[0]} is of an earlier run: choose another output_dir, or move its models away.")
         else:
             self.state = first_state(self.bundle, self.federation)
+        write_architecture(self.output_dir / "models", architecture_of(self.bundle, self.federation))
         settings = {**self.settings, "min_sites": self.min_sites, "engine": f"nvflare {version('nvflare')}"}
         here = [] if self.dataset_dir is None else self.sites
         root = str(self.bundle) if here else ""
@@ -276,3 +279,4 @@ def federate(
     else:
         print("global model:", run.simulate() if env == "sim" else run.prove())
         print_table(output_dir)
+        print_personalised_verdict(output_dir)

@@ -29,7 +29,8 @@ from nvflare.app_opt.pt.recipes.fedavg import FedAvgRecipe
 from nvflare.client.config import ExchangeFormat
 from torch import Tensor
 
-from shared_iopfl.config_values import as_value, as_values, is_data
+from shared_iopfl.architecture import describe_architecture
+from shared_iopfl.config_values import as_value, as_values, component_of, is_data
 from shared_iopfl.errors import InputError, root_input_error
 from shared_iopfl.federation import Federation
 from shared_iopfl.flare_client import JOB_FILE, bundle_fingerprint
@@ -39,7 +40,7 @@ from shared_iopfl.names import nearest
 from shared_iopfl.scoring import Scoring
 from shared_iopfl.server_momentum import ServerMomentum
 
-__all__ = ["FederationRecipe", "describe", "first_state", "read_state", "write_files"]
+__all__ = ["FederationRecipe", "architecture_of", "describe", "first_state", "read_state", "write_files"]
 
 SCRIPT = "iopfl_site.py"
 # short, so that a site sees at a glance what it is asked to run
@@ -152,6 +153,16 @@ def first_state(bundle: Path, federation: Federation) -> dict[str, Any]:
     begun = {"settings": settings, "run": run, "round": 0, "settled": False}
     server = ServerMomentum().state_dict()
     return {**begun, "weights": weights, "parameters": parameters, "server": server, **tables}
+
+
+def architecture_of(bundle: Path, federation: Federation) -> dict[str, Any]:
+    """What the models of a run are trained with, as its manifest says it."""
+    parser = ConfigParser()
+    parser.read_config(str(bundle / "configs" / "train.json"))
+    # a folder of no models: what it would say goes before the config
+    parser.update(as_values({**federation.overrides, "ckpt_dir": ""}))
+    values = parser.get_parsed_content("architecture") if "architecture" in parser else {}
+    return describe_architecture(values, component_of(parser.config, "network_def"))
 
 
 def read_state(path: Path, federation: Federation) -> dict[str, Any]:

@@ -8,11 +8,12 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The manifest of a published model set: what lies in the folder, what it was made of, and how to run it.
+"""The manifest of a model set: what its models were trained with, and once it is published, what lies in the folder.
 
-``manifest.json`` lies beside the models. Every file of the set is held to its size and SHA-256 at the moment it is
-read, before any of it reaches a network; the same bytes that were checked are the ones that are used. A folder without
-a manifest, such as a federation's own output, is read as it is.
+``manifest.json`` lies beside the models. Training writes the architecture (see `architecture`); publishing adds terms,
+figures and checksums. Every file of a published set is held to its size and SHA-256 at the moment it is read, before
+any of it reaches a network; the same bytes that were checked are the ones that are used. A folder that was not
+published is read as it is.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ __all__ = [
     "check_manifest",
     "check_setting",
     "plain_name",
+    "published_files",
     "read_checked",
     "read_manifest",
     "release",
@@ -51,6 +53,8 @@ MODEL_FILE = re.compile(r"model(?:_(?!final\.pt)(.+))?\.pt")
 # sizes and numbers of features beyond this are no settings but a way to fill the memory
 LARGEST = 10_000
 LARGEST_OF = {"image_size": 2048, "features": 4096, "slices": 99}
+# what publishing adds
+PUBLISHED = {"sites": list, "terms": str, "files": dict}
 AGAIN = "download the models again, or publish them anew."
 T = TypeVar("T")
 
@@ -121,10 +125,11 @@ def read_manifest(models_dir: str | os.PathLike) -> dict[str, Any] | None:
         manifest = parse_json(_read(path, limit=2**24), path)
         if manifest["format"] != FORMAT:
             raise ValueError(f"its format is {manifest['format']!r}, not {FORMAT}")
-        for name, kind in (("architecture", dict), ("sites", list), ("terms", str)):
+        kinds = {"architecture": dict, **(PUBLISHED if not PUBLISHED.keys().isdisjoint(manifest) else {})}
+        for name, kind in kinds.items():
             if not isinstance(manifest[name], kind):
                 raise ValueError(f"its {name} should be a {kind.__name__}")
-        for name, entry in manifest["files"].items():
+        for name, entry in manifest.get("files", {}).items():
             plain_name(name)
             if site := _role(name).get("site"):
                 check_site(site)
@@ -138,6 +143,15 @@ def read_manifest(models_dir: str | os.PathLike) -> dict[str, Any] | None:
     return manifest
 
 
+def published_files(models_dir: str | os.PathLike) -> dict[str, Any] | None:
+    """What the manifest of a folder lists, file -> entry; None where the set was not published.
+
+    Raises:
+        InputError: as :func:`read_manifest`.
+    """
+    return (read_manifest(models_dir) or {}).get("files")
+
+
 def read_checked(path: str | os.PathLike) -> bytes | None:
     """The content of a file of a models' folder, held to the manifest beside it where there is one.
 
@@ -149,13 +163,13 @@ def read_checked(path: str | os.PathLike) -> bytes | None:
             from what the manifest says, is listed but missing, or is a model that the manifest does not list.
     """
     path = Path(path)
-    manifest = read_manifest(path.parent)
-    entry = manifest["files"].get(path.name) if manifest else None
+    files = published_files(path.parent)
+    entry = files.get(path.name) if files is not None else None
     if not path.is_file():
         if entry is not None and not entry.get("released"):
             raise InputError(f"{path} is missing: {MANIFEST} lists it; {AGAIN}")
         return None
-    if entry is None and manifest and MODEL_FILE.fullmatch(path.name):
+    if entry is None and files is not None and MODEL_FILE.fullmatch(path.name):
         raise InputError(f"{path} is not in {MANIFEST} beside it: take it away, or publish it with the others.")
     if entry is None or entry.get("released"):
         return _read(path)
@@ -178,6 +192,8 @@ def check_manifest(models_dir: str | os.PathLike) -> dict[str, Any]:
     manifest = read_manifest(models_dir)
     if manifest is None:
         raise InputError(f"no {MANIFEST} in {models_dir}: these models were not published.")
+    if "files" not in manifest:
+        raise InputError(f"{Path(models_dir) / MANIFEST} has no checksums: these models were not published.")
     folder = Path(models_dir)
     for name in sorted({*manifest["files"], *(p.name for p in folder.glob("*.pt") if MODEL_FILE.fullmatch(p.name))}):
         read_checked(folder / name)
@@ -193,10 +209,16 @@ def setting(models_dir: str | os.PathLike, name: str, default: T) -> T:
         default: where there is no manifest, or it does not say.
 
     Raises:
-        InputError: where the manifest has something else than positive whole numbers of sensible size.
+        InputError: where the manifest has something else than the default is: positive whole numbers of sensible size,
+            a truth value, a dictionary, or text (which may be a dictionary, one text a site).
     """
     value = ((read_manifest(models_dir) or {}).get("architecture") or {}).get(name, default)
-    return check_setting(name, value, Path(models_dir) / MANIFEST)
+    path = Path(models_dir) / MANIFEST
+    if not isinstance(default, (bool, str, dict)):
+        return check_setting(name, value, path)
+    if not isinstance(value, (str, dict) if isinstance(default, str) else type(default)):
+        raise InputError(f"{path} has {name} {value!r:.80}, not such a value as {default!r:.40}; {AGAIN}")
+    return value
 
 
 def check_setting(name: str, value: T, path: str | os.PathLike) -> T:
@@ -229,7 +251,9 @@ def release(models_dir: str | os.PathLike, names: Iterable[str]) -> None:
     """
     manifest = read_manifest(models_dir)
     released = {plain_name(name): {**_role(name), "released": True} for name in names}
-    if manifest is None or all(manifest["files"].get(name) == entry for name, entry in released.items()):
+    if manifest is None or "files" not in manifest:
+        return
+    if all(manifest["files"].get(name) == entry for name, entry in released.items()):
         return
     manifest["files"].update(released)
     write_json(Path(models_dir) / MANIFEST, manifest)

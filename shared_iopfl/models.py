@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from shared_iopfl.checks import has_negative_variance, number
 from shared_iopfl.errors import InputError
 from shared_iopfl.files import whole_file
-from shared_iopfl.manifest import LIMIT, MODEL_FILE, SCORES, plain_name, read_checked, read_manifest
+from shared_iopfl.manifest import LIMIT, MODEL_FILE, SCORES, plain_name, published_files, read_checked, read_manifest
 from shared_iopfl.names import check_site
 from shared_iopfl.reading import parse_json, read_json
 from shared_iopfl.routing import check_experts
@@ -159,7 +159,7 @@ def load_experts(
         InputError: as :func:`load_weights`; one that is there and that the manifest does not list is an error too.
     """
     if sites is None:
-        files = (read_manifest(ckpt_dir) or {"files": {}})["files"]
+        files = published_files(ckpt_dir) or {}
         published = {name for name, entry in files.items() if not entry.get("released")}
         names = published | {path.name for path in Path(ckpt_dir).glob("model_*.pt")}
         sites = [match[1] for name in sorted(names) if (match := MODEL_FILE.fullmatch(name)) and match[1]]
@@ -251,5 +251,11 @@ class CheckedCheckpointLoader(CheckpointLoader):
 
     def __call__(self, engine: Engine) -> None:
         state = load_weights(self.load_path)
-        check_experts(self.network, {self.load_path: state})
+        try:
+            check_experts(self.network, {self.load_path: state})
+        except InputError as error:
+            if read_manifest(Path(self.load_path).parent) is not None:
+                raise
+            hint = "No manifest.json there says what it was trained with: give --features and --image_size as it was."
+            raise InputError(f"{error} {hint}") from None  # the first error of a chain is what is said
         self.network.load_state_dict(state)

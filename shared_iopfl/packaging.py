@@ -21,6 +21,7 @@ import torch
 from monai.bundle import ConfigParser
 from torch import Tensor
 
+from shared_iopfl.architecture import describe_architecture
 from shared_iopfl.config_values import as_values
 from shared_iopfl.errors import InputError
 from shared_iopfl.files import whole_file
@@ -30,6 +31,7 @@ from shared_iopfl.manifest import (
     SCORES,
     check_manifest,
     check_setting,
+    published_files,
     read_manifest,
     write_manifest,
 )
@@ -49,7 +51,7 @@ from shared_iopfl.tables import read_rows, write_json
 
 __all__ = ["package", "publish"]
 
-# what of an inference.json says how published models are run; a bundle may lack some
+# what a run before there were manifests of runs tells of its models in run.json
 ARCHITECTURE = ("features", "image_size", "slices")
 # what of a run's settings tells of the machine and not of the models
 OF_THE_MACHINE = {"dataset_dir", "output_dir", "ckpt_dir", "device", "verbose", "save_checkpoints", "val_interval"}
@@ -79,7 +81,8 @@ def publish(
     """Copy the models of a run to where others get them, with a manifest that says what they are.
 
     Args:
-        from_dir: ``models`` of the run; ``run.json`` and ``summary.csv`` of the run lie beside that folder.
+        from_dir: ``models`` of the run; ``run.json`` and ``summary.csv`` of the run lie beside that folder. The first
+            may be missing where the folder has a manifest, as that of a ``train.json``.
         to_dir: such as ``bundles/prostate_iopfl/models``.
         terms: one line: what the models may be used for, as far as the data they were trained on say.
         half: store the weights in half precision; they are loaded as float32. Norms and biases stay as they are.
@@ -98,11 +101,13 @@ def publish(
     target, run_dir = Path(to_dir), Path(from_dir).absolute().parent
     models = load_experts(from_dir, sites, equal_too=True)
     models[GLOBAL] = load_weights(model_path(from_dir))
-    run = _read_run(run_dir / "run.json")
+    trained = read_manifest(from_dir) or {}
+    run = {} if trained and not (run_dir / "run.json").is_file() else _read_run(run_dir / "run.json")
     settings = run.get("settings", {})
     root = Path(bundle) if bundle else target.absolute().parent
     own = {name: check_setting(name, settings[name], run_dir / "run.json") for name in ARCHITECTURE if name in settings}
-    architecture = _architecture(root, {**own, "ckpt_dir": from_dir}, models)
+    found = _architecture(root, {**({} if trained else own), "ckpt_dir": from_dir}, models)
+    architecture = {**trained.get("architecture", {}), **found}
     if half:
         models = {name: _halved(weights, name) for name, weights in models.items()}
     scores = load_scores(from_dir)
@@ -114,7 +119,8 @@ def publish(
         save_atomically(weights, model_path(to_dir, GLOBAL if name == GLOBAL else "personalised", name))
     training = {name: value for name, value in settings.items() if name not in OF_THE_MACHINE}
     figures = {**_mean_scores(run_dir / "summary.csv"), **(metrics or {})}
-    write_manifest(target, architecture, terms, figures, training, run.get("versions", {}))
+    versions = {**trained.get("versions", {}), **run.get("versions", {})}
+    write_manifest(target, architecture, terms, figures, training, versions)
     return str(target / MANIFEST)
 
 
@@ -138,11 +144,11 @@ def _architecture(
     if not path.is_file():
         raise InputError(f"no bundle at {root}: give the bundle that the models are of with --bundle.")
     config.read_config(str(path))
-    known = [name for name in ARCHITECTURE if name in config]
+    known = list(config.get("architecture") or [name for name in ARCHITECTURE if name in config])
     config.update(as_values({name: settings[name] for name in (*known, "ckpt_dir") if name in settings}))
     network_def = config.get_parsed_content("network_def", instantiate=False)
     check_experts(network_def.instantiate(), models)
-    return {"network_def": dict(network_def.get_config()), **{name: config.get_parsed_content(name) for name in known}}
+    return describe_architecture({name: config.get_parsed_content(name) for name in known}, network_def.get_config())
 
 
 def _halved(weights: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
@@ -241,7 +247,7 @@ def _bundle_files(root: Path) -> list[Path]:
                 f"{path} is a link that leads out of the bundle: put what it leads to there, or remove it."
             )
     files = [path for path in files if path.is_file()]
-    listed = check_manifest(models)["files"] if read_manifest(models) is not None else {}
+    listed = check_manifest(models)["files"] if published_files(models) is not None else {}
     unpublished = [name for name, entry in listed.items() if entry.get("released")]
     if not listed:
         unpublished = sorted(path.name for path in models.glob("*.pt"))

@@ -30,6 +30,7 @@ from shared_iopfl.errors import InputError
 from shared_iopfl.files import write_text
 from shared_iopfl.gallery import overlays_section
 from shared_iopfl.pages import breakable, page, picture, table, without_path
+from shared_iopfl.personalised_verdict import personalised_verdict
 from shared_iopfl.report_routes import decisions_section, routes_section
 from shared_iopfl.scores import (
     DASH,
@@ -246,9 +247,11 @@ def write_report(output_dir: str | Path, title: str = "IOP-FL") -> Path:
     left_out = (
         f'<p class="missing">Not in this folder, so not shown: {escape(", ".join(missing))}.</p>' if missing else ""
     )
+    verdict = personalised_verdict(output_dir)
+    verdict = verdict and f'<p class="missing"><b>{escape(verdict[:1].upper() + verdict[1:])}.</b></p>'
     body = f"""<p class="facts">{_facts(found, history)}</p>
 <p class="use">Figures are foreground Dice of held-out patients. For research use only, not for diagnosis.</p>
-{left_out}{"".join(sections)}"""
+{verdict}{left_out}{"".join(sections)}"""
     path = output_dir / "report.html"
     write_text(path, page(title, body))
     return path

@@ -1,0 +1,102 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Models are run with what they were trained with, or one line says what differs."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shared_iopfl.architecture import check_architecture, check_training, describe_architecture, write_architecture
+from shared_iopfl.clients import OwnModels
+from shared_iopfl.errors import InputError
+from shared_iopfl.manifest import check_manifest, read_manifest, setting, write_manifest
+
+NETWORK = {"_target_": "BasicUNet", "in_channels": 3, "features": (4, 8, 16, 32, 64, 4), "norm": "batch"}
+VALUES = {"image_size": 96, "features": 4, "normalise": True, "crop": "never", "coding": "dofe"}
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    write_architecture(tmp_path, describe_architecture(VALUES, NETWORK))
+    (tmp_path / "model.pt").write_bytes(b"x")
+    return tmp_path
+
+
+def test_training_says_what_its_models_need(models: Path) -> None:
+    """Numbers, truth values and texts come back as they were, and the folder is no published one."""
+    manifest = read_manifest(models)
+    assert manifest is not None and manifest["architecture"]["network_def"]["norm"] == "batch"
+    found = [setting(models, name, default) for name, default in (("image_size", 384), ("normalise", False))]
+    assert found == [96, True]
+    assert setting(models, "crop", "auto") == "never"
+    assert setting(models, "slices", 3) == 3
+    with pytest.raises(InputError, match="not published"):
+        check_manifest(models)
+
+
+@pytest.mark.parametrize(
+    ("values", "network", "said"),
+    [
+        ({"image_size": 384}, {}, "--image_size 384 contradicts .*manifest.json.* trained with 96"),
+        ({"normalise": False}, {}, "--normalise False .* trained with True"),
+        ({"crop": "always"}, {}, "--crop always .* trained with never"),
+        ({"features": 8}, {"features": [8, 16, 32, 64, 128, 8]}, "--features 8 .* trained with 4"),
+        ({}, {"norm": "instance"}, "--network_def#norm instance .* trained with batch"),
+        ({}, {"_target_": "UNet"}, "--network_def#_target_ UNet .* trained with BasicUNet"),
+    ],
+)
+def test_a_contradiction_is_one_line(models: Path, values: dict[str, Any], network: dict[str, Any], said: str) -> None:
+    """It names the flag and both values; whoever means it may say so."""
+    given = {**VALUES, **values}, {**NETWORK, **network}
+    with pytest.raises(InputError, match=said) as error:
+        check_architecture(models, given[0], network_def=given[1])
+    assert "\n" not in str(error.value)
+    check_architecture(models, given[0], False, given[1])
+
+
+@pytest.mark.parametrize(
+    "values", [{}, {"coding": "index"}, {"features": [4, 8, 16, 32, 64, 4]}, {"spacing": 1}, {"normalise": 1}]
+)
+def test_what_is_the_same_or_free_is_no_contradiction(models: Path, values: dict[str, Any]) -> None:
+    check_architecture(models, {**VALUES, **values}, network_def=NETWORK)
+
+
+def test_models_of_an_older_run_are_taken_with_a_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "model.pt").write_bytes(b"x")
+    with caplog.at_level(logging.WARNING):
+        check_architecture(tmp_path, VALUES, network_def=NETWORK)
+    (record,) = caplog.records
+    assert "no manifest.json" in record.getMessage() and "image_size 96" in record.getMessage()
+    caplog.clear()
+    check_architecture(tmp_path / "nowhere", VALUES, network_def=NETWORK)
+    assert not caplog.records
+
+
+def test_models_trained_otherwise_are_not_put_beside_others(models: Path) -> None:
+    """A model that training writes anew takes its manifest along; one that stays must be of the same kind."""
+    other = describe_architecture({**VALUES, "image_size": 128}, NETWORK)
+    check_training(models, other, ["model.pt"])
+    (models / "model_B.pt").write_bytes(b"x")
+    with pytest.raises(InputError, match=r"model_B.pt was trained with image_size 96.*128: choose another"):
+        OwnModels(str(models), ["model.pt", "model_A.pt"], {"image_size": 128})
+    OwnModels(str(models), ["model.pt", "model_A.pt"], {"image_size": 96}).start(None)  # type: ignore[arg-type]
+
+
+def test_a_published_set_keeps_its_manifest(tmp_path: Path) -> None:
+    (tmp_path / "model.pt").write_bytes(b"x")
+    write_manifest(tmp_path, {"image_size": 96}, "research only")
+    before = (tmp_path / "manifest.json").read_bytes()
+    write_architecture(tmp_path, {"image_size": 96, "features": 4})
+    assert (tmp_path / "manifest.json").read_bytes() == before
