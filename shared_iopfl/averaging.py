@@ -67,8 +67,9 @@ def average_updates(
     checked = {site: check_update(site, update, like, whose) for site, update in updates.items()}
     average = {}
     for key, of_first in checked[first].items():
-        if of_first.is_floating_point():
-            values = [update[key].double() for update in checked.values()]
+        if of_first.is_floating_point() or of_first.is_complex():
+            wide = torch.complex128 if of_first.is_complex() else torch.float64
+            values = [update[key].to(wide) for update in checked.values()]
             shares = [counts[site] / total for site in checked]
             middle = _mean(values, shares) if averaging == "mean" else _trimmed(values, averaging)
             average[key] = middle.to(of_first.dtype)
@@ -94,4 +95,7 @@ def _trimmed(values: Sequence[Tensor], averaging: Averaging) -> Tensor:
     count = len(values)
     most = (count - 1) // 2  # what leaves one value, or the two in the middle
     left_out = most if averaging == "median" else min(most, max(1, int(TRIMMED * count)))
-    return torch.stack(list(values)).sort(dim=0).values[left_out : count - left_out].mean(0)
+    stacked = torch.stack(list(values))
+    if stacked.is_complex():  # real and imaginary part, each entry on its own
+        return torch.view_as_complex(_trimmed(torch.view_as_real(stacked).unbind(), averaging))
+    return stacked.sort(dim=0).values[left_out : count - left_out].mean(0)

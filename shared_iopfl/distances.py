@@ -82,7 +82,9 @@ def distribution_distance(
         if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.running_var is not None:
             watch(name, layer)
     if not norms:
-        raise InputError("distance routes need batch norms with running statistics: use start='uniform'.")
+        raise InputError(
+            "distance routes need batch norms with running statistics, and the network has none: use start='uniform'."
+        )
     batches = list(batches)
     rows = []
     for expert, state in experts.items():

@@ -110,7 +110,7 @@ class PersonalizationHandler(EMAHandler):
         setattr(engine.state, name, momentum)
         local = self.model.state_dict()
         for key, averaged in self.ema_model.state_dict().items():
-            if averaged.is_floating_point():
+            if averaged.is_floating_point() or averaged.is_complex():
                 averaged.lerp_(local[key], momentum)
             else:
                 averaged.copy_(local[key])

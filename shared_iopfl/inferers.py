@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import time
@@ -35,6 +36,7 @@ from shared_iopfl.stacks import Network, StackInferer, bounded, evenly
 
 __all__ = ["TestTimeRoutingInferer"]
 
+logger = logging.getLogger(__name__)
 Mode = Literal["episodic", "site", "off"]
 SCAN_PIXELS = 3 * 2**18  # of the slices that a scan is measured on, one forward: 12 of 256 x 256, five of 384 x 384
 SITE_PIXELS = 2**21  # likewise of all a site's scans: 128 of 128 x 128
@@ -111,18 +113,26 @@ class TestTimeRoutingInferer(StackInferer):
         self.reports: deque[dict[str, Any]] = deque(maxlen=1024)
         self.site_network: nn.Module | None = None
         self._lock = threading.RLock()
+        self._said: set[str] = set()  # the experts that were served as they are, each said once
         self._built: tuple[weakref.ref[nn.Module], dict[str, Tensor], RoutedNetwork] | None = None
 
     def __call__(self, inputs: Tensor, network: Network, *args: Any, **kwargs: Any) -> Tensor:
         """Logits (B, C, *spatial) of scans (B, C_in, *spatial); each scan of the batch is routed on its own.
 
         A network that is one expert among others was chosen as it is (a MONAI Label client names a site's model file):
-        plain inference.
+        plain inference, which a warning says.
 
         Raises:
             InputError: naming the scan, where the logits are not finite.
         """
-        if self.mode == "off" or not self.experts or (self.mode == "episodic" and self._is_expert(network)):
+        if self.mode == "off" or not self.experts:
+            return super().__call__(inputs, network)
+        if self.mode == "episodic" and (name := self._is_expert(network)):
+            if name not in self._said:
+                logger.warning(
+                    "the network is the model of '%s', an expert: plain inference by it, nothing is routed", name
+                )
+                self._said.add(name)
             return super().__call__(inputs, network)
         with self._lock:
             if self.mode == "site":
@@ -203,20 +213,22 @@ class TestTimeRoutingInferer(StackInferer):
     def _begin(self, samples: Sequence[Tensor], network: nn.Module) -> tuple[RoutedNetwork, dict[str, Any]]:
         """The routed network at its start for some slices of a scan, or of each of a site's; and the report so far."""
         settings, experts = self.settings, self._space(network)
-        routed = self._routed(network)
+        routed = self._routed(network, samples[0][len(samples[0]) // 2 :][:1])
+        tracked = bool(routed.tracked_norms)
         report: dict[str, Any] = {
             "decision": "start",
             "reason": "no adaptation asked for",
             "experts": list(routed.experts),
             "layers": list(routed.layers),
         }
-        dial = self.usual_shift > 0 and (settings.start == "distance" or settings.statistics > 0)
+        # without running statistics there is nothing to blend, nor a distance from them
+        dial = self.usual_shift > 0 and (settings.start == "distance" or (settings.statistics > 0 and tracked))
         distances = torch.zeros(len(experts))
         if settings.start == "distance" or dial:
             distances = torch.stack([self._distances(some, network) for some in samples]).mean(0)
         routes = self._start(distances, list(experts))
         count = sum(len(some) for some in samples)
-        statistics = settings.statistics * count / (count + settings.prior)
+        statistics = settings.statistics * count / (count + settings.prior) if tracked else 0.0
         if dial:
             shift = float(distances[0])  # the global model comes first
             opening = max(0.0, 1 - self.usual_shift / shift) if shift > 0 else 0.0
@@ -266,8 +278,8 @@ class TestTimeRoutingInferer(StackInferer):
             routed(some)
         return collapse(routed).eval()
 
-    def _routed(self, network: nn.Module) -> RoutedNetwork:
-        """The routed copy of `network`, built once and again only when its weights have changed."""
+    def _routed(self, network: nn.Module, sample: Tensor | None = None) -> RoutedNetwork:
+        """The routed copy of `network`, built and checked once and again only when its weights have changed."""
         state = network.state_dict()
         # compared by value, which costs little next to a scan and misses no way of changing a network
         if self._built is not None and self._built[0]() is network and _equal(self._built[1], state):
@@ -283,6 +295,8 @@ class TestTimeRoutingInferer(StackInferer):
             affine=settings.affine,
             dropout=settings.dropout,
             seed=self.seed,
+            statistics=settings.statistics,
+            sample=sample,
         )
         kept = _Weights((key, tensor.clone()) for key, tensor in state.items())
         self._built = (weakref.ref(network), kept, routed)
@@ -291,15 +305,15 @@ class TestTimeRoutingInferer(StackInferer):
     def _space(self, network: nn.Module) -> dict[str, Mapping[str, Tensor]]:
         return {"global": network.state_dict(), **self.experts}
 
-    def _is_expert(self, network: Network) -> bool:
-        """Whether a network is one expert among others, by value."""
+    def _is_expert(self, network: Network) -> str | None:
+        """The expert that a network is, by value, among others; None where it is none of them."""
         if not isinstance(network, nn.Module) or len(self.experts) < 2:
-            return False
+            return None
         state = network.state_dict()
-        return any(
-            state.keys() == expert.keys() and all(torch.equal(state[key].cpu(), expert[key].cpu()) for key in state)
-            for expert in self.experts.values()
-        )
+        for name, expert in self.experts.items():
+            if state.keys() == expert.keys() and all(torch.equal(state[key].cpu(), expert[key].cpu()) for key in state):
+                return name
+        return None
 
     def _start(self, distances: Tensor, experts: Sequence[str]) -> Tensor:
         """The starting routes (E,)."""

@@ -63,6 +63,7 @@ class Router(nn.Module):
         random: leave the last layer at a random start (the paper) instead of at zero, which starts at `start` exactly.
         dropout: fraction of hidden units dropped while :attr:`generator` is set, that is during adaptation only.
         generator: source of the initial weights; the global random state is neither read nor changed.
+        axis: of the channels in the layer's input; -1 for a linear layer, whose input may be (B, tokens, C).
     """
 
     def __init__(
@@ -74,11 +75,13 @@ class Router(nn.Module):
         random: bool = False,
         dropout: float = 0.2,
         generator: torch.Generator | None = None,
+        axis: int = 1,
     ) -> None:
         super().__init__()
         self.activation = activation
         self.per_volume = per_volume
         self.dropout = dropout
+        self.axis = axis
         self.generator: torch.Generator | None = None
         # skip_init: torch's own initialisation would draw from the global random state
         self.squeeze = nn.utils.skip_init(nn.Linear, channels, 2 * channels)
@@ -95,11 +98,12 @@ class Router(nn.Module):
         self.register_buffer("start", torch.full((experts,), 1.0 / experts))
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Routes of shape (B, E), or (1, E) where they are per volume, from a layer's input (B, C, *spatial)."""
+        """Routes (B, E), or (1, E) where they are per volume, from a layer's input (B, C, *spatial) or (B, ..., C)."""
         # routers cost little: full precision; autocast would also keep serving the weights from before an adaptation
         with torch.autocast(inputs.device.type, enabled=False):
             # over the axes as they lie: flattening channels-last images would copy them
-            pooled = inputs.float().mean(tuple(range(2, inputs.ndim))) if inputs.ndim > 2 else inputs.float()
+            others = [axis for axis in range(1, inputs.ndim) if axis != self.axis % inputs.ndim]
+            pooled = inputs.float().mean(others) if others else inputs.float()
             if self.per_volume:
                 pooled = pooled.mean(0, keepdim=True)
             hidden = torch.relu(self.squeeze(pooled))

@@ -74,6 +74,15 @@ def bounded(count: int, stack: Tensor, pixels: int | None = None) -> int:
     return max(1, min(count, pixels // max(1, stack[0, 0].numel())))
 
 
+def _logits(output: Any) -> Tensor:
+    if not isinstance(output, Tensor):
+        raise InputError(
+            f"the network gives a {type(output).__name__}, but must give one tensor of logits: wrap it in a module "
+            "that returns the output to use."
+        )
+    return output.float()
+
+
 class StackInferer(Inferer):
     """Plain inference with a 2D network over volumes, or over images as they are.
 
@@ -112,7 +121,7 @@ class StackInferer(Inferer):
         return torch.cat([output if self.slices is None else from_stack(output)[None] for output in outputs])
 
     def _forward(self, stack: Tensor, network: Network) -> Tensor:
-        outputs = torch.cat([network(_channels_last(batch)).float() for batch in self._batches(stack, network)])
+        outputs = torch.cat([_logits(network(_channels_last(batch))) for batch in self._batches(stack, network)])
         # infinite is as wrong as NaN, but a mean of probabilities would hide it
         return outputs.masked_fill(~torch.isfinite(outputs), torch.nan)
 

@@ -113,13 +113,17 @@ def far_off(
 
 
 def update_norm(update: Weights, reference: Weights | None = None) -> float:
-    """The Euclidean distance of weights from a reference (None: zero), over all floating-point entries."""
+    """The Euclidean distance of weights from a reference (None: zero), over all real and complex entries."""
     squares = (
-        float((tensor.double() - (reference[key].double() if reference is not None else 0)).square().sum())
+        float((_wide(tensor) - (_wide(reference[key]) if reference is not None else 0)).abs().square().sum())
         for key, tensor in update.items()
-        if tensor.is_floating_point()
+        if tensor.is_floating_point() or tensor.is_complex()
     )
     return math.sqrt(math.fsum(squares))
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
 
 
 def accepted_norms(history: Iterable[Mapping[str, Any]]) -> list[float]:

@@ -1,0 +1,362 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Any network is routed rightly, or refused in one line that names the layer: no silent difference, no raw error."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import ARCHITECTURES, experts, images, make, mixture, routes_of, spread, unet, untouched, volume
+from tiny_inferers import routing
+from torch import Tensor, nn
+
+from shared_iopfl.averaging import average_updates
+from shared_iopfl.errors import InputError
+from shared_iopfl.inferers import TestTimeRoutingInferer
+from shared_iopfl.routing import collapse, route
+from shared_iopfl.settings import RoutingSettings
+from shared_iopfl.stacks import StackInferer
+
+
+class ShiftedNorm(nn.BatchNorm2d):
+    """A batch norm with a forward of its own."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return 2 * super().forward(inputs) + 1
+
+
+class Around(nn.Module):
+    """A convolution, something, and a convolution."""
+
+    def __init__(self, *middle: nn.Module) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 2, 1)
+        self.middle = nn.Sequential(*middle)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.last(self.middle(self.first(inputs)))
+
+
+class AsksForType(Around):
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.last(
+            self.first(inputs) if isinstance(self.first, nn.Conv2d) else inputs.mean(1, True).repeat(1, 4, 1, 1)
+        )
+
+
+class AsksForWeight(Around):
+    def forward(self, inputs: Tensor) -> Tensor:
+        first = self.first(inputs)
+        return self.last(first if hasattr(self.last, "weight") else 2 * first)
+
+
+class ReadsWeight(Around):
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.last(F.conv2d(inputs, self.first.weight, padding=1))
+
+
+class ClosesOver(Around):
+    def __init__(self) -> None:
+        super().__init__()
+        first = self.first
+        self.run = lambda inputs: first(inputs)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.last(self.run(inputs))
+
+
+class Twice(Around):
+    def __init__(self) -> None:
+        super().__init__(nn.BatchNorm2d(4))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.last(self.middle(torch.relu(3 * self.middle(self.first(inputs)) + 1)))
+
+
+class Spare(Around):
+    """A batch norm that no image passes, as in FlexibleUNet's encoder."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.BatchNorm2d(4))
+        self.spare = nn.BatchNorm2d(4)
+
+
+class Phase(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.turn = nn.Parameter(torch.randn(4, dtype=torch.complex64))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return (inputs * self.turn[:, None, None]).real
+
+
+class Upsampling(Around):
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Conv2d(4, 4, 3, 2, 1), nn.ConvTranspose2d(4, 4, 3, 2, 1)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.last(self.up(self.down(self.first(inputs)), output_size=inputs.shape[-2:]))
+
+
+class Tokens(Around):
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(4, 6), nn.LayerNorm(6), nn.GELU(), nn.Linear(6, 4))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.last(self.middle(self.first(inputs).movedim(1, -1)).movedim(-1, 1))
+
+
+class Listed(Around):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scales = nn.ParameterList([nn.Parameter(torch.ones(1))])
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.last(self.first(inputs) * self.scales[0])
+
+
+class Several(Around):
+    def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        output = self.last(self.first(inputs))
+        return output, -output
+
+
+def hooked() -> nn.Module:
+    norm = nn.BatchNorm2d(4)
+    norm.register_forward_hook(double)
+    return Around(norm)
+
+
+def double(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    return 2 * output
+
+
+def space(build: Callable[[], nn.Module], count: int = 3) -> tuple[nn.Module, dict[str, dict[str, Tensor]]]:
+    return make(build, 0), {f"e{n}": dict(make(build, n).state_dict()) for n in range(count)}
+
+
+def default(build: Callable[[], nn.Module], **settings: object) -> TestTimeRoutingInferer:
+    others = {f"s{n}": dict(make(build, n).state_dict()) for n in (1, 2)}
+    return TestTimeRoutingInferer(others, settings=RoutingSettings(**settings), flips=[0], slices=None)  # type: ignore[arg-type]
+
+
+def one_line(error: pytest.ExceptionInfo[InputError], *words: str) -> None:
+    assert "\n" not in str(error.value)
+    for word in words:
+        assert word in str(error.value)
+
+
+# ---- what works ------------------------------------------------------------------------------------------------------
+
+WORKS: dict[str, Callable[[], nn.Module]] = {
+    "subclass": lambda: Around(ShiftedNorm(4)),
+    "hook": hooked,
+    "complex": lambda: Around(Phase()),
+    "output_size": Upsampling,
+    "tokens": Tokens,
+    "unused": Spare,
+    "twice": Twice,
+    "tracked instance norm": lambda: Around(nn.InstanceNorm2d(4, affine=True, track_running_stats=True)),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", WORKS)
+def test_unusual_layers_are_mixed_as_the_plain_network_with_the_mixed_weights(name):
+    """Whatever gives the routes, per sample too; and what it collapses to is that network."""
+    network, states = space(WORKS[name])
+    scan, routes = images(3, 3, 9, 9), routes_of(3)
+    plain = make(WORKS[name], 0)
+    mixed = {
+        key: sum(float(r) * s[key] for r, s in zip(routes, states.values())) if like.is_complex() else tensor
+        for (key, like), tensor in zip(network.state_dict().items(), mixture(list(states.values()), routes).values())
+    }
+    plain.load_state_dict(mixed)
+    for per in ("layer", "volume", "sample"):
+        routed = route(network, states, per=per, sample=scan)  # type: ignore[arg-type]
+        routed.start_from(routes)
+        torch.testing.assert_close(routed(scan), plain(scan), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(collapse(routed)(scan), plain(scan), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("build", [Tokens, Upsampling, lambda: Around(Phase())])
+def test_samples_of_a_batch_are_routed_apart_with_a_gradient_too(build):
+    network, states = space(build)
+    scan = images(3, 3, 9, 9)
+    routed = route(network, states, per="sample", random=True, sample=scan)
+    with torch.no_grad():
+        alone = torch.cat([routed(sample[None]) for sample in scan])
+    torch.testing.assert_close(routed(scan), alone, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_batch_norm_that_no_image_passes_keeps_its_running_statistics():
+    """The default, which blends statistics, serves such a network."""
+    network, states = space(Spare)
+    routed = route(network, states, statistics=0.5)
+    scan = images(3, 3, 9, 9)
+    expected = routed(scan)
+    torch.testing.assert_close(collapse(routed)(scan), expected, rtol=1e-4, atol=1e-5)
+    assert torch.isfinite(default(Spare)(scan, network)).all()
+
+
+@torch.no_grad()
+def test_the_federated_average_of_complex_weights_is_theirs():
+    sent = {"A": {"w": torch.tensor([1 + 2j])}, "B": {"w": torch.tensor([3 - 4j])}, "C": {"w": torch.tensor([8 + 2j])}}
+    assert average_updates(sent, dict.fromkeys("ABC", 1))["w"] == 4
+    assert average_updates(sent, dict.fromkeys("ABC", 1), "median")["w"] == 3 + 2j
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("norm", [lambda: nn.InstanceNorm2d(4, affine=True), lambda: nn.GroupNorm(2, 4)])
+def test_without_running_statistics_the_advice_given_works(norm):
+    network, scan = make(lambda: Around(norm()), 0), images(2, 3, 9, 9)
+    with pytest.raises(InputError, match="start='uniform'"):
+        default(lambda: Around(norm()))(scan, network)
+    inferer = default(lambda: Around(norm()), start="uniform")
+    assert torch.isfinite(inferer(scan, network)).all()
+    assert inferer.reports[-1]["statistics"] == 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_passes_the_check_which_leaves_no_trace(name):
+    network, states, scan = spread(name)
+    network.train()
+    with untouched(network):
+        routed = route(network, states, sample=scan)
+    fresh = route(network, states)
+    assert torch.equal(routed.last_routes(), fresh.last_routes())
+    assert all(torch.equal(a, b) for a, b in zip(routed.state_dict().values(), fresh.state_dict().values()))
+    assert torch.equal(routed(scan), fresh(scan))
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------------
+
+REFUSED: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
+    "type": (lambda: AsksForType(), ["'first'", "layer's type"]),
+    "hasattr": (lambda: AsksForWeight(), ["'last'", "attributes"]),
+    "weight": (lambda: ReadsWeight(), ["'first'", "'weight'"]),
+    "closure": (ClosesOver, ["'first'", "closes over"]),
+    "list": (Listed, ["'scales'", "ParameterList", "no forward"]),
+    "spectral": (lambda: Around(nn.utils.spectral_norm(nn.Conv2d(4, 4, 1))), ["'middle.0'", "remove_spectral_norm"]),
+    "half": (lambda: Around().bfloat16(), ["'first'", "network.float()"]),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_routed_is_refused_in_one_line_that_names_the_layer(name):
+    build, words = REFUSED[name]
+    network = build().eval()
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        states = {f"e{n}": dict(build().state_dict()) for n in range(3)}
+    with untouched(network), pytest.raises(InputError) as error:
+        route(network, states, sample=images(2, 3, 9, 9))
+    one_line(error, *words)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "build, words", [(Twice, "more than once"), (WORKS["subclass"], "of its own"), (hooked, "hooks")]
+)
+def test_statistics_that_cannot_be_blended_are_refused_and_the_advice_works(build, words):
+    """By the inferer at the first scan, whatever its shift; by hand once they would be kept."""
+    network, scan = make(build, 0), images(2, 3, 9, 9)
+    with pytest.raises(InputError) as error:
+        default(build)(scan, network)
+    one_line(error, "'middle", words, "statistics=0")
+    assert torch.isfinite(default(build, statistics=0.0)(scan, network)).all()
+
+
+@torch.no_grad()
+def test_a_batch_norm_used_twice_does_not_collapse_with_blended_statistics():
+    network, states = space(Twice)
+    routed = route(network, states, statistics=0.5)
+    routed(images(2, 3, 9, 9))
+    with pytest.raises(InputError, match=r"'middle.0'.*more than once"):
+        collapse(routed)
+    with pytest.raises(InputError, match=r"'middle.0'.*more than once"):
+        routed.freeze_statistics(True)
+
+
+def test_running_statistics_without_a_gradient_are_refused_for_steps():
+    build = WORKS["tracked instance norm"]
+    network, scan = make(build, 0), images(2, 3, 8, 8)
+    with pytest.raises(InputError) as error:
+        default(build, start="uniform", steps=1)(scan, network)
+    one_line(error, "'middle.0'", "steps=0")
+    assert torch.isfinite(default(build, start="uniform", route_norms=False, steps=1)(scan, network)).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("per", ["layer", "sample"])
+def test_a_network_of_several_outputs_is_routed_but_not_served(per):
+    network, states = space(Several)
+    scan = images(2, 3, 8, 8)
+    one, other = route(network, states, per=per, sample=scan)(scan)
+    assert torch.equal(one, -other)
+    for inferer in (StackInferer(slices=None), default(Several, start="uniform", per=per)):
+        with pytest.raises(InputError, match="gives a tuple") as error:
+            inferer(scan, network)
+        one_line(error)
+
+
+# ---- in use ----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_a_scan_is_checked_once_a_network(monkeypatch):
+    """Not again for the next scan; again once the network has changed."""
+    inferer, network, seen = routing(), unet(), []
+    monkeypatch.setattr("shared_iopfl.routing.check_routed", lambda *args: seen.append(args))
+    for _ in range(2):
+        inferer(volume(3), network)
+    assert len(seen) == 1
+    network.load_state_dict(unet(7).state_dict())
+    inferer(volume(3), network)
+    assert len(seen) == 2
+
+
+@torch.no_grad()
+def test_a_network_that_is_an_expert_is_served_as_it_is_and_it_is_said_once(caplog):
+    inferer = routing()
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            inferer(volume(2), unet(1))
+    assert len(caplog.records) == 1
+    assert re.search("model of 'A'.*plain inference", caplog.text)
+
+
+@torch.no_grad()
+def test_layers_of_two_names_and_weights_of_two_layers_pass():
+    def build() -> nn.Module:
+        network = Around(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1))
+        network.again = network.middle[0]
+        network.middle[1].weight = network.middle[0].weight
+        return network
+
+    network, states = space(build)
+    route(network, states, sample=images(1, 3, 9, 9))
+
+
+@torch.no_grad()
+def test_experts_that_agree_with_the_network_pass():
+    network = unet()
+    route(network, {"global": network.state_dict(), **experts(2)}, sample=images(1, 3, 32, 32))
+    route(network, dict.fromkeys("AB", network.state_dict()), sample=torch.zeros(1, 3, 32, 32))
