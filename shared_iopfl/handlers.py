@@ -24,11 +24,13 @@ import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import EMAHandler
 from monai.data.utils import set_rnd
+from monai.handlers import StatsHandler
 from torch import nn
 
+from shared_iopfl.errors import root_input_error
 from shared_iopfl.models import save_atomically
 
-__all__ = ["DecayThenTail", "PersonalizationHandler", "RoundHandler"]
+__all__ = ["DecayThenTail", "OneLineStatsHandler", "PersonalizationHandler", "RoundHandler"]
 
 
 class DecayThenTail:
@@ -124,6 +126,15 @@ class PersonalizationHandler(EMAHandler):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.count = int(state["count"])
         self.ema_model.load_state_dict(state["model"])
+
+
+class OneLineStatsHandler(StatsHandler):
+    """MONAI's `StatsHandler`, which logs no traceback of an error that ends the run in one line anyway."""
+
+    def exception_raised(self, engine: Engine, e: Exception) -> None:
+        if root_input_error(e) is not None:
+            raise e
+        super().exception_raised(engine, e)
 
 
 class RoundHandler:

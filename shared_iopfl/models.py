@@ -85,7 +85,7 @@ def save_atomically(content: Any, path: str | os.PathLike, previous: str | os.Pa
         try:
             torch.save(content, temporary)
         except RuntimeError as error:  # how torch reports a full disk
-            raise OSError(str(error).splitlines()[0]) from error
+            raise OSError(f"the disk is full or fails: {str(error).splitlines()[0]}") from error
 
 
 def load_weights(path: str | os.PathLike) -> dict[str, Tensor]:

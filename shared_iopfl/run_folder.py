@@ -18,6 +18,7 @@ goes on with it, with ``resume``.
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import re
@@ -187,6 +188,12 @@ def finish(output_dir: str | os.PathLike) -> None:
     run = _held.get(Path(os.path.abspath(output_dir)))
     if run is not None:
         run.finish()
+
+
+@atexit.register
+def _release_all() -> None:
+    for folder in list(_held):
+        release(folder)
 
 
 def release(output_dir: str | os.PathLike) -> None:

@@ -137,7 +137,7 @@ def test_commands_of(document: str, tmp_path: Path) -> None:
             continue
         if "flare" in command and find_spec("nvflare") is None:
             continue
-        names = r"(?<![\w/.-])(DATA|DIR|OUT|SCANS|PHOTOS|MASKS|MODELS)(?!\w)"
+        names = r"(?<![\w/.-])(DATA|DIR|OUT|OWN|SCANS|PHOTOS|MASKS|MODELS)(?!\w)"
         folders = {**FOLDERS, "OUT": "OUT_FLARE"} if "flare" in command else FOLDERS  # it refuses another run's
         there = lambda found: str(tmp_path / folders.get(found[1], found[1]))  # noqa: E731, B023
         words = [re.sub(names, there, word) for word in smaller(command)]

@@ -132,7 +132,7 @@ def test_published_models_need_no_further_argument(
     assert {row["expert"] for row in routes(tmp_path / "masks")} == {"A", "B", "global"}
     (root / "models" / "model_B.pt").write_bytes(b"x")
     with pytest.raises(Exception) as error:
-        run_config("inference", bundle, dataset_dir=scans, output_dir=tmp_path / "masks", **published)
+        run_config("inference", bundle, dataset_dir=scans, output_dir=tmp_path / "more", **published)
     assert "model_B.pt is cut short" in str(root_input_error(error.value))
 
 

@@ -157,6 +157,7 @@ def test_pictures_of_every_kind_get_their_mask(served: tuple[Path, Path]) -> Non
     assert {path.name for path in output.iterdir()} == {
         *(f"{name}{ending}" for name in UPRIGHT for ending in (".png", "_overlay.png")),
         "measures.csv", "review.csv", "routes.csv", "routes.json", "run.json", "site.pt",
+        "written.jsonl",
     }  # fmt: skip
     for name, shape in UPRIGHT.items():
         assert set(np.unique(check_mask(output / f"{name}.png", shape))) == {0, 1, 2}
@@ -222,7 +223,7 @@ def test_a_bad_photograph_is_named_in_one_line(
     )
     assert str(bad) in line
     assert words in line
-    assert not list((tmp_path / "masks").iterdir())
+    assert not list((tmp_path / "masks").glob("*.png"))
 
 
 def test_command_line_ends_a_truncated_jpeg_in_one_line(sites: Path, federated: Path, tmp_path: Path) -> None:
@@ -243,7 +244,7 @@ def test_command_line_ends_a_truncated_jpeg_in_one_line(sites: Path, federated: 
     (line,) = [line for line in lines if "error" in line.lower() or "Traceback" in line or line.startswith("  File")]
     assert line.startswith("error: ")
     assert str(bad) in line
-    assert not list((tmp_path / "masks").iterdir())
+    assert not list((tmp_path / "masks").glob("*.png"))
 
 
 # ---- what a folder is taken for -------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ def test_a_score_is_that_of_the_written_mask(
     for _ in range(2):
         run_config(
             "evaluate", dataset_dir=sites_dir, site="E", role="outside", model="routed", split="all",
-            ckpt_dir=models, output_dir=tmp_path,
+            ckpt_dir=models, output_dir=tmp_path, overwrite=True,
         )  # fmt: skip
     scores = {row["case"]: float(row["value"]) for row in rows(tmp_path / "metrics.csv") if row["metric"] == "dice"}
     cases = rows(tmp_path / "cases.csv")
