@@ -28,6 +28,7 @@ from monai.bundle import ConfigParser
 from shared_iopfl.config_values import as_values
 from shared_iopfl.errors import InputError
 from shared_iopfl.manifest import MODEL_FILE
+from shared_iopfl.patients import AUTO
 from shared_iopfl.scan_files import Case
 from shared_iopfl.sites import find_cases, fingerprint
 from shared_iopfl.tables import write_json
@@ -51,7 +52,7 @@ def write_run(
     """
     data = {}
     for site in sites:
-        cases = find_cases(dataset_dir, site)
+        cases = find_cases(dataset_dir, site, settings.get("patient", AUTO))
         data[site] = {"cases": len(cases), "fingerprint": fingerprint(cases)[:16]}
     content = {"settings": dict(settings), "sites": data}
     if bundle_root:
