@@ -20,23 +20,46 @@ from typing import Any
 
 import fire
 
+from shared_iopfl.checks import check_values
 from shared_iopfl.errors import InputError, one_line_errors
 from shared_iopfl.manifest import check_manifest
+from shared_iopfl.mask_values import mask_values
 from shared_iopfl.models import check_models
 from shared_iopfl.names import parse_names
 from shared_iopfl.packaging import package, publish
+from shared_iopfl.patients import AUTO
 from shared_iopfl.phantoms import make_fundus_sites, make_prostate_sites
 from shared_iopfl.report import print_table, write_report
-from shared_iopfl.sites import list_sites, site_cases
+from shared_iopfl.sites import find_cases, list_sites, site_cases
 
-TEXT = {"dataset_dir", "output_dir", "models_dir", "from_dir", "to_dir", "terms", "bundle", "env", "sites"}
+TEXT = {"dataset_dir", "output_dir", "models_dir", "from_dir", "to_dir", "terms", "bundle", "env", "sites", "patient"}
 
 
-def prepare(dataset_dir: str, seed: int = 0) -> None:
-    """List the sites of a folder, how many cases each has, and how they would be split by patient."""
+def prepare(
+    dataset_dir: str,
+    split_seed: int = 0,
+    patient: str = AUTO,
+    fold: int = 0,
+    folds: int = 1,
+    seed: int | None = None,
+) -> None:
+    """List the sites of a folder, their cases and patients, how these would be split, and what values their masks hold.
+
+    Every mask is opened. The options are those of the bundles' configs; --seed is an older name of --split_seed.
+    """
+    split_seed = split_seed if seed is None else seed
+    check_values({"split_seed": split_seed, "patient": patient, "fold": fold, "folds": folds})
     for site in list_sites(dataset_dir):
-        parts = {part: len(site_cases(dataset_dir, site, part, seed)) for part in ("train", "validation", "test")}
-        print(f"{site}: " + ", ".join(f"{count} {part}" for part, count in parts.items()))
+        parts = []
+        for part in ("train", "validation", "test"):
+            cases = site_cases(dataset_dir, site, part, split_seed, patient=patient, fold=fold, folds=folds)
+            parts.append(f"{len(cases)} {part} ({_count(len({case['patient'] for case in cases}), 'patient')})")
+        cases = find_cases(dataset_dir, site, patient)
+        print(f"{site}: {', '.join(parts)}; {mask_values(cases)}")
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def report(output_dir: str) -> None:

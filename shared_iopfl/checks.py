@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from shared_iopfl.errors import InputError
+from shared_iopfl.patients import is_patient_setting
 
 __all__ = ["RULES", "Rule", "check_values", "has_negative_variance", "number", "switch", "whole", "word"]
 
@@ -147,7 +148,9 @@ RULES: dict[str, Rule] = {
     "split": word("train", "validation", "test", "all"),
     "split_seed": a_seed,
     "fractions": Rule("three shares (train, validation, test) that sum to 1, the first above 0", _are_fractions),
+    "fold": whole(0),
     "folds": whole(1),
+    "patient": Rule("'auto', a table FILE.csv, or a pattern with a group, such as (.*)_(OD|OS)", is_patient_setting),
     "image_size": whole(16, 2048),
     "normalise": switch,
     "match_manifest": switch,

@@ -157,10 +157,11 @@ class Comparison:
 
     def _inside_run(self, seed: int, fold: int, run: Path) -> None:
         def cases(split: str, site: str = "@site") -> str:
+            seeded = f"seed={seed:d}, patient=@patient"
             if self.folds == 1:
-                return f"sites.site_cases(@dataset_dir, {site}, '{split}', seed={seed:d}, fractions=@fractions)"
+                return f"sites.site_cases(@dataset_dir, {site}, '{split}', {seeded}, fractions=@fractions)"
             folds = f"fold={fold:d}, folds={self.folds:d}"
-            return f"sites.fold_cases(@dataset_dir, {site}, '{split}', {folds}, seed={seed:d})"
+            return f"sites.fold_cases(@dataset_dir, {site}, '{split}', {folds}, {seeded})"
 
         parts = {split: Expression(f"${cases(split)}") for split in PARTS}
         data = {"train#dataset#data": parts["train"], "validate#dataset#data": parts["validation"]}
@@ -277,7 +278,9 @@ class Comparison:
             path = model_path(models, "personalised", expert)
             self._score(run, site, f"expert {expert}", path, **self._outside(models, mode="off"))
         if self.pooled is not None and not self._scored(run, site, POOLED):
-            cases = f"sites.site_cases(@dataset_dir, site, 'train', seed={seed:d}, fractions={EXPERTS})"
+            cases = (
+                f"sites.site_cases(@dataset_dir, site, 'train', seed={seed:d}, fractions={EXPERTS}, patient=@patient)"
+            )
             path = self.trainings.pool(others, seed, run / "models" / POOLED, cases)
             self._score(run, site, POOLED, path, **self._outside(models, mode="off"))
         if self.labelled and not self._scored(run, site, "labelled routes"):

@@ -104,7 +104,7 @@ class Trainings:
         run = self.output_dir / f"seed{seed}" / (f"federation_{name}_" * bool(name) or "federation_")
         run = run.with_name(run.name + "+".join(sorted(sites)))
         if not (run / "models" / "scores.json").is_file():
-            cases = "$sites.site_cases(@dataset_dir, @site, '{}', seed={:d}, fractions={})"
+            cases = "$sites.site_cases(@dataset_dir, @site, '{}', seed={:d}, fractions={}, patient=@patient)"
             data = {
                 "train#dataset#data": Expression(cases.format("train", seed, EXPERTS)),
                 "validate#dataset#data": Expression(cases.format("validation", seed, EXPERTS)),
@@ -169,7 +169,7 @@ class Trainings:
     def _config(self, site: str) -> ConfigParser:
         parser = ConfigParser()
         parser.read_config(str(Path(self.bundle_root) / "configs" / "train.json"))
-        data = Expression("$sites.site_cases(@dataset_dir, @site, 'all')")
+        data = Expression("$sites.site_cases(@dataset_dir, @site, 'all', patient=@patient)")
         overrides = {**self.training, "dataset_dir": self.dataset_dir, "site": site, "validate#dataset#data": data}
         parser.update(as_values({"bundle_root": self.bundle_root, **overrides}))
         return parser

@@ -29,9 +29,10 @@ from shared_iopfl.errors import InputError
 from shared_iopfl.headers import import_itk
 from shared_iopfl.scan_names import is_dicom
 
-__all__ = ["DicomReader", "is_no_image"]
+__all__ = ["DicomReader", "is_no_image", "patient_id"]
 
 logger = logging.getLogger(__name__)
+PATIENT = "0010|0020"
 SERIES, SAMPLES, FRAMES = "0020|000e", "0028|0002", "0028|0008"
 SIZE = ("0028|0010", "0028|0011")
 POSITION, ORIENTATION, PIXELS = "0020|0032", "0020|0037", "0028|0030"
@@ -102,6 +103,22 @@ def is_no_image(file: Path) -> bool:
     """Whether a DICOM file says, at its start, that it is a report or another object without voxels."""
     kind = _storage_class(file)
     return kind.startswith(STORAGE) and kind.removeprefix(STORAGE).startswith(NO_IMAGES)
+
+
+def patient_id(path: Path) -> str:
+    """The PatientID of a DICOM file, or of the first file of a series; "" for other scans, and where there is none."""
+    files = [file for file in sorted(path.iterdir()) if is_dicom(file)] if path.is_dir() else [path] * is_dicom(path)
+    if not files:
+        return ""
+    try:
+        itk = import_itk(path)
+        io = itk.GDCMImageIO.New()
+        io.SetFileName(str(files[0]))
+        io.ReadImageInformation()
+        found = io.GetMetaDataDictionary()
+        return str(found[PATIENT]).strip() if found.HasKey(PATIENT) else ""
+    except Exception:  # whoever reads the scan says what is wrong with it
+        return ""
 
 
 def _storage_class(file: Path) -> str:

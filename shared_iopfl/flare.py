@@ -160,7 +160,8 @@ class FlareRun:
         of = self.federation.overrides
         for site in self.sites:
             for part in ("train", "validation") if self.federation.val_interval else ("train",):
-                site_cases(self.dataset_dir, site, part, of["split_seed"], of["fractions"])
+                how = {name: of[name] for name in ("fractions", "patient", "fold", "folds") if name in of}
+                site_cases(self.dataset_dir, site, part, of["split_seed"], **how)
         workspace = self.output_dir / "flare"
         if self.federation.resume:
             collect(workspace, self.output_dir, self.federation)  # what a run that was cut off has left

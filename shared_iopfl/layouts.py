@@ -20,15 +20,20 @@ What lies in ``dataset_dir`` tells the layout, site by site:
 
 from __future__ import annotations
 
+import logging
+from functools import cache
 from pathlib import Path, PureWindowsPath
 
+from shared_iopfl.dicom import patient_id
 from shared_iopfl.errors import InputError
 from shared_iopfl.names import check_site
+from shared_iopfl.patients import AUTO, datalist_patient, patients_of
 from shared_iopfl.reading import read_json
 from shared_iopfl.scan_files import MASK, PICTURES, VOLUMES, Case, case_name, entries, file_ending, unique_names
 
 __all__ = ["known_sites", "published_parts"]
 
+logger = logging.getLogger(__name__)
 PARTS = ("train", "validation", "test")
 DATALIST_KEYS = {"training": "train", "validation": "validation", "test": "test", "testing": "test"}
 
@@ -63,8 +68,14 @@ def _is_site_folder(folder: Path) -> bool:
     return any(file_ending(entry) in VOLUMES and entry.is_file() for entry in entries(folder))
 
 
-def published_parts(root: Path, site: str) -> dict[str, list[Case]]:
-    """A site's labelled cases by published part; all in ``"train"`` where no split is published."""
+def published_parts(root: Path, site: str, patient: str = AUTO) -> dict[str, list[Case]]:
+    """A site's labelled cases by published part; all in ``"train"`` where no split is published.
+
+    Args:
+        root: folder of the sites.
+        site: its name.
+        patient: how patients are found where a datalist does not name them; see `patients.patients_of`.
+    """
     check_site(site)
     known = known_sites(root)
     if site not in known:
@@ -84,16 +95,20 @@ def published_parts(root: Path, site: str) -> dict[str, list[Case]]:
 
     names = unique_names([image for part in pairs.values() for image, _ in part], root)
     official: dict[str, list[Case]] = {part: [] for part in PARTS}
+    # not the case name where there is a list: that changes when another folder's file turns out to be called the same
+    own = {image: _path_name(image, root) if _is_there(datalist) else name for image, name in names.items()}
+    found_out, declared = patients_of({image: own[image] for image in own if image not in patients}, patient, site)
     patient_parts: dict[str, str] = {}
     for part, found in pairs.items():
         for image, label in found:
-            patient = patients.get(image, names[image])
-            if patient_parts.setdefault(patient, part) != part:
-                raise InputError(
-                    f"patient {patient!r} of {folder} is in two lists: {patient_parts[patient]} and {part}"
-                )
+            whose = patients.get(image) or found_out[image]
+            if patient_parts.setdefault(whose, part) != part:
+                between = f"patient {whose!r} of {folder} is in two lists: {patient_parts[whose]} and {part}"
+                if declared or image in patients:
+                    raise InputError(between)
+                _warn(between)
             official[part].append(
-                {"image": str(image), "label": str(label), "site": site, "case": names[image], "patient": patient}
+                {"image": str(image), "label": str(label), "site": site, "case": names[image], "patient": whose}
             )
     if not any(official.values()):
         raise InputError(f"site {site!r} holds no labelled cases in {root}; sites there: {', '.join(known)}")
@@ -132,7 +147,7 @@ def _pair(images: Path, masks: Path) -> list[tuple[Path, Path]]:
 
 
 def _read_datalist(path: Path, root: Path) -> tuple[dict[str, list[tuple[Path, Path]]], dict[Path, str]]:
-    """The labelled items of a datalist by part, and the patients it names.
+    """The labelled items of a datalist by part, and the patients that it, or a DICOM file's header, names.
 
     A validation or test list without any label, as public challenges have it, cannot score anything and is left out.
     """
@@ -141,6 +156,8 @@ def _read_datalist(path: Path, root: Path) -> tuple[dict[str, list[tuple[Path, P
         raise InputError(f"{path} is no datalist, but a {type(content).__name__}: take it away or mend it.")
     pairs: dict[str, list[tuple[Path, Path]]] = {}
     patients: dict[Path, str] = {}
+    headers: dict[Path, str] = {}
+    images: set[Path] = set()
     for key, part in DATALIST_KEYS.items():
         items = content.get(key) or []
         if not isinstance(items, list):
@@ -154,12 +171,22 @@ def _read_datalist(path: Path, root: Path) -> tuple[dict[str, list[tuple[Path, P
             ):
                 raise InputError(f"{where} must have an image and a label, each one path, but is {item}")
             image, label = (_inside(root, item[k], where) for k in ("image", "label"))
-            if image in patients:
+            if image in images:
                 raise InputError(f"{where} repeats {item['image']}: list each image once")
             pairs.setdefault(part, []).append((image, label))
-            # not the case name: that changes when another folder's file turns out to be called the same
-            patients[image] = str(item.get("patient") or _path_name(image, root))
+            images.add(image)
+            if (named := datalist_patient(item)) is not None:
+                patients[image] = named
+            elif named := patient_id(image):
+                headers[image] = named
+    if len(set(headers.values())) > 1:  # else it is what an anonymiser has written into each
+        patients |= headers
     return pairs, patients
+
+
+@cache  # once, however often a run asks for the site's cases
+def _warn(between: str) -> None:
+    logger.warning("%s; the published lists are kept", between)
 
 
 def _inside(root: Path, path: str, where: str) -> Path:

@@ -28,6 +28,7 @@ from monai.bundle import ConfigParser
 from shared_iopfl.config_values import as_values
 from shared_iopfl.errors import InputError
 from shared_iopfl.manifest import MODEL_FILE
+from shared_iopfl.patients import AUTO
 from shared_iopfl.reading import read_json
 from shared_iopfl.run_folder import finish
 from shared_iopfl.scan_files import Case
@@ -53,7 +54,7 @@ def write_run(
     """
     data = {}
     for site in sites:
-        cases = find_cases(dataset_dir, site)
+        cases = find_cases(dataset_dir, site, settings.get("patient", AUTO))
         data[site] = {"cases": len(cases), "fingerprint": fingerprint(cases)[:16]}
     content = {"settings": dict(settings), "sites": data}
     if bundle_root:

@@ -17,12 +17,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from shared_iopfl.errors import InputError
 from shared_iopfl.layouts import PARTS, known_sites, published_parts
 from shared_iopfl.names import check_sites
+from shared_iopfl.patients import AUTO
 from shared_iopfl.scan_files import Case, entries
 
 __all__ = ["find_cases", "fingerprint", "fold_cases", "list_sites", "pooled", "site_cases", "split_cases"]
@@ -44,17 +46,29 @@ def list_sites(dataset_dir: str | Path) -> list[str]:
     return sites
 
 
-def find_cases(dataset_dir: str | Path, site: str) -> list[Case]:
+def find_cases(dataset_dir: str | Path, site: str, patient: str = AUTO) -> list[Case]:
     """All labelled cases of a site, sorted by case name.
+
+    Args:
+        dataset_dir: folder of the sites.
+        site: name of the site.
+        patient: how patients are found where a datalist does not name them; see `patients.patients_of`.
 
     Raises:
         InputError: for an unknown site, one without cases, an image without its mask or a mask without its image.
     """
-    return _sorted(case for part in published_parts(Path(dataset_dir), site).values() for case in part)
+    return _sorted(case for part in published_parts(Path(dataset_dir), site, patient).values() for case in part)
 
 
 def site_cases(
-    dataset_dir: str | Path, site: str, split: str, seed: int = 0, fractions: Sequence[float] = FRACTIONS
+    dataset_dir: str | Path,
+    site: str,
+    split: str,
+    seed: int = 0,
+    fractions: Sequence[float] = FRACTIONS,
+    patient: str = AUTO,
+    fold: int = 0,
+    folds: int = 1,
 ) -> list[Case]:
     """The cases of one part of a site: what a bundle's config asks for.
 
@@ -67,6 +81,8 @@ def site_cases(
         split: ``"train"``, ``"validation"``, ``"test"``, or ``"all"``, which also serves an outside site.
         seed: another seed, another split.
         fractions: how much of the patients to train, validate and test on; they sum to 1.
+        patient: as for `find_cases`.
+        fold, folds: with more folds than one, the parts are those of one fold of a cross-validation; see `fold_cases`.
 
     Raises:
         InputError: as `find_cases`, and when there are too few patients to split or the part holds no case.
@@ -74,8 +90,10 @@ def site_cases(
     if split not in (*PARTS, "all"):
         raise InputError(f"unknown split {split!r}: choose train, validation, test or all")
     if split == "all":
-        return find_cases(dataset_dir, site)
-    official = published_parts(Path(dataset_dir), site)
+        return find_cases(dataset_dir, site, patient)
+    if folds > 1:
+        return fold_cases(dataset_dir, site, split, fold, folds, seed, patient=patient)
+    official = published_parts(Path(dataset_dir), site, patient)
     shares = dict(zip(PARTS, _checked(fractions)))
     lacking = [part for part in PARTS if not official[part]]
     if official["train"] and (split == "train" or split in lacking):
@@ -90,8 +108,9 @@ def split_cases(cases: Sequence[Case], seed: int = 0, fractions: Sequence[float]
     """Split cases by patient into ``"train"``, ``"validation"`` and ``"test"``.
 
     A patient's part depends on a hash of seed and patient alone, so a patient stays where it is when cases are added.
-    With few patients the parts can be uneven. A part that would be empty takes the patient nearest to its interval from
-    the largest part: the one thing that can move a patient when cases are added.
+    With few patients the parts can be uneven. A part that would have less than half of its share, or nobody, takes the
+    patients nearest to its interval from the part with the most above its share: the one thing that can move a patient
+    when cases are added.
 
     Args:
         cases: cases of one site, as `find_cases` returns them.
@@ -106,7 +125,14 @@ def split_cases(cases: Sequence[Case], seed: int = 0, fractions: Sequence[float]
 
 
 def fold_cases(
-    dataset_dir: str | Path, site: str, split: str, fold: int, folds: int, seed: int = 0, validation: float = 0.2
+    dataset_dir: str | Path,
+    site: str,
+    split: str,
+    fold: int,
+    folds: int,
+    seed: int = 0,
+    validation: float = 0.2,
+    patient: str = AUTO,
 ) -> list[Case]:
     """The cases of one part of a site in one fold of a cross-validation by patient.
 
@@ -122,6 +148,7 @@ def fold_cases(
         folds: how many, at least 2.
         seed: another seed, another deal.
         validation: share of the rest, at least one patient.
+        patient: as for `find_cases`.
 
     Raises:
         InputError: for an unknown split or fold, and when there are too few patients.
@@ -130,9 +157,9 @@ def fold_cases(
         raise InputError(f"unknown split {split!r}: choose train, validation or test")
     if folds < 2 or not 0 <= fold < folds:
         raise InputError(f"fold must be from 0 to folds - 1, and folds at least 2, but they are {fold} and {folds}")
-    cases = find_cases(dataset_dir, site)
-    patients = sorted({case["patient"] for case in cases}, key=lambda patient: (_position(seed, patient), patient))
-    rest = [patient for index, patient in enumerate(patients) if index % folds != fold]
+    cases = find_cases(dataset_dir, site, patient)
+    patients = sorted({case["patient"] for case in cases}, key=lambda name: (_position(seed, name), name))
+    rest = [name for index, name in enumerate(patients) if index % folds != fold]
     if len(patients) < folds or len(rest) < 2:
         raise InputError(
             f"{folds} folds need at least {max(folds, 3)} patients, found {len(patients)} in {dataset_dir}/{site}"
@@ -190,9 +217,14 @@ def _split(cases: Sequence[Case], shares: dict[str, float], seed: int, where: st
         part: {patient for patient, at in position.items() if low <= at < high}
         for part, (low, high) in intervals.items()
     }
+    expected = {part: (high - low) * len(position) for part, (low, high) in intervals.items()}
     for part, (low, high) in intervals.items():
-        if not members[part]:
-            largest = max(members.values(), key=len)
+        while len(members[part]) < max(1, math.ceil(expected[part] / 2)):
+            # of what is none too small for it
+            givers = [other for other in members if len(members[other]) > max(1, math.ceil(expected[other] / 2))]
+            if not givers:
+                break
+            largest = members[max(givers, key=lambda other: len(members[other]) - expected[other])]
             nearest = min(largest, key=lambda name: (max(low - position[name], position[name] - high), name))
             largest.remove(nearest)
             members[part].add(nearest)

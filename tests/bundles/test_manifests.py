@@ -41,7 +41,7 @@ def typed(config: str, bundle: str, *options: str) -> subprocess.CompletedProces
 @pytest.mark.slow
 @pytest.mark.parametrize("bundle", ["prostate_iopfl", "fundus_iopfl"])
 def test_a_federation_s_models_run_as_they_were_trained(bundle, tmp_path, make_sites, run_config):
-    """Inference, the final scoring and publishing take what they need from the folder; what contradicts it is one line."""
+    """Inference, scoring and publishing take what they need from the folder; what contradicts it is one line."""
     sites = make_sites(bundle, tmp_path / "sites")
     out = tmp_path / "out"
     run_config("federate", bundle, dataset_dir=sites, output_dir=out, sites=["A", "B"], normalise=False, **SHORT)
