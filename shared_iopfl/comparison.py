@@ -20,9 +20,9 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from torch import Tensor
@@ -37,11 +37,12 @@ from shared_iopfl.layouts import PARTS
 from shared_iopfl.models import GLOBAL, model_path, save_atomically
 from shared_iopfl.names import check_file_name, check_sites
 from shared_iopfl.review import collect_review
+from shared_iopfl.scores import finite_mean
 from shared_iopfl.scoring import Scoring, raise_failures
 from shared_iopfl.tables import read_rows, write_json, write_rows
 from shared_iopfl.tolerant import Failure
 
-__all__ = ["Comparison"]
+__all__ = ["Comparison", "best_of"]
 
 logger = logging.getLogger(__name__)
 COLUMNS = ("seed", "fold", "site", "role", "method", "case", "metric", "value")
@@ -261,8 +262,7 @@ class Comparison:
         }
         chosen = []
         for site in self.sites if self.federations and len(self.sites) > 2 else ():
-            means = {n: fmean(fmean(dice[n, other]) for other in self.sites if other != site) for n in names}
-            best = max(means, key=lambda name: means[name])
+            best, means = best_of({n: [finite_mean(dice[n, o]) for o in self.sites if o != site] for n in names})
             chosen.append({"seed": "all", "fold": site, "choice": best, "candidates": means})
         if chosen:
             write_json(self.output_dir / "federations.json", chosen)
@@ -305,9 +305,8 @@ class Comparison:
                 options = {"mode": "episodic", "preset": "default", "routing": routing}
                 self._score(run, site, name, model_path(models), **self._outside(models, **options))
                 scores = [float(row["value"]) for row in self._rows(run, site, name) if row["metric"] == "dice"]
-                means[name].append(sum(scores) / len(scores))
-        mean = {name: sum(values) / len(values) for name, values in means.items()}
-        return max(mean, key=lambda name: mean[name]), mean
+                means[name].append(finite_mean(scores))
+        return best_of(means)
 
     # both ------------------------------------------------------------------------------------------------------------
 
@@ -344,6 +343,25 @@ class Comparison:
                 rows.append(row)
         write_rows(self.output_dir / "comparison.csv", COLUMNS, [{key: row[key] for key in COLUMNS} for row in rows])
         collect_review(self.output_dir)
+
+
+def best_of(means: Mapping[str, Sequence[float]]) -> tuple[str, dict[str, float]]:
+    """The candidate with the highest mean over sites, and all their means.
+
+    Args:
+        means: candidate -> at each site its mean Dice, over the cases where it is defined (a case with an empty
+            reference has none, whatever the candidate). A site where no case has one counts for no candidate.
+
+    Raises:
+        InputError: where no site has a defined Dice for all of them.
+    """
+    sites = [of_site for of_site in zip(*means.values()) if all(map(math.isfinite, of_site))]
+    if not sites:
+        raise InputError(
+            "nothing to choose by: at no site has every candidate a defined Dice; are all references empty?"
+        )
+    mean = {name: sum(values) / len(sites) for name, values in zip(means, zip(*sites))}
+    return max(mean, key=lambda name: mean[name]), mean
 
 
 def _architecture(training: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,8 +25,9 @@ from scipy.stats import spearmanr
 from shared_iopfl import charts, pictures
 from shared_iopfl.comparison_scores import Site
 from shared_iopfl.comparison_tables import Contest
+from shared_iopfl.intervals import FEWEST_CASES
 from shared_iopfl.pages import picture
-from shared_iopfl.scores import FEWEST_CASES, MINUS, finite_mean, read_columns, read_json, show
+from shared_iopfl.scores import MINUS, finite_mean, read_columns, read_json, show
 
 __all__ = ["Shifts", "cases_section", "read_shifts"]
 

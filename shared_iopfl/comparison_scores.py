@@ -25,7 +25,8 @@ from pathlib import Path
 import numpy as np
 
 from shared_iopfl.errors import InputError
-from shared_iopfl.scores import FEWEST_CASES, ROLES, number, read_columns
+from shared_iopfl.intervals import case_interval, site_interval
+from shared_iopfl.scores import ROLES, number, read_columns
 
 __all__ = ["BEST_EXPERT", "MEAN_EXPERT", "RESAMPLES", "Difference", "RoleScores", "Site", "read_comparison"]
 
@@ -45,14 +46,18 @@ class Difference:
 
     Attributes:
         mean: mean over sites of the mean over cases.
-        low, high: its 95% bootstrap interval; NaN with fewer than `FEWEST_CASES` cases.
+        low, high: its 95% bootstrap interval over cases of these sites; NaN with too few (see `case_interval`).
         cases: number of cases.
+        new_low, new_high: its 95% bootstrap interval over sites, for what is said of new ones; NaN with fewer than
+            three (see `site_interval`).
     """
 
     mean: float
     low: float
     high: float
     cases: int
+    new_low: float = math.nan
+    new_high: float = math.nan
 
     @property
     def verdict(self) -> str:
@@ -150,11 +155,10 @@ class RoleScores:
         one, two = self.at(method), self.at(other)
         mean = float((self.site_means[one] - self.site_means[two])[chosen].mean())
         cases = sum(len(self.sites[names[i]].cases) for i in chosen)
-        low = high = math.nan
-        if cases >= FEWEST_CASES:
-            drawn = (self.resampled[:, one] - self.resampled[:, two])[:, chosen].mean(1)
-            low, high = np.percentile(drawn, (2.5, 97.5))
-        return Difference(_exact(mean), _exact(low), _exact(high), cases)
+        gains = [self.sites[names[i]].by_case[one] - self.sites[names[i]].by_case[two] for i in chosen]
+        low, high = case_interval(gains, (self.resampled[:, one] - self.resampled[:, two])[:, chosen])
+        new = site_interval(np.array([of_site.mean() for of_site in gains]), RESAMPLES)
+        return Difference(_exact(mean), _exact(low), _exact(high), cases, *map(_exact, new))
 
     def wins_and_losses(self, method: str, other: str) -> tuple[int, int]:
         """On how many cases a method is more than half a point above another, and on how many below."""
@@ -190,6 +194,8 @@ class RoleScores:
 
 
 def _exact(value: float) -> float:
+    if math.isnan(value):
+        return math.nan  # the one that equals itself in a comparison of tuples
     return round(float(value), _DIGITS) + 0.0  # adding 0 makes of -0.0 what people write
 
 

@@ -24,8 +24,9 @@ from shared_iopfl import pictures
 from shared_iopfl.comparison_scores import RESAMPLES, Difference, RoleScores
 from shared_iopfl.documents import Block, Row, Table, Text
 from shared_iopfl.errors import InputError
+from shared_iopfl.intervals import FEWEST_CASES, FEWEST_PER_SITE, FEWEST_SITES
 from shared_iopfl.reading import read_json
-from shared_iopfl.scores import DASH, FEWEST_CASES, MINUS, finite, heading, show
+from shared_iopfl.scores import DASH, MINUS, finite, heading, show
 
 __all__ = ["Contest", "choices_table", "facts", "interval", "reading_notes"]
 
@@ -110,14 +111,20 @@ class Contest:
     def against_reference(self) -> Table:
         """Each method's difference to the reference, over cases and in the worst of them."""
         dice = self.dice
-        heads = [f"against {self.reference}", "difference [95% interval]", "verdict", "cases won : lost"]
+        heads = [
+            f"against {self.reference}",
+            "difference [95% interval]",
+            *self._new_sites,
+            "verdict",
+            "cases won : lost",
+        ]
         gap = ["gap to pooled closed"] * (POOLED in dice.methods)
         worst = {m: show("dice", dice.worst_twentieth(m)) for m in dice.methods}
         highest = max((worst[m] for m in dice.methods if m not in self.bounds), key=float, default="")
         rows = []
         for method in dice.ranked(self.bounds):
-            cells = [DASH] * 4 if method == self.reference else self._duel(method, self.reference)
-            bold = [4] if worst[method] == highest else []
+            cells = [DASH] * (len(heads)) if method == self.reference else self._duel(method, self.reference)
+            bold = [len(heads)] if worst[method] == highest else []
             closed = [self._gap_closed(method)] if gap else []
             rows.append(self._row(method, [*cells, worst[method], *closed], bold))
         return Table([*heads, "largest loss of a case", "worst twentieth", *gap], rows)
@@ -133,7 +140,8 @@ class Contest:
         """Our own method's difference to each other one."""
         if self.own is None:
             return None
-        heads = [f"{self.own} {MINUS} \u2026", "difference [95% interval]", "verdict", "cases won : lost"]
+        heads = [f"{self.own} {MINUS} \u2026", "difference [95% interval]", *self._new_sites]
+        heads += ["verdict", "cases won : lost"]
         rows = [Row(m, self._duel(self.own, m), italic=m in self.bounds) for m in self.rivals]
         return Table([*heads, "largest loss of a case"], rows)
 
@@ -150,12 +158,19 @@ class Contest:
         difference = f"{self.own} {MINUS} {self.reference} [95% interval]"
         return Table(["site", *heads, difference, "verdict", "cases"], rows)
 
+    @property
+    def _new_sites(self) -> list[str]:
+        """The heading of the interval over sites, where there are enough."""
+        return ["95% interval for new sites"] * (len(self.dice.sites) >= FEWEST_SITES)
+
     def _duel(self, method: str, other: str) -> list[str]:
         difference = self.dice.difference(method, other)
         wins, losses = self.dice.wins_and_losses(method, other)
         loss, site, _ = self.dice.largest_loss(method, other)
         at = f"{show('dice', loss, '+')} ({site})" if loss < 0 else "none"
-        return [interval(difference), difference.verdict, f"{wins} : {losses}", at]
+        new = [f"[{show('dice', difference.new_low, '+')}, {show('dice', difference.new_high, '+')}]"]
+        new = new * len(self._new_sites)
+        return [interval(difference), *new, difference.verdict, f"{wins} : {losses}", at]
 
     def notes(self) -> list[Block]:
         """What has to be said under the tables: which experts hindsight chose, what was undefined."""
@@ -183,10 +198,12 @@ class Contest:
         where = f"{_points(abs(gain.mean))} points {'above' if gain.mean > 0 else 'below'}"
         where = where if round(gain.mean, 4) else "level with"
         bounds = f", 95% interval {_points(gain.low)} to {_points(gain.high)}" if math.isfinite(gain.low) else ""
+        if math.isfinite(gain.new_low):
+            bounds += f", for new sites {_points(gain.new_low)} to {_points(gain.new_high)}"
         met = "met" if gain.mean >= TARGET and gain.low > 0 else "missed"
         target = f"at least {100 * TARGET:.1f} with the interval above 0: {met}"
-        if gain.cases < FEWEST_CASES:
-            target = f"not judged with fewer than {FEWEST_CASES} cases"
+        if not math.isfinite(gain.low):
+            target = f"not judged with fewer than {FEWEST_CASES} cases, or fewer than {FEWEST_PER_SITE} at a site"
         ours, theirs = (f"{100 * dice.mean(method):.2f}" for method in (own, reference))
         found = f"{own} is {where} {reference} ({ours} against {theirs}{bounds})"
         items = [(f"Gain {self.role}", f"{found}. Target, {target}.")]
@@ -229,8 +246,12 @@ def reading_notes(bounds: bool) -> str:
         "Foreground Dice in percent, differences in percentage points. The seeds of a case are averaged, then the "
         "cases of a site; every site counts alike. Bold: the highest of its column. Differences are paired by case; "
         f"their 95% interval is from {RESAMPLES:,} bootstrap resamples of the cases within each site, all seeds of a "
-        "case together: how far other patients of these sites could change the figure. What another training could "
-        "change, the spread over seeds shows. Verdict: better or worse where the interval leaves out 0; tie where it "
+        "case together, widened for few cases (Student's t): how far other patients of these sites could change the "
+        f"figure. There is none with fewer than {FEWEST_CASES} cases, or fewer than {FEWEST_PER_SITE} at a site. Other "
+        "sites it leaves open: for a claim about new ones there is a second interval, from resamples of the sites, "
+        f"each with all its cases (from {FEWEST_SITES} sites on). Neither covers another training: what that could "
+        "change, the spread over seeds shows. A Dice is undefined where the reference is empty, and left out for all "
+        "methods. Verdict, by the first interval: better or worse where the interval leaves out 0; tie where it "
         "stays within half a point of it; else unclear. A case is won or lost by more than half a point. The largest "
         "loss is that of one case with one seed; the worst twentieth is the mean of that share of all sites' cases, "
         "with each seed. Set off from the others: the method that is held to the targets."

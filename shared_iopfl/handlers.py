@@ -45,7 +45,8 @@ class DecayThenTail:
     """
 
     def __init__(self, epochs: int, tail: float = 0.25, floor: float = 0.1) -> None:
-        self.decay = max(1, round(epochs * (1 - tail)))
+        # rounded down, as the epoch after which a personalised model is averaged: no model above the floor is in it
+        self.decay = max(1, math.floor((1 - tail) * epochs))
         self.floor = floor
 
     def __call__(self, epoch: int) -> float:

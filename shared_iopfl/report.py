@@ -79,7 +79,7 @@ def _gains(dice: Scores) -> str:
 
 def _gain(sites: Sequence[Mapping[str, Mapping[str, float]]], model: str, other: str) -> str:
     mean, low, high, n = difference(sites, model, other)
-    bounds = f"[{show('dice', low, '+')}, {show('dice', high, '+')}]" if n >= FEWEST_CASES else "no interval:"
+    bounds = f"[{show('dice', low, '+')}, {show('dice', high, '+')}]" if math.isfinite(low) else "no interval:"
     return show("dice", mean, "+") + (f" <small>{bounds} n = {n}</small>" if n else "")
 
 
@@ -118,8 +118,9 @@ def _scores_section(found: dict[str, Scores], colour: Mapping[str, str]) -> str:
         html += f"""<h2>Dice by site and model</h2>{_results(found["dice"], "dice", colour)}{_gains(found["dice"])}
 <p class="caption">Foreground Dice in percent: mean ± standard deviation over a site's test cases. Bold: the highest
 mean of the row. The mean of sites counts every site alike. Differences are paired by case, in percentage points; in
-brackets their 95% interval from {RESAMPLES:,} bootstrap resamples of the cases. With fewer than {FEWEST_CASES} cases
-no interval is given and nothing should be concluded.</p>"""
+brackets their 95% interval from {RESAMPLES:,} bootstrap resamples of the cases within each site: it covers other
+patients of these sites, not other sites nor another training. With fewer than {FEWEST_CASES} cases, or one case at a
+site, no interval is given and nothing should be concluded.</p>"""
         sites = {f"{site} ({role})": by_model for (role, site), by_model in found["dice"].items()}
         html += "<h2>Every case</h2>" + picture(
             charts.dice_picture(sites, colour),

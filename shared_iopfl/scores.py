@@ -21,6 +21,7 @@ import numpy as np
 
 from shared_iopfl import reading
 from shared_iopfl.errors import InputError
+from shared_iopfl.intervals import FEWEST_CASES, case_interval
 from shared_iopfl.tables import read_rows
 
 __all__ = [
@@ -48,7 +49,7 @@ __all__ = [
 DASH, MINUS = "\u2013", "\u2212"
 ROLES = ("inside", "outside")
 MODELS = ("global", "personalised", "soup", "routed")  # the columns that come first, in this order
-FEWEST_CASES, RESAMPLES = 5, 2000  # with fewer cases no interval is given
+RESAMPLES = 2000
 SiteScores = Mapping[str, Mapping[str, float]]  # {model: {case: value}}, NaN where undefined
 # {(role, site): {model: {case: value}}}: sites inside first, models in the order of the columns
 Scores = dict[tuple[str, str], dict[str, dict[str, float]]]
@@ -149,7 +150,7 @@ def count_cases(sites: Sequence[SiteScores]) -> int:
 def difference(sites: Sequence[SiteScores], model: str, other: str) -> tuple[float, ...]:
     """Mean over sites of the paired difference, its 95% bootstrap interval over cases, and the number of cases.
 
-    The interval is NaN with fewer than `FEWEST_CASES` cases; everything is, where a site has no case in common.
+    The interval is NaN with too few cases, in all or at a site; everything is, where a site has no case in common.
     """
     paired = [[s.get(model, {}).get(case, math.nan) - v for case, v in s.get(other, {}).items()] for s in sites]
     paired = [finite(differences) for differences in paired]
@@ -157,11 +158,10 @@ def difference(sites: Sequence[SiteScores], model: str, other: str) -> tuple[flo
     if not len(values):
         return math.nan, math.nan, math.nan, 0
     weights = np.concatenate([np.full(len(p), 1 / len(p)) for p in paired])  # every site counts alike
-    low = high = math.nan
-    if len(values) >= FEWEST_CASES:
-        drawn = np.random.RandomState(0).randint(len(values), size=(RESAMPLES, len(values)))
-        low, high = np.percentile((weights * values)[drawn].sum(1) / weights[drawn].sum(1), (2.5, 97.5))
-    return float(np.average(values, weights=weights)), float(low), float(high), len(values)
+    generator = np.random.default_rng(0)
+    drawn = [np.array(p)[generator.integers(len(p), size=(RESAMPLES, len(p)))].mean(1) for p in paired]
+    low, high = case_interval([np.array(p) for p in paired], np.stack(drawn, axis=1))
+    return float(np.average(values, weights=weights)), low, high, len(values)
 
 
 def print_table(output_dir: str | Path, metric: str = "dice") -> str:

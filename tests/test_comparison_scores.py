@@ -22,6 +22,7 @@ from runs import write_csv
 from shared_iopfl import comparison_scores
 from shared_iopfl.comparison_scores import BEST_EXPERT, MEAN_EXPERT, RoleScores, Site, read_comparison
 from shared_iopfl.errors import InputError
+from shared_iopfl.intervals import case_interval, site_interval
 
 RNG = np.random.RandomState(0)
 
@@ -77,6 +78,74 @@ def test_the_interval_holds_the_truth_as_often_as_it_says(monkeypatch):
         found = RoleScores(["one", "two"], ["0"], sites, 1).difference("one", "two")
         held += found.low <= truth <= found.high
     assert 0.88 * 80 <= held <= 79
+
+
+def null(sites: int, cases: int, draws: int, seed: int = 0, unequal: bool = False) -> RoleScores:
+    """So many methods that are as good as "none": each case differs by noise of a heavy tail, at each site its own."""
+    rng = np.random.default_rng(seed)
+    spreads = np.geomspace(1, 4, sites) if unequal else np.ones(sites)
+    names = ["none", *map(str, range(draws))]
+    found = {}
+    for number, spread in enumerate(spreads):
+        values = 0.5 + 0.02 * spread * rng.laplace(size=(draws + 1, 1, cases))
+        values[0] = 0.5
+        found[str(number)] = Site([str(case) for case in range(cases)], values)
+    return RoleScores(names, ["0"], found, 1)
+
+
+def verdicts(scores: RoleScores, draws: int) -> float:
+    found = [scores.difference(str(draw), "none").verdict for draw in range(draws)]
+    return sum(verdict in ("better", "worse") for verdict in found) / draws
+
+
+@pytest.mark.parametrize("sites, cases", [(3, 2), (4, 3)])
+def test_a_comparison_of_equals_seldom_has_a_verdict(monkeypatch, sites, cases):
+    """Plain percentiles give one in 28 % of the comparisons with two cases at each of three sites."""
+    monkeypatch.setattr(comparison_scores, "RESAMPLES", 1000)
+    assert verdicts(null(sites, cases, 400), 400) <= 0.07
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("unequal", [False, True])
+@pytest.mark.parametrize("sites, cases", [(3, 2), (6, 2), (4, 3), (3, 5), (2, 8), (1, 6), (6, 10)])
+def test_at_every_size_at_most_seven_in_a_hundred_comparisons_of_equals_have_a_verdict(sites, cases, unequal):
+    found = [verdicts(null(sites, cases, 200, seed, unequal), 200) for seed in range(10)]  # 2,000 draws
+    assert np.mean(found) <= 0.07
+
+
+@pytest.mark.parametrize("sites, cases", [(5, 1), (2, 2)])
+def test_one_case_at_a_site_or_too_few_in_all_have_no_verdict(sites, cases):
+    scores = null(sites, cases, 20)
+    assert {scores.difference(str(draw), "none").verdict for draw in range(20)} == {"too few cases"}
+
+
+def test_a_site_of_one_case_among_others_has_no_verdict():
+    """Its spread is not known: an interval without it would be that of the others."""
+    values = {"A": RNG.rand(2, 1, 8), "B": RNG.rand(2, 1, 1)}
+    sites = {name: Site([str(i) for i in range(v.shape[2])], v) for name, v in values.items()}
+    assert RoleScores(["one", "two"], ["0"], sites, 1).difference("one", "two").verdict == "too few cases"
+
+
+def test_the_interval_for_new_sites_covers_them_and_that_for_cases_does_not():
+    """Sites that differ by a point: 400 comparisons of five sites with a true mean of 0 over all sites there are."""
+    rng, held, narrow = np.random.default_rng(0), 0, 0
+    for _ in range(400):
+        gains = rng.normal(0, 0.01, (5, 1)) + rng.normal(0, 0.01, (5, 20))
+        drawn = np.stack([g[rng.integers(20, size=(500, 20))].mean(1) for g in gains], axis=1)
+        low, high = case_interval(list(gains), drawn)
+        narrow += low <= 0 <= high
+        low, high = site_interval(gains.mean(1), 500)
+        held += low <= 0 <= high
+    assert 0.91 <= held / 400 <= 0.98
+    assert narrow / 400 < 0.8
+
+
+def test_new_sites_are_judged_from_three_on():
+    three, two = (null(sites, 5, 1).difference("0", "none") for sites in (3, 2))
+    assert three.new_low < three.mean < three.new_high
+    assert math.isnan(two.new_low) and math.isnan(two.new_high)
+    alone = null(3, 5, 1).difference("0", "none", "1")
+    assert math.isfinite(alone.low) and math.isnan(alone.new_low)
 
 
 def test_cases_are_drawn_within_their_site():

@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import numpy as np
@@ -256,4 +257,11 @@ def test_learning_rate_falls_and_then_stays_small(epochs, tail, floor):
     assert factors[0] == pytest.approx(1)
     assert all(later <= earlier + 1e-9 for earlier, later in itertools.pairwise(factors))
     assert factors[-1] == pytest.approx(floor)
-    assert all(factor == pytest.approx(floor) for factor in factors[max(1, round(epochs * (1 - tail))) :])
+    assert all(factor == pytest.approx(floor) for factor in factors[max(1, math.floor((1 - tail) * epochs)) :])
+
+
+@pytest.mark.parametrize("epochs", [4, 10, 15, 32, 61])
+def test_the_first_averaged_model_is_trained_at_the_rate_of_the_tail(epochs):
+    """By the configs' start_epoch; where the quarter is no whole number of epochs too."""
+    start_epoch = math.floor((1 - 0.25) * epochs)
+    assert DecayThenTail(epochs, 0.25, 0.1)(start_epoch) == pytest.approx(0.1)
