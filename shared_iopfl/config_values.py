@@ -26,6 +26,7 @@ from __future__ import annotations
 import ast
 import re
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from monai.bundle import ConfigComponent, ConfigParser, ConfigWorkflow
 from monai.bundle.reference_resolver import ReferenceResolver
 
 from shared_iopfl.errors import InputError
+from shared_iopfl.masks import check_writable
 from shared_iopfl.names import check_sites, nearest, parse_names
 from shared_iopfl.reading import read_json
 
@@ -42,6 +44,7 @@ __all__ = [
     "Expression",
     "as_value",
     "as_values",
+    "check_key",
     "check_settings",
     "component",
     "component_of",
@@ -88,8 +91,15 @@ def as_value(value: Any) -> Any:
 
 
 def as_values(pairs: Mapping[str, Any]) -> dict[str, Any]:
-    """`as_value` of each of several overrides, id -> value."""
-    return {name: as_value(value) for name, value in pairs.items()}
+    """`as_value` of each of several overrides, id -> value; an id such as ``loss#_target_`` is refused as well."""
+    return {check_key(name): as_value(value) for name, value in pairs.items()}
+
+
+def check_key(name: Any) -> str:
+    """The id of an override, unless it says what MONAI is to build or to leave out (``loss#_target_``)."""
+    if not isinstance(name, str) or any(part.startswith("_") for part in re.split("#|::", name)):
+        raise InputError(f"{name!r:.80} is no setting, but would change what is built: leave it out.")
+    return name
 
 
 def is_data(value: Any) -> bool:
@@ -146,6 +156,21 @@ def check_settings() -> None:
     if changed:
         parser.update(changed)
         parser.parse(reset=True)
+    if "tracking_uri" in parser.config and parser.config.get("save_execute_config") is None:
+        _save_executed(parser)
+
+
+def _save_executed(parser: Any) -> None:
+    """Write the config as executed into `output_dir`, where experiment tracking looks for it.
+
+    MONAI would do so while the workflow is made, and so evaluate a path before it was checked: the bundles' key
+    ``save_execute_config`` is false.
+    """
+    path = Path(parser.get_parsed_content("output_dir")) / f"config_{time.strftime('%Y%m%d_%H%M%S')}.json"
+    check_writable(path.parent)
+    parser.export_config_file(parser.get(), str(path))
+    parser.update({"save_execute_config": as_value(str(path))})
+    parser.parse(reset=True)
 
 
 def is_given(name: str) -> bool:

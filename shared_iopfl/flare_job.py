@@ -30,7 +30,7 @@ from nvflare.client.config import ExchangeFormat
 from torch import Tensor
 
 from shared_iopfl.architecture import describe_architecture
-from shared_iopfl.config_values import as_value, as_values, component_of, is_data
+from shared_iopfl.config_values import as_value, as_values, check_key, component_of, is_data
 from shared_iopfl.errors import InputError, root_input_error
 from shared_iopfl.federation import Federation
 from shared_iopfl.flare_client import JOB_FILE, bundle_fingerprint
@@ -110,7 +110,7 @@ def describe(bundle: Path, given: Mapping[str, Any]) -> tuple[Federation, Scorin
     configs: list[Any] = [federate.config, train.config]
     of_site = {}
     for name, value in given.items():
-        key = name.split("#")[0]
+        key = check_key(name).split("#")[0]
         if not is_data(value):
             raise InputError(f"{name} must be a plain value, but is {value!r}: a site evaluates nothing of others.")
         if key in OF_ONE_PROCESS:

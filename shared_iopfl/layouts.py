@@ -12,7 +12,8 @@
 
 What lies in ``dataset_dir`` tells the layout, site by site:
 
-1. ``SITE.json``: a MONAI datalist, its paths relative to ``dataset_dir``; goes before a folder of the same name.
+1. ``SITE.json``: a MONAI datalist, its paths relative to ``dataset_dir``; goes before a folder of the same name. The
+   folders that it names hold its cases, and are no sites of their own.
 2. ``SITE/images/NAME.png`` and ``SITE/masks/NAME.png``.
 3. ``SITE/{train,test}/ROIs/{image,mask}/NAME.png``: the public four-domain fundus set (DoFE).
 4. ``SITE/NAME.nii.gz`` and ``SITE/NAME_segmentation.nii.gz``: the public six-site prostate set (SAML).
@@ -23,6 +24,7 @@ from __future__ import annotations
 import logging
 from functools import cache
 from pathlib import Path, PureWindowsPath
+from typing import Any
 
 from shared_iopfl.dicom import patient_id
 from shared_iopfl.errors import InputError
@@ -42,9 +44,26 @@ def known_sites(root: Path) -> list[str]:
     """The names of the sites in a folder, sorted; there may be none."""
     if not root.is_dir():
         raise InputError(f"no such folder: {root}; set dataset_dir to the folder that holds the sites")
-    lists = {entry.stem for entry in entries(root) if entry.suffix == ".json" and _is_datalist(entry)}
+    lists = [entry for entry in entries(root) if entry.suffix == ".json" and _is_datalist(entry)]
+    listed = set().union(*map(_listed_folders, lists))
     folders = {entry.name for entry in entries(root) if entry.is_dir() and _is_site_folder(entry)}
-    return sorted(lists | folders)
+    return sorted({entry.stem for entry in lists} | (folders - listed))
+
+
+def _listed_folders(datalist: Path) -> set[str]:
+    """The folders whose files a datalist names: they hold the list's cases, and are no sites of their own."""
+    try:
+        content = read_json(datalist)
+    except InputError:
+        return set()
+    items = [item for key in DATALIST_KEYS for item in _items(content.get(key)) if isinstance(item, dict)]
+    paths = [item[key] for item in items for key in ("image", "label") if isinstance(item.get(key), str)]
+    parts = (PureWindowsPath(path).parts for path in paths)  # which takes both kinds of separators
+    return {part[0] for part in parts if len(part) > 1}
+
+
+def _items(listed: Any) -> list[Any]:
+    return listed if isinstance(listed, list) else []
 
 
 def _is_there(datalist: Path) -> bool:
@@ -78,7 +97,7 @@ def published_parts(root: Path, site: str, patient: str = AUTO) -> dict[str, lis
     """
     check_site(site)
     known = known_sites(root)
-    if site not in known:
+    if site not in known and not ((root / site).is_dir() and _is_site_folder(root / site)):
         what = "holds no cases" if (root / site).is_dir() else "is not known"
         raise InputError(f"site {site!r} {what} in {root}; sites there: {', '.join(known) or 'none'}")
     folder, datalist = root / site, root / f"{site}.json"

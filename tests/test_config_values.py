@@ -242,3 +242,27 @@ def test_a_scoring_evaluates_nothing_that_it_is_given(name: str, monkeypatch: py
     parser = ConfigParser({name: seen[name], "output_dir": seen["output_dir"]})
     assert parser.get_parsed_content(name) == EVIL
     assert parser.get_parsed_content("output_dir") == EVIL
+
+
+@pytest.mark.parametrize("config", ["train", "evaluate", "inference"])
+@pytest.mark.parametrize("name", ["output_dir", "bundle_root", "dataset_dir", "ckpt_dir"])
+def test_experiment_tracking_evaluates_no_path(config: str, name: str) -> None:
+    """MONAI patches a tracked config while the workflow is made, before its first step."""
+    assert "begins with '$'" in line(config=config, tracking="mlflow", **{name: EVIL})
+
+
+def test_a_tracked_runs_config_is_written_into_a_folder_called_like_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["monai.bundle", "run", "--output_dir", f"./{EVIL}"])
+    parser = start(config="inference", tracking="mlflow", output_dir=f"./{EVIL}")
+    written = Path(parser.get_parsed_content("save_execute_config"))
+    assert written.is_file()
+    assert written.parent == Path(EVIL)
+
+
+@pytest.mark.parametrize("key", ["loss#_target_", "train::trainer::_target_", "loss#_disabled_", "_target_", 1])
+def test_a_key_that_changes_what_is_built_is_refused(key: Any) -> None:
+    """A federation's settings reach the sites as id -> value."""
+    with pytest.raises(InputError, match="would change what is built"):
+        as_values({key: "os.system"})
+    with pytest.raises(InputError, match="would change what is built"):
+        SiteClient(str(PROSTATE), "A", 1, {key: "os.system"})

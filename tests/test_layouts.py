@@ -204,6 +204,22 @@ def test_datalist_written_on_windows(tmp_path, encoding, separator):
     assert case["case"] == "i0"
 
 
+@pytest.mark.parametrize("separator", ["/", "\\"])
+def test_folders_that_a_datalist_names_are_no_sites_but_where_one_is_asked_for(tmp_path, separator):
+    saml(tmp_path, "files", 2)
+    saml(tmp_path, "B", 1)
+    datalist(
+        tmp_path,
+        training=[
+            {"image": f"files{separator}Case0{n}.nii.gz", "label": f"files{separator}Case0{n}_segmentation.nii.gz"}
+            for n in range(2)
+        ],
+    )
+    (tmp_path / "bad.json").write_text('{"training": [1], "test": 2, "validation": [{"image": 3}]}')
+    assert list_sites(tmp_path) == ["B", "L", "bad"]
+    assert len(site_cases(tmp_path, "L", "all")) == len(site_cases(tmp_path, "files", "all")) == 2
+
+
 @pytest.mark.parametrize("path", ["..\\x.nii.gz", "C:\\x.nii.gz", "\\\\host\\x.nii.gz", "a\0b"])
 def test_datalist_of_windows_paths_elsewhere(tmp_path, path):
     (tmp_path / "S.json").write_text(json.dumps({"training": [{"image": path, "label": path}]}))
