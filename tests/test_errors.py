@@ -96,3 +96,9 @@ def test_input_error_of_a_transform_is_found_whichever_process_it_ran_in(workers
     with pytest.raises(Exception, match=r"scan 7|applying transform") as error:
         next(iter(loader))
     assert str(root_input_error(error.value)) == "scan 7 is empty: remove it."
+
+
+def test_ctrl_c_is_one_line_that_says_how_to_go_on_with_status_130():
+    ended = run("from shared_iopfl.errors import when_interrupted\nwhen_interrupted('go on')\nraise KeyboardInterrupt")
+    assert ended.returncode == 130
+    assert ended.stderr == "interrupted: go on\n"
