@@ -82,7 +82,8 @@ def patients_of(names: Mapping[Path, str], patient: str = AUTO, site: str = "") 
         File -> patient, and whether it was declared (not recognised).
 
     Raises:
-        InputError: where the pattern is none or fits no file, or the table lacks a file.
+        InputError: where the pattern is none, or the table lacks a file. A pattern that fits no file of a site is a
+            warning: it may be another site that names its files so.
     """
     if not names:
         return {}, True
@@ -96,8 +97,9 @@ def patients_of(names: Mapping[Path, str], patient: str = AUTO, site: str = "") 
         return _by_table(names, Path(patient)), True
     found = {path: re.fullmatch(patient, case_name(path)) for path in names}
     if not any(found.values()):
-        raise InputError(
-            f"the pattern {patient} of patient fits no file of site '{site}', such as {case_name(next(iter(names)))}."
+        _warn(
+            f"the pattern {patient} of patient fits no file of site '{site}', such as "
+            f"{case_name(next(iter(names)))}: each is taken for a patient"
         )
     return {path: (match[1] or names[path]) if match else names[path] for path, match in found.items()}, True
 
@@ -154,10 +156,13 @@ def _example(names: Mapping[Path, str], patients: Mapping[Path, str]) -> str:
     return ", ".join(sorted(next(group for group in groups.values() if len(group) > 1))[:2])
 
 
-@cache  # once, however often a run asks for the site's cases
 def _say(site: str, files: int, patients: int, kinds: str, example: str) -> None:
-    logger.warning(
-        "site '%s': %d files are taken for %d patients, as names differ in the %s alone (%s); --patient \"(.*)\" takes "
-        "each file for a patient, another pattern says otherwise",
-        *(site, files, patients, kinds, example),
+    _warn(
+        f"site '{site}': {files} files are taken for {patients} patients, as names differ in the {kinds} alone "
+        f'({example}); --patient "(.*)" takes each file for a patient, another pattern says otherwise'
     )
+
+
+@cache  # once, however often a run asks for the site's cases
+def _warn(line: str) -> None:
+    logger.warning(line)
