@@ -29,7 +29,7 @@ from shared_iopfl.checks import check_values
 from shared_iopfl.distances import distance_routes, distribution_distance
 from shared_iopfl.errors import InputError
 from shared_iopfl.models import USUAL_SHIFT
-from shared_iopfl.objectives import Output, View, ViewSampler, is_square, mean_prediction, view_agreement
+from shared_iopfl.objectives import Output, View, ViewSampler, is_square, mean_prediction, target_areas, view_agreement
 from shared_iopfl.routing import RoutedNetwork, collapse, route
 from shared_iopfl.settings import RoutingSettings
 from shared_iopfl.stacks import Network, StackInferer, bounded, evenly
@@ -349,7 +349,7 @@ class TestTimeRoutingInferer(StackInferer):
         views = self._all_views(stack)
         if len(views) < 2:
             logits = self._forward(stack, network)
-            return logits, {"areas": view_agreement([logits], logits, self.output)["areas"]}
+            return logits, {"areas": target_areas(logits, self.output)}
         seen = [view.undo(self._forward(view.apply(stack), network)) for view in views]
         mean = mean_prediction(seen, self.output)
         return mean if self.settings.average_views else seen[0], view_agreement(seen, mean, self.output)
