@@ -26,6 +26,8 @@ from shared_iopfl.routing import channel_statistics, copy_network
 
 __all__ = ["distance_routes", "distribution_distance"]
 
+LEAST_SPREAD = 0.03  # of the mean distance: on real sites the experts' distances spread by 0.09 of it and more
+
 
 class _Moments:
     """Sums over all that passes one batch norm, so that a volume's statistics do not depend on the batch size."""
@@ -55,7 +57,8 @@ def distribution_distance(
     """How far a scan's features are from those that each expert's batch norms remember.
 
     For a batch norm with C channels: ``d = mean_c (log var_c(scan) - log running_var_c)^2``, as measured on real sites
-    (squared log ratio of variances; the means added nothing).
+    (squared log ratio of variances; the means added nothing). A constant channel, whose logarithm is without bound,
+    counts as much as the farthest of the others.
 
     Args:
         network: the architecture; untouched.
@@ -103,7 +106,12 @@ def distribution_distance(
                     f"the features of a scan at '{name}' cannot be compared with those of the expert '{expert}': they, "
                     "or the variances that it remembers, are no finite numbers from 0."
                 )
-            distances.append((ratio**2).mean())
+            # a channel that is constant, in the scan or in what is remembered, counts as the farthest other one
+            alive = torch.minimum(moments[name].variance(), remembered) > layer.eps
+            squares = ratio**2
+            if alive.any():
+                squares = squares.clamp(max=squares[alive].max())
+            distances.append(squares.mean())
         rows.append(torch.stack(distances))
     return torch.stack(rows).float().cpu()
 
@@ -113,7 +121,9 @@ def distance_routes(
 ) -> Tensor:
     """Routes that lean on the nearest experts: ``softmax(-z / temperature + 100 * trust * score)``.
 
-    ``z`` is the distance, averaged over the batch norms and standardised over the experts. The nearest expert must also
+    ``z`` is the distance, averaged over the batch norms and standardised over the experts: its difference from their
+    mean m, divided by ``sqrt(spread^2 + (0.03 m)^2)``, so that differences which are small beside the distances
+    themselves hardly move the routes, and equal distances not at all. The nearest expert must also
     be a good one: `scores` lets each expert's published Dice on the *other* inside sites' validation cases temper it.
 
     Args:
@@ -127,7 +137,8 @@ def distance_routes(
     """
     mean = distances.reshape(len(distances), -1).mean(1)
     spread = mean.std(correction=0)
-    z = (mean - mean.mean()) / spread if spread > 0 else torch.zeros_like(mean)
+    unit = torch.hypot(spread, LEAST_SPREAD * mean.mean())
+    z = (mean - mean.mean()) / unit if unit > 0 else torch.zeros_like(mean)
     logits = -z / temperature
     if scores is not None:
         if len(scores) != len(mean):

@@ -29,7 +29,7 @@ from shared_iopfl.checks import check_values
 from shared_iopfl.distances import distance_routes, distribution_distance
 from shared_iopfl.errors import InputError
 from shared_iopfl.models import USUAL_SHIFT
-from shared_iopfl.objectives import Output, View, ViewSampler, is_square, mean_prediction, view_agreement
+from shared_iopfl.objectives import Output, View, ViewSampler, is_square, mean_prediction, target_areas, view_agreement
 from shared_iopfl.routing import RoutedNetwork, collapse, route
 from shared_iopfl.settings import RoutingSettings
 from shared_iopfl.stacks import Network, StackInferer, bounded, evenly
@@ -112,6 +112,7 @@ class TestTimeRoutingInferer(StackInferer):
         self.seed = seed
         self.reports: deque[dict[str, Any]] = deque(maxlen=1024)
         self.site_network: nn.Module | None = None
+        self.site_shift: float | None = None  # of the site as a whole, where `fit` measured it
         self._lock = threading.RLock()
         self._said: set[str] = set()  # the experts that were served as they are, each said once
         self._built: tuple[weakref.ref[nn.Module], dict[str, Tensor], RoutedNetwork] | None = None
@@ -139,7 +140,9 @@ class TestTimeRoutingInferer(StackInferer):
                 if self.site_network is None:
                     raise InputError("mode 'site' needs a network of the site: give site_model, or call fit() first.")
                 site = self.site_network.to(inputs.device)
-                served = [self._predict(stack, site) for stack in self.stacks(inputs)]
+                known = {"decision": "site", **({} if self.site_shift is None else {"shift": self.site_shift})}
+                found = [self._predict(stack, site) for stack in self.stacks(inputs)]
+                served = [(logits, {**known, **agreed}) for logits, agreed in found]
             elif isinstance(network, nn.Module):
                 served = [self.route_scan(stack, network) for stack in self.stacks(inputs)]
             else:
@@ -191,7 +194,10 @@ class TestTimeRoutingInferer(StackInferer):
         """
         settings = self.settings
         if settings.per != "layer":
-            raise InputError("mode 'site' makes one plain network: it needs per='layer'.")
+            raise InputError(
+                f"mode 'site' makes one plain network, but the routes differ from {settings.per} to {settings.per}: "
+                "choose another preset than 'paper' (or routing setting per='layer'), or mode 'episodic'."
+            )
         with self._lock, torch.inference_mode(False), torch.no_grad():
             began = time.perf_counter()
             samples = [evenly(stack, settings.adapt_slices).clone() for batch in scans for stack in self.stacks(batch)]
@@ -205,7 +211,7 @@ class TestTimeRoutingInferer(StackInferer):
                 self._adapt_guarded(routed, some, some, start, report)
             site = self._settled(routed, some)
             assert not isinstance(site, RoutedNetwork)
-            self.site_network = site
+            self.site_network, self.site_shift = site, report.get("shift")
             routed.reset()
             report["seconds"] = round(time.perf_counter() - began, 3)
         return report
@@ -227,7 +233,8 @@ class TestTimeRoutingInferer(StackInferer):
         if settings.start == "distance" or dial:
             distances = torch.stack([self._distances(some, network) for some in samples]).mean(0)
         routes = self._start(distances, list(experts))
-        count = sum(len(some) for some in samples)
+        # a volume that a 3D network takes whole counts by its slices, as one that goes in slice by slice
+        count = sum(len(some) * (some.shape[-1] if some.ndim == 5 else 1) for some in samples)
         statistics = settings.statistics * count / (count + settings.prior) if tracked else 0.0
         if dial:
             shift = float(distances[0])  # the global model comes first
@@ -337,11 +344,12 @@ class TestTimeRoutingInferer(StackInferer):
     def _predict(self, stack: Tensor, network: Network) -> tuple[Tensor, dict[str, Any]]:
         """Logits of a stack; averaged over views, they are the logarithm (or logit) of the mean probability.
 
-        With it what the views' agreement says of the mask; nothing where there is one view.
+        With it what the views' agreement says of the mask; of one view, the areas of its targets alone.
         """
         views = self._all_views(stack)
         if len(views) < 2:
-            return self._forward(stack, network), {}
+            logits = self._forward(stack, network)
+            return logits, {"areas": target_areas(logits, self.output)}
         seen = [view.undo(self._forward(view.apply(stack), network)) for view in views]
         mean = mean_prediction(seen, self.output)
         return mean if self.settings.average_views else seen[0], view_agreement(seen, mean, self.output)

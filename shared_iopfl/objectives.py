@@ -36,6 +36,7 @@ __all__ = [
     "is_square",
     "mean_prediction",
     "probabilities",
+    "target_areas",
     "view_agreement",
 ]
 
@@ -156,22 +157,28 @@ def view_agreement(logits: Sequence[Tensor], mean: Tensor, output: Output) -> di
         targets; 0 for a target that the mean's mask lacks, as nothing found is nothing to trust. ``areas``: the share
         of the pixels that the mean's mask gives to each target.
     """
-
-    def masks(one: Tensor) -> Tensor:
-        if output == "sigmoid":
-            return one > 0
-        return torch.stack([one.argmax(1) == target for target in range(1, one.shape[1])], dim=1)
-
-    agreed = masks(mean)
+    agreed = _masks(mean, output)
     axes = [axis for axis in range(agreed.ndim) if axis != 1]
     dice = torch.stack(
         [
             2 * (agreed & seen).sum(axes) / (agreed.sum(axes) + seen.sum(axes)).clamp(min=1)
-            for seen in map(masks, logits)
+            for seen in (_masks(one, output) for one in logits)
         ]
     )
-    areas = agreed.float().mean(axes)
-    return {"quality": round(float(dice.mean()), 4), "areas": [round(float(area), 6) for area in areas]}
+    return {"quality": round(float(dice.mean()), 4), "areas": target_areas(mean, output)}
+
+
+def target_areas(logits: Tensor, output: Output) -> list[float]:
+    """The share of the pixels that the mask of a prediction (N, C, *spatial) gives to each target."""
+    masks = _masks(logits, output).float()
+    return [round(float(area), 6) for area in masks.mean([axis for axis in range(masks.ndim) if axis != 1])]
+
+
+def _masks(logits: Tensor, output: Output) -> Tensor:
+    """(N, T, *spatial), a channel a target."""
+    if output == "sigmoid":
+        return logits > 0
+    return torch.stack([logits.argmax(1) == target for target in range(1, logits.shape[1])], dim=1)
 
 
 def foreground(probability: Tensor, output: Output) -> Tensor:

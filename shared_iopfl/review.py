@@ -43,7 +43,8 @@ FEWEST = 3  # cases for a rank correlation
 class ReviewRecorder:
     """Writes ``review.csv``, as scans are served: the worst masks first, and what speaks against each.
 
-    No file is written where no quality is known: for plain inference, or prediction from a single view.
+    Prediction from a single view (the presets soup and paper) knows no quality: the list then has those first against
+    which something speaks. No file is written for plain inference.
 
     Args:
         inferer: what it reports of a scan stands in the engine's output as "report": `RoutesRecorder` comes first.
@@ -90,18 +91,21 @@ def review_rows(reports: Mapping[str, Mapping[str, Any]], large_shift: float = m
     """The rows of the list, worst first, equal ones by name.
 
     Args:
-        reports: case -> report of `TestTimeRoutingInferer`; those without a ``quality`` are left out.
+        reports: case -> report of `TestTimeRoutingInferer`; those that know neither ``quality`` nor ``areas`` are left
+            out.
         large_shift: a shift above it is a reason to look.
     """
-    known = sorted((case for case in reports if "quality" in reports[case]), key=lambda c: (reports[c]["quality"], c))
+    reasons = {case: "; ".join(_reasons(report, large_shift)) for case, report in reports.items()}
+    listed = [case for case, report in reports.items() if "quality" in report or "areas" in report]
+    known = sorted(listed, key=lambda case: (reports[case].get("quality", 0.0 if reasons[case] else 1.0), case))
     return [
         {
             "rank": rank,
             "case": case,
-            "quality": f"{reports[case]['quality']:.4f}",
+            "quality": f"{reports[case]['quality']:.4f}" if "quality" in reports[case] else "",
             "shift": reports[case].get("shift", ""),
             "decision": reports[case].get("decision", ""),
-            "reasons": "; ".join(_reasons(reports[case], large_shift)),
+            "reasons": reasons[case],
         }
         for rank, case in enumerate(known, 1)
     ]
@@ -115,7 +119,7 @@ def _reasons(report: Mapping[str, Any], large_shift: float) -> Iterable[str]:
         yield "empty mask"
     elif not all(areas):
         yield from (f"target {number} is missing" for number, area in enumerate(areas, 1) if not area)
-    elif report["quality"] < DISAGREEMENT:
+    elif report.get("quality", 1.0) < DISAGREEMENT:
         yield "views disagree"
     if report.get("shift", 0) > large_shift:
         yield "large shift"

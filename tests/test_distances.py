@@ -115,6 +115,23 @@ def test_batch_norms_that_no_image_passes_do_not_count():
     assert torch.isfinite(distances).all()
 
 
+@pytest.mark.parametrize("dead", ["scan", "expert"])
+def test_one_dead_channel_of_eight_does_not_dominate(dead):
+    """Constant in the scan or remembered as such, it counts as the farthest of the others."""
+    network = nn.Sequential(nn.Conv2d(1, 8, 1, bias=False), nn.BatchNorm2d(8)).eval()
+    scan = images(2, 1, 16, 16)
+    weight = torch.ones(8, 1, 1, 1)
+    variance = torch.full((8,), float(scan.var(correction=0))) * torch.linspace(0.5, 2, 8)
+    if dead == "scan":
+        weight[0] = 0
+    else:
+        variance[0] = 0
+    state = {**network.state_dict(), "0.weight": weight, "1.running_var": variance}
+    others = (torch.log(variance[1:] / scan.var(correction=0))) ** 2
+    found = distribution_distance(network, {"a": state}, [scan])
+    torch.testing.assert_close(found[0, 0], (others.sum() + others.max()) / 8, rtol=1e-3, atol=1e-4)
+
+
 def test_network_without_batch_norm_is_refused():
     network = nn.Sequential(nn.Conv2d(3, 2, 1), nn.InstanceNorm2d(2))
     with pytest.raises(InputError, match="start='uniform'"):
@@ -140,6 +157,15 @@ def test_equal_distances_give_uniform_routes_and_the_temperature_sharpens():
     assert distance_routes(near, 0.01)[0] > 0.999
     assert distance_routes(near, 1e4).std() < 1e-3
     torch.testing.assert_close(distance_routes(near[:, None].expand(3, 5)), distance_routes(near))
+
+
+def test_distances_that_hardly_differ_hardly_move_the_routes():
+    """By the size of the difference, not by rank: a third of a thousandth apart is no reason to lean on either."""
+    routes = distance_routes(torch.tensor([0.3, 0.3001]))
+    assert 0.5 < routes[0] < 0.51
+    apart = distance_routes(torch.tensor([0.3, 0.6]))
+    torch.testing.assert_close(apart[0], torch.tensor(0.88), rtol=0.01, atol=0)
+    torch.testing.assert_close(distance_routes(torch.tensor([3.0, 6.0])), apart)  # the unit does not matter
 
 
 def test_scores_temper_the_distance():

@@ -198,7 +198,7 @@ def test_site_network_keeps_the_sites_statistics():
 
 def test_site_mode_refuses_what_leaves_no_plain_network():
     for overrides in ({"per": "sample"}, {"per": "volume"}):
-        with pytest.raises(InputError, match="per='layer'"):
+        with pytest.raises(InputError, match=r"one plain network.*'paper'.*per='layer'"):
             routing(overrides=overrides, mode="site").fit([volume(2)], unet())
     with pytest.raises(InputError, match="at least one scan"):
         routing(mode="site").fit([], unet())

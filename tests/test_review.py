@@ -99,14 +99,36 @@ def test_the_list_of_a_site_s_own_network_needs_no_routes(tmp_path: Path) -> Non
     inferer = routing("site")
     inferer.fit([scan(5.0)[None]], Sided())
     rows = serve(tmp_path, {"firm": 5.0, "weak": 0.1}, inferer)
-    assert [(row["case"], row["shift"], row["decision"]) for row in rows] == [("weak", "", ""), ("firm", "", "")]
+    assert [(row["case"], row["decision"]) for row in rows] == [("weak", "site"), ("firm", "site")]
+    assert {float(row["shift"]) for row in rows} == {inferer.site_shift}
     assert not (tmp_path / "routes.json").exists()
 
 
-@pytest.mark.parametrize("inferer", [routing("off"), routing(average_views=False)])
-def test_a_single_view_gives_no_list(tmp_path: Path, inferer: TestTimeRoutingInferer) -> None:
-    serve(tmp_path, {"firm": 5.0, "weak": 0.1}, inferer)
+def test_scans_of_a_site_that_is_far_off_say_so(tmp_path: Path) -> None:
+    """In mode "site" the shift is the site's; of a network that was fitted before it is not known."""
+    inferer = routing("site")
+    inferer.fit([scan(5.0)[None]], Sided())
+    inferer.site_shift = 3 * inferer.usual_shift
+    rows = serve(tmp_path, {"firm": 5.0, "weak": 0.1}, inferer)
+    assert [row["reasons"] for row in rows] == ["views disagree; large shift", "large shift"]
+    inferer.site_shift = None
+    assert {row["shift"] for row in serve(tmp_path, {"firm": 5.0}, inferer)} == {""}
+
+
+def test_plain_inference_gives_no_list(tmp_path: Path) -> None:
+    serve(tmp_path, {"firm": 5.0, "weak": 0.1}, routing("off"))
     assert not (tmp_path / "review.csv").exists()
+
+
+@pytest.mark.parametrize("name", ["soup", "paper"])
+def test_a_single_view_knows_no_quality_but_what_speaks_against_a_mask(tmp_path: Path, name: str) -> None:
+    settings = preset(name, {"steps": 0, "start": "uniform", "statistics": 0.0})
+    inferer = TestTimeRoutingInferer({"A": Sided().state_dict()}, "episodic", settings, flips=[0], slices=None)
+    rows = serve(tmp_path, {"firm": 5.0, "nothing": -5.0}, inferer)
+    assert [(row["case"], row["quality"], row["reasons"]) for row in rows] == [
+        ("nothing", "", "empty mask"),
+        ("firm", "", ""),
+    ]
 
 
 @torch.no_grad()

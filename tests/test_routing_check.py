@@ -344,6 +344,18 @@ def test_a_network_that_is_an_expert_is_served_as_it_is_and_it_is_said_once(capl
 
 
 @torch.no_grad()
+def test_a_3d_volume_counts_by_its_slices():
+    """The share of its own statistics, n / (n + prior): not that of one picture."""
+
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Conv3d(1, 2, 3, padding=1), nn.BatchNorm3d(2))
+
+    inferer = default(build, start="uniform", usual_shift=0.0)
+    inferer(images(1, 1, 6, 6, 12), make(build, 0))
+    assert inferer.reports[-1]["statistics"] == 0.75
+
+
+@torch.no_grad()
 def test_layers_of_two_names_and_weights_of_two_layers_pass():
     def build() -> nn.Module:
         network = Around(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1))
