@@ -20,6 +20,7 @@ from typing import Any
 
 import fire
 
+from shared_iopfl.checks import check_values
 from shared_iopfl.errors import InputError, one_line_errors
 from shared_iopfl.manifest import check_manifest
 from shared_iopfl.models import check_models
@@ -34,6 +35,7 @@ TEXT = {"dataset_dir", "output_dir", "models_dir", "from_dir", "to_dir", "terms"
 
 def prepare(dataset_dir: str, seed: int = 0) -> None:
     """List the sites of a folder, how many cases each has, and how they would be split by patient."""
+    check_values({"seed": seed})
     for site in list_sites(dataset_dir):
         parts = {part: len(site_cases(dataset_dir, site, part, seed)) for part in ("train", "validation", "test")}
         print(f"{site}: " + ", ".join(f"{count} {part}" for part, count in parts.items()))
