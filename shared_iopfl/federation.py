@@ -38,7 +38,7 @@ from tqdm import tqdm
 from shared_iopfl.averaging import Averaging, average_updates, weighted_average
 from shared_iopfl.checkpoints import check_state
 from shared_iopfl.checks import check_values
-from shared_iopfl.errors import InputError
+from shared_iopfl.errors import InputError, root_input_error
 from shared_iopfl.models import GLOBAL, USUAL_SHIFT, model_path, save_atomically
 from shared_iopfl.names import check_sites
 from shared_iopfl.norm_statistics import STATISTICS
@@ -158,7 +158,12 @@ class Federation:
         return self.output_dir / "federation_previous.pt"
 
     def start(self) -> None:
-        """Make the clients (which reads and checks every site's training cases), and resume if asked to."""
+        """Make the clients (which reads and checks every site's training cases), and resume if asked to.
+
+        Raises:
+            InputError: naming what is wrong at each site where something is, before anything is trained.
+        """
+        faults: list[InputError] = []
         for path in self.output_dir.rglob(UNFINISHED):
             path.unlink()
         for site in tqdm(self.sites, desc="sites", unit="site"):
@@ -172,7 +177,15 @@ class Federation:
             # all sites, and every run, begin with the same network; the random state outside is left as it was
             with torch.random.fork_rng():
                 torch.manual_seed(self.seed)
-                self.clients[site] = SiteClient(self.bundle_root, site, self.local_epochs, overrides)
+                try:
+                    self.clients[site] = SiteClient(self.bundle_root, site, self.local_epochs, overrides)
+                except Exception as error:  # MONAI wraps what a transform raises
+                    fault = root_input_error(error)
+                    if fault is None:
+                        raise
+                    faults.append(fault)
+        if faults:
+            raise InputError("; ".join(dict.fromkeys(map(str, faults)))) from faults[0]
         self.weights = self.clients[self.sites[0]].weights
         if self.resume:
             self._load()

@@ -30,6 +30,7 @@ from nvflare.client.config import ExchangeFormat
 from torch import Tensor
 
 from shared_iopfl.architecture import describe_architecture
+from shared_iopfl.checks import check_values
 from shared_iopfl.config_values import as_value, as_values, check_key, component_of, is_data
 from shared_iopfl.errors import InputError, root_input_error
 from shared_iopfl.federation import Federation
@@ -99,7 +100,7 @@ def describe(bundle: Path, given: Mapping[str, Any]) -> tuple[Federation, Scorin
         The run and its final scoring, both without anything of this machine, and its settings as in ``run.json``.
 
     Raises:
-        InputError: for an unknown setting, or one that is more than data.
+        InputError: for an unknown setting, a value that it may not have, or one that is more than data.
     """
     federate, train = ConfigParser(), ConfigParser()
     for parser, name in ((federate, "federate"), (train, "train")):
@@ -107,6 +108,7 @@ def describe(bundle: Path, given: Mapping[str, Any]) -> tuple[Federation, Scorin
         if not path.is_file():
             raise InputError(f"no bundle at {bundle}: it has no configs/{name}.json.")
         parser.read_config(str(path))
+    check_values(given)
     configs: list[Any] = [federate.config, train.config]
     of_site = {}
     for name, value in given.items():

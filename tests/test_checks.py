@@ -1,0 +1,93 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""A value that a hyper-parameter may not have is one line that names key, range and value, in every config."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import shared_iopfl.checks as checks
+from shared_iopfl.__main__ import prepare
+from shared_iopfl.checks import RULES, check_values
+from shared_iopfl.errors import InputError
+from tests.test_config_values import BUNDLES, start
+
+WRONG: dict[str, tuple[Any, ...]] = {
+    "batch_size": (0, -1, 1.5, "4", True, None),
+    "alpha": (2, 1, -0.1, float("nan"), "half"),
+    "learning_rate": (float("nan"), float("inf"), -1, 0, 10**400),
+    "seed": (-1, 0.5, 2**63, "x"),
+    "own_rounds": (-1, 1.5),
+    "passes": (0, -2),
+    "slices_per_case": (0,),
+    "rounds": (0, -1, True),
+    "tail": (2, -1, float("nan")),
+    "val_interval": (-1, 0.5),
+    "num_workers": (-1, 1e9),
+    "split_seed": ("zero", -1, None),
+    "normalise": ("yes", "False", 2, None),
+    "bf16": ("true", "no"),
+    "role": ("inner", "", None),
+    "sites": ([], "", [""], 0.0 == 1),
+    "device": ("cuda:99", "banana", "meta", 1.5),
+    "image_size": (9999, 0, 64.0, "64"),
+    "features": (0, [1, 2], [8, 8, 8, 8, 8, 0], 10**6),
+    "fractions": ([1], [0, 0.5, 0.5], [0.5, 0.6, 0.1], [1, float("nan"), 0]),
+    "averaging": ("krum", None),
+    "max_update_norm": (-1, float("inf"), float("nan")),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_value_is_named_with_its_range(name: str) -> None:
+    for value in WRONG[name]:
+        with pytest.raises(InputError, match=f"^{name} must be {re.escape(RULES[name].allowed)}, but is ") as error:
+            check_values({name: value})
+        assert "\n" not in str(error.value)
+        assert len(str(error.value)) < 400
+
+
+CONFIGS = [
+    pytest.param(path.parents[1], path.stem, id=f"{path.parents[1].name}-{path.stem}")
+    for path in sorted(BUNDLES.glob("*_iopfl/configs/*.json"))
+    if path.stem in ("train", "evaluate", "inference", "federate", "compare")
+]
+
+
+@pytest.fixture(autouse=True)
+def hook(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bundle's first step, `one_line_errors`, sets the process's."""
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+
+
+@pytest.mark.parametrize("bundle, config", CONFIGS)
+def test_every_config_checks_every_hyper_parameter_that_it_has(
+    bundle: Path, config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    seen: set[str] = set()
+    monkeypatch.setattr(checks, "check_values", lambda settings: seen.update(settings))
+    given = {"sites": ["A", "B"]} if config in ("federate", "compare") else {"dataset_dir": str(tmp_path)}
+    start(config, bundle=bundle, **given)
+    keys = json.loads((bundle / "configs" / f"{config}.json").read_text()).keys()
+    # derived from the device, which is checked, and from the scans
+    assert (keys & RULES.keys()) - {"amp", "mode"} <= seen
+
+
+def test_prepare_checks_its_seed(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"^seed must be"):
+        prepare(str(tmp_path), seed=-1)
