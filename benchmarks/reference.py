@@ -44,7 +44,9 @@ class NaiveInferer(TestTimeRoutingInferer):
                 assert isinstance(norm, nn.BatchNorm2d) and norm.running_var is not None
                 seen = inputs[0].double().transpose(0, 1).flatten(1).var(1, correction=0)
                 ratio = torch.log((seen + norm.eps) / (norm.running_var.double() + norm.eps))
-                distances.append((ratio**2).mean())
+                alive, squares = torch.minimum(seen, norm.running_var.double()) > norm.eps, ratio**2
+                squares = squares.clamp(max=squares[alive].max()) if alive.any() else squares
+                distances.append(squares.mean())
 
             for layer in expert.modules():
                 if isinstance(layer, nn.BatchNorm2d):
