@@ -81,7 +81,7 @@ def test_every_config_checks_every_hyper_parameter_that_it_has(
     monkeypatch.chdir(tmp_path)
     seen: set[str] = set()
     monkeypatch.setattr(checks, "check_values", lambda settings: seen.update(settings))
-    given = {"sites": ["A", "B"]} if config in ("federate", "compare") else {"dataset_dir": str(tmp_path)}
+    given = {"sites": ["A", "B"]} if config in ("federate", "compare") else {"dataset_dir": str(tmp_path / "none")}
     start(config, bundle=bundle, **given)
     keys = json.loads((bundle / "configs" / f"{config}.json").read_text()).keys()
     # derived from the device, which is checked, and from the scans
@@ -89,5 +89,5 @@ def test_every_config_checks_every_hyper_parameter_that_it_has(
 
 
 def test_prepare_checks_its_seed(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"^seed must be"):
-        prepare(str(tmp_path), seed=-1)
+    with pytest.raises(InputError, match=r"^split_seed must be"):
+        prepare(str(tmp_path), split_seed=-1)
