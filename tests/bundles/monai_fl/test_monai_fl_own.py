@@ -143,7 +143,7 @@ def test_only_validation_tells_of_both_models(
     models = random_models(bundle.parent / "models", name)
     told = {}
     for split in ("validation", "test"):
-        common = {"dataset_dir": data, "site": "A", "ckpt_dir": models, "output_dir": bundle / "eval"}
+        common = {"dataset_dir": data, "site": "A", "ckpt_dir": models, "output_dir": bundle / "eval" / split}
         told[split] = set(run_config("evaluate", name, split=split, **common).evaluator.state.metrics)
     assert told == {"validation": {"val_mean_dice", "personalised_val_mean_dice"}, "test": {"val_mean_dice"}}
 
