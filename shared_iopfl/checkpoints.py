@@ -39,7 +39,8 @@ class ModelSaver(CheckpointSaver):
         for checkpoint in (self._final_checkpoint, self._key_metric_checkpoint, self._interval_checkpoint):
             if checkpoint is not None:
                 saver: Any = checkpoint.save_handler
-                checkpoint.save_handler = _WholeFile(Path(saver.dirname), saver.filename, saver.save_on_rank)
+                whole: Any = _WholeFile(Path(saver.dirname), saver.filename, saver.save_on_rank)
+                checkpoint.save_handler = whole
 
 
 class _WholeFile:

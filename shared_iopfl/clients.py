@@ -67,16 +67,25 @@ class OwnModels:
         ckpt_dir: the folder.
         names: of the files that training writes.
         architecture: what has to be the same when they are run, name -> value; the network is the config's.
+        beside_others: whether models that were trained with something else may lie there. A client of a federation
+            works in a copy of the bundle, with the shipped models in it, and uses none of them.
 
     Raises:
         InputError: where other models lie there that were trained with something else.
     """
 
-    def __init__(self, ckpt_dir: str, names: Iterable[str], architecture: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        ckpt_dir: str,
+        names: Iterable[str],
+        architecture: Mapping[str, Any] | None = None,
+        beside_others: bool = False,
+    ) -> None:
         self.ckpt_dir = ckpt_dir
         self.names = list(names)
         self.architecture = describe_architecture(architecture or {})
-        check_training(ckpt_dir, self.architecture, self.names)
+        if not beside_others:
+            check_training(ckpt_dir, self.architecture, self.names)
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.STARTED, self.start)

@@ -164,7 +164,8 @@ def architecture_of(bundle: Path, federation: Federation) -> dict[str, Any]:
     # a folder of no models: what it would say goes before the config
     parser.update(as_values({**federation.overrides, "ckpt_dir": ""}))
     values = parser.get_parsed_content("architecture") if "architecture" in parser else {}
-    return describe_architecture(values, component_of(parser.config, "network_def"))
+    config: Any = parser.config
+    return describe_architecture(values, component_of(config, "network_def"))
 
 
 def read_state(path: Path, federation: Federation) -> dict[str, Any]:

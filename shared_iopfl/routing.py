@@ -80,8 +80,8 @@ class RoutedNetwork(nn.Module):
                 return self.network(inputs)
             outputs.append(output)
             tables.append(self.last_routes())
-        for layer, row in zip(self._routed, torch.stack(tables).mean(0)):
-            layer.last_routes = row
+        for routed, row in zip(self._routed, torch.stack(tables).mean(0)):
+            routed.last_routes = row
         return torch.cat(outputs)
 
     def _samples_apart(self) -> bool:

@@ -66,7 +66,8 @@ def test_real_site_that_breaks_off_in_the_middle_of_a_round_trains_again_in_the_
         start()
         trainer: Any = run.clients["B"].algo.trainer
         evaluator: Any = run.clients["B"].algo.evaluator
-        for engine, at in ((trainer, 4), (evaluator, 2)):  # B's second round, second batch; its second scoring
+        # B's second round, last batch; its second scoring
+        for engine, at in ((trainer, 2 * len(trainer.data_loader)), (evaluator, len(evaluator.data_loader) + 1)):
             inferer, calls = engine.inferer, itertools.count(1)
 
             def broken(*args: Any, inferer=inferer, calls=calls, at=at, **kwargs: Any) -> Tensor:
