@@ -94,6 +94,6 @@ def test_models_without_a_manifest_run_with_explicit_flags(tmp_path, make_sites,
     ran = typed("inference", bundle, *scans, "--image_size", "32", "--features", "4")
     assert ran.returncode == 0, ran.stderr[-800:]
     assert "has no manifest.json" in ran.stderr + ran.stdout
-    wrong = typed("inference", bundle, *scans, "--image_size", "32")
+    wrong = typed("inference", bundle, *scans, "--image_size", "32", "--output_dir", str(tmp_path / "other"))
     assert wrong.returncode == 1
     assert "give --features" in wrong.stderr.strip().splitlines()[-1]
