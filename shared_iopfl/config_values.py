@@ -36,7 +36,7 @@ from monai.bundle import ConfigComponent, ConfigParser, ConfigWorkflow
 from monai.bundle.reference_resolver import ReferenceResolver
 
 from shared_iopfl.errors import InputError
-from shared_iopfl.masks import check_writable
+from shared_iopfl.files import check_writable
 from shared_iopfl.names import check_sites, nearest, parse_names
 from shared_iopfl.reading import read_json
 

@@ -12,15 +12,18 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
 import threading
+from functools import cache
 from types import TracebackType
 
 from tqdm import tqdm
 
-__all__ = ["InputError", "one_line_errors", "root_input_error", "when_interrupted"]
+__all__ = ["InputError", "one_line_errors", "root_input_error", "warn_once", "when_interrupted"]
 
+logger = logging.getLogger(__name__)
 INTERRUPTED = 130  # a shell's status of what Ctrl-C ended
 
 
@@ -47,6 +50,12 @@ def root_input_error(error: BaseException | None) -> InputError | None:
             found = InputError(text[1])
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return found
+
+
+@cache
+def warn_once(line: str) -> None:
+    """Log a warning once in a process, however often a run asks for the same data."""
+    logger.warning(line)
 
 
 _advice = ""

@@ -21,13 +21,10 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 import time
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -36,15 +33,15 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from shared_iopfl.averaging import Averaging, average_updates, weighted_average
-from shared_iopfl.checkpoints import check_state
 from shared_iopfl.checks import check_values
 from shared_iopfl.errors import InputError, root_input_error
-from shared_iopfl.models import GLOBAL, USUAL_SHIFT, model_path, save_atomically
+from shared_iopfl.federation_checkpoint import check_checkpoint, read_newest
+from shared_iopfl.federation_results import publish
+from shared_iopfl.models import model_path, save_atomically
 from shared_iopfl.names import check_sites
-from shared_iopfl.norm_statistics import STATISTICS
 from shared_iopfl.server_momentum import ServerMomentum
 from shared_iopfl.site_client import SiteClient, check_time_limit, time_limit
-from shared_iopfl.tables import write_json, write_rows
+from shared_iopfl.tables import write_rows
 from shared_iopfl.updates import UPDATE_NORM, Failures, accepted_norms, check_update, far_off, update_norm
 
 __all__ = ["Federation", "SiteClient", "check_update", "weighted_average"]
@@ -52,7 +49,6 @@ __all__ = ["Federation", "SiteClient", "check_update", "weighted_average"]
 logger = logging.getLogger(__name__)
 Weights = Mapping[str, Tensor]
 HISTORY = ("round", "site", "model", "metric", "value")
-FAILURES = ("round", "site", "reason")
 UNFINISHED = "." + 12 * "[0-9a-f]" + "_*"  # files that a run was writing when it was killed; see `whole_file`
 
 
@@ -208,7 +204,7 @@ class Federation:
                 except OSError as error:
                     raise InputError(f"cannot write to {self.output_dir} ({error}): free space, then resume") from error
                 bar.update()
-        self._publish()
+        publish(self)
         return self.weights
 
     def run_round(self, bar: Any = None) -> None:
@@ -304,25 +300,17 @@ class Federation:
 
     def _load(self) -> None:
         """Go on from the newest checkpoint that can be read, if there is any."""
-        state, unreadable = None, []
-        for path in (self.checkpoint, self.previous):
-            if path.is_file():
-                try:
-                    state = _read(path)
-                    break
-                except Exception as error:
-                    unreadable.append(f"{path} ({type(error).__name__})")
-        if state is None and not unreadable:
-            return
+        state, path, unreadable = read_newest((self.checkpoint, self.previous))
         if state is None:
-            raise InputError(f"cannot read {' nor '.join(unreadable)}; remove what cannot be read to start anew.")
+            return
         for name, value in self.settings().items():
             if state["settings"].get(name) != value:
                 raise InputError(
                     f"{path} was begun with {name} {state['settings'].get(name)}, now it is {value}; "
                     "resume with the same, or choose another output folder."
                 )
-        self._check(state, path)
+        clients = {site: client.state_dict() for site, client in self.clients.items()}
+        check_checkpoint(state, path, self.rounds, self.weights, clients, HISTORY)
         self.round, self.weights, self.history = state["round"], state["weights"], list(state["history"])
         self.failures.resume(state["failures"])
         self.server.load_state_dict(state["server"])
@@ -332,108 +320,6 @@ class Federation:
             self.checkpoint.unlink()  # it must not take the place of the one that can be read
             logger.warning("cannot read %s: going on from the round before", unreadable[0])
         logger.info("resumed after round %d", self.round)
-
-    def _check(self, state: Mapping[str, Any], path: Path) -> None:
-        """Raise for what no run wrote: a checkpoint that was altered."""
-        count, history = state["round"], state["history"]
-        if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= self.rounds:
-            raise InputError(
-                f"{path}: round must be a whole number from 1 to {self.rounds}, but is {count!r:.60}; take the file "
-                "away, or start afresh."
-            )
-        check_state(state["weights"], self.weights, path, "weights")
-        check_state(state["clients"], {s: c.state_dict() for s, c in self.clients.items()}, path, "clients")
-        velocity = {name: tensor for name, tensor in self.weights.items() if name in state["server"]["velocity"]}
-        check_state(state["server"], {"velocity": velocity}, path, "server")
-        for field, rows, columns in (("history", history, HISTORY), ("failures", state["failures"], FAILURES)):
-            known = isinstance(rows, list) and all(isinstance(row, Mapping) and {*columns} <= {*row} for row in rows)
-            numbers = {"round": int, "value": float}
-            if not known or any(not isinstance(r[c], kind) for r in rows for c, kind in numbers.items() if c in r):
-                raise InputError(f"{path}: {field} is no table of a run; take the file away, or start afresh.")
-
-    def _publish(self) -> None:
-        """Write the models, and how each of them does at the inside sites it was not made for."""
-        folder = self.output_dir / "models"
-        delivered = {row["site"] for row in self.history if row["model"] == "local" and row["metric"] != "failed"}
-        present = [site for site in self.sites if site in delivered]
-        if self.own_rounds or self.shares:
-            self._settle(present)
-        models = {GLOBAL: self.weights, **{site: self.clients[site].personalised for site in present}}
-        for name, weights in models.items():
-            path = model_path(str(folder), GLOBAL if name == GLOBAL else "personalised", name)
-            save_atomically({key: tensor.cpu() for key, tensor in weights.items()}, path)
-        judges = [site for site in present if site not in self.failures.of(self.round)]
-        write_json(folder / "scores.json", self._scores(models, judges))
-        self._compare_statistics(judges)
-        if absent := [site for site in self.sites if site not in delivered]:
-            raise InputError(
-                f"site '{absent[0]}' failed all {self.rounds} rounds and has no personalised model; {folder} holds "
-                f"the others', and {self.output_dir / 'failures.csv'} says why."
-            )
-
-    def _settle(self, sites: Sequence[str]) -> None:
-        """Have each site make its personalised model what it keeps; where that fails, the moving average stays."""
-        shares = {}
-        for site in tqdm(sites, desc="own rounds", unit="site", disable=not self.own_rounds):
-            client = self.clients[site]
-            before = copy.deepcopy(client.state_dict())
-            try:
-                with time_limit(site, self.site_timeout * max(1, self.own_rounds)):
-                    shares[site] = client.settle(self.weights, self.own_rounds, self.shares)
-            except Exception as error:
-                client.load_state_dict(before)
-                self.failures.add(self.round, site, error)
-        self.failures.write(self.output_dir / "failures.csv")
-        if self.shares:
-            write_json(self.output_dir / "models" / "shares.json", shares)
-
-    def _scores(self, models: Mapping[str, Weights], judges: Sequence[str]) -> dict[str, float | None]:
-        """How far each model can be trusted elsewhere: validation Dice, without a model's own site; the usual shift.
-
-        As sites differ in difficulty, a personalised model is held against the global one at each of the other sites:
-        its score is the global model's mean over all sites plus the mean of those differences. A site that fails at it
-        judges nothing.
-        """
-        dice: dict[str, dict[str, float]] = {name: {} for name in models}
-        shifts = []
-        for site in judges:
-            client = self.clients[site]
-            try:
-                with time_limit(site, self.site_timeout * len(models)):
-                    found = {n: client.validate(w)["val_mean_dice"] for n, w in models.items() if n != site}
-                    shift = client.shift(self.weights)
-            except Exception as error:
-                self.failures.add(self.round, site, error)
-                continue
-            for name, value in found.items():
-                dice[name][site] = value
-            if shift is not None:
-                shifts.append(shift)
-        self.failures.write(self.output_dir / "failures.csv")
-        level = fmean(dice[GLOBAL].values()) if dice[GLOBAL] else None
-        scores = {
-            name: level + fmean(value - dice[GLOBAL][site] for site, value in at.items())
-            if level is not None and at
-            else math.nan
-            for name, at in dice.items()
-        }
-        shift = fmean(shifts) if shifts else math.nan
-        # what could not be measured is unknown: neither the worst that there is, nor a NaN in the file
-        known = {name: min(1.0, max(0.0, score)) if math.isfinite(score) else None for name, score in scores.items()}
-        return {**known, USUAL_SHIFT: shift if math.isfinite(shift) else None}
-
-    def _compare_statistics(self, judges: Sequence[str]) -> None:
-        """Write how the global model does at each site by its running statistics, and by the site's own."""
-        rows = []
-        for site in judges:
-            try:
-                with time_limit(site, self.site_timeout * 2):
-                    if dice := self.clients[site].dice_by_statistics(self.weights):
-                        rows.append({"site": site, **dice})
-            except Exception as error:
-                self.failures.add(self.round, site, error)
-        self.failures.write(self.output_dir / "failures.csv")
-        write_rows(self.output_dir / STATISTICS, ("site", "global", "own"), rows)
 
 
 @contextmanager
@@ -447,14 +333,3 @@ def _tensorboard(folder: Path) -> Iterator[SummaryWriter]:
     finally:
         with suppress(OSError):  # where the disk is full, the run says so itself
             board.close()
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """A checkpoint, or whatever is raised by what is none, or not a whole one."""
-    with zipfile.ZipFile(path) as archive:
-        if archive.testzip() is not None:  # torch reads over a flipped bit
-            raise zipfile.BadZipFile
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    for key in ("settings", "round", "weights", "server", "clients", "history", "failures"):
-        state[key]
-    return state

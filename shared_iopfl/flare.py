@@ -30,11 +30,11 @@ from nvflare.recipe import PocEnv, ProdEnv, SimEnv
 
 from shared_iopfl.architecture import write_architecture
 from shared_iopfl.errors import InputError
+from shared_iopfl.files import check_writable
 from shared_iopfl.flare_client import ENVIRONMENT
 from shared_iopfl.flare_job import FederationRecipe, architecture_of, describe, first_state, read_state, write_files
 from shared_iopfl.flare_results import checked_names, collect, draw, publish_sites, score
 from shared_iopfl.flare_server import CHECKPOINT, FAILURES, Rounds
-from shared_iopfl.masks import check_writable
 from shared_iopfl.models import model_path
 from shared_iopfl.personalised_verdict import print_personalised_verdict
 from shared_iopfl.provenance import write_run

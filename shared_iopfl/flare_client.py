@@ -34,7 +34,7 @@ from nvflare.app_common.abstract.fl_model import FLModel
 from torch import Tensor
 
 from shared_iopfl.errors import InputError, root_input_error
-from shared_iopfl.masks import check_writable
+from shared_iopfl.files import check_writable
 from shared_iopfl.models import model_path, save_atomically
 from shared_iopfl.names import check_site
 from shared_iopfl.reading import read_json

@@ -108,7 +108,6 @@ def describe(bundle: Path, given: Mapping[str, Any]) -> tuple[Federation, Scorin
         if not path.is_file():
             raise InputError(f"no bundle at {bundle}: it has no configs/{name}.json.")
         parser.read_config(str(path))
-    check_values(given)
     configs: list[Any] = [federate.config, train.config]
     of_site = {}
     for name, value in given.items():
@@ -125,6 +124,7 @@ def describe(bundle: Path, given: Mapping[str, Any]) -> tuple[Federation, Scorin
             federate[name] = value
         else:
             of_site[name] = value
+    check_values(given)
     federate["bundle_root"] = as_value(str(bundle))
     try:
         federation = federate.get_parsed_content("federation")

@@ -21,13 +21,11 @@ What lies in ``dataset_dir`` tells the layout, site by site:
 
 from __future__ import annotations
 
-import logging
-from functools import cache
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from shared_iopfl.dicom import patient_id
-from shared_iopfl.errors import InputError
+from shared_iopfl.errors import InputError, warn_once
 from shared_iopfl.names import check_site
 from shared_iopfl.patients import AUTO, datalist_patient, patients_of
 from shared_iopfl.reading import read_json
@@ -35,7 +33,6 @@ from shared_iopfl.scan_files import MASK, PICTURES, VOLUMES, Case, case_name, en
 
 __all__ = ["known_sites", "published_parts"]
 
-logger = logging.getLogger(__name__)
 PARTS = ("train", "validation", "test")
 DATALIST_KEYS = {"training": "train", "validation": "validation", "test": "test", "testing": "test"}
 
@@ -125,7 +122,7 @@ def published_parts(root: Path, site: str, patient: str = AUTO) -> dict[str, lis
                 between = f"patient {whose!r} of {folder} is in two lists: {patient_parts[whose]} and {part}"
                 if declared or image in patients:
                     raise InputError(between)
-                _warn(between)
+                warn_once(f"{between}; the published lists are kept")
             official[part].append(
                 {"image": str(image), "label": str(label), "site": site, "case": names[image], "patient": whose}
             )
@@ -201,11 +198,6 @@ def _read_datalist(path: Path, root: Path) -> tuple[dict[str, list[tuple[Path, P
     if len(set(headers.values())) > 1:  # else it is what an anonymiser has written into each
         patients |= headers
     return pairs, patients
-
-
-@cache  # once, however often a run asks for the site's cases
-def _warn(between: str) -> None:
-    logger.warning("%s; the published lists are kept", between)
 
 
 def _inside(root: Path, path: str, where: str) -> Path:

@@ -28,12 +28,12 @@ from monai.utils import ensure_tuple
 from PIL import Image
 
 from shared_iopfl.errors import InputError
-from shared_iopfl.files import check_writable, whole_file
+from shared_iopfl.files import whole_file
 from shared_iopfl.headers import import_itk
 from shared_iopfl.scan_files import ITK, NIFTI, PICTURES, case_name, file_ending
 from shared_iopfl.scans import reason, same_grid
 
-__all__ = ["SaveMaskd", "check_writable"]
+__all__ = ["SaveMaskd"]
 
 EXIF_ORIENTATION = 0x0112
 logger = logging.getLogger(__name__)

@@ -15,20 +15,17 @@ Two eyes, two visits and two series of a patient look alike: where one trains a 
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Iterable, Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from shared_iopfl.errors import InputError
+from shared_iopfl.errors import InputError, warn_once
 from shared_iopfl.scan_names import case_name
 from shared_iopfl.tables import read_rows
 
 __all__ = ["AUTO", "KEYS", "datalist_patient", "is_patient_setting", "patients_of"]
 
-logger = logging.getLogger(__name__)
 AUTO = "auto"
 KEYS = ("patient", "patient_id", "subject_id", "subject", "PatientID")  # of a datalist's items, the first there counts
 SIDES = ({"od", "os"}, {"l", "r"}, {"le", "re"}, {"left", "right"})
@@ -97,7 +94,7 @@ def patients_of(names: Mapping[Path, str], patient: str = AUTO, site: str = "") 
         return _by_table(names, Path(patient)), True
     found = {path: re.fullmatch(patient, case_name(path)) for path in names}
     if not any(found.values()):
-        _warn(
+        warn_once(
             f"the pattern {patient} of patient fits no file of site '{site}', such as "
             f"{case_name(next(iter(names)))}: each is taken for a patient"
         )
@@ -157,12 +154,7 @@ def _example(names: Mapping[Path, str], patients: Mapping[Path, str]) -> str:
 
 
 def _say(site: str, files: int, patients: int, kinds: str, example: str) -> None:
-    _warn(
+    warn_once(
         f"site '{site}': {files} files are taken for {patients} patients, as names differ in the {kinds} alone "
         f'({example}); --patient "(.*)" takes each file for a patient, another pattern says otherwise'
     )
-
-
-@cache  # once, however often a run asks for the site's cases
-def _warn(line: str) -> None:
-    logger.warning(line)

@@ -30,7 +30,7 @@ from monai.utils import CommonKeys, ensure_tuple
 
 from shared_iopfl.checks import check_values
 from shared_iopfl.errors import InputError, root_input_error
-from shared_iopfl.masks import check_writable
+from shared_iopfl.files import check_writable
 from shared_iopfl.records import OutputWriter
 from shared_iopfl.scan_files import case_name, printable
 from shared_iopfl.scans import reason

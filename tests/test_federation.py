@@ -29,9 +29,10 @@ from hypothesis import strategies as st
 from networks import images, unet, untouched
 from torch import Tensor, nn
 
-from shared_iopfl import federation, files
+from shared_iopfl import federation, federation_results, files
 from shared_iopfl.errors import InputError
 from shared_iopfl.federation import Federation, weighted_average
+from shared_iopfl.federation_results import trust_scores
 from shared_iopfl.models import load_weights
 from shared_iopfl.tables import read_rows
 
@@ -185,8 +186,10 @@ def fakes(monkeypatch) -> None:
         return ticked
 
     monkeypatch.setattr(federation, "SiteClient", FakeClient)
-    for name in ("save_atomically", "write_rows", "write_json"):
-        monkeypatch.setattr(federation, name, ticking(getattr(federation, name)))
+    for module in (federation, federation_results):  # whichever of them uses what may be interrupted
+        for name in ("save_atomically", "write_rows", "write_json"):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, ticking(getattr(module, name)))
     monkeypatch.setattr(files.os, "replace", ticking(os.replace))
     monkeypatch.setattr(CLOCK, "instant", 0)
     monkeypatch.setattr(CLOCK, "end", -1)
@@ -260,7 +263,7 @@ def test_scores_tell_how_a_model_does_at_the_other_sites_against_the_global_one(
         return {"val_mean_dice": table[name][client.site]}
 
     monkeypatch.setattr(type(run.clients["A"]), "validate", validate)
-    scores = run._scores({"global": run.weights, "A": run.clients["A"].personalised}, run.sites)
+    scores = trust_scores(run, {"global": run.weights, "A": run.clients["A"].personalised}, run.sites)
     assert scores["global"] == pytest.approx(0.8)
     assert scores["A"] == pytest.approx(0.8 + (0.02 - 0.1) / 2)
     make(tmp_path / "alone", sites=["A"], rounds=1).run()

@@ -23,6 +23,7 @@ from networks import unet
 from torch import Tensor
 
 from shared_iopfl.errors import InputError, root_input_error
+from shared_iopfl.federation_results import trust_scores
 from shared_iopfl.models import load_weights
 from shared_iopfl.tables import read_rows
 from shared_iopfl.updates import check_update, far_off
@@ -216,7 +217,7 @@ def test_site_that_fails_when_the_models_are_judged_judges_none_and_is_named(ste
     run = make(tmp_path)
     run.run()
     models = {"global": run.weights, **{site: run.clients[site].personalised for site in SITES}}
-    expected = run._scores(models, [site for site in SITES if site != "B"])
+    expected = trust_scores(run, models, [site for site in SITES if site != "B"])
     ours = getattr(FakeClient, step)
 
     def broken(self: FakeClient, weights: Mapping[str, Tensor]) -> Any:
@@ -225,7 +226,7 @@ def test_site_that_fails_when_the_models_are_judged_judges_none_and_is_named(ste
         return ours(self, weights)
 
     monkeypatch.setattr(FakeClient, step, broken)
-    assert run._scores(models, SITES) == expected
+    assert trust_scores(run, models, SITES) == expected
     assert [row["site"] for row in read_rows(tmp_path / "failures.csv")] == ["B"]
 
 

@@ -27,6 +27,7 @@ from shared_iopfl import updates
 from shared_iopfl.averaging import AVERAGES, average_updates, weighted_average
 from shared_iopfl.errors import InputError
 from shared_iopfl.federation import Federation
+from shared_iopfl.federation_results import trust_scores
 from shared_iopfl.tables import read_rows
 from shared_iopfl.updates import accepted_norms, check_update, far_off, update_norm
 
@@ -234,7 +235,7 @@ def test_scores_that_could_not_be_measured_are_unknown(tmp_path, monkeypatch):
     monkeypatch.setattr(FakeClient, "shift", lambda self, weights: float("nan"))
     run: Federation = make(tmp_path)
     run.start()
-    assert set(run._scores({"global": run.weights, "A": run.weights}, ["A", "B"]).values()) == {None}
+    assert set(trust_scores(run, {"global": run.weights, "A": run.weights}, ["A", "B"]).values()) == {None}
 
 
 @pytest.mark.usefixtures("fakes")

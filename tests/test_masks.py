@@ -27,7 +27,8 @@ from PIL import Image
 from tiny_scans import AFFINES, PICTURE, RNG, SERIES, VALUES, dicom_series, nifti, rotation
 
 from shared_iopfl.errors import InputError
-from shared_iopfl.masks import SaveMaskd, check_writable
+from shared_iopfl.files import check_writable
+from shared_iopfl.masks import SaveMaskd
 from shared_iopfl.scan_files import find_scans
 from shared_iopfl.scans import LoadCased
 

@@ -22,10 +22,10 @@ import numpy as np
 import pytest
 from site_folders import datalist, saml, touch
 
-from shared_iopfl import layouts, patients
+from shared_iopfl import layouts
 from shared_iopfl.__main__ import prepare
 from shared_iopfl.checks import check_values
-from shared_iopfl.errors import InputError
+from shared_iopfl.errors import InputError, warn_once
 from shared_iopfl.sites import find_cases, fold_cases, site_cases, split_cases
 
 PARTS = ("train", "validation", "test")
@@ -33,7 +33,7 @@ PARTS = ("train", "validation", "test")
 
 @pytest.fixture(autouse=True)
 def _nothing_said_yet() -> None:
-    patients._warn.cache_clear()
+    warn_once.cache_clear()
 
 
 def pictures(root: Path, *names: str, site: str = "A") -> None:
