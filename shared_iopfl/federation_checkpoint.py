@@ -37,7 +37,7 @@ def read_newest(paths: Sequence[Path]) -> tuple[dict[str, Any] | None, Path, lis
     Raises:
         InputError: where there are files, but none that can be read.
     """
-    unreadable = []
+    unreadable: list[str] = []
     for path in paths:
         if path.is_file():
             try:

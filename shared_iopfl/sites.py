@@ -220,8 +220,9 @@ def _split(cases: Sequence[Case], shares: dict[str, float], seed: int, where: st
     expected = {part: (high - low) * len(position) for part, (low, high) in intervals.items()}
     for part, (low, high) in intervals.items():
         while len(members[part]) < max(1, math.ceil(expected[part] / 2)):
-            # of what is none too small for it
-            givers = [other for other in members if len(members[other]) > max(1, math.ceil(expected[other] / 2))]
+            # nobody at all is worse than less than half: an empty part may take from any that keeps one
+            spare = {o: len(members[o]) - max(1, math.ceil(expected[o] / 2) * bool(members[part])) for o in members}
+            givers = [other for other, count in spare.items() if count > 0]
             if not givers:
                 break
             largest = members[max(givers, key=lambda other: len(members[other]) - expected[other])]
