@@ -91,8 +91,11 @@ def as_value(value: Any) -> Any:
 
 
 def as_values(pairs: Mapping[str, Any]) -> dict[str, Any]:
-    """`as_value` of each of several overrides, id -> value; an id such as ``loss#_target_`` is refused as well."""
-    return {check_key(name): as_value(value) for name, value in pairs.items()}
+    """`as_value` of each of several overrides, id -> value; an id such as ``loss#_target_`` is refused as well.
+
+    An `Expression` may stand at any id: it is the program's own.
+    """
+    return {n if isinstance(value, Expression) else check_key(n): as_value(value) for n, value in pairs.items()}
 
 
 def check_key(name: Any) -> str:

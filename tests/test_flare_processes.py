@@ -203,12 +203,18 @@ def test_simulator_gives_the_run_of_one_process_and_its_server_receives_nothing_
         assert private not in received, private
 
 
+def first_round_is_done(workspace: Path) -> bool:
+    """Whether the server has written a model, and after it the checkpoint of its round."""
+    models = list(workspace.rglob("iopfl/models/model.pt"))
+    return any((path.parents[1] / "flare.pt").stat().st_mtime_ns >= path.stat().st_mtime_ns for path in models)
+
+
 def test_simulation_that_was_killed_is_resumed_to_the_same_weights(dataset, tmp_path):
     federation = one_process(tmp_path / "one", dataset, rounds=4)
     given = words(tmp_path / "flare", "sim", 4, "--dataset_dir", str(dataset))
     process = start(given, tmp_path / "home")
     deadline = time.monotonic() + 600
-    while not list((tmp_path / "flare" / "flare").rglob("iopfl/models/model.pt")):  # until the first round is done
+    while not first_round_is_done(tmp_path / "flare" / "flare"):
         if process.poll() is not None or time.monotonic() > deadline:
             break
         time.sleep(0.1)
