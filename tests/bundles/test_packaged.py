@@ -194,15 +194,15 @@ def test_packed_bundle_infers_and_trains(
     succeeded(machine.bundle("inference", root, "--dataset_dir", sites / "E", "--output_dir", tmp_path / "masks"))
     assert {row["expert"] for row in routes(tmp_path / "masks")} == {"A", "B", "global"}
 
-    own = ("--ckpt_dir", str(tmp_path / "models"), "--output_dir", str(tmp_path / "eval"), *TINY)
+    own = ("--ckpt_dir", str(tmp_path / "models"), *TINY)
     data = ("--dataset_dir", str(sites), "--site", "A")
     # an average of two epochs: of one, the personalised model would be the global one, and no second expert
     short = ("--epochs", "2", "--start_epoch", "0", "--passes", "1", "--val_interval", "1")
-    succeeded(machine.bundle("train", root, *data, *short, *own))
-    succeeded(machine.bundle("evaluate", root, *data, *own))
+    succeeded(machine.bundle("train", root, *data, *short, *own, "--output_dir", tmp_path / "training"))
+    succeeded(machine.bundle("evaluate", root, *data, *own, "--output_dir", tmp_path / "eval"))
     assert (tmp_path / "eval" / "metrics.csv").is_file()
-    succeeded(machine.bundle("inference", root, "--dataset_dir", str(sites / "E"), *own))
-    assert {row["expert"] for row in routes(tmp_path / "eval")} == {"A", "global"}
+    succeeded(machine.bundle("inference", root, "--dataset_dir", sites / "E", *own, "--output_dir", tmp_path / "routed"))
+    assert {row["expert"] for row in routes(tmp_path / "routed")} == {"A", "global"}
 
     checked = machine.run("-m", "shared_iopfl", "check", root / "models", cwd=tmp_path, path=root / "scripts")
     assert "4 files as published" in succeeded(checked)

@@ -94,7 +94,8 @@ def test_without_mlflow(
     plain = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert plain.returncode == 0, plain.stderr[-2000:]
     assert not list((tmp_path / "masks").glob("mlruns*"))
-    asked = subprocess.run([*command, "--tracking", "mlflow"], capture_output=True, text=True, timeout=300)
+    again = [*command, "--overwrite", "True", "--tracking", "mlflow"]
+    asked = subprocess.run(again, capture_output=True, text=True, timeout=300)
     assert asked.returncode != 0
     assert "install mlflow" in asked.stderr
 
