@@ -22,14 +22,14 @@ from typing import Any
 import torch
 
 from benchmarks.timing import machine, spread
-from shared_iopfl.config_values import Expression
-from shared_iopfl.models import load_experts
-from shared_iopfl.scoring import Scoring
+from shared_iopfl.evaluation.scoring import Scoring
+from shared_iopfl.models.files import load_experts
+from shared_iopfl.utils.config_values import Expression
 
 __all__ = ["measure"]
 
 BUNDLES = Path(__file__).parents[1] / "bundles"
-PATHS = {"fast": "shared_iopfl.inferers.TestTimeRoutingInferer", "naive": "benchmarks.reference.NaiveInferer"}
+PATHS = {"fast": "shared_iopfl.inferers.routing.TestTimeRoutingInferer", "naive": "benchmarks.reference.NaiveInferer"}
 
 
 def _dice(folder: Path) -> dict[str, float]:

@@ -23,11 +23,12 @@ from torch import Tensor, nn
 from benchmarks.networks import agree, make_experts, make_network, naive
 from benchmarks.reference import NaiveInferer
 from benchmarks.timing import alternate, machine, peak_memory, print_peak
-from shared_iopfl.inferers import TestTimeRoutingInferer
-from shared_iopfl.objectives import RoutingObjective, View, ViewSampler, entropy, probabilities
-from shared_iopfl.routing import copy_network, route
-from shared_iopfl.settings import RoutingSettings, preset
-from shared_iopfl.stacks import StackInferer
+from shared_iopfl.inferers.routing import TestTimeRoutingInferer
+from shared_iopfl.models.weights import copy_network
+from shared_iopfl.routing.network import route
+from shared_iopfl.routing.objectives import RoutingObjective, View, ViewSampler, entropy, probabilities
+from shared_iopfl.routing.settings import RoutingSettings, preset
+from shared_iopfl.utils.stacks import StackInferer
 
 __all__ = ["measure"]
 

@@ -18,7 +18,8 @@ import torch
 from monai.networks.nets import BasicUNet
 from torch import Tensor, nn
 
-from shared_iopfl.routing import RoutedBatchNorm, RoutedLayer, RoutedNetwork, copy_network
+from shared_iopfl.models.weights import copy_network
+from shared_iopfl.routing.network import RoutedBatchNorm, RoutedLayer, RoutedNetwork
 
 __all__ = ["agree", "make_experts", "make_network", "naive"]
 

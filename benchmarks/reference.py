@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.networks import naive
-from shared_iopfl.inferers import TestTimeRoutingInferer
-from shared_iopfl.routing import RoutedNetwork
-from shared_iopfl.stacks import Network
+from shared_iopfl.inferers.routing import TestTimeRoutingInferer
+from shared_iopfl.routing.network import RoutedNetwork
+from shared_iopfl.utils.stacks import Network
 
 __all__ = ["NaiveInferer"]
 

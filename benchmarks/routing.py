@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.networks import agree, make_experts, make_network, naive
 from benchmarks.timing import alternate, machine
-from shared_iopfl.routing import collapse, route
+from shared_iopfl.routing.network import collapse, route
 
 __all__ = ["measure"]
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from benchmarks.networks import agree, make_experts, make_network, naive
 from benchmarks.timing import alternate, machine, peak_memory, print_peak
-from shared_iopfl.routing import RoutedNetwork, route
+from shared_iopfl.routing.network import RoutedNetwork, route
 
 __all__ = ["measure"]
 

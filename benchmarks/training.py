@@ -25,10 +25,10 @@ from torch import Tensor
 
 from benchmarks.networks import agree
 from benchmarks.timing import alternate, machine, now, peak_memory, print_peak, spread
-from shared_iopfl.config_values import Expression
-from shared_iopfl.federation import Federation, SiteClient
-from shared_iopfl.handlers import RoundHandler
-from shared_iopfl.phantoms import make_fundus_sites, make_prostate_sites
+from shared_iopfl.data.phantoms.sites import make_fundus_sites, make_prostate_sites
+from shared_iopfl.federation.simulation import Federation, SiteClient
+from shared_iopfl.handlers.personalization import RoundHandler
+from shared_iopfl.utils.config_values import Expression
 
 __all__ = ["measure"]
 

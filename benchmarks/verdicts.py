@@ -25,8 +25,8 @@ import argparse
 
 import numpy as np
 
-from shared_iopfl import comparison_scores
-from shared_iopfl.comparison_scores import RoleScores, Site
+from shared_iopfl.comparison import scores as comparison_scores
+from shared_iopfl.comparison.scores import RoleScores, Site
 
 SIZES = ((3, 2), (4, 2), (6, 2), (4, 3), (3, 5), (1, 6), (2, 8), (6, 10), (4, 30))
 CHUNK = 100  # comparisons that share an array

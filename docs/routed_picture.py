@@ -27,9 +27,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from shared_iopfl.gallery import best_median_worst
-from shared_iopfl.pictures import WIDTH, case_views, colours, draw_view, load_case, plain, png
-from shared_iopfl.scores import read_columns, read_scores
+from shared_iopfl.evaluation.scores import read_columns, read_scores
+from shared_iopfl.report.gallery import best_median_worst
+from shared_iopfl.report.pictures import WIDTH, case_views, colours, draw_view, load_case, plain, png
 
 TASKS = {"prostate": "prostate, T2 MRI", "fundus": "optic disc and cup"}
 

@@ -20,17 +20,17 @@ from typing import Any
 
 import fire
 
-from shared_iopfl.checks import check_values
-from shared_iopfl.errors import InputError, one_line_errors
-from shared_iopfl.manifest import check_manifest
-from shared_iopfl.mask_values import mask_values
-from shared_iopfl.models import check_models
-from shared_iopfl.names import parse_names
-from shared_iopfl.packaging import package, publish
-from shared_iopfl.patients import AUTO
-from shared_iopfl.phantoms import make_fundus_sites, make_prostate_sites
-from shared_iopfl.report import print_table, write_report
-from shared_iopfl.sites import find_cases, list_sites, site_cases
+from shared_iopfl.data.mask_values import mask_values
+from shared_iopfl.data.patients import AUTO
+from shared_iopfl.data.phantoms.sites import make_fundus_sites, make_prostate_sites
+from shared_iopfl.data.sites import find_cases, list_sites, site_cases
+from shared_iopfl.models.files import check_models
+from shared_iopfl.models.manifest import check_manifest
+from shared_iopfl.models.packaging import package, publish
+from shared_iopfl.report.run import print_table, write_report
+from shared_iopfl.utils.checks import check_values
+from shared_iopfl.utils.errors import InputError, one_line_errors
+from shared_iopfl.utils.names import parse_names
 
 TEXT = {"dataset_dir", "output_dir", "models_dir", "from_dir", "to_dir", "terms", "bundle", "env", "sites", "patient"}
 
@@ -95,7 +95,7 @@ def flare_publish(output_dir: str, sites: Sequence[str]) -> None:
 
 def _flare() -> ModuleType:
     try:
-        return import_module("shared_iopfl.flare")
+        return import_module("shared_iopfl.federation.flare.run")
     except ModuleNotFoundError as error:
         if "nvflare" not in str(error.name):
             raise

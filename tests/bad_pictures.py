@@ -24,7 +24,7 @@ from bad_volumes import BODY, RNG, Corpus, Make, array, content, folder, loop, s
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from shared_iopfl.phantom_fundus import fundus_case, fundus_style
+from shared_iopfl.data.phantoms.fundus import fundus_case, fundus_style
 
 
 def eye(size: int = 96, seed: int = 0) -> Image.Image:

@@ -20,8 +20,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from shared_iopfl import federation
-from shared_iopfl.federation import Federation, weighted_average
+from shared_iopfl.federation import simulation as federation
+from shared_iopfl.federation.simulation import Federation, weighted_average
 
 State = dict[str, Tensor]
 SITES = ["A", "B", "C", "D"]

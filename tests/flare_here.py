@@ -30,10 +30,10 @@ from nvflare.app_common.abstract.fl_model import FLModel
 from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 from torch import Tensor
 
-from shared_iopfl import flare_client
-from shared_iopfl.flare import FlareRun
-from shared_iopfl.flare_client import COUNTED, Member
-from shared_iopfl.flare_server import Rounds, ServerFiles
+from shared_iopfl.federation.flare import client as flare_client
+from shared_iopfl.federation.flare.client import COUNTED, Member
+from shared_iopfl.federation.flare.run import FlareRun
+from shared_iopfl.federation.flare.server import Rounds, ServerFiles
 
 
 @pytest.fixture(scope="module", name="dataset")

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shared_iopfl.federation import Federation
-from shared_iopfl.phantoms import make_prostate_sites
-from shared_iopfl.tables import read_rows
+from shared_iopfl.data.phantoms.sites import make_prostate_sites
+from shared_iopfl.federation.simulation import Federation
+from shared_iopfl.utils.tables import read_rows
 
 REPOSITORY = Path(__file__).parents[1]
 BUNDLE = REPOSITORY / "bundles" / "prostate_iopfl"

@@ -15,7 +15,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from shared_iopfl.phantom_fundus import fundus_case, fundus_style
+from shared_iopfl.data.phantoms.fundus import fundus_case, fundus_style
 
 
 def tensor(picture: np.ndarray) -> torch.Tensor:

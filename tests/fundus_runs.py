@@ -23,7 +23,7 @@ from monai.bundle import ConfigWorkflow
 from PIL import Image
 from scipy import ndimage
 
-from shared_iopfl.errors import root_input_error
+from shared_iopfl.utils.errors import root_input_error
 
 BUNDLE = Path(__file__).parents[1] / "bundles" / "fundus_iopfl"
 GLANCE: dict[str, Any] = {

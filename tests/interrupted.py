@@ -23,9 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shared_iopfl.errors import one_line_errors
-from shared_iopfl.federation import Federation
-from shared_iopfl.phantoms import make_prostate_sites
+from shared_iopfl.data.phantoms.sites import make_prostate_sites
+from shared_iopfl.federation.simulation import Federation
+from shared_iopfl.utils.errors import one_line_errors
 
 BUNDLE = Path(__file__).parents[1] / "bundles" / "prostate_iopfl"
 OVERRIDES: dict[str, Any] = {

@@ -35,9 +35,9 @@ from networks import make
 from PIL import Image
 from torch import nn
 
-from shared_iopfl.manifest import write_manifest
-from shared_iopfl.phantoms import make_fundus_sites, make_prostate_sites
-from shared_iopfl.stacks import to_stack
+from shared_iopfl.data.phantoms.sites import make_fundus_sites, make_prostate_sites
+from shared_iopfl.models.manifest import write_manifest
+from shared_iopfl.utils.stacks import to_stack
 
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy" / "monailabel"

@@ -18,10 +18,15 @@ from typing import Any
 
 import pytest
 
-from shared_iopfl.architecture import check_architecture, check_training, describe_architecture, write_architecture
-from shared_iopfl.clients import OwnModels
-from shared_iopfl.errors import InputError
-from shared_iopfl.manifest import check_manifest, read_manifest, setting, write_manifest
+from shared_iopfl.federation.monai_fl.bundle_client import OwnModels
+from shared_iopfl.models.architecture import (
+    check_architecture,
+    check_training,
+    describe_architecture,
+    write_architecture,
+)
+from shared_iopfl.models.manifest import check_manifest, read_manifest, setting, write_manifest
+from shared_iopfl.utils.errors import InputError
 
 NETWORK = {"_target_": "BasicUNet", "in_channels": 3, "features": (4, 8, 16, 32, 64, 4), "norm": "batch"}
 VALUES = {"image_size": 96, "features": 4, "normalise": True, "crop": "never", "coding": "dofe"}

@@ -21,7 +21,7 @@ import torch
 from networks import ARCHITECTURES, experts, images, make, mixture, unet, untouched, volume
 from torch import Tensor, nn
 
-from shared_iopfl.baselines import (
+from shared_iopfl.inferers.baselines import (
     ROUTING,
     BatchStatisticsInferer,
     DaWinInferer,
@@ -31,11 +31,11 @@ from shared_iopfl.baselines import (
     ViewsInferer,
     labelled_routes,
 )
-from shared_iopfl.errors import InputError
-from shared_iopfl.inferers import TestTimeRoutingInferer
-from shared_iopfl.objectives import entropy, probabilities
-from shared_iopfl.settings import preset
-from shared_iopfl.stacks import StackInferer, to_stack
+from shared_iopfl.inferers.routing import TestTimeRoutingInferer
+from shared_iopfl.routing.objectives import entropy, probabilities
+from shared_iopfl.routing.settings import preset
+from shared_iopfl.utils.errors import InputError
+from shared_iopfl.utils.stacks import StackInferer, to_stack
 
 CLOSE: dict[str, Any] = {"rtol": 1e-3, "atol": 1e-4}
 KINDS = ("views", "ensemble", "statistics", "blended", "tent", "dawin")

@@ -24,12 +24,12 @@ from networks import images, volume
 from benchmarks import accuracy
 from benchmarks.networks import agree, make_experts, make_network, naive
 from benchmarks.reference import NaiveInferer
-from shared_iopfl import inferers
-from shared_iopfl.inferers import TestTimeRoutingInferer
-from shared_iopfl.phantoms import make_prostate_sites
-from shared_iopfl.routing import route
-from shared_iopfl.settings import preset
-from shared_iopfl.stacks import StackInferer
+from shared_iopfl.data.phantoms.sites import make_prostate_sites
+from shared_iopfl.inferers import routing as inferers
+from shared_iopfl.inferers.routing import TestTimeRoutingInferer
+from shared_iopfl.routing.network import route
+from shared_iopfl.routing.settings import preset
+from shared_iopfl.utils.stacks import StackInferer
 
 TINY = {
     "routing": ["--slices", "3", "--image_size", "32", "--batch_size", "2"],

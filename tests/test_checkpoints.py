@@ -22,9 +22,9 @@ import torch
 from fake_clients import fakes, make  # noqa: F401
 from ignite.engine import Engine
 
-from shared_iopfl.checkpoints import ModelSaver
-from shared_iopfl.errors import InputError
-from shared_iopfl.federation_checkpoint import check_state
+from shared_iopfl.federation.checkpoint import check_state
+from shared_iopfl.handlers.checkpoints import ModelSaver
+from shared_iopfl.utils.errors import InputError
 
 ALTERED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "round below": (lambda state: state.update(round=-5), "round must be a whole number from 1 to 3, but is -5"),

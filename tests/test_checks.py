@@ -20,10 +20,10 @@ from typing import Any
 
 import pytest
 
-import shared_iopfl.checks as checks
+import shared_iopfl.utils.checks as checks
 from shared_iopfl.__main__ import prepare
-from shared_iopfl.checks import RULES, check_values
-from shared_iopfl.errors import InputError
+from shared_iopfl.utils.checks import RULES, check_values
+from shared_iopfl.utils.errors import InputError
 from tests.test_config_values import BUNDLES, start
 
 WRONG: dict[str, tuple[Any, ...]] = {

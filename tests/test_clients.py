@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 from site_folders import saml
 
-from shared_iopfl.clients import own_site
-from shared_iopfl.errors import InputError
+from shared_iopfl.federation.monai_fl.bundle_client import own_site
+from shared_iopfl.utils.errors import InputError
 
 STARTED = "20260101_120000"
 

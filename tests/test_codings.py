@@ -17,8 +17,15 @@ import pytest
 import torch
 from monai.data import MetaTensor
 
-from shared_iopfl.codings import DecodeMask, DecodeMaskd, EncodeMask, EncodeMaskd, EnforceNesting, EnforceNestingd
-from shared_iopfl.errors import InputError
+from shared_iopfl.data.photographs.codings import (
+    DecodeMask,
+    DecodeMaskd,
+    EncodeMask,
+    EncodeMaskd,
+    EnforceNesting,
+    EnforceNestingd,
+)
+from shared_iopfl.utils.errors import InputError
 
 KNOWN = {
     "dofe": {"disc": [0, 128], "cup": [0], "background": [255]},

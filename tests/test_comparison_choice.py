@@ -19,10 +19,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from shared_iopfl.comparison import COLUMNS, Comparison, best_of
-from shared_iopfl.errors import InputError
-from shared_iopfl.records import case_scores
-from shared_iopfl.tables import write_rows
+from shared_iopfl.comparison.protocol import COLUMNS, Comparison, best_of
+from shared_iopfl.evaluation.records import case_scores
+from shared_iopfl.utils.errors import InputError
+from shared_iopfl.utils.tables import write_rows
 
 
 @pytest.mark.parametrize("found", [0.0, 1.0])

@@ -19,13 +19,13 @@ import numpy as np
 import pytest
 from comparisons import dice, make_comparison, score_rows, write_scores
 
-from shared_iopfl import charts, pictures
-from shared_iopfl.comparison_cases import _remarkable
-from shared_iopfl.comparison_report import print_comparison, write_comparison
-from shared_iopfl.comparison_scores import RoleScores, Site
-from shared_iopfl.comparison_tables import Contest
-from shared_iopfl.errors import InputError
-from shared_iopfl.scores import DASH, MINUS
+from shared_iopfl.comparison.cases import _remarkable
+from shared_iopfl.comparison.report import print_comparison, write_comparison
+from shared_iopfl.comparison.scores import RoleScores, Site
+from shared_iopfl.comparison.tables import Contest
+from shared_iopfl.evaluation.scores import DASH, MINUS
+from shared_iopfl.report import charts, pictures
+from shared_iopfl.utils.errors import InputError
 
 
 @pytest.fixture(scope="module")

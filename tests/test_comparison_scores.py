@@ -19,10 +19,10 @@ import pytest
 from comparisons import COLUMNS, dice, score_rows, write_scores
 from runs import write_csv
 
-from shared_iopfl import comparison_scores
-from shared_iopfl.comparison_scores import BEST_EXPERT, MEAN_EXPERT, RoleScores, Site, read_comparison
-from shared_iopfl.errors import InputError
-from shared_iopfl.intervals import case_interval, site_interval
+from shared_iopfl.comparison import scores as comparison_scores
+from shared_iopfl.comparison.scores import BEST_EXPERT, MEAN_EXPERT, RoleScores, Site, read_comparison
+from shared_iopfl.evaluation.intervals import case_interval, site_interval
+from shared_iopfl.utils.errors import InputError
 
 RNG = np.random.RandomState(0)
 

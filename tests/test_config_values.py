@@ -24,13 +24,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from monai.bundle import ConfigParser, ConfigWorkflow
 
-from shared_iopfl.clients import own_site
-from shared_iopfl.config_values import NAMES, PATHS, WORDS, Expression, as_value, as_values
-from shared_iopfl.errors import InputError, root_input_error
-from shared_iopfl.federation import Federation
-from shared_iopfl.scoring import Scoring
-from shared_iopfl.site_client import SiteClient
-from shared_iopfl.sites import list_sites
+from shared_iopfl.data.sites import list_sites
+from shared_iopfl.evaluation.scoring import Scoring
+from shared_iopfl.federation.client import SiteClient
+from shared_iopfl.federation.monai_fl.bundle_client import own_site
+from shared_iopfl.federation.simulation import Federation
+from shared_iopfl.utils.config_values import NAMES, PATHS, WORDS, Expression, as_value, as_values
+from shared_iopfl.utils.errors import InputError, root_input_error
 
 BUNDLES = Path(__file__).parents[1] / "bundles"
 PROSTATE = BUNDLES / "prostate_iopfl"
@@ -235,7 +235,7 @@ def test_a_scoring_evaluates_nothing_that_it_is_given(name: str, monkeypatch: py
         seen.update(options)
         raise InputError("seen")
 
-    monkeypatch.setattr("shared_iopfl.scoring.ConfigWorkflow.__init__", record)
+    monkeypatch.setattr("shared_iopfl.evaluation.scoring.ConfigWorkflow.__init__", record)
     options = {"model": EVIL} if name == "model" else {"model": "global", name: EVIL}
     with pytest.raises(InputError, match="seen"):
         Scoring(str(PROSTATE), EVIL).score("A", **options)

@@ -23,10 +23,10 @@ from monai.transforms import Compose, Invertd, Resized
 from PIL import Image
 from skimage import data
 
-from shared_iopfl.cropping import CropToDiscd, site_crop
-from shared_iopfl.errors import InputError
-from shared_iopfl.locating import find_disc
-from shared_iopfl.phantom_fundus import fundus_case, fundus_style
+from shared_iopfl.data.phantoms.fundus import fundus_case, fundus_style
+from shared_iopfl.data.photographs.cropping import CropToDiscd, site_crop
+from shared_iopfl.data.photographs.locating import find_disc
+from shared_iopfl.utils.errors import InputError
 
 
 def landscape() -> np.ndarray:
@@ -148,13 +148,13 @@ def test_among_crops_an_unsure_disc_is_taken_with_a_remark_and_no_disc_at_all_is
         (0.8, False, ""),
     ):
         disc = found._replace(confidence=confidence, whole=whole)
-        monkeypatch.setattr("shared_iopfl.cropping.find_disc", lambda image, disc=disc: disc)
+        monkeypatch.setattr("shared_iopfl.data.photographs.cropping.find_disc", lambda image, disc=disc: disc)
         left = CropToDiscd("image", crop="crops")({"image": picture})["image"]
         assert torch.equal(left.as_tensor(), picture.as_tensor())
         assert left.meta["remarks"] == remark
     for crop, confidence in (("auto", 0.24), ("crops", 0.05)):
         disc = found._replace(confidence=confidence)
-        monkeypatch.setattr("shared_iopfl.cropping.find_disc", lambda image, disc=disc: disc)
+        monkeypatch.setattr("shared_iopfl.data.photographs.cropping.find_disc", lambda image, disc=disc: disc)
         with pytest.raises(InputError, match="no optic disc found"):
             CropToDiscd("image", crop=crop)({"image": picture})
 

@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 from tiny_scans import SERIES, dicom_series, rotation
 
-from shared_iopfl.errors import InputError
-from shared_iopfl.scans import LoadCased
+from shared_iopfl.data.loading import LoadCased
+from shared_iopfl.utils.errors import InputError
 
 SAGITTAL = np.array([[0, 0, 1.0], [1, 0, 0], [0, 1, 0]])
 POSITION, ORIENTATION, SPACING = (b"\x20\x00\x32\x00", b"\x20\x00\x37\x00", b"\x28\x00\x30\x00")

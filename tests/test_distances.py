@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from networks import experts, images, unet, untouched
 from torch import Tensor, nn
 
-from shared_iopfl.distances import distance_routes, distribution_distance
-from shared_iopfl.errors import InputError
+from shared_iopfl.routing.distances import distance_routes, distribution_distance
+from shared_iopfl.utils.errors import InputError
 
 SCALES = {"weak": 0.5, "plain": 1.0, "strong": 3.0}
 

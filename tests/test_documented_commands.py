@@ -28,7 +28,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shared_iopfl.phantoms import make_fundus_sites, make_prostate_sites
+from shared_iopfl.data.phantoms.sites import make_fundus_sites, make_prostate_sites
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("bundles/*/docs/README.md"))]

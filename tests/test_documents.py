@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 
-from shared_iopfl.documents import Bullets, Heading, Row, Table, Text, markdown, to_html
+from shared_iopfl.report.documents import Bullets, Heading, Row, Table, Text, markdown, to_html
 
 BLOCKS = [
     Heading("A <b>"),

@@ -19,9 +19,9 @@ import pytest
 from monai.data import DataLoader, Dataset
 from monai.transforms import Compose
 
-from shared_iopfl.errors import InputError, root_input_error
+from shared_iopfl.utils.errors import InputError, root_input_error
 
-START = "from shared_iopfl.errors import InputError, one_line_errors\none_line_errors()\n"
+START = "from shared_iopfl.utils.errors import InputError, one_line_errors\none_line_errors()\n"
 
 
 def run(code: str) -> subprocess.CompletedProcess[str]:
@@ -99,6 +99,8 @@ def test_input_error_of_a_transform_is_found_whichever_process_it_ran_in(workers
 
 
 def test_ctrl_c_is_one_line_that_says_how_to_go_on_with_status_130():
-    ended = run("from shared_iopfl.errors import when_interrupted\nwhen_interrupted('go on')\nraise KeyboardInterrupt")
+    ended = run(
+        "from shared_iopfl.utils.errors import when_interrupted\nwhen_interrupted('go on')\nraise KeyboardInterrupt"
+    )
     assert ended.returncode == 130
     assert ended.stderr == "interrupted: go on\n"

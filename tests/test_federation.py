@@ -29,12 +29,14 @@ from hypothesis import strategies as st
 from networks import images, unet, untouched
 from torch import Tensor, nn
 
-from shared_iopfl import federation, federation_results, files
-from shared_iopfl.errors import InputError
-from shared_iopfl.federation import Federation, weighted_average
-from shared_iopfl.federation_results import trust_scores
-from shared_iopfl.models import load_weights
-from shared_iopfl.tables import read_rows
+from shared_iopfl.federation import results as federation_results
+from shared_iopfl.federation import simulation as federation
+from shared_iopfl.federation.results import trust_scores
+from shared_iopfl.federation.simulation import Federation, weighted_average
+from shared_iopfl.models.files import load_weights
+from shared_iopfl.utils import files
+from shared_iopfl.utils.errors import InputError
+from shared_iopfl.utils.tables import read_rows
 
 # ---- the weighted mean ----------------------------------------------------------------------------------------------
 

@@ -22,11 +22,11 @@ from fake_clients import SITES, FakeClient, State, by_hand, equal, fakes, make  
 from networks import unet
 from torch import Tensor
 
-from shared_iopfl.errors import InputError, root_input_error
-from shared_iopfl.federation_results import trust_scores
-from shared_iopfl.models import load_weights
-from shared_iopfl.tables import read_rows
-from shared_iopfl.updates import check_update, far_off
+from shared_iopfl.federation.results import trust_scores
+from shared_iopfl.federation.updates import check_update, far_off
+from shared_iopfl.models.files import load_weights
+from shared_iopfl.utils.errors import InputError, root_input_error
+from shared_iopfl.utils.tables import read_rows
 
 # ---- what is let in -------------------------------------------------------------------------------------------------
 

@@ -29,9 +29,9 @@ from interrupted import OneProcess, TinyRun
 from monai.utils import set_determinism
 from torch import Tensor
 
-from shared_iopfl.federation import SiteClient, weighted_average
-from shared_iopfl.models import load_weights
-from shared_iopfl.tables import read_rows
+from shared_iopfl.federation.simulation import SiteClient, weighted_average
+from shared_iopfl.models.files import load_weights
+from shared_iopfl.utils.tables import read_rows
 
 KILLS = 12
 

@@ -21,8 +21,8 @@ from monai.fl.utils.exchange_object import ExchangeObject
 from networks import images, unet, untouched
 from torch import Tensor
 
-from shared_iopfl.errors import InputError
-from shared_iopfl.fl_filters import ArrivedWeights, SelectiveSharing
+from shared_iopfl.federation.monai_fl.filters import ArrivedWeights, SelectiveSharing
+from shared_iopfl.utils.errors import InputError
 
 CHANGES = {"a": images(40, 50), "b": 100 * images(30, 10, seed=1), "count": torch.tensor(3)}
 

@@ -27,10 +27,10 @@ from flare_runs import BUNDLE, OF_THE_FEDERATION, REPOSITORY, SITES, TINY, asser
 from nvflare.apis.fl_constant import FLMetaKey
 
 from shared_iopfl import __main__ as command
-from shared_iopfl.errors import InputError
-from shared_iopfl.flare import federate, publish_sites
-from shared_iopfl.models import load_weights
-from shared_iopfl.tables import read_rows
+from shared_iopfl.federation.flare.run import federate, publish_sites
+from shared_iopfl.models.files import load_weights
+from shared_iopfl.utils.errors import InputError
+from shared_iopfl.utils.tables import read_rows
 
 ENGINES = ("flare", "one")
 
@@ -130,7 +130,7 @@ def test_job_carries_settings_for_the_named_sites_and_nothing_of_the_machine(tmp
 )
 def test_what_is_wrong_is_told_in_one_line_before_anything_starts(options, words, dataset, tmp_path, monkeypatch):
     for environment in ("SimEnv", "PocEnv", "ProdEnv"):
-        monkeypatch.delattr(f"shared_iopfl.flare.{environment}")
+        monkeypatch.delattr(f"shared_iopfl.federation.flare.run.{environment}")
     monkeypatch.chdir(tmp_path)
     shutil.copytree(dataset, tmp_path / "sites")
     (tmp_path / "sites" / "one").mkdir()
@@ -145,7 +145,7 @@ def test_what_is_wrong_is_told_in_one_line_before_anything_starts(options, words
 
 
 def test_command_without_flare_says_how_to_install_it(monkeypatch):
-    for name in [name for name in sys.modules if name.startswith(("nvflare", "shared_iopfl.flare"))]:
+    for name in [name for name in sys.modules if name.startswith(("nvflare", "shared_iopfl.federation.flare.run"))]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "nvflare", None)
     with pytest.raises(InputError, match="pip install"):

@@ -28,13 +28,14 @@ from flare_runs import SITES, TINY, assert_same, figures
 from nvflare.apis.fl_constant import FLMetaKey
 from nvflare.app_common.abstract.fl_model import FLModel
 
-from shared_iopfl import flare_client, flare_server
-from shared_iopfl.errors import InputError
-from shared_iopfl.flare_client import Member
-from shared_iopfl.flare_results import collect
-from shared_iopfl.flare_server import Rounds, ServerFiles
-from shared_iopfl.models import load_weights
-from shared_iopfl.tables import read_rows
+from shared_iopfl.federation.flare import client as flare_client
+from shared_iopfl.federation.flare import server as flare_server
+from shared_iopfl.federation.flare.client import Member
+from shared_iopfl.federation.flare.results import collect
+from shared_iopfl.federation.flare.server import Rounds, ServerFiles
+from shared_iopfl.models.files import load_weights
+from shared_iopfl.utils.errors import InputError
+from shared_iopfl.utils.tables import read_rows
 
 LENIENT = {**TINY, "device": "cpu", "min_sites": 1}
 

@@ -33,9 +33,9 @@ import psutil  # comes with nvflare
 from faulty_sites import faulty_bundle
 from flare_runs import BUNDLE, REPOSITORY, SITES, TINY, assert_same, figures, make_sites, one_process
 
-from shared_iopfl.federation import Federation
-from shared_iopfl.models import load_weights
-from shared_iopfl.tables import read_rows
+from shared_iopfl.federation.simulation import Federation
+from shared_iopfl.models.files import load_weights
+from shared_iopfl.utils.tables import read_rows
 
 pytestmark = pytest.mark.slow
 

@@ -22,10 +22,10 @@ pytest.importorskip("nvflare", reason="NVIDIA FLARE is not installed: pip instal
 from flare_here import _fake, _process_as_it_was, received  # noqa: F401
 from flare_runs import BUNDLE, REPOSITORY
 
-from shared_iopfl import flare_client
-from shared_iopfl.errors import InputError
-from shared_iopfl.flare_client import Member
-from shared_iopfl.models import load_weights
+from shared_iopfl.federation.flare import client as flare_client
+from shared_iopfl.federation.flare.client import Member
+from shared_iopfl.models.files import load_weights
+from shared_iopfl.utils.errors import InputError
 
 JOB: dict[str, Any] = {
     "bundle": None,

@@ -27,8 +27,8 @@ from monai.transforms import Compose, RandGaussianNoise, ToTensor
 from networks import images, unet, untouched
 from torch import Tensor, nn
 
-from shared_iopfl.handlers import DecayThenTail, PersonalizationHandler, RoundHandler
-from shared_iopfl.models import load_weights
+from shared_iopfl.handlers.personalization import DecayThenTail, PersonalizationHandler, RoundHandler
+from shared_iopfl.models.files import load_weights
 
 
 def run_epoch(engine: Engine, data: Any, epoch: int) -> None:

@@ -21,12 +21,12 @@ from networks import ARCHITECTURES, experts, images, make, mixture, unet, untouc
 from tiny_inferers import ADAPTING, LEARNT, harmful, routing
 from torch import Tensor, nn
 
-from shared_iopfl import inferers
-from shared_iopfl.distances import distance_routes, distribution_distance
-from shared_iopfl.errors import InputError
-from shared_iopfl.inferers import TestTimeRoutingInferer
-from shared_iopfl.settings import PRESETS, RoutingSettings, preset
-from shared_iopfl.stacks import StackInferer, to_stack
+from shared_iopfl.inferers import routing as inferers
+from shared_iopfl.inferers.routing import TestTimeRoutingInferer
+from shared_iopfl.routing.distances import distance_routes, distribution_distance
+from shared_iopfl.routing.settings import PRESETS, RoutingSettings, preset
+from shared_iopfl.utils.errors import InputError
+from shared_iopfl.utils.stacks import StackInferer, to_stack
 
 
 @torch.no_grad()

@@ -22,13 +22,13 @@ from networks import experts, unet, volume
 from tiny_inferers import ADAPTING, LEARNT, harmful, routing
 from torch import Tensor, nn
 
-from shared_iopfl import inferers
-from shared_iopfl.adaptation import mask_agreement
-from shared_iopfl.inferers import TestTimeRoutingInferer
-from shared_iopfl.objectives import RoutingObjective, View, ViewSampler
-from shared_iopfl.routers import Router
-from shared_iopfl.routing import RoutedNetwork
-from shared_iopfl.settings import PRESETS, preset
+from shared_iopfl.inferers import routing as inferers
+from shared_iopfl.inferers.routing import TestTimeRoutingInferer
+from shared_iopfl.routing.adaptation import mask_agreement
+from shared_iopfl.routing.network import RoutedNetwork
+from shared_iopfl.routing.objectives import RoutingObjective, View, ViewSampler
+from shared_iopfl.routing.routers import Router
+from shared_iopfl.routing.settings import PRESETS, preset
 
 # ---- nothing leaks --------------------------------------------------------------------------------------------------
 

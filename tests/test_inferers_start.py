@@ -20,11 +20,11 @@ from networks import experts, images, mixture, unet, volume
 from tiny_inferers import routing
 from torch import nn
 
-from shared_iopfl import inferers
-from shared_iopfl.distances import distance_routes, distribution_distance
-from shared_iopfl.inferers import TestTimeRoutingInferer
-from shared_iopfl.settings import preset
-from shared_iopfl.stacks import StackInferer, to_stack
+from shared_iopfl.inferers import routing as inferers
+from shared_iopfl.inferers.routing import TestTimeRoutingInferer
+from shared_iopfl.routing.distances import distance_routes, distribution_distance
+from shared_iopfl.routing.settings import preset
+from shared_iopfl.utils.stacks import StackInferer, to_stack
 
 # ---- where the routes start -----------------------------------------------------------------------------------------
 

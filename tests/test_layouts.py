@@ -17,9 +17,9 @@ import json
 import pytest
 from site_folders import datalist, dofe, names, saml, touch
 
-from shared_iopfl.errors import InputError
-from shared_iopfl.layouts import published_parts
-from shared_iopfl.sites import find_cases, list_sites, site_cases
+from shared_iopfl.data.layouts import published_parts
+from shared_iopfl.data.sites import find_cases, list_sites, site_cases
+from shared_iopfl.utils.errors import InputError
 
 
 @pytest.mark.parametrize("mask", ["_segmentation", "_Segmentation"])

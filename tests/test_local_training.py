@@ -24,16 +24,11 @@ from networks import mixture, unet
 from torch import Tensor, nn
 from trained_sites import Site, State, _process_as_it_was, batches, equal  # noqa: F401
 
-from shared_iopfl.errors import InputError
-from shared_iopfl.federation import weighted_average
-from shared_iopfl.handlers import RoundHandler
-from shared_iopfl.local_training import (
-    DittoHandler,
-    LocalNormsHandler,
-    ProximalHandler,
-    interpolate,
-    validated_interpolation,
-)
+from shared_iopfl.federation.simulation import weighted_average
+from shared_iopfl.handlers.methods import DittoHandler, LocalNormsHandler, ProximalHandler
+from shared_iopfl.handlers.personalization import RoundHandler
+from shared_iopfl.models.weights import interpolate, validated_interpolation
+from shared_iopfl.utils.errors import InputError
 
 
 def distance(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:

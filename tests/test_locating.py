@@ -20,7 +20,7 @@ import torch
 from fundus_pictures import case, tensor, truth
 from skimage import data
 
-from shared_iopfl.locating import Disc, find_disc
+from shared_iopfl.data.photographs.locating import Disc, find_disc
 
 
 def check(disc: Disc, center: np.ndarray, diameter: float, whole: bool) -> None:

@@ -21,8 +21,8 @@ from typing import Any
 import pytest
 import torch
 
-from shared_iopfl.errors import InputError
-from shared_iopfl.manifest import (
+from shared_iopfl.models.files import load_experts, load_scores, load_weights, save_atomically
+from shared_iopfl.models.manifest import (
     LIMIT,
     check_manifest,
     plain_name,
@@ -32,7 +32,7 @@ from shared_iopfl.manifest import (
     setting,
     write_manifest,
 )
-from shared_iopfl.models import load_experts, load_scores, load_weights, save_atomically
+from shared_iopfl.utils.errors import InputError
 
 ARCHITECTURE = {"network_def": {"_target_": "BasicUNet"}, "features": 8, "image_size": 64}
 

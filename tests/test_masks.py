@@ -26,11 +26,11 @@ from monai.transforms import Compose, Invertd, Orientationd, ResizeWithPadOrCrop
 from PIL import Image
 from tiny_scans import AFFINES, PICTURE, RNG, SERIES, VALUES, dicom_series, nifti, rotation
 
-from shared_iopfl.errors import InputError
-from shared_iopfl.files import check_writable
-from shared_iopfl.masks import SaveMaskd
-from shared_iopfl.scan_files import find_scans
-from shared_iopfl.scans import LoadCased
+from shared_iopfl.data.loading import LoadCased
+from shared_iopfl.data.masks import SaveMaskd
+from shared_iopfl.data.scan_files import find_scans
+from shared_iopfl.utils.errors import InputError
+from shared_iopfl.utils.files import check_writable
 
 
 def threshold(case: dict, save: SaveMaskd, level: float) -> Path:

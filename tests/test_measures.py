@@ -18,7 +18,7 @@ import pytest
 import torch
 from ignite.engine import Engine
 
-from shared_iopfl.measures import QUANTITIES, VerticalRatio, VerticalRatioMetric, vertical_ratio
+from shared_iopfl.data.photographs.measures import QUANTITIES, VerticalRatio, VerticalRatioMetric, vertical_ratio
 
 
 def nested(cup: int, disc: int) -> torch.Tensor:

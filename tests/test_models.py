@@ -24,9 +24,7 @@ import torch
 from ignite.engine import Engine
 from networks import unet
 
-from shared_iopfl.errors import InputError
-from shared_iopfl.manifest import LIMIT
-from shared_iopfl.models import (
+from shared_iopfl.models.files import (
     CheckedCheckpointLoader,
     load_experts,
     load_scores,
@@ -34,6 +32,8 @@ from shared_iopfl.models import (
     model_path,
     save_atomically,
 )
+from shared_iopfl.models.manifest import LIMIT
+from shared_iopfl.utils.errors import InputError
 
 STATE = {"weight": torch.arange(3.0), "count": torch.tensor(2)}
 

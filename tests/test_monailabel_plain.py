@@ -45,8 +45,8 @@ from label_server import (
     serving,
 )
 
-from shared_iopfl.models import load_experts
-from shared_iopfl.packaging import package
+from shared_iopfl.models.files import load_experts
+from shared_iopfl.models.packaging import package
 
 PACKED = "fundus_iopfl"  # served from the zip of `python -m shared_iopfl package`, the other as it lies
 

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from shared_iopfl.errors import InputError
-from shared_iopfl.models import USUAL_SHIFT, load_experts
-from shared_iopfl.names import RESERVED, check_file_name, check_site, check_sites, nearest, parse_names
-from shared_iopfl.settings import PRESETS
+from shared_iopfl.models.files import USUAL_SHIFT, load_experts
+from shared_iopfl.routing.settings import PRESETS
+from shared_iopfl.utils.errors import InputError
+from shared_iopfl.utils.names import RESERVED, check_file_name, check_site, check_sites, nearest, parse_names
 
 
 @pytest.mark.parametrize("name", ["A", "BIDMC", "site-1", "1e3", "09", "a b", "Köln_2.1", "_x", "東京", "x" * 100])

@@ -20,8 +20,8 @@ from networks import images, unet
 from torch import Tensor, nn
 from trained_sites import Site, State, batches, equal
 
-from shared_iopfl.errors import InputError
-from shared_iopfl.norm_statistics import NormStatisticsHandler, batch_norms, with_own_statistics
+from shared_iopfl.handlers.norm_statistics import NormStatisticsHandler, batch_norms, with_own_statistics
+from shared_iopfl.utils.errors import InputError
 
 
 def site(statistics: str = "batch", **options: Any) -> Site:

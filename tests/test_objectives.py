@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from networks import images, unet, untouched
 from torch import Tensor
 
-from shared_iopfl.objectives import (
+from shared_iopfl.routing.objectives import (
     RoutingObjective,
     View,
     ViewSampler,

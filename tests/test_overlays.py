@@ -20,12 +20,12 @@ import pytest
 import torch
 from PIL import Image
 
-from shared_iopfl import overlays, pictures
-from shared_iopfl.errors import InputError
-from shared_iopfl.masks import SaveMaskd
-from shared_iopfl.overlays import SaveOverlayd
-from shared_iopfl.photographs import PhotographReader
-from shared_iopfl.scans import LoadCased
+from shared_iopfl.data.loading import LoadCased
+from shared_iopfl.data.masks import SaveMaskd
+from shared_iopfl.data.photographs.reader import PhotographReader
+from shared_iopfl.report import overlays, pictures
+from shared_iopfl.report.overlays import SaveOverlayd
+from shared_iopfl.utils.errors import InputError
 
 
 @pytest.fixture

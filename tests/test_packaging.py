@@ -25,13 +25,12 @@ import pytest
 import torch
 from monai.bundle import ConfigParser
 
-from shared_iopfl import packaging
 from shared_iopfl.__main__ import main
-from shared_iopfl.errors import InputError
-from shared_iopfl.manifest import check_manifest, release
-from shared_iopfl.models import load_experts, load_scores, load_weights, save_atomically
-from shared_iopfl.packaging import package, publish
-from shared_iopfl.tables import write_rows
+from shared_iopfl.models.files import load_experts, load_scores, load_weights, packaging, save_atomically
+from shared_iopfl.models.manifest import check_manifest, release
+from shared_iopfl.models.packaging import package, publish
+from shared_iopfl.utils.errors import InputError
+from shared_iopfl.utils.tables import write_rows
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = {"features": 4, "image_size": 64, "rounds": 3, "alpha": 0.5}
@@ -201,6 +200,11 @@ def unpacked(archive: str, folder: Path) -> Path:
     return root
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
 @pytest.mark.parametrize("name", ["prostate_iopfl", "fundus_iopfl"])
 def test_a_packed_bundle_is_the_bundle_and_its_code(name: str, tmp_path: Path) -> None:
     """Configs differ by the one import that makes the code known; no weights, caches or results go along."""
@@ -217,8 +221,8 @@ def test_a_packed_bundle_is_the_bundle_and_its_code(name: str, tmp_path: Path) -
             continue
         assert json.loads(after).pop("imports") == ["$import scripts", *json.loads(before).pop("imports")]
         assert [line for line in after.splitlines() if '"$import scripts"' not in line] == before.splitlines()
-    code = {path.name: path.read_bytes() for path in (ROOT / "shared_iopfl").glob("*.py")}
-    assert {path.name: path.read_bytes() for path in (root / "scripts" / "shared_iopfl").iterdir()} == code
+    code = {name: content for name, content in contents(ROOT / "shared_iopfl").items() if name.endswith(".py")}
+    assert contents(root / "scripts" / "shared_iopfl") == code
     assert (root / "scripts" / "__init__.py").read_text().startswith("# Copyright (c) MONAI Consortium")
 
 

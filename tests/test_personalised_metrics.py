@@ -25,8 +25,8 @@ from monai.transforms import AsDiscreted
 from networks import images, unet
 from torch import nn
 
-from shared_iopfl.errors import InputError
-from shared_iopfl.personalised_metrics import PersonalisedMetrics
+from shared_iopfl.handlers.personalised_metrics import PersonalisedMetrics
+from shared_iopfl.utils.errors import InputError
 
 POSTPROCESSING = AsDiscreted(keys=["pred", "label"], argmax=[True, False], to_onehot=2)
 

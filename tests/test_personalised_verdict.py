@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 from runs import METRICS, write_csv
 
-from shared_iopfl.personalised_verdict import personalised_verdict, print_personalised_verdict
-from shared_iopfl.report import write_report
+from shared_iopfl.evaluation.personalised_verdict import personalised_verdict, print_personalised_verdict
+from shared_iopfl.report.run import write_report
 
 
 def run(

@@ -18,10 +18,10 @@ import pytest
 from PIL import Image
 from scipy.ndimage import label as components
 
-from shared_iopfl.errors import InputError
-from shared_iopfl.phantom_fundus import fundus_style
-from shared_iopfl.phantom_prostate import prostate_style
-from shared_iopfl.phantoms import make_fundus_sites, make_prostate_sites
+from shared_iopfl.data.phantoms.fundus import fundus_style
+from shared_iopfl.data.phantoms.prostate import prostate_style
+from shared_iopfl.data.phantoms.sites import make_fundus_sites, make_prostate_sites
+from shared_iopfl.utils.errors import InputError
 
 SIZE = (48, 48, 12)
 

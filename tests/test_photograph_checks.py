@@ -20,9 +20,9 @@ import pytest
 from PIL import Image
 from skimage import data
 
-from shared_iopfl.errors import InputError
-from shared_iopfl.phantom_fundus import fundus_case, fundus_style
-from shared_iopfl.photographs import PhotographReader
+from shared_iopfl.data.phantoms.fundus import fundus_case, fundus_style
+from shared_iopfl.data.photographs.reader import PhotographReader
+from shared_iopfl.utils.errors import InputError
 
 Change = Callable[[np.ndarray], np.ndarray]
 

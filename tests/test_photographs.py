@@ -19,8 +19,8 @@ import pytest
 from monai.transforms import LoadImage
 from PIL import Image
 
-from shared_iopfl.errors import InputError
-from shared_iopfl.photographs import CodedMaskReader, PhotographReader
+from shared_iopfl.data.photographs.reader import CodedMaskReader, PhotographReader
+from shared_iopfl.utils.errors import InputError
 
 
 def colours(height: int = 30, width: int = 40, seed: int = 0) -> np.ndarray:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from shared_iopfl.precision import AutocastInferer
+from shared_iopfl.handlers.precision import AutocastInferer
 
 
 @pytest.mark.parametrize("enabled", [True, False])

@@ -25,14 +25,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import experts, images, mixture, routes_of, unet
 
-from shared_iopfl.errors import InputError
-from shared_iopfl.federation import weighted_average
-from shared_iopfl.photographs import CodedMaskReader, PhotographReader
-from shared_iopfl.routing import collapse, route
-from shared_iopfl.scan_files import case_name, file_ending, find_scans, printable, unique_names
-from shared_iopfl.scans import LoadCased
-from shared_iopfl.sites import fold_cases, split_cases
-from shared_iopfl.stacks import evenly, from_stack, to_stack
+from shared_iopfl.data.loading import LoadCased
+from shared_iopfl.data.photographs.reader import CodedMaskReader, PhotographReader
+from shared_iopfl.data.scan_files import case_name, file_ending, find_scans, printable, unique_names
+from shared_iopfl.data.sites import fold_cases, split_cases
+from shared_iopfl.federation.simulation import weighted_average
+from shared_iopfl.routing.network import collapse, route
+from shared_iopfl.utils.errors import InputError
+from shared_iopfl.utils.stacks import evenly, from_stack, to_stack
 
 few = settings(max_examples=15, deadline=None)
 fractions = st.tuples(*[st.integers(1, 20)] * 3).map(lambda parts: [part / sum(parts) for part in parts])

@@ -22,14 +22,14 @@ from interrupted import BUNDLE
 from site_folders import saml
 from tiny_scans import VALUES, dicom_series, nifti
 
-from shared_iopfl.determinism import set_backends
-from shared_iopfl.errors import InputError
-from shared_iopfl.provenance import InferenceRecorder, write_run
-from shared_iopfl.pseudonyms import under_pseudonyms
-from shared_iopfl.scan_files import find_scans
-from shared_iopfl.scans import LoadCased
-from shared_iopfl.scores import read_json
-from shared_iopfl.tables import read_rows
+from shared_iopfl.data.loading import LoadCased
+from shared_iopfl.data.scan_files import find_scans
+from shared_iopfl.evaluation.pseudonyms import under_pseudonyms
+from shared_iopfl.evaluation.run.determinism import set_backends
+from shared_iopfl.evaluation.run.provenance import InferenceRecorder, write_run
+from shared_iopfl.evaluation.scores import read_json
+from shared_iopfl.utils.errors import InputError
+from shared_iopfl.utils.tables import read_rows
 
 
 @pytest.fixture

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import pytest
 
-from shared_iopfl.errors import InputError
-from shared_iopfl.pseudonyms import COLUMNS, under_pseudonyms
-from shared_iopfl.scan_files import Case
-from shared_iopfl.tables import read_rows, write_rows
+from shared_iopfl.data.scan_files import Case
+from shared_iopfl.evaluation.pseudonyms import COLUMNS, under_pseudonyms
+from shared_iopfl.utils.errors import InputError
+from shared_iopfl.utils.tables import read_rows, write_rows
 
 
 @pytest.fixture

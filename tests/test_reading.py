@@ -21,15 +21,15 @@ from typing import Any
 
 import pytest
 
-from shared_iopfl import reading
-from shared_iopfl.comparison_tables import choices_table
-from shared_iopfl.errors import InputError
-from shared_iopfl.layouts import known_sites, published_parts
-from shared_iopfl.manifest import read_manifest
-from shared_iopfl.models import load_scores
-from shared_iopfl.packaging import publish
-from shared_iopfl.reading import read_json
-from shared_iopfl.scores import read_json as read_own_json
+from shared_iopfl.comparison.tables import choices_table
+from shared_iopfl.data.layouts import known_sites, published_parts
+from shared_iopfl.evaluation.scores import read_json as read_own_json
+from shared_iopfl.models.files import load_scores
+from shared_iopfl.models.manifest import read_manifest
+from shared_iopfl.models.packaging import publish
+from shared_iopfl.utils import reading
+from shared_iopfl.utils.errors import InputError
+from shared_iopfl.utils.reading import read_json
 
 
 def deep(path: Path) -> None:

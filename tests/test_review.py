@@ -22,11 +22,9 @@ from monai.engines import SupervisedEvaluator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-import shared_iopfl.inferers
-from shared_iopfl.inferers import TestTimeRoutingInferer
-from shared_iopfl.objectives import mean_prediction, view_agreement
-from shared_iopfl.records import RoutesRecorder
-from shared_iopfl.review import (
+import shared_iopfl.inferers.routing
+from shared_iopfl.evaluation.records import RoutesRecorder
+from shared_iopfl.evaluation.review import (
     ReviewQuality,
     ReviewRecorder,
     collect_review,
@@ -34,8 +32,10 @@ from shared_iopfl.review import (
     review_quality,
     review_rows,
 )
-from shared_iopfl.settings import preset
-from shared_iopfl.tables import read_rows, write_rows
+from shared_iopfl.inferers.routing import TestTimeRoutingInferer
+from shared_iopfl.routing.objectives import mean_prediction, view_agreement
+from shared_iopfl.routing.settings import preset
+from shared_iopfl.utils.tables import read_rows, write_rows
 
 ORGAN = (slice(4, 12), slice(4, 12))
 
@@ -137,7 +137,7 @@ def test_quality_changes_no_mask_and_costs_no_forward(monkeypatch: pytest.Monkey
     inferer, plain = routing(), routing()
     FORWARDS.clear()
     found, cost = inferer(images, network), len(FORWARDS)
-    monkeypatch.setattr(shared_iopfl.inferers, "view_agreement", lambda *_: {})
+    monkeypatch.setattr(shared_iopfl.inferers.routing, "view_agreement", lambda *_: {})
     FORWARDS.clear()
     assert torch.equal(plain(images, network), found) and len(FORWARDS) == cost
     assert all("quality" in report for report in inferer.reports)

@@ -22,9 +22,9 @@ from hypothesis import strategies as st
 from networks import ARCHITECTURES, experts, images, make, mixture, routes_of, spread, unet, untouched
 from torch import nn
 
-from shared_iopfl.errors import InputError
-from shared_iopfl.routers import FreeRoutes, Router
-from shared_iopfl.routing import RoutedBatchNorm, collapse, route
+from shared_iopfl.routing.network import RoutedBatchNorm, collapse, route
+from shared_iopfl.routing.routers import FreeRoutes, Router
+from shared_iopfl.utils.errors import InputError
 
 PER: tuple[Literal["sample", "volume", "layer"], ...] = ("sample", "volume", "layer")
 ACTIVATIONS = ("softmax", "sigmoid")

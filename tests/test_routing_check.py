@@ -23,12 +23,12 @@ from networks import ARCHITECTURES, experts, images, make, mixture, routes_of, s
 from tiny_inferers import routing
 from torch import Tensor, nn
 
-from shared_iopfl.averaging import average_updates
-from shared_iopfl.errors import InputError
-from shared_iopfl.inferers import TestTimeRoutingInferer
-from shared_iopfl.routing import collapse, route
-from shared_iopfl.settings import RoutingSettings
-from shared_iopfl.stacks import StackInferer
+from shared_iopfl.federation.averaging import average_updates
+from shared_iopfl.inferers.routing import TestTimeRoutingInferer
+from shared_iopfl.routing.network import collapse, route
+from shared_iopfl.routing.settings import RoutingSettings
+from shared_iopfl.utils.errors import InputError
+from shared_iopfl.utils.stacks import StackInferer
 
 
 class ShiftedNorm(nn.BatchNorm2d):
@@ -324,7 +324,7 @@ def test_a_network_of_several_outputs_is_routed_but_not_served(per):
 def test_a_scan_is_checked_once_a_network(monkeypatch):
     """Not again for the next scan; again once the network has changed."""
     inferer, network, seen = routing(), unet(), []
-    monkeypatch.setattr("shared_iopfl.routing.check_routed", lambda *args: seen.append(args))
+    monkeypatch.setattr("shared_iopfl.routing.network.check_routed", lambda *args: seen.append(args))
     for _ in range(2):
         inferer(volume(3), network)
     assert len(seen) == 1

@@ -19,8 +19,8 @@ from monai.networks.utils import convert_to_onnx, convert_to_torchscript
 from networks import ARCHITECTURES, experts, images, make, mixture, routes_of, spread, unet
 from torch import nn
 
-from shared_iopfl.errors import InputError
-from shared_iopfl.routing import RoutedLayer, collapse, route
+from shared_iopfl.routing.network import RoutedLayer, collapse, route
+from shared_iopfl.utils.errors import InputError
 
 
 @torch.no_grad()

@@ -20,14 +20,14 @@ from pathlib import Path
 
 import pytest
 
-from shared_iopfl import run_folder
-from shared_iopfl.errors import InputError
-from shared_iopfl.files import keepers, write_text
-from shared_iopfl.run_folder import claim, claim_training, finish, release
-from shared_iopfl.written import LIST, Written
+from shared_iopfl.evaluation.run import folder as run_folder
+from shared_iopfl.evaluation.run.folder import claim, claim_training, finish, release
+from shared_iopfl.evaluation.run.written import LIST, Written
+from shared_iopfl.utils.errors import InputError
+from shared_iopfl.utils.files import keepers, write_text
 
 HOLDER = (
-    "import sys; from shared_iopfl.run_folder import claim; "
+    "import sys; from shared_iopfl.evaluation.run.folder import claim; "
     "claim('inference', sys.argv[1]); print('held', flush=True); sys.stdin.read()"
 )
 

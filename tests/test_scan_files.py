@@ -23,8 +23,8 @@ from site_folders import names, touch
 from test_dicom import report
 from tiny_scans import AFFINES, MASK, VALUES, nifti
 
-from shared_iopfl.errors import InputError
-from shared_iopfl.scan_files import PICTURES, NotTaken, find_scans, not_taken
+from shared_iopfl.data.scan_files import PICTURES, NotTaken, find_scans, not_taken
+from shared_iopfl.utils.errors import InputError
 
 DICOM = bytes(128) + b"DICM" + bytes(8)
 

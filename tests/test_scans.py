@@ -24,9 +24,9 @@ from monai.transforms import Compose
 from PIL import Image
 from tiny_scans import AFFINES, MASK, PICTURE, RNG, SERIES, VALUES, affine_of, dicom_series, nifti, rotation
 
-from shared_iopfl.errors import InputError, root_input_error
-from shared_iopfl.scan_files import find_scans
-from shared_iopfl.scans import LoadCased
+from shared_iopfl.data.loading import LoadCased
+from shared_iopfl.data.scan_files import find_scans
+from shared_iopfl.utils.errors import InputError, root_input_error
 
 
 def load(path: Path, **options) -> MetaTensor:

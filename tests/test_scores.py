@@ -19,9 +19,9 @@ import numpy as np
 import pytest
 from runs import DASH, INSIDE, METRICS, make_run, write_csv
 
-from shared_iopfl import report
-from shared_iopfl.errors import InputError
-from shared_iopfl.scores import difference, print_table
+from shared_iopfl.evaluation.scores import difference, print_table
+from shared_iopfl.report import run as report
+from shared_iopfl.utils.errors import InputError
 
 
 @pytest.fixture(scope="module")

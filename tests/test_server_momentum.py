@@ -19,9 +19,9 @@ import torch
 from fake_clients import SITES, equal, fakes, make  # noqa: F401
 from networks import unet
 
-from shared_iopfl.errors import InputError
-from shared_iopfl.federation import Federation, weighted_average
-from shared_iopfl.server_momentum import ServerMomentum
+from shared_iopfl.federation.server_momentum import ServerMomentum
+from shared_iopfl.federation.simulation import Federation, weighted_average
+from shared_iopfl.utils.errors import InputError
 
 
 def test_momentum_is_sgd_on_the_difference_to_the_average():

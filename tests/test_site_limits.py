@@ -27,10 +27,10 @@ import torch
 from fake_clients import FakeClient, State, by_hand, equal, fakes, make  # noqa: F401
 from interrupted import BUNDLE, TinyRun
 
-from shared_iopfl.errors import InputError
-from shared_iopfl.models import load_weights
-from shared_iopfl.site_client import SiteClient, time_limit
-from shared_iopfl.tables import read_rows
+from shared_iopfl.federation.client import SiteClient, time_limit
+from shared_iopfl.models.files import load_weights
+from shared_iopfl.utils.errors import InputError
+from shared_iopfl.utils.tables import read_rows
 
 # ---- hanging --------------------------------------------------------------------------------------------------------
 

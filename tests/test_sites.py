@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 from site_folders import dofe, names, saml
 
-from shared_iopfl.errors import InputError
-from shared_iopfl.sites import find_cases, fingerprint, fold_cases, site_cases, split_cases
+from shared_iopfl.data.sites import find_cases, fingerprint, fold_cases, site_cases, split_cases
+from shared_iopfl.utils.errors import InputError
 
 
 def cases_of(*patients: str) -> list[dict[str, str]]:

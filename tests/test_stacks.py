@@ -21,7 +21,7 @@ from monai.inferers import SimpleInferer
 from networks import images, unet, volume
 from torch import Tensor
 
-from shared_iopfl.stacks import StackInferer, from_stack, to_stack
+from shared_iopfl.utils.stacks import StackInferer, from_stack, to_stack
 
 
 @given(st.integers(1, 6), st.integers(1, 2), st.sampled_from([1, 3, 5]))

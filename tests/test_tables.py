@@ -22,8 +22,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shared_iopfl.errors import InputError
-from shared_iopfl.tables import read_rows, replace_rows, write_json, write_rows
+from shared_iopfl.utils.errors import InputError
+from shared_iopfl.utils.tables import read_rows, replace_rows, write_json, write_rows
 
 COLUMNS = ("site", "case", "value")
 

@@ -26,13 +26,13 @@ from monai.data import DataLoader
 from monai.transforms import Compose
 from tiny_scans import VALUES, nifti
 
-from shared_iopfl.errors import InputError, root_input_error
-from shared_iopfl.inferers import TestTimeRoutingInferer
-from shared_iopfl.masks import SaveMaskd
-from shared_iopfl.records import RoutesRecorder
-from shared_iopfl.scan_files import find_scans
-from shared_iopfl.scans import LoadCased
-from shared_iopfl.tolerant import Failure, ScanWriter, TolerantDataset, TolerantEvaluator, tolerant_collate
+from shared_iopfl.data.loading import LoadCased
+from shared_iopfl.data.masks import SaveMaskd
+from shared_iopfl.data.scan_files import find_scans
+from shared_iopfl.evaluation.records import RoutesRecorder
+from shared_iopfl.evaluation.tolerant import Failure, ScanWriter, TolerantDataset, TolerantEvaluator, tolerant_collate
+from shared_iopfl.inferers.routing import TestTimeRoutingInferer
+from shared_iopfl.utils.errors import InputError, root_input_error
 
 Fault = Callable[[str], None]
 
@@ -132,7 +132,7 @@ def test_a_scan_that_fails_at_any_stage_is_named_and_the_others_are_written(scan
 def test_a_failed_scans_report_is_not_taken_for_the_next_ones(scans, tmp_path, stage):
     output, kept = tmp_path / "out", {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("shared_iopfl.records.write_routes", lambda cases, _: kept.update(cases))
+        patch.setattr("shared_iopfl.evaluation.records.write_routes", lambda cases, _: kept.update(cases))
         with pytest.raises(InputError, match="1 of 4"):
             serve(scans, output, **{stage: fault("b", RuntimeError())})
     assert {case: report["of"] for case, report in kept.items()} == {name: name for name in "acd"}
@@ -189,7 +189,7 @@ def test_a_full_disk_ends_the_run_in_its_own_line(scans, tmp_path, monkeypatch):
     def full(array: np.ndarray, source: Path, affine: Any, target: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("shared_iopfl.masks._write", full)
+    monkeypatch.setattr("shared_iopfl.data.masks._write", full)
     with pytest.raises(InputError, match=r"cannot write to .*No space left"):
         serve(scans, tmp_path)
     assert not (tmp_path / "failed.csv").exists()

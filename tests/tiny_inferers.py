@@ -19,9 +19,9 @@ import torch
 from networks import experts, images
 from torch import Tensor
 
-from shared_iopfl.inferers import TestTimeRoutingInferer
-from shared_iopfl.routing import RoutedNetwork
-from shared_iopfl.settings import preset
+from shared_iopfl.inferers.routing import TestTimeRoutingInferer
+from shared_iopfl.routing.network import RoutedNetwork
+from shared_iopfl.routing.settings import preset
 
 ADAPTING = {"steps": 2, "agreement": 0.0}
 # an adaptation that improves its objective on any network, so that the guard lets it pass

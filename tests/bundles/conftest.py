@@ -24,7 +24,7 @@ import torch
 from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.utils import set_determinism
 
-from shared_iopfl.phantoms import make_fundus_sites, make_prostate_sites
+from shared_iopfl.data.phantoms.sites import make_fundus_sites, make_prostate_sites
 
 BUNDLES = Path(__file__).parents[2] / "bundles"
 TINY: dict[str, Any] = {"image_size": 32, "features": 4, "device": "cpu"}

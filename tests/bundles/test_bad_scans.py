@@ -31,8 +31,8 @@ from bad_scans import CORPORA, Corpus, make_corpus
 from monai.bundle import ConfigWorkflow
 from PIL import Image, ImageOps
 
-from shared_iopfl.errors import root_input_error
-from shared_iopfl.scan_files import find_scans, printable
+from shared_iopfl.data.scan_files import find_scans, printable
+from shared_iopfl.utils.errors import root_input_error
 
 BUNDLES = Path(__file__).parents[2] / "bundles"
 ODD = {"prostate_iopfl": ("sheared.nii.gz", "one_row.nii.gz"), "fundus_iopfl": ("turned.jpg", "palette.png")}

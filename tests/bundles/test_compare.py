@@ -21,10 +21,10 @@ from typing import Any
 import pytest
 from monai.bundle import ConfigParser, ConfigWorkflow
 
-from shared_iopfl.comparison import COLUMNS, PERSONAL, Comparison
-from shared_iopfl.errors import InputError
-from shared_iopfl.sites import find_cases
-from shared_iopfl.tables import read_rows, write_rows
+from shared_iopfl.comparison.protocol import COLUMNS, PERSONAL, Comparison
+from shared_iopfl.data.sites import find_cases
+from shared_iopfl.utils.errors import InputError
+from shared_iopfl.utils.tables import read_rows, write_rows
 
 BUNDLES = Path(__file__).parents[2] / "bundles"
 SITES = ["A", "B", "E"]

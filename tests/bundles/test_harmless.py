@@ -25,8 +25,8 @@ import pytest
 from monai.bundle import ConfigParser
 from PIL import Image
 
-from shared_iopfl.phantom_fundus import fundus_case, fundus_style
-from shared_iopfl.phantom_prostate import prostate_case, prostate_style
+from shared_iopfl.data.phantoms.fundus import fundus_case, fundus_style
+from shared_iopfl.data.phantoms.prostate import prostate_case, prostate_style
 
 BUNDLES = ("prostate_iopfl", "fundus_iopfl")
 SIZE = 32

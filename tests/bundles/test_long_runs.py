@@ -26,9 +26,9 @@ from interrupted import TinyRun
 from monai.bundle import ConfigWorkflow
 from monai.utils import set_determinism
 
-from shared_iopfl.errors import root_input_error
-from shared_iopfl.federation import Federation
-from shared_iopfl.tolerant import TolerantEvaluator
+from shared_iopfl.evaluation.tolerant import TolerantEvaluator
+from shared_iopfl.federation.simulation import Federation
+from shared_iopfl.utils.errors import root_input_error
 
 ROUNDS, SCANS = 200, 500
 SETTLED = 0.2  # of a run: caches are full by then

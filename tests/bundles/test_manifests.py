@@ -20,10 +20,10 @@ from pathlib import Path
 
 import pytest
 
-from shared_iopfl.architecture import check_architecture
-from shared_iopfl.errors import InputError, root_input_error
-from shared_iopfl.manifest import check_manifest
-from shared_iopfl.packaging import publish
+from shared_iopfl.models.architecture import check_architecture
+from shared_iopfl.models.manifest import check_manifest
+from shared_iopfl.models.packaging import publish
+from shared_iopfl.utils.errors import InputError, root_input_error
 
 ROOT = Path(__file__).parents[2]
 SHORT = {"rounds": 1, "own_rounds": 0, "shares": [], "passes": 1, "val_interval": 0}

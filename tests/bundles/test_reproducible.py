@@ -24,9 +24,9 @@ from interrupted import TinyRun
 from monai.bundle import ConfigWorkflow
 from tiny_scans import dicom_series, nifti
 
-from shared_iopfl.errors import root_input_error
-from shared_iopfl.models import load_weights
-from shared_iopfl.tables import read_rows
+from shared_iopfl.models.files import load_weights
+from shared_iopfl.utils.errors import root_input_error
+from shared_iopfl.utils.tables import read_rows
 
 Run = Callable[..., ConfigWorkflow]
 

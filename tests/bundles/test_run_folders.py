@@ -21,10 +21,10 @@ from typing import Any
 import pytest
 from monai.bundle import ConfigWorkflow
 
-from shared_iopfl.errors import InputError, root_input_error
-from shared_iopfl.masks import SaveMaskd
-from shared_iopfl.models import load_experts
-from shared_iopfl.tables import read_rows
+from shared_iopfl.data.masks import SaveMaskd
+from shared_iopfl.models.files import load_experts
+from shared_iopfl.utils.errors import InputError, root_input_error
+from shared_iopfl.utils.tables import read_rows
 
 Run = Callable[..., ConfigWorkflow]
 GLANCE: dict[str, Any] = {"rounds": 1, "passes": 1, "own_rounds": 0, "shares": [], "val_interval": 0}

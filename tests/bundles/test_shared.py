@@ -75,8 +75,8 @@ def test_handlers_differ_in_measures_only(config: str) -> None:
 
 def test_no_python_asks_which_task_it_serves() -> None:
     """No module but the phantoms compares anything with a task's name or imports from a bundle."""
-    for path in (ROOT / "shared_iopfl").glob("*.py"):
-        if path.name.startswith("phantom") or path.name == "__main__.py":
+    for path in (ROOT / "shared_iopfl").rglob("*.py"):
+        if path.parent.name == "phantoms" or path.name == "__main__.py":
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Compare):

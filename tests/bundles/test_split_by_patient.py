@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from shared_iopfl.sites import find_cases
+from shared_iopfl.data.sites import find_cases
 
 ROOT = Path(__file__).parents[2]
 BUNDLE = "bundles/fundus_iopfl"

@@ -33,10 +33,10 @@ from monai.bundle import (
     verify_net_in_out,
 )
 
-from shared_iopfl.errors import root_input_error
-from shared_iopfl.manifest import check_manifest
-from shared_iopfl.models import load_experts, load_weights
-from shared_iopfl.routing import check_experts
+from shared_iopfl.models.files import load_experts, load_weights
+from shared_iopfl.models.manifest import check_manifest
+from shared_iopfl.models.weights import check_experts
+from shared_iopfl.utils.errors import root_input_error
 
 BUNDLES = Path(__file__).parents[2] / "bundles"
 NAMES = sorted(path.parents[1].name for path in BUNDLES.glob("*/configs/metadata.json"))

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from fundus_runs import as_dofe
 
-from shared_iopfl.phantoms import make_fundus_sites
+from shared_iopfl.data.phantoms.sites import make_fundus_sites
 
 
 @pytest.fixture(scope="module")

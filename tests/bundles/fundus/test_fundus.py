@@ -40,8 +40,8 @@ from fundus_runs import (
 )
 from PIL import Image
 
-from shared_iopfl import records
-from shared_iopfl.sites import site_cases
+from shared_iopfl.data.sites import site_cases
+from shared_iopfl.evaluation import records
 
 # enough for disc and cup to be learnt, in seconds
 LEARN: dict[str, Any] = {

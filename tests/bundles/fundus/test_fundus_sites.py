@@ -35,8 +35,8 @@ from fundus_runs import (
 )
 from PIL import Image
 
-from shared_iopfl.federation import Federation
-from shared_iopfl.sites import site_cases
+from shared_iopfl.data.sites import site_cases
+from shared_iopfl.federation.simulation import Federation
 
 
 @dataclass

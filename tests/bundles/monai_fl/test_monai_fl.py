@@ -41,7 +41,7 @@ from monai.fl.client import MonaiAlgo, MonaiAlgoStats
 from monai.fl.utils.constants import ExtraItems, FlStatistics, ModelType, WeightType
 from torch import Tensor
 
-from shared_iopfl.sites import site_cases
+from shared_iopfl.data.sites import site_cases
 
 pytestmark = pytest.mark.filterwarnings("ignore:executing the bundle config")
 

@@ -37,10 +37,10 @@ from monai.fl.client import MonaiAlgo
 from monai.fl.utils.constants import ExtraItems
 from torch import Tensor
 
-from shared_iopfl.errors import root_input_error
-from shared_iopfl.federation import SiteClient
-from shared_iopfl.manifest import check_manifest, write_manifest
-from shared_iopfl.sites import site_cases
+from shared_iopfl.data.sites import site_cases
+from shared_iopfl.federation.simulation import SiteClient
+from shared_iopfl.models.manifest import check_manifest, write_manifest
+from shared_iopfl.utils.errors import root_input_error
 
 pytestmark = pytest.mark.filterwarnings("ignore:executing the bundle config")
 

@@ -22,8 +22,8 @@ import pytest
 import torch
 from prostate_runs import FEDERATE, Run, equal, load, rows, weights
 
-from shared_iopfl.federation import Federation, SiteClient
-from shared_iopfl.sites import site_cases
+from shared_iopfl.data.sites import site_cases
+from shared_iopfl.federation.simulation import Federation, SiteClient
 
 
 @dataclass

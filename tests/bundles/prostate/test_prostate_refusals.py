@@ -22,8 +22,8 @@ from typing import Any
 import pytest
 from prostate_runs import BUNDLE, FEDERATE, Run
 
-from shared_iopfl.errors import root_input_error
-from shared_iopfl.sites import site_cases
+from shared_iopfl.data.sites import site_cases
+from shared_iopfl.utils.errors import root_input_error
 
 
 def broken(sites_dir: Path, folder: Path, name: str, content: bytes | None) -> Path:

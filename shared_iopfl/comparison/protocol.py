@@ -1,0 +1,369 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The protocol that tells what pays: every method on every site, by folds inside and left-out sites outside.
+
+Inside, all sites are federated, each site's test cases are scored once (by the published split, or cross-validated by
+patient), and what a method has to choose it chooses on the sites' validation cases. Outside, each site is left out in
+turn: the others are federated, and all its cases are scored without a label of it having been used; settings can be
+chosen by an inner leave-one-site-out among the sites inside. Nothing is run twice: an interrupted comparison goes on.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from shared_iopfl.comparison.fine_tuning import fine_tune
+from shared_iopfl.comparison.scores import COMPARED
+from shared_iopfl.comparison.training import EXPERTS, POOLED, Trainings, keep_models
+from shared_iopfl.data.layouts import PARTS
+from shared_iopfl.evaluation.review import collect_review
+from shared_iopfl.evaluation.scores import finite_mean
+from shared_iopfl.evaluation.scoring import Scoring, raise_failures
+from shared_iopfl.evaluation.tolerant import Failure
+from shared_iopfl.federation.simulation import Federation
+from shared_iopfl.models.files import GLOBAL, model_path, save_atomically
+from shared_iopfl.utils.config_values import Expression
+from shared_iopfl.utils.errors import InputError
+from shared_iopfl.utils.names import check_file_name, check_sites
+from shared_iopfl.utils.tables import read_rows, write_json, write_rows
+
+__all__ = ["Comparison", "best_of"]
+
+logger = logging.getLogger(__name__)
+COLUMNS = ("seed", "fold", "site", "role", "method", "case", "metric", "value")
+FEDAVG = "FedAvg"
+PERSONAL = ("average", "average, interpolated", "personalised")  # what a site makes of it for itself
+
+
+class Comparison:
+    """Trains and scores; writes ``comparison.csv``, ``choices.json`` and a folder a run.
+
+    A run's folder ``seed<k>/inside_<fold>`` or ``seed<k>/outside_<site>`` holds the federation of each training method,
+    ``metrics.csv``, ``cases.csv`` and ``masks/``.
+
+    Args:
+        bundle_root: the bundle whose ``train.json`` and ``evaluate.json`` (with ``baselines.json``) are run.
+        dataset_dir: folder of the sites.
+        output_dir: where the files go.
+        sites: all sites.
+        rounds: of every federation.
+        seeds: of networks, augmentation and splits; the whole protocol is run once with each.
+        folds: inside, 1: the published split; more: cross-validation by patient.
+        server_momentum: of every federation, as in :class:`Federation`; a method's overrides may hold another one.
+        training: overrides of the training config, for all methods alike.
+        scoring: overrides of the evaluation config.
+        inside: method -> overrides of the training config. A key "model" says which of the run's models it is:
+            "global", "norms" (with the site's own norm layers), "ditto" (the site's own of Ditto) or "local" (each
+            site alone).
+        own_rounds, shares: what a site makes of its personalised model once the last round is over, as in
+            :class:`Federation`: the method "personalised". The moving average as it is, and chosen among the shares
+            without rounds of its own, are the methods "average" and "average, interpolated".
+        fine_tuning: rounds of fine-tuning at the tail's rate for the method "fine-tuned"; 0 leaves it out.
+        outside: method -> overrides of the evaluation config; a key "baseline" names an inferer of ``baselines.json``.
+        candidates: name -> routing settings, among which the method "chosen" picks one by an inner leave-one-site-out;
+            none: no such method.
+        pooled: overrides of the training config for the method "pooled", inside and outside: one network trained for as
+            many epochs on the cases of all the federation's sites together, which no federation is allowed to do. None:
+            no such method.
+        federations: name -> overrides of the training config: outside, the global model of the federation that they
+            train, as a method of that name. Which of them the other sites would choose for each site left out, without
+            its scores, is written to ``federations.json``.
+        virtual: names of virtual scanners of ``virtual.json``: inside, each training method is scored on the test cases
+            as such a scanner would have taken them. Sites nobody has tuned on, where labels are allowed.
+        labelled: add the bound of routes fitted with the outside site's labels.
+    """
+
+    def __init__(
+        self,
+        bundle_root: str,
+        dataset_dir: str,
+        output_dir: str,
+        sites: Sequence[str],
+        rounds: int,
+        seeds: Sequence[int] = (0,),
+        folds: int = 1,
+        server_momentum: float = 0.0,
+        training: Mapping[str, Any] | None = None,
+        scoring: Mapping[str, Any] | None = None,
+        inside: Mapping[str, Mapping[str, Any]] | None = None,
+        own_rounds: int = 0,
+        shares: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
+        fine_tuning: int = 0,
+        outside: Mapping[str, Mapping[str, Any]] | None = None,
+        candidates: Mapping[str, Mapping[str, Any]] | None = None,
+        pooled: Mapping[str, Any] | None = None,
+        federations: Mapping[str, Mapping[str, Any]] | None = None,
+        virtual: Sequence[str] = (),
+        labelled: bool = True,
+    ) -> None:
+        if len(sites) < 2:
+            raise InputError(
+                f"a comparison leaves each site out in turn: it needs two sites or more, got {list(sites)}."
+            )
+        self.bundle_root = bundle_root
+        self.dataset_dir = dataset_dir
+        self.output_dir = Path(output_dir)
+        self.sites = check_sites(sites)
+        self.rounds = rounds
+        self.seeds = list(seeds)
+        self.folds = folds
+        self.training = dict(training or {})
+        self.scoring = dict(scoring or {})
+        self.failures: list[Failure] = []
+        self.inside_methods = dict(inside or {})
+        self.own_rounds = own_rounds
+        self.shares = tuple(shares)
+        self.fine_tuning = fine_tuning
+        self.outside_methods = dict(outside or {})
+        self.candidates = dict(candidates or {})
+        self.pooled = pooled
+        self.federations = dict(federations or {})
+        self.virtual = list(virtual)
+        self.labelled = labelled
+        self.trainings = Trainings(
+            bundle_root,
+            dataset_dir,
+            self.output_dir,
+            rounds,
+            training or {},
+            server_momentum,
+            own_rounds,
+            shares,
+            pooled,
+        )
+
+    # inside ----------------------------------------------------------------------------------------------------------
+
+    def inside(self) -> None:
+        """Every seed and fold: each training method, scored on every site's test cases of the fold."""
+        for seed in self.seeds:
+            for fold in range(self.folds):
+                self._inside_run(seed, fold, self.output_dir / f"seed{seed}" / f"inside_{fold}")
+                self.collect()
+
+    def _inside_run(self, seed: int, fold: int, run: Path) -> None:
+        def cases(split: str, site: str = "@site") -> str:
+            seeded = f"seed={seed:d}, patient=@patient"
+            if self.folds == 1:
+                return f"sites.site_cases(@dataset_dir, {site}, '{split}', {seeded}, fractions=@fractions)"
+            folds = f"fold={fold:d}, folds={self.folds:d}"
+            return f"sites.fold_cases(@dataset_dir, {site}, '{split}', {folds}, {seeded})"
+
+        parts = {split: Expression(f"${cases(split)}") for split in PARTS}
+        data = {"train#dataset#data": parts["train"], "validate#dataset#data": parts["validation"]}
+        tested = {"role": "inside", "mode": "off", "validate#dataset#data": parts["test"]}
+        for method, options in self.inside_methods.items():
+            options = dict(options)
+            kind = options.pop("model", GLOBAL)
+            test = {**tested, **_architecture(options)}
+            own = [*PERSONAL, *(["fine-tuned"] if self.fine_tuning else [])]
+            produced = [method, *own] if method == FEDAVG else [method]
+            if all(self._scored(run, site, name) for site in self.sites for name in produced):
+                continue
+            logger.info("seed %d, fold %d: %s", seed, fold, method)
+            models = run / "models" / method
+            if kind == "local":
+                for site in self.sites:
+                    alone = self.trainings.federate([site], seed, run / method / site, {**data, **options})
+                    save_atomically(alone.weights, model_path(str(models), "personalised", site))
+            else:
+                federation = self.trainings.federate(self.sites, seed, run / method, {**data, **options})
+                keep_models(federation, kind, models)
+                if method == FEDAVG:
+                    self._personal(federation, run, test)
+            for site in self.sites:
+                self._score(run, site, method, model_path(str(models), "personalised", site), **test)
+            self._score_virtual(run, method, models, test)
+        if self.pooled is not None and not all(self._scored(run, site, POOLED) for site in self.sites):
+            path = self.trainings.pool(self.sites, seed, run / "models" / POOLED, cases("train", "site"))
+            for site in self.sites:
+                self._score(run, site, POOLED, path, **tested)
+            self._score_virtual(run, POOLED, Path(path).parent, tested)
+
+    def _score_virtual(self, run: Path, method: str, models: Path, test: Mapping[str, Any]) -> None:
+        """A method on the test cases of a fold, as each virtual scanner takes them."""
+        for name in self.virtual:
+            folder = run.with_name(f"virtual_{name}_{run.name.removeprefix('inside_')}")
+            for site in self.sites:
+                own = Path(model_path(str(models), "personalised", site))
+                path = own if own.is_file() else model_path(str(models))
+                options = {
+                    **test,
+                    "role": "virtual",
+                    "acquisition": Expression(f"@virtual#{check_file_name(name, 'virtual scanner')}"),
+                }
+                self._score(folder, site, method, str(path), **options)
+
+    def _personal(self, federation: Federation, run: Path, test: Mapping[str, Any]) -> None:
+        """What each site makes of FedAvg for itself: the moving average, what it settles on, fine-tuning."""
+        shares: dict[str, list[float]] = {}
+        for site, client in federation.clients.items():
+            before = copy.deepcopy(client.state_dict())
+            made: dict[str, Mapping[str, Tensor]] = {}
+            for name, settled in zip(PERSONAL, ((0, ()), (0, self.shares), (self.own_rounds, self.shares))):
+                shares.setdefault(site, []).append(client.settle(federation.weights, *settled))
+                made[name] = {key: tensor.cpu().clone() for key, tensor in client.personalised.items()}
+                client.load_state_dict(before)
+            if self.fine_tuning:
+                made["fine-tuned"] = fine_tune(client, federation.weights, self.fine_tuning)
+            for name, weights in made.items():
+                path = model_path(str(run / "models" / name), "personalised", site)
+                save_atomically(dict(weights), path)
+                self._score(run, site, name, path, **test)
+        write_json(run / "shares.json", {site: dict(zip(PERSONAL, chosen)) for site, chosen in shares.items()})
+
+    # outside ---------------------------------------------------------------------------------------------------------
+
+    def outside(self) -> None:
+        """Every seed, each site left out in turn: every method on all its cases."""
+        chosen = []
+        for seed in self.seeds:
+            for site in self.sites:
+                others = [other for other in self.sites if other != site]
+                run = self.output_dir / f"seed{seed}" / f"outside_{site}"
+                models = self.trainings.experts(others, seed)
+                self._outside_methods(run, site, models, others, seed)
+                if self.candidates and len(others) > 1:
+                    name, means = self._choose(seed, others)
+                    chosen.append({"seed": seed, "fold": site, "choice": name, "candidates": means})
+                    write_json(self.output_dir / "choices.json", chosen)
+                    options = {"mode": "episodic", "preset": "default", "routing": self.candidates[name]}
+                    self._score(run, site, "chosen", model_path(models), **self._outside(models, **options))
+                self.collect()
+        self._choose_federations()
+
+    def _choose_federations(self) -> None:
+        """For each site, which training the other sites would choose where each of them is left out."""
+        names = ["global", *self.federations]
+        rows = [row for row in read_rows(self.output_dir / "comparison.csv") if row["role"] == "outside"]
+        dice = {
+            (name, site): [
+                float(row["value"])
+                for row in rows
+                if (row["method"], row["site"], row["metric"]) == (name, site, "dice")
+            ]
+            for name in names
+            for site in self.sites
+        }
+        chosen = []
+        for site in self.sites if self.federations and len(self.sites) > 2 else ():
+            best, means = best_of({n: [finite_mean(dice[n, o]) for o in self.sites if o != site] for n in names})
+            chosen.append({"seed": "all", "fold": site, "choice": best, "candidates": means})
+        if chosen:
+            write_json(self.output_dir / "federations.json", chosen)
+
+    def _outside_methods(self, run: Path, site: str, models: str, others: Sequence[str], seed: int) -> None:
+        for method, options in self.outside_methods.items():
+            logger.info("outside %s: %s", site, method)
+            self._score(run, site, method, model_path(models), **self._outside(models, **options))
+        for method, training in self.federations.items():
+            path = model_path(self.trainings.experts(others, seed, method, training))
+            self._score(run, site, method, path, **self._outside(models, mode="off"), **_architecture(training))
+        for expert in others:
+            path = model_path(models, "personalised", expert)
+            self._score(run, site, f"expert {expert}", path, **self._outside(models, mode="off"))
+        if self.pooled is not None and not self._scored(run, site, POOLED):
+            cases = (
+                f"sites.site_cases(@dataset_dir, site, 'train', seed={seed:d}, fractions={EXPERTS}, patient=@patient)"
+            )
+            path = self.trainings.pool(others, seed, run / "models" / POOLED, cases)
+            self._score(run, site, POOLED, path, **self._outside(models, mode="off"))
+        if self.labelled and not self._scored(run, site, "labelled routes"):
+            path = str(run / "models" / "labelled.pt")
+            save_atomically(self.trainings.fit_with_labels(site, models), path)
+            self._score(run, site, "labelled routes", path, **self._outside(models, mode="off"))
+
+    def _outside(self, models: str, **options: Any) -> dict[str, Any]:
+        if "baseline" in options:
+            baseline = check_file_name(options.pop("baseline"), "baseline")
+            options["validate#inferer"] = Expression(f"@baselines#{baseline}")
+        return {"role": "outside", "split": "all", "ckpt_dir": models, **options}
+
+    def _choose(self, seed: int, sites: Sequence[str]) -> tuple[str, dict[str, float]]:
+        """The candidate that does best where each of these sites plays the outsider for the rest of them."""
+        means: dict[str, list[float]] = {name: [] for name in self.candidates}
+        for site in sites:
+            others = [other for other in sites if other != site]
+            models = self.trainings.experts(others, seed)
+            run = self.output_dir / f"seed{seed}" / ("inner_" + "+".join(sorted(others)))
+            for name, routing in self.candidates.items():
+                options = {"mode": "episodic", "preset": "default", "routing": routing}
+                self._score(run, site, name, model_path(models), **self._outside(models, **options))
+                scores = [float(row["value"]) for row in self._rows(run, site, name) if row["metric"] == "dice"]
+                means[name].append(finite_mean(scores))
+        return best_of(means)
+
+    # both ------------------------------------------------------------------------------------------------------------
+
+    def _score(self, run: Path, site: str, method: str, path: str, **options: Any) -> None:
+        if not self._scored(run, site, method):
+            common = {**self.scoring, "dataset_dir": self.dataset_dir, "ckpt": path}
+            scoring = Scoring(self.bundle_root, str(run), common, ("evaluate", "baselines", "virtual"))
+            scoring.score(site, method, **options)
+            self.failures += scoring.failures
+
+    def finish(self) -> None:
+        """Raise `InputError` where cases could not be scored."""
+        raise_failures(self.failures)
+
+    def _rows(self, run: Path, site: str, method: str) -> list[dict[str, str]]:
+        rows = read_rows(run / "metrics.csv") if (run / "metrics.csv").is_file() else []
+        return [row for row in rows if row["site"] == site and row["model"] == method]
+
+    def _scored(self, run: Path, site: str, method: str) -> bool:
+        return bool(self._rows(run, site, method))
+
+    def collect(self) -> None:
+        """Gather the runs' scores in ``comparison.csv``, and those of the review lists in ``review.csv``."""
+        rows = []
+        for path in sorted(self.output_dir.glob("seed*/*_*/metrics.csv")):
+            role, _, fold = path.parts[-2].partition("_")
+            if role not in COMPARED:
+                continue
+            scanner, _, fold = fold.rpartition("_") if role == "virtual" else ("", "", fold)
+            for row in read_rows(path):
+                row = {**row, "seed": path.parts[-3].removeprefix("seed"), "fold": fold, "method": row["model"]}
+                if scanner:  # the scanner is the site, its cases those of all sites
+                    row |= {"site": scanner, "case": f"{row['site']} {row['case']}"}
+                rows.append(row)
+        write_rows(self.output_dir / "comparison.csv", COLUMNS, [{key: row[key] for key in COLUMNS} for row in rows])
+        collect_review(self.output_dir)
+
+
+def best_of(means: Mapping[str, Sequence[float]]) -> tuple[str, dict[str, float]]:
+    """The candidate with the highest mean over sites, and all their means.
+
+    Args:
+        means: candidate -> at each site its mean Dice, over the cases where it is defined (a case with an empty
+            reference has none, whatever the candidate). A site where no case has one counts for no candidate.
+
+    Raises:
+        InputError: where no site has a defined Dice for all of them.
+    """
+    sites = [of_site for of_site in zip(*means.values()) if all(map(math.isfinite, of_site))]
+    if not sites:
+        raise InputError(
+            "nothing to choose by: at no site has every candidate a defined Dice; are all references empty?"
+        )
+    mean = {name: sum(values) / len(sites) for name, values in zip(means, zip(*sites))}
+    return max(mean, key=lambda name: mean[name]), mean
+
+
+def _architecture(training: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a training's overrides is the network's, which its scoring has to know as well."""
+    return {key: value for key, value in training.items() if key.startswith("network_def")}

@@ -1,0 +1,208 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The report of a comparison: ``comparison.md``, ``report.html`` and a short table, from the files in its folder.
+
+Nothing is computed from scans or networks. Beside ``comparison.csv`` every file may be missing: what it would show is
+left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+
+import numpy as np
+
+from shared_iopfl.comparison.cases import Shifts, cases_section, read_shifts
+from shared_iopfl.comparison.scores import BEST_EXPERT, read_comparison
+from shared_iopfl.comparison.tables import POOLED, Contest, choices_table, facts, interval, reading_notes
+from shared_iopfl.evaluation.scores import DASH, read_json, show
+from shared_iopfl.report import charts
+from shared_iopfl.report.documents import Block, Bullets, Heading, Text, markdown, to_html
+from shared_iopfl.report.pages import page, picture
+from shared_iopfl.report.run import _run_section
+from shared_iopfl.utils.errors import InputError
+from shared_iopfl.utils.files import write_text
+
+__all__ = ["print_comparison", "write_comparison"]
+
+REFERENCE = {"inside": "FedAvg", "outside": "global", "virtual": "FedAvg"}
+OWN = {"inside": "personalised", "outside": "default"}
+BOUNDS = ("labelled routes", POOLED)
+_USE = "Figures are foreground Dice of held-out patients. For research use only, not for diagnosis."
+
+_SHIFT = (
+    "The shift is the scan's distance from the experts, as the method measures it without labels. A dial that works "
+    "gains where the shift is large and stays at 0 where there is none."
+)
+
+
+def write_comparison(
+    output_dir: str | Path,
+    reference: Mapping[str, str] = REFERENCE,
+    own: Mapping[str, str] = OWN,
+    bounds: Sequence[str] = BOUNDS,
+    title: str = "Comparison",
+) -> Path:
+    """Write ``comparison.md`` and ``report.html`` of a comparison into its folder.
+
+    Args:
+        output_dir: folder with ``comparison.csv`` and, if there are any, ``choices.json``, ``run.json`` and the runs'
+            ``seed<k>/<role>_<fold>/``, from whose ``cases.csv`` and ``masks/`` cases are shown.
+        reference: role -> the method that differences are taken to.
+        own: role -> the method that is held to the targets; where it was not run, nothing is said about it.
+        bounds: methods that used labels or hindsight: shown in italics, never among the winners.
+        title: heading of both.
+
+    Returns:
+        Path of ``report.html``.
+
+    Raises:
+        InputError: when ``comparison.csv`` is missing or not as it must be, a method lacks a case that others have, or
+            the reference is not among the methods.
+    """
+    output_dir = Path(output_dir)
+    contests = _contests(output_dir, reference, own, bounds)
+    shifts = [read_shifts(output_dir, contest) for contest in contests]
+    items = [item for c, s in zip(contests, shifts) for item in [*c.in_short(), *(s.in_short() if s else [])]]
+    short: list[Block] = [Heading("In short"), Bullets(items)] if items else []
+    intro = facts(contests)
+    text: list[Block] = [Text(intro), Text(_USE), *short]
+    body = f'<p class="facts">{escape(intro)}</p><p class="use">{escape(_USE)}</p>{to_html(short)}'
+    for contest, measured in zip(contests, shifts):
+        of_role, pictured = _role_parts(output_dir, contest, measured)
+        text += of_role
+        body += pictured
+    choices, trainings = choices_table(output_dir), choices_table(output_dir, "federations.json")
+    notes = Text(reading_notes(any(contest.bounds & {*contest.dice.methods} for contest in contests)), "caption")
+    last: list[Block] = [Heading("How to read this"), notes]
+    if choices:
+        why = "Mean Dice of each candidate where the other sites were left out in turn among themselves; bold: highest."
+        last = [Heading("What was chosen without the site left out"), choices, Text(why, "caption"), *last]
+    if trainings:
+        why = "Mean Dice of each training's global model at the other sites, each left out in turn; bold: highest."
+        last = [Heading("Which training the other sites choose"), trainings, Text(why, "caption"), *last]
+    body += to_html(last) + _run_section(read_json(output_dir / "run.json"))
+    write_text(output_dir / "comparison.md", markdown(title, [*text, *last]))
+    write_text(output_dir / "report.html", page(title, body))
+    return output_dir / "report.html"
+
+
+def _contests(
+    output_dir: Path, reference: Mapping[str, str], own: Mapping[str, str], bounds: Sequence[str]
+) -> list[Contest]:
+    contests = []
+    for role, metrics in read_comparison(output_dir).items():
+        methods = metrics["dice"].methods
+        if reference.get(role) not in methods:
+            raise InputError(
+                f"{output_dir / 'comparison.csv'} has no method '{reference.get(role)}' {role}: choose reference among "
+                + ", ".join(methods)
+            )
+        ours = own.get(role)
+        unreachable = frozenset({*bounds, BEST_EXPERT})
+        contests.append(Contest(role, metrics, reference[role], ours if ours in methods else None, unreachable))
+    return contests
+
+
+def _role_parts(output_dir: Path, contest: Contest, shifts: Shifts | None) -> tuple[list[Block], str]:
+    """The tables of a role, and its part of the page, which has pictures besides."""
+    role = contest.role.capitalize()
+    scores: list[Block] = [Heading(role), Heading("Dice by site", 3), contest.means()]
+    reference: list[Block] = [Heading(f"Against {contest.reference}", 3), contest.against_reference()]
+    others: list[Block] = []
+    if table := contest.against_others():
+        others = [Heading(f"{contest.own} against every other method", 3), table]
+    # what is the same for every method, such as a measure of the reference masks, tells nothing of the methods
+    more = [m for m, scores in contest.metrics.items() if m != "dice" and np.ptp(scores.site_means, axis=0).any()]
+    means = [contest.means(metric) for metric in more]
+    measures: list[Block] = [Heading("Other measures", 3), *means] if means else []
+    sites: list[Block] = []
+    if table := contest.by_site(shifts.means() if shifts else {}):
+        sites = [Heading(f"{contest.own} site by site", 3), table]
+        sites += [Text(_SHIFT, "caption")] if shifts else []
+    shown = cases_section(output_dir, contest)
+    if shown:
+        dashed = "global model" if contest.reference == "global" else f"global model, {contest.reference}"
+        caption = (
+            f"Of each site the mask with the lowest Dice of {contest.own}, the one that gained most and the one that "
+            f"lost most against {contest.reference}. Outlines of {contest.own}, of the reference drawn by people "
+            f"and, dashed, of the {dashed}. Of a volume, the axial slice with the largest disagreement in radiological "
+            "convention; of a picture every class is outlined."
+        )
+        shown = to_html([Heading(f"Cases {contest.role}", 3), Text(caption, "caption")]) + shown
+    html = (
+        to_html(scores)
+        + to_html(contest.notes())
+        + to_html(reference)
+        + _forests(contest)
+        + to_html(others)
+        + to_html(sites)
+        + (shifts.section() if shifts else "")
+        + to_html(measures)
+        + shown
+    )
+    return [*scores, *contest.notes(), *reference, *others, *sites, *measures], html
+
+
+def _forests(contest: Contest) -> str:
+    """Differences to the reference with their intervals: of the mean of sites, and of each site."""
+    dice = contest.dice
+    methods = [method for method in dice.ranked(contest.bounds) if method != contest.reference]
+    if not methods:
+        return ""
+    label = f"difference to {contest.reference} (points)"
+
+    def panel(site: str | None = None) -> dict[str, tuple[float, float, float]]:
+        found = {method: dice.difference(method, contest.reference, site) for method in methods}
+        return {method: (100 * d.mean, 100 * d.low, 100 * d.high) for method, d in found.items()}
+
+    caption = (
+        f"Difference to {contest.reference} with its 95% interval: right of the line is better. Coloured: "
+        f"{contest.own or 'none'}. Hollow: bounds, which used labels or hindsight. Arrow: beyond the axis."
+    )
+    mean = charts.forest_picture({f"{contest.role}, mean of sites": panel()}, label, contest.colour, contest.bounds)
+    html = picture(mean, escape(caption))
+    if len(dice.sites) > 1:
+        sites = {site: panel(site) for site in dice.sites}
+        html += picture(charts.forest_picture(sites, label, contest.colour, contest.bounds), "The same, site by site.")
+    return html
+
+
+def print_comparison(
+    output_dir: str | Path,
+    reference: Mapping[str, str] = REFERENCE,
+    own: Mapping[str, str] = OWN,
+    bounds: Sequence[str] = BOUNDS,
+) -> str:
+    """Print each method's mean Dice over sites and its difference to the reference with its interval, in percent.
+
+    Args and errors are those of `write_comparison`. Our own method is marked with ">", a bound stands in brackets.
+
+    Returns:
+        The text that was printed.
+    """
+    blocks = []
+    for contest in _contests(Path(output_dir), reference, own, bounds):
+        lines = [(f"  {contest.role}", "Dice (%)", f"against {contest.reference} [95% interval]")]
+        for method in contest.dice.ranked(contest.bounds):
+            name = f"({method})" if method in contest.bounds else method
+            found = DASH
+            if method != contest.reference:
+                found = interval(contest.dice.difference(method, contest.reference))
+            mark = ">" if method == contest.own else " "
+            lines.append((f"{mark} {name}", show("dice", contest.dice.mean(method)), found))
+        first, second, _ = (max(map(len, column)) for column in zip(*lines))
+        blocks.append("\n".join(f"{a.ljust(first)}  {b.rjust(second)}  {c}" for a, b, c in lines))
+    text = "\n\n".join(blocks)
+    print(text)
+    return text

@@ -1,0 +1,281 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The tables and sentences of a comparison: every word about who won is taken from the figures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shared_iopfl.comparison.scores import RESAMPLES, Difference, RoleScores
+from shared_iopfl.evaluation.intervals import FEWEST_CASES, FEWEST_PER_SITE, FEWEST_SITES
+from shared_iopfl.evaluation.scores import DASH, MINUS, finite, heading, show
+from shared_iopfl.report import pictures
+from shared_iopfl.report.documents import Block, Row, Table, Text
+from shared_iopfl.utils.errors import InputError
+from shared_iopfl.utils.reading import read_json
+
+__all__ = ["Contest", "choices_table", "facts", "interval", "reading_notes"]
+
+POOLED = "pooled"
+SMALLEST_GAP = 0.005  # Dice: below it, a share of the gap would be a quotient of noise
+TARGET, HARM = 0.010, 0.003  # Dice: what the own method should gain on the mean of sites, what no site may lose
+
+
+def interval(difference: Difference) -> str:
+    """ "+1.2 [+0.8, +1.6]", in points; only the difference where there are too few cases for an interval."""
+    text = show("dice", difference.mean, "+")
+    if not math.isfinite(difference.low):
+        return text
+    return f"{text} [{show('dice', difference.low, '+')}, {show('dice', difference.high, '+')}]"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def _points(value: float) -> str:
+    """Points with two digits, as sentences have them: a target of 1.0 is then seen to be missed at 0.96."""
+    return f"{100 * value:.2f}".replace("-", MINUS)
+
+
+@dataclass(frozen=True)
+class Contest:
+    """One role's methods, which of them the others are held to, and which one is ours.
+
+    Attributes:
+        role: "inside" or "outside".
+        metrics: scores by metric, Dice among them.
+        reference: the method that differences are taken to.
+        own: the method that is held to the targets; None where it was not run.
+        bounds: methods that used labels or hindsight: shown, never among the winners.
+    """
+
+    role: str
+    metrics: Mapping[str, RoleScores]
+    reference: str
+    own: str | None
+    bounds: frozenset[str]
+
+    @property
+    def dice(self) -> RoleScores:
+        return self.metrics["dice"]
+
+    @property
+    def colour(self) -> dict[str, str]:
+        """Our own method's colour: the one that a run's report gives to its kind."""
+        kind = "personalised" if self.role == "inside" else "routed"
+        return {self.own: pictures.colours(())[kind]} if self.own else {}
+
+    @property
+    def rivals(self) -> list[str]:
+        """Every method but our own, the best first and the bounds last."""
+        return [method for method in self.dice.ranked(self.bounds) if method != self.own]
+
+    def _row(self, method: str, cells: Sequence[str], bold: Collection[int] = ()) -> Row:
+        bound = method in self.bounds
+        return Row(method, cells, frozenset() if bound else frozenset(bold), bound, method == self.own and not bound)
+
+    def means(self, metric: str = "dice") -> Table:
+        """Methods by sites: the mean of each, the mean of sites, its spread over seeds."""
+        scores = self.metrics[metric]
+        best = max if metric.startswith("dice") else min if metric.endswith(("_mm", "_error")) else None
+        values = {m: [*scores.site_means[scores.at(m)].tolist(), scores.mean(m)] for m in scores.methods}
+        texts = {method: [show(metric, value) for value in row] for method, row in values.items()}
+        contenders = [method for method in scores.methods if method not in self.bounds]
+        winners = [""] * (len(scores.sites) + 1)
+        if best and contenders:
+            winners = [show(metric, best(values[m][i] for m in contenders)) for i in range(len(winners))]
+        spread = len(scores.seeds) > 1
+        rows = []
+        for method in self.dice.ranked(self.bounds):
+            if method in texts:
+                bold = [i for i, text in enumerate(texts[method]) if text == winners[i]]
+                seeds = [f"± {show(metric, scores.spread(method))}"] if spread else []
+                rows.append(self._row(method, texts[method] + seeds, bold))
+        return Table([heading(metric), *scores.sites, "mean of sites", *["sd over seeds"] * spread], rows)
+
+    def against_reference(self) -> Table:
+        """Each method's difference to the reference, over cases and in the worst of them."""
+        dice = self.dice
+        heads = [
+            f"against {self.reference}",
+            "difference [95% interval]",
+            *self._new_sites,
+            "verdict",
+            "cases won : lost",
+        ]
+        gap = ["gap to pooled closed"] * (POOLED in dice.methods)
+        worst = {m: show("dice", dice.worst_twentieth(m)) for m in dice.methods}
+        highest = max((worst[m] for m in dice.methods if m not in self.bounds), key=float, default="")
+        rows = []
+        for method in dice.ranked(self.bounds):
+            cells = [DASH] * (len(heads)) if method == self.reference else self._duel(method, self.reference)
+            bold = [len(heads)] if worst[method] == highest else []
+            closed = [self._gap_closed(method)] if gap else []
+            rows.append(self._row(method, [*cells, worst[method], *closed], bold))
+        return Table([*heads, "largest loss of a case", "worst twentieth", *gap], rows)
+
+    def _gap_closed(self, method: str) -> str:
+        """The share of what federated training loses to pooled training that a method makes good."""
+        gap = self.dice.difference(POOLED, self.reference).mean
+        if gap < SMALLEST_GAP or method == self.reference:
+            return DASH
+        return f"{self.dice.difference(method, self.reference).mean / gap:.0%}".replace("-", MINUS)
+
+    def against_others(self) -> Table | None:
+        """Our own method's difference to each other one."""
+        if self.own is None:
+            return None
+        heads = [f"{self.own} {MINUS} \u2026", "difference [95% interval]", *self._new_sites]
+        heads += ["verdict", "cases won : lost"]
+        rows = [Row(m, self._duel(self.own, m), italic=m in self.bounds) for m in self.rivals]
+        return Table([*heads, "largest loss of a case"], rows)
+
+    def by_site(self, shifts: Mapping[str, float]) -> Table | None:
+        """What our own method gains on each site, from the smallest shift to the largest where the shifts are known."""
+        if self.own is None or self.own == self.reference:
+            return None
+        heads = ["mean shift"] * bool(shifts)
+        rows = []
+        for site in sorted(self.dice.sites, key=lambda site: shifts.get(site, math.inf)):
+            found = self.dice.difference(self.own, self.reference, site)
+            shift = [show("", shifts.get(site, math.nan))] * bool(shifts)
+            rows.append(Row(site, [*shift, interval(found), found.verdict, str(found.cases)]))
+        difference = f"{self.own} {MINUS} {self.reference} [95% interval]"
+        return Table(["site", *heads, difference, "verdict", "cases"], rows)
+
+    @property
+    def _new_sites(self) -> list[str]:
+        """The heading of the interval over sites, where there are enough."""
+        return ["95% interval for new sites"] * (len(self.dice.sites) >= FEWEST_SITES)
+
+    def _duel(self, method: str, other: str) -> list[str]:
+        difference = self.dice.difference(method, other)
+        wins, losses = self.dice.wins_and_losses(method, other)
+        loss, site, _ = self.dice.largest_loss(method, other)
+        at = f"{show('dice', loss, '+')} ({site})" if loss < 0 else "none"
+        new = [f"[{show('dice', difference.new_low, '+')}, {show('dice', difference.new_high, '+')}]"]
+        new = new * len(self._new_sites)
+        return [interval(difference), *new, difference.verdict, f"{wins} : {losses}", at]
+
+    def notes(self) -> list[Block]:
+        """What has to be said under the tables: which experts hindsight chose, what was undefined."""
+        blocks: list[Block] = []
+        if self.dice.best_experts:
+            sites: dict[str, list[str]] = {}
+            for site, expert in self.dice.best_experts.items():
+                sites.setdefault(expert, []).append(site)
+            chosen = "; ".join(f"{expert} (at {', '.join(at)})" for expert, at in sites.items())
+            text = f"Best expert in hindsight: {chosen}. The mean expert is what one taken blindly gives on average."
+            blocks.append(Text(text, "caption"))
+        for metric, scores in self.metrics.items():
+            if scores.undefined:
+                counts = ", ".join(f"{method} {count}" for method, count in scores.undefined.items())
+                text = f"{heading(metric)}: what is undefined for one method, such as a distance to an empty mask, is"
+                blocks.append(Text(f"{text} left out for all. Undefined: {counts}.", "caption"))
+        return blocks
+
+    def in_short(self) -> list[tuple[str, str]]:
+        """What our own method reaches, in words, each a pair of what is asked and the answer."""
+        if self.own is None or self.own == self.reference:
+            return []
+        dice, own, reference = self.dice, self.own, self.reference
+        gain = dice.difference(own, reference)
+        where = f"{_points(abs(gain.mean))} points {'above' if gain.mean > 0 else 'below'}"
+        where = where if round(gain.mean, 4) else "level with"
+        bounds = f", 95% interval {_points(gain.low)} to {_points(gain.high)}" if math.isfinite(gain.low) else ""
+        if math.isfinite(gain.new_low):
+            bounds += f", for new sites {_points(gain.new_low)} to {_points(gain.new_high)}"
+        met = "met" if gain.mean >= TARGET and gain.low > 0 else "missed"
+        target = f"at least {100 * TARGET:.1f} with the interval above 0: {met}"
+        if not math.isfinite(gain.low):
+            target = f"not judged with fewer than {FEWEST_CASES} cases, or fewer than {FEWEST_PER_SITE} at a site"
+        ours, theirs = (f"{100 * dice.mean(method):.2f}" for method in (own, reference))
+        found = f"{own} is {where} {reference} ({ours} against {theirs}{bounds})"
+        items = [(f"Gain {self.role}", f"{found}. Target, {target}.")]
+        rivals = [m for m in self.rivals if m != reference and m not in self.bounds]
+        if rivals:
+            duel = dice.difference(own, rivals[0])
+            text = f"{rivals[0]}; {own} {MINUS} {rivals[0]} is {interval(duel)}: {duel.verdict}"
+            items.append((f"Best other method {self.role}", f"{text}."))
+        ours, theirs = (show("dice", dice.worst_twentieth(method)) for method in (own, reference))
+        items.append((f"Worst twentieth of the cases {self.role}", f"{own} {ours}, {reference} {theirs}."))
+        return items + self._harm()
+
+    def _harm(self) -> list[tuple[str, str]]:
+        """A line for each site that loses more than it may, one line where none does."""
+        assert self.own is not None
+        harmed = {site: self.dice.difference(self.own, self.reference, site) for site in self.dice.sites}
+        lines = [
+            (f"Harm at {site} ({self.role})", f"{self.own} is {interval(found)} points from {self.reference}.")
+            for site, found in harmed.items()
+            if found.mean < -HARM
+        ]
+        none = f"no site is more than {100 * HARM:.1f} points below {self.reference}."
+        return lines or [(f"No harm {self.role}", none)]
+
+
+def facts(contests: Sequence[Contest]) -> str:
+    """How much stands behind the figures."""
+    parts = []
+    for contest in contests:
+        dice = contest.dice
+        folds = "left out in turn" if contest.role == "outside" else _count(dice.folds, "fold")
+        counts = f"{_count(len(dice.sites), 'site')}, {_count(dice.cases, 'case')}, {_count(len(dice.seeds), 'seed')}"
+        parts.append(f"{contest.role}: {counts}, {folds}, {_count(len(dice.methods), 'method')}")
+    return " \u00b7 ".join(parts) + f" \u00b7 {RESAMPLES:,} resamples"
+
+
+def reading_notes(bounds: bool) -> str:
+    """How the tables are to be read."""
+    text = (
+        "Foreground Dice in percent, differences in percentage points. The seeds of a case are averaged, then the "
+        "cases of a site; every site counts alike. Bold: the highest of its column. Differences are paired by case; "
+        f"their 95% interval is from {RESAMPLES:,} bootstrap resamples of the cases within each site, all seeds of a "
+        "case together, widened for few cases (Student's t): how far other patients of these sites could change the "
+        f"figure. There is none with fewer than {FEWEST_CASES} cases, or fewer than {FEWEST_PER_SITE} at a site. Other "
+        "sites it leaves open: for a claim about new ones there is a second interval, from resamples of the sites, "
+        f"each with all its cases (from {FEWEST_SITES} sites on). Neither covers another training: what that could "
+        "change, the spread over seeds shows. A Dice is undefined where the reference is empty, and left out for all "
+        "methods. Verdict, by the first interval: better or worse where the interval leaves out 0; tie where it "
+        "stays within half a point of it; else unclear. A case is won or lost by more than half a point. The largest "
+        "loss is that of one case with one seed; the worst twentieth is the mean of that share of all sites' cases, "
+        "with each seed. Set off from the others: the method that is held to the targets."
+    )
+    bound = " In italics: bounds, which used labels of the outside site, hindsight or the sites' pooled data."
+    return text + bound * bounds
+
+
+def choices_table(output_dir: Path, name: str = "choices.json") -> Table | None:
+    """What was chosen without the site left out, from ``choices.json`` or its like; nothing where there is none."""
+    path = output_dir / name
+    if not path.is_file():
+        return None
+    try:
+        choices: list[dict[str, Any]] = read_json(path)
+        names = list(dict.fromkeys(name for choice in choices for name in choice["candidates"]))
+        rows = []
+        for choice in choices:
+            means = [choice["candidates"].get(name) for name in names]
+            values = [math.nan if mean is None else float(mean) for mean in means]
+            best = np.nanmax(values) if finite(values) else math.nan
+            bold = frozenset(2 + i for i, value in enumerate(values) if value == best)
+            cells = [str(choice["seed"]), str(choice["choice"]), *(show("dice", value) for value in values)]
+            rows.append(Row(str(choice["fold"]), cells, bold))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"{path} is no list of choices ({error!r}): mend or delete it") from None
+    return Table(["site left out", "seed", "chosen", *names], rows) if rows else None

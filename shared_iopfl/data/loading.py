@@ -1,0 +1,199 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Reading scans and masks with checks that speak plainly."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.config import KeysCollection
+from monai.data import ImageReader, ITKReader, MetaTensor, NibabelReader, PILReader
+from monai.data.utils import is_no_channel, to_affine_nd
+from monai.transforms import LoadImage, MapTransform
+from monai.utils import ensure_tuple_rep
+
+from shared_iopfl.data.scan_names import ITK, NIBABEL, PICTURES, VOLUMES, file_ending, is_dicom
+from shared_iopfl.data.volumes.dicom import DicomReader
+from shared_iopfl.data.volumes.geometry import check_affine, describe_grid, in_grid_of, same_grid
+from shared_iopfl.data.volumes.headers import check_header, import_itk
+from shared_iopfl.utils.errors import InputError
+
+__all__ = ["LoadCased", "reason", "same_grid"]
+
+ROUNDING = 1e-3  # by which a label may be off a whole number
+
+
+class LoadCased(MapTransform):
+    """Load a case's image and label, or say in one line what is wrong with which file.
+
+    The result is, for every key, a float32 `MetaTensor` (channels, *spatial) in the file's own axes and with its
+    affine (RAS, mm). Volumes come from NIfTI, MGZ, MHA, MHD, NRRD, a DICOM file or a folder with one DICOM series;
+    pictures from PNG, JPEG, TIFF, BMP, WebP, GIF and PNM, as (channels, width, height). With ``spatial_dims`` 3, a 2D
+    file becomes a volume of one slice. A label comes in the grid of its image: one that fills the same box of the world
+    with its axes flipped or in another order is turned, one that lies elsewhere is refused.
+
+    Refused are: files that are missing, empty, cut short or no scans; other shapes than asked for; NaN, infinite or
+    constant images; affines without a volume, and NIfTI whose qform and sform differ; labels on another grid than their
+    image, with fractions, negative values, or one value everywhere (a mask needs foreground and background, whatever
+    numbers stand for them).
+
+    Args:
+        keys: keys of the paths to load.
+        spatial_dims: 2 or 3.
+        channels: channels of an image; a label has one.
+        reader: how to read, one MONAI reader for all keys or one a key; None: by the file's ending.
+        allow_missing_keys: whether cases without a label may come, as an outside site's do.
+        label_key: the key under which labels come; all other keys are images.
+
+    Raises:
+        InputError: when a file is refused.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection = ("image", "label"),
+        spatial_dims: int = 3,
+        channels: int = 1,
+        reader: ImageReader | Sequence[ImageReader | None] | None = None,
+        allow_missing_keys: bool = True,
+        label_key: str = "label",
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.spatial_dims = spatial_dims
+        self.channels = channels
+        self.label_key = label_key
+        self.readers = ensure_tuple_rep(reader, len(self.keys))
+        self._load_image = LoadImage(dtype=np.float32)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        images = []
+        for key, reader in self.key_iterator(d, self.readers):
+            path = Path(d[key])
+            is_label = key == self.label_key
+            d[key] = self._load(path, reader, channels=1 if is_label else self.channels)
+            if is_label:
+                d[key] = _whole_numbers(d[key], path)
+            else:
+                _check_image(d[key], path)
+                images.append(d[key])
+        if images and isinstance(d.get(self.label_key), MetaTensor):
+            d[self.label_key] = self._match(images[0], d[self.label_key])
+        return d
+
+    def _load(self, path: Path, reader: ImageReader | None, channels: int) -> MetaTensor:
+        if not path.exists():
+            raise InputError(f"no such file: {path}")
+        if not (path.is_file() or path.is_dir()):
+            raise InputError(f"{path} is neither a file nor a folder: give the scan itself")  # a pipe would never end
+        if path.is_file() and path.stat().st_size == 0:
+            raise InputError(f"{path} is empty (0 bytes): export or copy it again")
+        try:
+            check_header(path)
+            loaded = self._load_image(path, reader=reader or _reader_for(path))
+        except InputError:
+            raise
+        except Exception as error:  # readers raise whatever their libraries do: zlib.error, EOFError, RuntimeError, ...
+            raise InputError(f"{path} cannot be read as a scan ({reason(error)}): export or copy it again") from error
+
+        shape, channel_dim = tuple(loaded.shape), loaded.meta.get("original_channel_dim", float("nan"))
+        scan = loaded.as_tensor()
+        scan = scan[None] if is_no_channel(channel_dim) else scan.movedim(int(channel_dim), 0)
+        if channels == 1 and file_ending(path) in PICTURES and len(scan) == 3 and bool((scan == scan[:1]).all()):
+            scan = scan[:1]  # grey stored as RGB, as the public fundus masks are
+        while scan.ndim > self.spatial_dims + 1 and scan.shape[-1] == 1:
+            scan = scan[..., 0]  # NIfTI with a fourth axis of length 1; a picture kept as a volume of one slice
+        if self.spatial_dims == 3 and scan.ndim == 3:
+            scan = scan[..., None]
+        if 0 in shape:
+            raise InputError(f"{path} has an axis of length 0: shape {shape}")
+        if scan.ndim != self.spatial_dims + 1 or len(scan) != channels:
+            wanted = "3D scan" if self.spatial_dims == 3 else "2D picture"
+            wanted += f" of {channels} channel{'s' * (channels > 1)}" if channels > 1 or self.spatial_dims == 2 else ""
+            hint = "; extract one volume first" if self.spatial_dims == 3 and len(shape) > 3 else ""
+            raise InputError(f"expected a {wanted}, got shape {shape} in {path}{hint}")
+
+        affine = to_affine_nd(3, np.asarray(loaded.affine, dtype=np.float64))
+        check_affine(affine, path)
+        # of the metadata what later transforms and the writer need: the rest differs from format to format, and then
+        # cases of one site could not be put into one batch
+        meta = {
+            "filename_or_obj": str(path),
+            "original_affine": affine.copy(),
+            "original_channel_dim": 0,
+            "spatial_shape": np.asarray(scan.shape[1:]),
+            "space": "RAS",
+        }
+        return MetaTensor(scan.contiguous(), affine=torch.as_tensor(affine), meta=meta)
+
+    def _match(self, image: MetaTensor, label: MetaTensor) -> MetaTensor:
+        """The label in the image's grid."""
+        image_grid, label_grid = ((tensor.affine.numpy(), tensor.shape[1:]) for tensor in (image, label))
+        values = in_grid_of(label[0].numpy(), label_grid[0], *image_grid)
+        if values is None:
+            names = [tensor.meta["filename_or_obj"] for tensor in (image, label)]
+            raise InputError(
+                f"{names[1]} is not in the grid of its image {names[0]}: {describe_grid(*label_grid)} instead of "
+                f"{describe_grid(*image_grid)}; resample the mask to its image, or mend the header that is wrong"
+            )
+        label = MetaTensor(torch.from_numpy(values)[None], meta=label.meta)
+        label.affine = image.affine.clone()
+        label.meta["original_affine"] = np.array(image.meta["original_affine"])
+        label.meta["spatial_shape"] = np.asarray(label.shape[1:])
+        return label
+
+
+def _reader_for(path: Path) -> ImageReader:
+    ending = file_ending(path)
+    if ending in NIBABEL:
+        return NibabelReader()
+    if ending in PICTURES:
+        return PILReader()
+    if path.is_dir() or is_dicom(path):
+        import_itk(path)
+        return DicomReader()
+    if ending in ITK:
+        import_itk(path)
+        return ITKReader()
+    kinds = ", ".join(ending[1:] for ending in VOLUMES + PICTURES)
+    raise InputError(f"{path} is not of a kind that can be read: expected DICOM or {kinds}")
+
+
+def _check_image(image: MetaTensor, path: Path) -> None:
+    bad = int((~torch.isfinite(image)).sum())
+    if bad:
+        raise InputError(f"{path} holds {bad} NaN or infinite voxels of {image.numel()}: export it again")
+    if image.min() == image.max():
+        raise InputError(f"{path} holds nothing to see: it is {image.min():g} everywhere")
+
+
+def _whole_numbers(label: MetaTensor, path: Path) -> MetaTensor:
+    """The label with what tools that scale values leave of whole numbers, as 0.9999999, made whole again."""
+    values = torch.unique(label.as_tensor())
+    whole = values.round()
+    wrong = values[~torch.isfinite(values) | ((values - whole).abs() > ROUNDING) | (whole < 0)]
+    if len(wrong):
+        some = ", ".join(f"{value:.7g}" for value in wrong[:3]) + (", ..." if len(wrong) > 3 else "")
+        raise InputError(f"{path} is not a mask: its values must be 0, 1, 2, ... but include {some}")
+    if len(torch.unique(whole)) == 1:
+        raise InputError(f"{path} has no foreground to learn from or to score: it is {whole[0]:g} everywhere")
+    return label.round()  # type: ignore[return-value]
+
+
+def reason(error: Exception) -> str:
+    """The first line of a library's complaint, without ITK's addresses."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not re.search(r"\.[ch]xx:\d", line)]
+    return re.sub(r"(?i)^itk(?: |::)error: \w+\(\w+\): ", "", lines[0])[:200] if lines else type(error).__name__

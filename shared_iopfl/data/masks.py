@@ -1,0 +1,179 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Writing masks in the scan's own grid and format."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Hashable, Mapping
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+from monai.config import DtypeLike, KeysCollection
+from monai.data import MetaTensor
+from monai.transforms import MapTransform
+from monai.utils import ensure_tuple
+from PIL import Image
+
+from shared_iopfl.data.loading import reason, same_grid
+from shared_iopfl.data.scan_files import ITK, NIFTI, PICTURES, case_name, file_ending
+from shared_iopfl.data.volumes.headers import import_itk
+from shared_iopfl.utils.errors import InputError
+from shared_iopfl.utils.files import whole_file
+
+__all__ = ["SaveMaskd"]
+
+EXIF_ORIENTATION = 0x0112
+logger = logging.getLogger(__name__)
+
+
+class SaveMaskd(MapTransform):
+    """Write a mask in the grid, orientation and format of the scan it was predicted from.
+
+    Comes last in a bundle's postprocessing: the mask is inverted (`Invertd`) and discrete (`AsDiscreted`), so (1,
+    *spatial) in the axes of the scan's file. Shape and affine (qform and sform, or origin, spacing and direction) are
+    copied from that file, and nothing that it says about the patient. NIfTI gives NIfTI, NRRD gives NRRD, MHA and MHD
+    give MHA, DICOM and what else is read give NIfTI, and a picture gives a PNG with the class of each pixel, which lies
+    on the picture as it was read. A file appears whole or not at all. Scans of one name do not overwrite each other:
+    the second gets ``_2``, with a warning.
+
+    Args:
+        keys: keys of the masks.
+        image_key: key of the image they belong to, whose metadata names the file.
+        output_dir: folder to write to; made if it is not there.
+        name: file name without ending, in which ``{case}`` and other strings of the case (``{site}``) are filled in.
+        dtype: an integer type.
+        allow_missing_keys: whether cases without a mask may come.
+
+    Raises:
+        InputError: when a mask cannot be written, holds NaN, or would replace its scan.
+        ValueError: when a mask is not one channel of whole numbers in the scan's grid.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection = "pred",
+        image_key: str = "image",
+        output_dir: str | os.PathLike = ".",
+        name: str = "{case}",
+        dtype: DtypeLike = np.uint8,
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.image_key = image_key
+        self.output_dir = Path(output_dir)
+        self.name = name
+        self.dtype = np.dtype(dtype)
+        self._written: dict[Path, tuple[Path, Hashable]] = {}
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """The data with, under ``<key>_file``, the path that was written."""
+        d = dict(data)
+        for key in self.key_iterator(d):
+            meta = getattr(d.get(self.image_key), "meta", None) or d[key].meta
+            source = Path(ensure_tuple(meta["filename_or_obj"])[0])
+            array = self._array(d[key], source)
+            original = meta.get("original_affine")
+            if isinstance(d[key], MetaTensor) and original is not None:
+                _check_grid(same_grid(d[key].affine, original, array.shape), "affine", source)
+            target = self._target(d, source, key)
+            with whole_file(target) as temporary:
+                _write(array, source, original, temporary)
+            d[f"{key}_file"] = str(target)
+        return d
+
+    def _array(self, mask: Any, source: Path) -> np.ndarray:
+        array = mask.detach().cpu().numpy() if isinstance(mask, torch.Tensor) else np.asarray(mask)
+        if len(array) != 1:
+            raise ValueError(f"a mask has one channel but this one has shape {array.shape}: AsDiscreted(argmax=True)?")
+        if not np.isfinite(array).all():
+            raise InputError(
+                f"the mask of {source} holds NaN: the model's weights or the scan's intensities are broken"
+            )
+        limits = np.iinfo(self.dtype)
+        if (array != np.round(array)).any() or array.min() < limits.min or array.max() > limits.max:
+            raise ValueError(f"a mask holds whole numbers from {limits.min} to {limits.max}: AsDiscreted(argmax=True)?")
+        return array[0].astype(self.dtype)
+
+    def _target(self, data: Mapping[Hashable, Any], source: Path, key: Hashable) -> Path:
+        fields = {str(k): v for k, v in data.items() if isinstance(v, str)}
+        fields = {"case": case_name(source), "key": str(key), **fields}
+        try:
+            name = self.name.format(**fields)
+        except (KeyError, IndexError) as error:
+            raise InputError(f"cannot name a mask {self.name!r}: known of {source} are {', '.join(fields)}") from error
+        ending = _mask_ending(source)
+        target, number = self.output_dir / f"{name}{ending}", 2
+        while self._written.get(target, (source, key)) != (source, key):
+            target, number = self.output_dir / f"{name}_{number}{ending}", number + 1
+        if number > 2 and target not in self._written:
+            logger.warning("another scan is called %s too: the mask of %s is %s", name, source, target)
+        if target.exists() and source.exists() and target.samefile(source):
+            raise InputError(f"the mask of {source} would replace the scan itself: choose another output_dir")
+        self._written[target] = (source, key)
+        return target
+
+
+def _mask_ending(source: Path) -> str:
+    ending = file_ending(source)
+    if ending in PICTURES:
+        return ".png"
+    return {".nii": ".nii", ".mha": ".mha", ".mhd": ".mha", ".nrrd": ".nrrd", ".nhdr": ".nrrd"}.get(ending, ".nii.gz")
+
+
+def _write(array: np.ndarray, source: Path, affine: Any, target: Path) -> None:
+    """Write an array in the axes of the source file, with the source's header."""
+    ending = file_ending(source)
+    if ending in NIFTI:
+        scan: Any = nib.load(source)
+        header = scan.header.copy()
+        header.set_data_dtype(array.dtype)
+        header.set_slope_inter(1, 0)
+        header["cal_min"] = header["cal_max"] = 0  # the scan's display window would hide the mask
+        header.extensions.clear()  # these, and free text, may tell whose scan it is
+        for field in {"descrip", "aux_file", "db_name", "data_type", "intent_name"} & set(header.keys()):
+            header[field] = b""
+        nib.save(type(scan)(_as_shape(array, scan.shape, source), scan.affine, header), target)
+    elif ending in PICTURES:
+        with Image.open(source) as picture:
+            size = picture.size
+            turned = picture.getexif().get(EXIF_ORIENTATION, 1) >= 5 and array.squeeze().shape == size[::-1]
+        Image.fromarray(_as_shape(array, size[::-1] if turned else size, source).T).save(target)
+    elif ending in ITK:
+        itk = import_itk(source)
+        scan = itk.imread(str(source))
+        mask = itk.image_from_array(np.ascontiguousarray(_as_shape(array, tuple(itk.size(scan)), source).T))
+        mask.CopyInformation(scan)
+        try:
+            itk.imwrite(mask, str(target), compression=True)
+            written = np.array_equal(itk.array_from_image(itk.imread(str(target))), itk.array_from_image(mask))
+        except RuntimeError as error:
+            raise OSError(reason(error)) from error
+        if not written:
+            raise OSError("the file came out incomplete")
+    else:  # DICOM and others: the axes and the affine with which they were read
+        nib.save(nib.Nifti1Image(array, np.asarray(affine)), target)
+
+
+def _as_shape(array: np.ndarray, shape: tuple[int, ...], source: Path) -> np.ndarray:
+    """The array with the axes of length 1 that the file has."""
+    same = [length for length in array.shape if length != 1] == [length for length in shape if length != 1]
+    _check_grid(same, "shape", source)
+    return array.reshape(shape)
+
+
+def _check_grid(same: bool, what: str, source: Path) -> None:
+    if not same:
+        raise ValueError(f"a mask has another {what} than its scan {source}: Invertd must come before SaveMaskd")

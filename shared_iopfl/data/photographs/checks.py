@@ -1,0 +1,92 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Whether a picture can be a colour photograph of one eye's fundus, before a network is asked about it.
+
+A network gives a confident mask to whatever looks a little like its training pictures: to a red-free photograph, to one
+whose channels were swapped on the way, to two eyes in one picture. The limits lie well beyond what public sets show:
+of 349 pictures by four cameras the green mean is 0.35 to 0.85 of the red one, the blue mean 0.05 to 0.85 of the green
+one, and the saturation 0.34 at least.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from shared_iopfl.data.photographs.field_of_view import count_fields, field_of_view, is_bordered, stretch
+from shared_iopfl.utils.errors import InputError
+
+__all__ = ["check_colours", "check_shape", "glance", "monochrome"]
+
+GREY = 0.15  # saturation below which a picture is grey with a tint
+SINGLE = 0.15  # of the strongest channel, what the others hold at most in a picture of one colour
+RED_FIRST = 1.05  # times red, what another channel may be
+GREEN_SECOND = 1.1  # times green, what blue may be
+STRETCHED = 1.2
+OBLONG = 1.6  # of a field of view: cameras cut their circle to 4:3 or 3:2
+SIDE = 256
+COARSE = 48  # pixels: a side on which no shape shows
+
+
+def glance(rgb: np.ndarray) -> np.ndarray:
+    """A small copy of a picture (H, W, 3), its sides in proportion, as float."""
+    step = max(1, -(-max(rgb.shape[:2]) // SIDE))
+    height, width = (n // step * step for n in rgb.shape[:2])
+    blocks = rgb[:height, :width].reshape(height // step, step, width // step, step, 3)
+    return blocks.mean(axis=(1, 3), dtype=np.float64)
+
+
+def _seen(small: np.ndarray) -> np.ndarray:
+    field = field_of_view(small)
+    return small[field] if field.any() else small.reshape(-1, 3)
+
+
+def monochrome(small: np.ndarray) -> int | None:
+    """The channel that holds what a grey or one-coloured picture shows, -1 for all alike; None for a colourful one."""
+    seen = _seen(small)
+    strongest = seen.max(axis=1)
+    if ((strongest - seen.min(axis=1)) / np.maximum(strongest, 1)).mean() < GREY:
+        return -1
+    means = seen.mean(axis=0)
+    return int(means.argmax()) if np.sort(means)[1] < SINGLE * means.max() else None
+
+
+def check_colours(small: np.ndarray, name: str) -> None:
+    """Raise `InputError` for a picture whose colours are not those of a fundus: red above green above blue."""
+    red, green, blue = _seen(small).mean(axis=0)
+    if max(green, blue) > RED_FIRST * red or blue > GREEN_SECOND * green:
+        raise InputError(
+            f"the colours of {name} are no fundus photograph's (red {red:.0f}, green {green:.0f}, blue {blue:.0f}; red "
+            "must be the strongest, then green, then blue): mend the order of its channels, or give the original"
+        )
+
+
+def check_shape(small: np.ndarray, name: str) -> None:
+    """Raise `InputError` for several eyes in one picture, and for one whose pixels are not square."""
+    if min(small.shape[:2]) < COARSE:
+        return
+    fields = count_fields(small)
+    if fields > 1:
+        raise InputError(f"{name} shows {fields} fields of view: save each eye as a picture of its own")
+    field = field_of_view(small)
+    if not field.any():
+        return
+    height, width = (np.ptp(places) + 1 for places in field.nonzero())
+    if max(height, width) > OBLONG * min(height, width):
+        raise InputError(
+            f"the field of view in {name} is {width / height:.2g} times as wide as high: save each eye as a picture of "
+            "its own, with square pixels"
+        )
+    ratio = stretch(field) if is_bordered(field) else 1.0
+    if ratio > STRETCHED or ratio < 1 / STRETCHED:
+        raise InputError(
+            f"{name} is stretched (its round field of view is {ratio:.2g} times as wide as high): save it with square "
+            "pixels"
+        )

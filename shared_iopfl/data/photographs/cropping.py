@@ -1,0 +1,192 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The crop around the optic disc that the networks expect, from a photograph of the whole fundus, and back."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.transforms import Crop, InvertibleTransform, MapTransform
+
+from shared_iopfl.data.photographs.locating import Disc, find_disc
+from shared_iopfl.data.photographs.reader import PhotographReader
+from shared_iopfl.utils.errors import InputError
+
+__all__ = ["CropToDiscd", "site_crop"]
+
+logger = logging.getLogger(__name__)
+CROPS = ("auto", "always", "never", "crops")
+MIN_CONFIDENCE = 0.35
+LEAST_CONFIDENCE = 0.12  # where a disc must be, because all pictures of the site are crops around one
+LOOKED_AT = 9  # of a site's pictures, to tell whether they are crops
+OBLONG = 1.3
+
+
+def site_crop(crop: str, cases: Sequence[Mapping[str, Any]], image_key: str = "image") -> str:
+    """How to crop the pictures of one site: ``"crops"`` for ``"auto"`` where most of them are crops around the disc.
+
+    One picture may mislead: in a crop by an older camera the disc is hard to be sure of, and dark corners look like
+    the border of a whole photograph. What most of a site's pictures are, all of them are.
+
+    Args:
+        crop: as of `CropToDiscd`; anything but ``"auto"`` stays.
+        cases: of the site. Nine of them, evenly spread, are looked at; of a single one nothing is said.
+        image_key: key of the picture's path.
+    """
+    if crop != "auto" or len(cases) < 2:
+        return crop
+    step = max(1, -(-len(cases) // LOOKED_AT))
+    looked = [_is_crop(str(case[image_key])) for case in cases[::step]]
+    known = [one for one in looked if one is not None]
+    if 2 * sum(known) <= len(known):
+        return crop
+    logger.info("%d of %d pictures that were looked at are disc crops: all are taken for such", sum(known), len(known))
+    return "crops"
+
+
+def _is_crop(path: str) -> bool | None:
+    """Whether a picture is a crop around the disc; None for one that cannot be read, which its reader will tell."""
+    try:
+        status = Path(path).stat()
+    except OSError:
+        return None
+    return _looks_like_crop(path, status.st_size, status.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=4096)  # a comparison asks for the same site a hundred times
+def _looks_like_crop(path: str, size: int, time: int) -> bool | None:
+    try:
+        reader = PhotographReader(grey="replicate")
+        image, _ = reader.get_data(reader.read(path))
+    except Exception:
+        return None
+    disc = find_disc(np.moveaxis(image, -1, 0))
+    return not disc.whole if disc.confidence >= LEAST_CONFIDENCE else None
+
+
+class CropToDiscd(MapTransform, InvertibleTransform):
+    """Crop whole fundus photographs to a square around the optic disc; leave pictures that are such crops as they are.
+
+    All keys are cropped alike. The square has `size_ratio` disc diameters a side, never more than the picture's
+    shorter side, and is moved inside the picture where the disc lies near its edge, so that no pixel is made up.
+    `Invertd` pads a mask with zeros back to the photograph's own pixels. Put it before any scaling of intensities.
+
+    The metadata of every key tell what was done, for reports: ``crop_start`` and ``crop_size`` (pixels),
+    ``crop_confidence`` (0 to 1; NaN when nobody looked), and ``remarks``, what a person should look at ("": nothing).
+
+    Args:
+        keys: what to crop: the picture, its mask.
+        image_key: the picture (3, W, H) to look for the disc in; the first of `keys` if None.
+        size_ratio: the square's side in disc diameters. 2 lies between the public crops, whose discs take from a
+            quarter to three quarters of the side.
+        crop: ``"auto"`` crops whole photographs and leaves crops, ``"always"`` crops both, ``"never"`` leaves both
+            without a look, ``"crops"`` says that all are crops: none is cropped, and one in which the disc is unsure
+            is taken with a remark. `site_crop` chooses the last for a site.
+        min_confidence: a picture whose disc is less sure than this is refused, unless `crop` is ``"never"`` or
+            ``"crops"``.
+        allow_missing_keys: don't raise when a key is missing, as in a case without a mask.
+
+    Raises:
+        InputError: (on call) when no disc is found.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        image_key: str | None = None,
+        size_ratio: float = 2.0,
+        crop: str = "auto",
+        min_confidence: float = MIN_CONFIDENCE,
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        if crop not in CROPS:
+            raise InputError(f'crop must be "auto", "always", "never" or "crops", got "{crop}"')
+        if not size_ratio >= 1:
+            raise InputError(f"size_ratio must be at least 1 disc diameter, got {size_ratio}")
+        self.image_key = self.keys[0] if image_key is None else image_key
+        self.size_ratio = size_ratio
+        self.crop = crop
+        self.min_confidence = min_confidence
+        self.cropper = Crop()
+
+    def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict[Hashable, MetaTensor]:
+        d: dict[Hashable, Any] = dict(data)
+        image = d[self.image_key]
+        shape = tuple(image.shape[1:])
+        start, size, confidence, remarks = self._square(image)
+        if remarks:
+            logger.warning("%s: %s", _file(image), remarks)
+        for key in self.key_iterator(d):
+            if tuple(d[key].shape[1:]) != shape:
+                raise InputError(
+                    f"{key} has {_size(d[key])} pixels but {self.image_key} has {_size(image)}: {_file(d[key])}"
+                )
+            # also when nothing is cut off: then every picture has the same trace to invert
+            d[key] = self.cropper(d[key], tuple(slice(a, a + n) for a, n in zip(start, size)))
+            if isinstance(d[key], MetaTensor):
+                d[key].meta.update(crop_start=list(start), crop_size=list(size), crop_confidence=confidence)
+                d[key].meta["remarks"] = remarks
+        return d
+
+    def inverse(self, data: Mapping[Hashable, MetaTensor]) -> dict[Hashable, MetaTensor]:
+        d = dict(data)
+        for key in self.key_iterator(d):
+            d[key] = self.cropper.inverse(d[key])
+        return d
+
+    def _square(self, image: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...], float, str]:
+        """Start and size, in pixels, of what to keep of the picture, how sure its disc is, and what is odd about it."""
+        shape = tuple(image.shape[1:])
+        if self.crop == "never":
+            return (0, 0), shape, float("nan"), _oblong(shape)
+        disc = find_disc(image)
+        least = min(LEAST_CONFIDENCE, self.min_confidence) if self.crop == "crops" else self.min_confidence
+        if disc.confidence < least:
+            raise InputError(
+                f"no optic disc found in {_file(image)} (confidence {disc.confidence:.2f}, needed {least:g}): give a "
+                'disc crop and set crop="never"'
+            )
+        if self.crop == "crops" or (self.crop == "auto" and not disc.whole):
+            return (0, 0), shape, disc.confidence, self._remarks(disc, shape)
+        side = min(round(self.size_ratio * disc.diameter), *shape)
+        start = tuple(int(np.clip(round(c - side / 2), 0, n - side)) for c, n in zip(disc.center, shape))
+        return start, (side, side), disc.confidence, ""
+
+    def _remarks(self, disc: Disc, shape: tuple[int, ...]) -> str:
+        remarks = [_oblong(shape)]
+        if disc.confidence < self.min_confidence:
+            remarks.append(f"optic disc unsure (confidence {disc.confidence:.2f})")
+        elif disc.whole:
+            remarks.append("looks like a whole photograph among crops")
+        return "; ".join(filter(None, remarks))
+
+
+def _oblong(shape: tuple[int, ...]) -> str:
+    """A crop around a disc is about as wide as high; stretched, it gives a stretched disc."""
+    ratio = shape[0] / shape[1]
+    return f"a crop {ratio:.2g} times as wide as high" if max(ratio, 1 / ratio) > OBLONG else ""
+
+
+def _size(picture: torch.Tensor) -> str:
+    return "x".join(str(n) for n in picture.shape[1:])
+
+
+def _file(picture: torch.Tensor) -> str:
+    return str(getattr(picture, "meta", {}).get("filename_or_obj", "a picture without a file name"))

@@ -1,0 +1,231 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Photographs and their drawn masks, from PNG, JPEG, TIFF, BMP and others as cameras and drawing tools write them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from monai.config import PathLike
+from monai.data import PILReader
+from monai.utils import ensure_tuple
+from PIL import Image, ImageOps, TiffImagePlugin
+
+from shared_iopfl.data.photographs.checks import check_colours, check_shape, glance, monochrome
+from shared_iopfl.data.scan_names import PICTURES
+from shared_iopfl.utils.errors import InputError
+
+__all__ = ["CodedMaskReader", "PhotographReader"]
+
+FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "GIF", "PPM")
+MOVING = ("WEBP", "GIF")
+LOSSY = ("JPEG", "MPO")  # MPO: how Pillow calls a JPEG with a second picture behind it, as some cameras write
+SUFFIXES = tuple(ending[1:] for ending in PICTURES)
+SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N", "I")  # "I": some 16-bit files in 32-bit integers
+
+
+@dataclass(frozen=True)
+class _File:
+    """A file not opened yet. `LoadImage` falls back to MONAI's own readers when `read` fails, and those would load
+    what is refused here without a word; it has no such way out of `get_data`, so that is where files are opened."""
+
+    name: str
+
+
+class _PictureReader(PILReader):
+    """What the two readers share: opening a file as the upright picture, or saying in one line why that fails.
+
+    Args:
+        reverse_indexing: whether arrays are (width, height), as all MONAI readers give them, or (height, width).
+        min_size: the least width and height in pixels; smaller pictures are thumbnails or broken.
+    """
+
+    def __init__(self, reverse_indexing: bool = True, min_size: int = 16) -> None:
+        super().__init__(reverse_indexing=reverse_indexing)
+        self.min_size = min_size
+
+    def verify_suffix(self, filename: Sequence[PathLike] | PathLike) -> bool:
+        return all(str(name).lower().endswith(SUFFIXES) for name in ensure_tuple(filename))
+
+    def read(self, data: Sequence[PathLike] | PathLike | np.ndarray, **kwargs: Any) -> _File:
+        names = ensure_tuple(data)
+        return _File(os.fspath(names[0])) if len(names) == 1 else _File("")
+
+    def get_data(self, img: _File) -> tuple[np.ndarray, dict]:
+        """The pixels, (W, H) or (W, H, 3), and the metadata of MONAI's `PILReader`, both of the upright picture.
+
+        Raises:
+            InputError: when the file is missing, broken, too small, too large, or not of the kind asked for.
+        """
+        if not img.name:
+            raise InputError("a picture is one file: got a list of files for one case")
+        picture, meta = self._open(img.name)
+        array = self._pixels(picture, str(meta["format"]), img.name)
+        meta["original_channel_dim"] = float("nan") if array.ndim == 2 else -1
+        return (np.ascontiguousarray(array.swapaxes(0, 1)) if self.reverse_indexing else array), meta
+
+    def _open(self, name: str) -> tuple[Image.Image, dict]:
+        """The decoded picture, turned upright by its EXIF orientation, and its metadata."""
+        try:
+            with Image.open(name, formats=FORMATS) as img:
+                if isinstance(img, TiffImagePlugin.TiffImageFile):
+                    _refuse_tiff(img, name)
+                pictures = int(getattr(img, "n_frames", 1))
+                if img.format in MOVING and pictures > 1:
+                    raise InputError(f"{pictures} pictures in {name}: save the one to be used as a file of its own")
+                img.load()
+                picture = ImageOps.exif_transpose(img)
+                meta = {"format": str(img.format), "mode": img.mode, "width": picture.width, "height": picture.height}
+        except FileNotFoundError as error:
+            raise InputError(f"no such file: {name}") from error
+        except Image.DecompressionBombError as error:
+            limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 10**6
+            raise InputError(f"more than {limit} megapixels in {name}: save it smaller") from error
+        except Image.UnidentifiedImageError as error:
+            raise InputError(f"not a PNG, JPEG, TIFF or BMP (WebP, GIF, PNM) that can be read: {name}") from error
+        except InputError:
+            raise
+        except (OSError, SyntaxError, ValueError, EOFError, MemoryError) as error:  # what Pillow's decoders raise
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise InputError(f"broken picture {name} ({reason}): export or copy it again") from error
+        if min(picture.size) < self.min_size:
+            raise InputError(
+                f"only {picture.width}x{picture.height} pixels in {name}: at least {self.min_size} on each side needed"
+            )
+        meta["spatial_shape"] = np.asarray(picture.size if self.reverse_indexing else picture.size[::-1])
+        return picture, meta
+
+    def _pixels(self, picture: Image.Image, file_format: str, name: str) -> np.ndarray:
+        """The array of a decoded picture, (H, W) or (H, W, 3)."""
+        raise NotImplementedError
+
+
+def _refuse_tiff(img: TiffImagePlugin.TiffImageFile, name: str) -> None:
+    """Refuse the kinds of TIFF that Pillow would read in part or wrongly."""
+    if img.n_frames > 1:
+        raise InputError(f"{img.n_frames} pages in {name}: save the page to be used as a file of its own")
+    separate_planes = img.tag_v2.get(TiffImagePlugin.PLANAR_CONFIGURATION) == 2
+    if separate_planes and max(img.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (8,))) > 8:
+        raise InputError(f"16-bit TIFF in separate colour planes, which Pillow garbles: save {name} as PNG")
+
+
+class PhotographReader(_PictureReader):
+    """Reads a colour photograph as float32 RGB in 0..255, whatever mode, depth or orientation it was stored in.
+
+    Give it to `LoadImaged(keys, reader=...)`. The array is (W, H, 3), as MONAI's `PILReader` gives it, and so the
+    image (3, W, H) after `EnsureChannelFirstd`.
+
+    - A camera's EXIF orientation is obeyed: the array is the upright picture, and a mask predicted from it is drawn
+      in the upright picture's pixels, not in those of the file as stored.
+    - A palette is resolved; CMYK, YCbCr and Lab become RGB.
+    - An opaque alpha channel is dropped; a transparent one is laid on black, the colour around a field of view.
+    - 16-bit values 0..65535 become 0..255 (Pillow itself reads 16-bit RGB as 8-bit).
+
+    Args:
+        grey: what to do with a picture of one channel, of three (nearly) equal ones, or of a single colour, as red-free
+            ones are: ``"refuse"`` it, and other colours than a fundus has; or ``"replicate"`` the one channel three
+            times, and take other colours as they are.
+        reverse_indexing: whether arrays are (width, height), as all MONAI readers give them, or (height, width).
+        min_size: the least width and height in pixels.
+
+    Raises:
+        InputError: (by `get_data`) when the file is broken, too small or large, grey where colour is expected, or no
+            photograph of one fundus, as `photograph_checks` tells.
+    """
+
+    def __init__(self, grey: str = "refuse", reverse_indexing: bool = True, min_size: int = 16) -> None:
+        super().__init__(reverse_indexing, min_size)
+        if grey not in ("refuse", "replicate"):
+            raise InputError(f'grey must be "refuse" or "replicate", got "{grey}"')
+        self.grey = grey
+
+    def _pixels(self, picture: Image.Image, file_format: str, name: str) -> np.ndarray:
+        if picture.mode == "F":
+            raise InputError(f"floating-point pixels in {name}: save the photograph as 8-bit or 16-bit RGB")
+        if picture.mode == "PA" or "transparency" in picture.info:
+            picture = picture.convert("RGBA")  # the transparent colour of a palette or of PNG's tRNS
+        if picture.mode in SIXTEEN_BIT:
+            values = np.asarray(picture).astype(np.float32)
+            if values.min() < 0 or values.max() > 65535:
+                raise InputError(f"pixel values beyond 16 bits in {name}: save the photograph as 8-bit or 16-bit RGB")
+            return self._colour(values / 257, name)
+        if picture.mode in ("1", "L"):
+            return self._colour(np.asarray(picture.convert("L"), dtype=np.float32), name)
+        if picture.mode in ("LA", "La", "RGBA", "RGBa"):
+            rgba = np.asarray(picture.convert("RGBA"), dtype=np.float32)
+            rgb = rgba[..., :3] * (rgba[..., 3:] / 255)
+        else:
+            rgb = np.asarray(picture.convert("RGB"), dtype=np.float32)
+        if np.array_equal(rgb[..., 0], rgb[..., 1]) and np.array_equal(rgb[..., 0], rgb[..., 2]):
+            return self._colour(rgb[..., 0], name)
+        small = glance(rgb)
+        check_shape(small, name)
+        channel = monochrome(small)
+        if channel is not None:
+            grey = rgb.mean(axis=-1) if channel < 0 else rgb[..., channel]
+            return self._colour(grey, name, "grey with a tint" if channel < 0 else "a single colour")
+        if self.grey == "refuse":
+            check_colours(small, name)
+        return rgb
+
+    def _colour(self, grey: np.ndarray, name: str, what: str = "grey") -> np.ndarray:
+        """Three equal channels of one grey one, if that is wanted."""
+        if self.grey == "refuse":
+            raise InputError(
+                f'expected colour (RGB), got {what} in {name}: give the colour photograph or grey="replicate"'
+            )
+        return np.repeat(grey[..., None], 3, axis=-1)
+
+
+class CodedMaskReader(_PictureReader):
+    """Reads a drawn mask as the integers its file codes it with, (W, H) float32 without any rescaling.
+
+    - One channel of 1, 8 or 16 bits: its values. Three equal channels (and an opaque alpha): the value they share.
+    - A palette of greys: the greys; a palette of colours: the indices, which are the labels then.
+    - JPEG is refused: it blurs the borders between values, and every blurred pixel would be a wrong label.
+    - EXIF orientation is obeyed, as by `PhotographReader`, so that a pair stays a pair.
+
+    What the integers mean is for `shared_iopfl.data.photographs.codings.DecodeMaskd` to say.
+
+    Args:
+        reverse_indexing: whether arrays are (width, height), as all MONAI readers give them, or (height, width).
+        min_size: the least width and height in pixels.
+
+    Raises:
+        InputError: (by `get_data`) when the file is broken, lossy, coloured or partly transparent.
+    """
+
+    def _pixels(self, picture: Image.Image, file_format: str, name: str) -> np.ndarray:
+        if file_format in LOSSY:
+            raise InputError(f"mask in a lossy format (JPEG changes labels at their borders): {name}: save it as PNG")
+        if picture.mode == "P":
+            palette = np.asarray(picture.getpalette("RGB")).reshape(-1, 3)
+            index = np.asarray(picture)
+            used = np.unique(index)
+            if used.max() >= len(palette) or np.ptp(palette[used], axis=-1).max() > 0:
+                return index.astype(np.float32)
+            return palette[:, 0][index].astype(np.float32)
+        if picture.mode in ("1", "L", *SIXTEEN_BIT):
+            return np.asarray(picture).astype(np.float32)
+        if picture.mode not in ("LA", "RGB", "RGBA"):
+            raise InputError(f"mask of mode {picture.mode} in {name}: save it as a PNG of one channel")
+        values = np.asarray(picture)
+        if picture.mode in ("LA", "RGBA"):
+            if values[..., -1].min() < 255:
+                raise InputError(f"partly transparent mask in {name}: save it as a PNG of one channel")
+            values = values[..., :-1]
+        if np.ptp(values, axis=-1).max() > 0:
+            raise InputError(f"mask drawn in colours in {name}: save it as a PNG of one channel, one value a label")
+        return values[..., 0].astype(np.float32)

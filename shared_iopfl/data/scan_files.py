@@ -1,0 +1,204 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The scans in a folder that inference is to segment, and what in it is passed over, and why."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ignite.engine import Engine, Events
+
+from shared_iopfl.data.scan_names import (
+    ITK,
+    MASK,
+    MASK_FOLDERS,
+    NIFTI,
+    PICTURES,
+    VOLUMES,
+    base_of_mask,
+    case_name,
+    entries,
+    file_ending,
+    is_dicom,
+    printable,
+    unique_names,
+)
+from shared_iopfl.data.volumes.dicom import is_no_image
+from shared_iopfl.data.volumes.label_maps import is_label_map
+from shared_iopfl.utils.errors import InputError
+
+__all__ = [
+    "ITK",
+    "MASK",
+    "NIFTI",
+    "PICTURES",
+    "VOLUMES",
+    "NotTaken",
+    "case_name",
+    "entries",
+    "file_ending",
+    "find_scans",
+    "is_dicom",
+    "not_taken",
+    "printable",
+    "unique_names",
+]
+
+Case = dict[str, str]
+logger = logging.getLogger(__name__)
+SHOWN = 3  # names a reason
+RUN = "run.json"  # in a folder that a run of this program wrote
+PARTS = (".raw", ".zraw", ".raw.gz", ".img")  # of a scan whose header is a file of its own
+
+
+def find_scans(path: str | Path, pictures: bool = False) -> list[Case]:
+    """The scans to segment, as ``{"image", "case"}``, sorted by path.
+
+    Args:
+        path: one scan (NIfTI, MGZ, MHA, MHD, NRRD, a picture, a DICOM file), or a folder. Of a folder count all scans
+            in it and below it; a folder that holds DICOM files is one scan. What is passed over, `not_taken` tells:
+            masks, by their names, their folders or their few whole numbers; pictures where there are volumes; the
+            output of a run; files of other kinds.
+        pictures: whether pictures are wanted, and volumes are what is passed over.
+
+    Raises:
+        InputError: when there is nothing at ``path``, or nothing that can be read as a scan.
+    """
+    root = Path(path)
+    survey = _survey(root, pictures)
+    if not survey.scans:
+        kinds = f"DICOM or {', '.join(ending[1:] for ending in VOLUMES + PICTURES)}"
+        line = survey.line()
+        raise InputError(f"no scan at {root}: expected {kinds}{'; ' * bool(line)}{line}")
+    names = unique_names(survey.scans, root if root.is_dir() else root.parent)
+    return [{"image": str(scan), "case": names[scan]} for scan in survey.scans]
+
+
+def not_taken(path: str | Path, pictures: bool = False) -> str:
+    """One line that says which files `find_scans` passes over, by reason; "" when there are none."""
+    return _survey(Path(path), pictures).line()
+
+
+class NotTaken:
+    """Says at the end of a run what of its folder was not taken for a scan.
+
+    Args:
+        dataset_dir: as for `find_scans`. It is looked at when the handler is made, before a run writes anything.
+        pictures: as for `find_scans`.
+    """
+
+    def __init__(self, dataset_dir: str | Path, pictures: bool = False) -> None:
+        self.line = not_taken(dataset_dir, pictures) if Path(dataset_dir).is_dir() else ""
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.COMPLETED, self)
+        engine.add_event_handler(Events.EXCEPTION_RAISED, self)
+
+    def __call__(self, engine: Engine, error: BaseException | None = None) -> None:
+        if self.line:
+            logger.warning(self.line)
+        if error is not None:
+            raise error
+
+
+@dataclass
+class _Survey:
+    """What lies in a folder: scans, and by reason what is none."""
+
+    scans: list[Path] = field(default_factory=list)
+    others: dict[str, list[str]] = field(default_factory=dict)
+
+    def pass_over(self, reason: str, *names: str) -> None:
+        self.others.setdefault(reason, []).extend(names)
+
+    def line(self) -> str:
+        parts = []
+        for reason, names in sorted(self.others.items()):
+            some = ", ".join(map(printable, sorted(names)[:SHOWN])) + ", ..." * (len(names) > SHOWN)
+            parts.append(f"{len(names)} {reason} ({some})")
+        return f"not taken: {'; '.join(parts)}" if parts else ""
+
+
+def _survey(root: Path, pictures: bool) -> _Survey:
+    if not root.exists():
+        raise InputError(f"no such file or folder: {root}")
+    if not root.is_dir():
+        return _Survey([root] if file_ending(root) or is_dicom(root) else [])
+    survey = _Survey()
+    found = sorted(_scans_below(root, root, survey))
+    volumes = [scan for scan in found if file_ending(scan) not in PICTURES]
+    for scan in found if pictures else ():
+        if scan in volumes:
+            survey.pass_over("volumes where pictures are wanted", _name(scan, root))
+    if not pictures and volumes:
+        previews = [_name(scan, root) for scan in found if scan not in volumes]
+        if previews:
+            survey.pass_over("pictures beside volumes", *previews)
+    found = [scan for scan in found if (scan in volumes) != pictures] if volumes else found
+    survey.scans = _without_masks(found, root, survey)
+    return survey
+
+
+def _scans_below(folder: Path, root: Path, survey: _Survey, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    slices, above, inside = 0, (*above, folder.resolve()), entries(folder)
+    whole = {case_name(entry) for entry in inside if file_ending(entry) in (".hdr", ".mhd", ".nhdr")}
+    for entry in inside:
+        name = _name(entry, root)
+        if entry.is_dir():
+            if entry.is_symlink() and any(path.is_relative_to(entry.resolve()) for path in above):
+                continue  # a loop
+            if entry.name.lower() in MASK_FOLDERS:
+                survey.pass_over("folders of masks", f"{name}/")
+            elif (entry / RUN).is_file():
+                survey.pass_over("folders that a run wrote", f"{name}/")
+            else:
+                below = list(_scans_below(entry, root, survey, above))
+                yield from below or ([entry] if file_ending(entry) else [])
+        elif is_dicom(entry):
+            if is_no_image(entry):
+                survey.pass_over("DICOM objects without voxels", name)
+            else:
+                slices += 1
+        elif any(entry.name.lower() == f"{scan}{part}".lower() for scan in whole for part in PARTS):
+            continue  # part of a scan
+        elif file_ending(entry):
+            yield entry
+        elif entry.name.upper() != "DICOMDIR":
+            survey.pass_over("files of other kinds", name)
+    if slices:
+        yield folder
+
+
+def _without_masks(found: list[Path], root: Path, survey: _Survey) -> list[Path]:
+    """The scans that are no masks by their names, and a scan beside them, or by their values."""
+    base = {scan: base_of_mask(scan) if scan.is_file() else None for scan in found}
+    named = {scan for scan in found if base[scan] is not None}
+    scans_in: dict[Path, set[str]] = {}
+    for scan in found:
+        if scan not in named:
+            scans_in.setdefault(scan.parent, set()).add(case_name(scan).lower())
+    kept = []
+    for scan in found:
+        beside = scans_in.get(scan.parent, set())
+        if scan in named and (base[scan] in beside or (base[scan] == "" and beside)):
+            survey.pass_over("masks by their names", _name(scan, root))
+        elif scan.is_file() and file_ending(scan) in VOLUMES and is_label_map(scan):
+            survey.pass_over("volumes of a few whole numbers, as masks are", _name(scan, root))
+        else:
+            kept.append(scan)
+    return kept
+
+
+def _name(path: Path, root: Path) -> str:
+    return path.relative_to(root).as_posix() if path != root else path.name

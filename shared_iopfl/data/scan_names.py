@@ -1,0 +1,110 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Which formats are scans, what a scan is called, and masks by their names.
+
+What a file is, is told by its name, and for DICOM by four letters in it; no more of it is read here.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from shared_iopfl.utils.errors import InputError
+
+__all__ = ["base_of_mask", "case_name", "entries", "file_ending", "is_dicom", "printable", "unique_names"]
+
+NIFTI = (".nii.gz", ".nii")
+NIBABEL = (*NIFTI, ".mgz", ".mgh", ".hdr", ".img")  # the last two are one scan in two files
+ITK = (".mha", ".mhd", ".nrrd", ".nhdr")
+VOLUMES = NIBABEL + ITK
+PICTURES = (
+    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".tif", ".tiff", ".bmp", ".webp", ".gif"),
+    *(".ppm", ".pgm", ".pbm", ".pnm"),
+)  # fmt: skip
+MASK = "_segmentation"  # compared without regard to case: the public sets write it both ways
+MASK_FOLDERS = (
+    *("mask", "masks", "label", "labels", "labelstr", "labelsts", "labelsval", "seg", "segs", "segmentation"),
+    *("segmentations", "gt", "ground_truth", "groundtruth", "ground truth", "annotations"),
+)  # fmt: skip
+_WORDS = r"(?:d?segm?s?|segmentations?|masks?|labels?|labelmap|gt|ground[ _-]?truth|roi|annotations?|manual\d*)"
+_MASK_NAMES = re.compile(rf"(?P<base>.*)[ ._-]{_WORDS}(?:[ ._-]?\d)?|{_WORDS}[ ._-](?P<rest>.*)|{_WORDS}", re.I | re.S)
+
+
+def base_of_mask(path: Path) -> str | None:
+    """The name of the scan that a mask's name says it belongs to, in lower case; None where no mask is named so.
+
+    ``Case00`` of ``Case00_mask.nii.gz``, ``case00-Label.nrrd``, ``seg_Case00.nii`` and ``Case00.seg.nrrd``.
+    """
+    found = _MASK_NAMES.fullmatch(case_name(path))
+    return (found["base"] or found["rest"] or "").lower() if found else None
+
+
+def is_dicom(path: Path) -> bool:
+    """By its name, or by the letters DICM at byte 128 where the name says nothing, as scanners and archives have it."""
+    if file_ending(path) or path.name.upper() == "DICOMDIR":
+        return file_ending(path) == ".dcm"
+    if not path.is_file():
+        return False  # a pipe would wait for its other end for ever
+    try:
+        with open(path, "rb") as file:
+            return file.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
+
+
+def case_name(path: str | Path) -> str:
+    """A scan's file name without its ending: ``Case03`` of ``BIDMC/Case03.nii.gz``; a series' folder name."""
+    name = Path(path).name or Path(path).resolve().name
+    return name[: len(name) - len(file_ending(name))]
+
+
+def file_ending(path: str | Path) -> str:
+    """The ending that tells a scan's format, in lower case (``.nii.gz``, ``.png``, ``.dcm``), or ``""``."""
+    name = Path(path).name.lower()
+    return next((ending for ending in (*VOLUMES, *PICTURES, ".dcm") if name.endswith(ending)), "")
+
+
+def printable(text: str) -> str:
+    """The text with an underscore for each character that no table or log can hold.
+
+    Those are control characters, and what Python makes of a file name that is not UTF-8.
+    """
+    return "".join("_" if unicodedata.category(letter) in ("Cc", "Cs") else letter for letter in text)
+
+
+def unique_names(paths: Sequence[Path], root: Path) -> dict[Path, str]:
+    """A printable name for each path: its own, or where several share it, its way down from ``root`` and its ending."""
+    count = Counter(case_name(path) for path in paths)
+    names: dict[Path, str] = {}
+    taken: set[str] = set()
+    for path in paths:
+        name = case_name(path)
+        if count[name] > 1:
+            name = "_".join(path.relative_to(root).parts or (name,)).replace(".", "_")
+        name = base = printable(name)
+        number = 2
+        while name in taken or (name != case_name(path) and name in count):
+            name, number = f"{base}_{number}", number + 1
+        taken.add(name)
+        names[path] = name
+    return names
+
+
+def entries(folder: Path) -> list[Path]:
+    """What lies in a folder, sorted, without hidden files (``._Case00.nii.gz`` on disks that a Mac has touched)."""
+    try:
+        return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    except OSError as error:
+        raise InputError(f"{folder} cannot be read: {error.strerror}") from error

@@ -1,0 +1,218 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""DICOM: one series, as a folder or a file, in the grid that its slices say they lie in.
+
+ITK's own reader of series takes one of several, passes over what it cannot read, and makes a grid up where the slices
+do not say where they lie. Here each of these is refused in a line; the voxels are read by ITK.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from monai.data import ITKReader
+from monai.utils import ensure_tuple
+
+from shared_iopfl.data.scan_names import is_dicom
+from shared_iopfl.data.volumes.headers import import_itk
+from shared_iopfl.utils.errors import InputError
+
+__all__ = ["DicomReader", "is_no_image", "patient_id"]
+
+logger = logging.getLogger(__name__)
+PATIENT = "0010|0020"
+SERIES, SAMPLES, FRAMES = "0020|000e", "0028|0002", "0028|0008"
+SIZE = ("0028|0010", "0028|0011")
+POSITION, ORIENTATION, PIXELS = "0020|0032", "0020|0037", "0028|0030"
+PLACE = {POSITION: "image position", ORIENTATION: "image orientation", PIXELS: "pixel spacing"}
+# storage classes without a picture of the patient, below 1.2.840.10008.5.1.4.1.1: waveforms, presentation states, raw
+# data, registrations, segmentations, real-world values, measurements, reports and key objects, documents, radiotherapy
+NO_IMAGES = ("9.", "11.", "66", "67", "78.", "79.", "80.", "88.", "104.", "481.2", "481.3", "481.4", "481.5")
+STORAGE = "1.2.840.10008.5.1.4.1.1."
+TURNED = 0.01  # by which a direction cosine may differ from slice to slice
+UNEVEN = 0.1  # by which a gap between slices may differ from the others, relative
+
+
+class _Slice(NamedTuple):
+    """What a file says of its place: mm, in DICOM's own axes (LPS)."""
+
+    file: Path
+    size: tuple[str, ...]
+    position: np.ndarray
+    across: np.ndarray  # direction of a row and of a column, (2, 3)
+    pixels: np.ndarray
+
+
+class DicomReader(ITKReader):
+    """Reads a DICOM file, or a folder that holds one whole series; see this module for what is refused.
+
+    Reports, key objects, presentation states and the like among the slices are passed over, with a warning that names
+    them. Slices are put in the order of their places, whatever their names and numbers.
+
+    Raises:
+        InputError: (by `read`) when the files are not one volume whose place is known.
+    """
+
+    def read(self, data: Any, **kwargs: Any) -> Any:
+        path = Path(ensure_tuple(data)[0])
+        itk = import_itk(path)
+        files = _images(path) if path.is_dir() else [path]
+        found = {file: _tags(itk, file) for file in files}
+        broken = [file for file in files if found[file] is None]
+        if broken and path.is_dir():
+            raise InputError(
+                f"{path} has {len(broken)} slices that cannot be read, {broken[0].name} first: copy it again"
+            )
+        if broken:
+            raise InputError(f"{path} cannot be read as a scan (no DICOM image): export or copy it again")
+        tags = {file: of_file for file, of_file in found.items() if of_file is not None}
+        if (count := len({tags[file][SERIES] for file in files})) > 1:
+            raise InputError(f"{path} holds {count} DICOM series: put each into a folder of its own")
+        if any(int(tags[file][SAMPLES] or 1) > 1 for file in files):
+            raise InputError(f"{path} holds colours (RGB): expected one value for each voxel")
+        frames = [file for file in files if int(tags[file][FRAMES] or 1) > 1]
+        if frames and len(files) > 1:
+            raise InputError(
+                f"{path} holds {len(files)} files, of which {frames[0].name} alone is a volume: divide them"
+            )
+        if frames:
+            if not tags[frames[0]]["placed"]:
+                raise InputError(
+                    f"{path} does not say where its frames lie (no position, no orientation): export it again"
+                )
+        else:
+            files = _in_order(path, [_slice(path, file, tags[file]) for file in files])
+        names = [str(file) for file in files]
+        # single precision: slices may differ in their rescaling, and the first one's type would cut the others' values
+        return itk.imread(names[0] if len(names) == 1 else names, itk.F)
+
+
+def is_no_image(file: Path) -> bool:
+    """Whether a DICOM file says, at its start, that it is a report or another object without voxels."""
+    kind = _storage_class(file)
+    return kind.startswith(STORAGE) and kind.removeprefix(STORAGE).startswith(NO_IMAGES)
+
+
+def patient_id(path: Path) -> str:
+    """The PatientID of a DICOM file, or of the first file of a series; "" for other scans, and where there is none."""
+    files = [file for file in sorted(path.iterdir()) if is_dicom(file)] if path.is_dir() else [path] * is_dicom(path)
+    if not files:
+        return ""
+    try:
+        itk = import_itk(path)
+        io = itk.GDCMImageIO.New()
+        io.SetFileName(str(files[0]))
+        io.ReadImageInformation()
+        found = io.GetMetaDataDictionary()
+        return str(found[PATIENT]).strip() if found.HasKey(PATIENT) else ""
+    except Exception:  # whoever reads the scan says what is wrong with it
+        return ""
+
+
+def _storage_class(file: Path) -> str:
+    """The class of what a file stores, from its first elements, which are always explicit and little endian."""
+    try:
+        with open(file, "rb") as stream:
+            start = stream.read(1024)
+    except OSError:  # such as a link that leads nowhere: whoever reads it says so
+        return ""
+    at = start.find(b"\x02\x00\x02\x00UI")
+    if start[128:132] != b"DICM" or at < 0:
+        return ""
+    length = int.from_bytes(start[at + 6 : at + 8], "little")
+    return start[at + 8 : at + 8 + length].decode("ascii", errors="replace").strip("\0 ")
+
+
+def _images(folder: Path) -> list[Path]:
+    """The files of a folder that should hold slices."""
+    files = sorted(folder.iterdir())
+    if gone := [file.name for file in files if not file.exists()]:
+        raise InputError(f"{folder} has a link that leads nowhere, {gone[0]}: copy it again")
+    files = [file for file in files if file.is_file() and not file.name.startswith(".") and is_dicom(file)]
+    if not files:
+        raise InputError(f"{folder} holds no DICOM files")
+    others = [file.name for file in files if is_no_image(file)]
+    images = [file for file in files if file.name not in others]
+    if not images:
+        raise InputError(f"{folder} holds no DICOM images, only reports or the like ({others[0]})")
+    if others:
+        logger.warning("%s: %d DICOM objects without voxels are passed over, %s first", folder, len(others), others[0])
+    return images
+
+
+def _tags(itk: Any, file: Path) -> dict[str, Any] | None:
+    """The tags that matter, "" where one is missing; None for a file that holds no picture that can be read."""
+    io = itk.GDCMImageIO.New()
+    io.SetFileName(str(file))
+    try:
+        io.ReadImageInformation()
+    except RuntimeError:
+        return None
+    found = io.GetMetaDataDictionary()
+    wanted = (SERIES, SAMPLES, FRAMES, *SIZE, *PLACE)
+    tags: dict[str, Any] = {tag: str(found[tag]).strip() if found.HasKey(tag) else "" for tag in wanted}
+    direction = np.array([io.GetDirection(axis) for axis in range(io.GetNumberOfDimensions())])
+    origin = [io.GetOrigin(axis) for axis in range(io.GetNumberOfDimensions())]
+    # files of several frames say it deep inside; where GDCM finds nothing, it puts them at 0 along the axes
+    tags["placed"] = any(origin) or not np.array_equal(direction, np.eye(len(direction)))
+    return tags
+
+
+def _slice(path: Path, file: Path, tags: Mapping[str, Any]) -> _Slice:
+    try:
+        position, across, pixels = (np.array([float(value) for value in tags[tag].split("\\")]) for tag in PLACE)
+        across = across.reshape(2, 3)
+        upright = abs(float(np.linalg.norm(np.cross(*across))) - 1) < TURNED
+        known = len(position) == 3 and len(pixels) == 2 and upright
+        known = known and bool(np.isfinite([*position, *pixels]).all() and (pixels > 0).all())
+    except ValueError:
+        known = False
+    if not known:
+        missing = [name for tag, name in PLACE.items() if not tags[tag]]
+        what = f"no {' and no '.join(missing)}" if missing else "its geometry tags are broken"
+        raise InputError(f"{path} does not say where {file.name} lies ({what}): export it from the archive again")
+    return _Slice(file, tuple(tags[tag] for tag in SIZE), position, across, pixels)
+
+
+def _in_order(path: Path, slices: Sequence[_Slice]) -> list[Path]:
+    """The files of one volume from its first slice to its last.
+
+    Raises:
+        InputError: when they do not make one volume.
+    """
+    first = slices[0]
+    if any(not np.allclose(one.across, first.across, rtol=0, atol=TURNED) for one in slices):
+        raise InputError(f"{path} holds slices of several directions, as a localizer does: give one direction's alone")
+    if any(one.size != first.size or not np.allclose(one.pixels, first.pixels, rtol=UNEVEN / 10) for one in slices):
+        raise InputError(f"{path} holds slices of several sizes: put those of each size into a folder of their own")
+    along = np.cross(*first.across)
+    place = np.array([one.position @ along for one in slices])
+    order = np.argsort(place, kind="stable")
+    gaps = np.diff(place[order])
+    near = 0.01 * first.pixels.min()
+    if len(gaps) and gaps.min() < near:
+        at = int(gaps.argmin())
+        names = [slices[order[index]].file.name for index in (at, at + 1)]
+        raise InputError(
+            f"{path} has two images at one place, {names[0]} and {names[1]}: put each phase, echo or repetition into a "
+            "folder of its own"
+        )
+    if len(gaps) and np.abs(gaps - np.median(gaps)).max() > UNEVEN * np.median(gaps):
+        apart = f"{gaps.min():.3g} to {gaps.max():.3g} mm apart"
+        raise InputError(f"{path} has slices missing or unevenly spaced ({apart}): copy it again")
+    aside = np.array([one.position - (one.position @ along) * along for one in slices])
+    if np.ptp(aside, axis=0).max() > 0.5 * first.pixels.min():
+        raise InputError(f"{path} has slices shifted against each other, as of a tilted gantry: resample it first")
+    return [slices[index].file for index in order]

@@ -1,0 +1,85 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Scans served under names that tell nothing, for those whose file names tell whose they are."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from itertools import count
+from pathlib import Path
+
+from shared_iopfl.data.scan_files import Case, file_ending
+from shared_iopfl.utils.errors import InputError
+from shared_iopfl.utils.names import check_file_name
+from shared_iopfl.utils.tables import read_rows, write_rows
+
+__all__ = ["under_pseudonyms"]
+
+COLUMNS = ("pseudonym", "file")
+
+
+def under_pseudonyms(scans: Sequence[Case], table: str | os.PathLike, output_dir: str | os.PathLike) -> list[Case]:
+    """The scans by links called ``scan_0001`` and so on, so that nothing that is written or logged names a file.
+
+    Which is which stands in the table alone. A scan that it knows keeps its pseudonym, so that a folder can be served
+    again when scans have been added. The links lie in a folder of their own, which goes when the process ends. An MHD
+    file, whose voxels lie in another one, cannot be read by a link.
+
+    Args:
+        scans: as of :func:`~shared_iopfl.data.scan_files.find_scans`.
+        table: a CSV file, made if it is not there; it belongs where only those may look who may know. "": no
+            pseudonyms.
+        output_dir: where the masks go.
+
+    Raises:
+        InputError: where the table would lie among the masks, is none, or has a pseudonym that is no plain name or
+            stands for two files.
+    """
+    if not table:
+        return list(scans)
+    table = Path(table)
+    if table.resolve().is_relative_to(Path(output_dir).resolve()):
+        raise InputError(f"the table of pseudonyms {table} would lie among the masks: keep it somewhere else.")
+    rows = read_rows(table)
+    if any(not row.get(column) for row in rows for column in COLUMNS) or (table.exists() and not rows):
+        raise InputError(f"{table} is no table of pseudonyms: its columns are {' and '.join(COLUMNS)}.")
+    known = _checked(rows, table)
+    taken = {name.casefold() for name in known.values()}
+    free = (name for number in count(len(known) + 1) if (name := f"scan_{number:04d}") not in taken)
+    folder = Path(tempfile.mkdtemp(prefix="iopfl_"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    served = []
+    for scan in scans:
+        file = os.path.abspath(scan["image"])
+        # what no table can hold (a name that is not UTF-8) is kept escaped
+        told = file.encode(errors="backslashreplace").decode()
+        name = known[told] = known.get(told) or next(free)
+        link = folder / f"{name}{file_ending(file)}"
+        link.symlink_to(file)
+        served.append({"image": str(link), "case": name})
+    write_rows(table, COLUMNS, [{"pseudonym": name, "file": file} for file, name in known.items()])
+    return served
+
+
+def _checked(rows: Sequence[Mapping[str, str]], table: Path) -> dict[str, str]:
+    """The pseudonyms of a table, which may have been edited: file -> pseudonym, each a file name of its own."""
+    known: dict[str, str] = {}
+    files: dict[str, str] = {}
+    for row in rows:
+        file, name = row["file"], check_file_name(row["pseudonym"], f"{table}: pseudonym")
+        # letter case does not tell files apart everywhere
+        if known.setdefault(file, name) != name or files.setdefault(name.casefold(), file) != file:
+            raise InputError(f"{table}: pseudonym {name!r} or its file {file} stands there twice: give each one row.")
+    return known

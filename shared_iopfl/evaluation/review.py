@@ -1,0 +1,207 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Which masks a person should look at first: a list without a label, and how good it is where labels are known.
+
+The quality of a mask is how far the views of its scan agree on it (`shared_iopfl.routing.objectives.view_agreement`).
+It ranks the scans of one list; it is no estimate of their Dice, and says nothing across models or tasks.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from ignite.engine import Engine, Events
+from scipy.stats import spearmanr
+
+from shared_iopfl.evaluation.records import reported_case
+from shared_iopfl.evaluation.run.served import attach_served
+from shared_iopfl.inferers.routing import TestTimeRoutingInferer
+from shared_iopfl.utils.tables import read_rows, write_rows
+
+__all__ = ["ReviewQuality", "ReviewRecorder", "collect_review", "review_by_site", "review_quality", "review_rows"]
+
+COLUMNS = ("rank", "case", "quality", "shift", "decision", "reasons")
+COLLECTED = ("seed", "fold", "site", "case", "quality", "dice")
+DISAGREEMENT = 0.9  # below this quality the views are said to disagree
+FEWEST = 3  # cases for a rank correlation
+
+
+class ReviewRecorder:
+    """Writes ``review.csv``, as scans are served: the worst masks first, and what speaks against each.
+
+    Prediction from a single view (the presets soup and paper) knows no quality: the list then has those first against
+    which something speaks. No file is written for plain inference.
+
+    Args:
+        inferer: what it reports of a scan stands in the engine's output as "report": `RoutesRecorder` comes first.
+        output_dir: where the file goes.
+    """
+
+    def __init__(self, inferer: TestTimeRoutingInferer, output_dir: str) -> None:
+        self.inferer = inferer
+        self.output_dir = Path(output_dir)
+        self.reports: dict[str, Mapping[str, Any]] = {}
+        self.newest: list[str] = []  # the cases of this iteration
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, lambda _: self.reports.clear())
+        attach_served(engine, self.record, self.take_back)
+
+    def record(self, engine: Engine) -> None:
+        state: Any = engine.state
+        self.newest = []
+        for batch, output in zip(state.batch, state.output):
+            if "report" in output:
+                remarks = getattr(batch.get("image"), "meta", {}).get("remarks", "")
+                self.reports[reported_case(batch)] = {**output["report"], "remarks": remarks}
+                self.newest.append(reported_case(batch))
+        if self.newest:
+            self.write()
+
+    def take_back(self) -> None:
+        for case in self.newest:
+            del self.reports[case]
+        if self.newest:
+            (self.output_dir / "review.csv").unlink(missing_ok=True)
+            self.write()
+        self.newest = []
+
+    def write(self) -> None:
+        usual = getattr(self.inferer, "usual_shift", 0)  # a method next to ours knows none
+        rows = review_rows(self.reports, 2 * usual or math.inf)
+        if rows:
+            write_rows(self.output_dir / "review.csv", COLUMNS, rows)
+
+
+def review_rows(reports: Mapping[str, Mapping[str, Any]], large_shift: float = math.inf) -> list[dict[str, Any]]:
+    """The rows of the list, worst first, equal ones by name.
+
+    Args:
+        reports: case -> report of `TestTimeRoutingInferer`; those that know neither ``quality`` nor ``areas`` are left
+            out.
+        large_shift: a shift above it is a reason to look.
+    """
+    reasons = {case: "; ".join(_reasons(report, large_shift)) for case, report in reports.items()}
+    listed = [case for case, report in reports.items() if "quality" in report or "areas" in report]
+    known = sorted(listed, key=lambda case: (reports[case].get("quality", 0.0 if reasons[case] else 1.0), case))
+    return [
+        {
+            "rank": rank,
+            "case": case,
+            "quality": f"{reports[case]['quality']:.4f}" if "quality" in reports[case] else "",
+            "shift": reports[case].get("shift", ""),
+            "decision": reports[case].get("decision", ""),
+            "reasons": reasons[case],
+        }
+        for rank, case in enumerate(known, 1)
+    ]
+
+
+def _reasons(report: Mapping[str, Any], large_shift: float) -> Iterable[str]:
+    if report.get("remarks"):
+        yield str(report["remarks"])  # of those who read and cropped the picture
+    areas = report.get("areas", ())
+    if areas and not any(areas):
+        yield "empty mask"
+    elif not all(areas):
+        yield from (f"target {number} is missing" for number, area in enumerate(areas, 1) if not area)
+    elif report.get("quality", 1.0) < DISAGREEMENT:
+        yield "views disagree"
+    if report.get("shift", 0) > large_shift:
+        yield "large shift"
+    if report.get("decision") == "start" and "objective_start" in report:
+        yield str(report["reason"])  # why the guard kept the mask of the start
+
+
+@dataclass(frozen=True)
+class ReviewQuality:
+    """How good a list is, judged by the true Dice of its masks.
+
+    Attributes:
+        cases: how many.
+        spearman: rank correlation of quality and Dice; NaN for fewer than three cases, or where all are alike.
+        found: of the worst tenth by Dice (at least one), the share in the first fifth of the list; by chance 0.2.
+    """
+
+    cases: int
+    spearman: float
+    found: float
+
+
+def review_quality(true: Mapping[Any, float], quality: Mapping[Any, float]) -> ReviewQuality:
+    """How well one list's quality ranks its cases.
+
+    Args:
+        true: case -> Dice.
+        quality: case -> quality. Cases that one of the two lacks are left out, and NaN counts as lacking.
+    """
+    cases = sorted(c for c in {*true} & {*quality} if math.isfinite(true[c]) and math.isfinite(quality[c]))
+    if not cases:
+        return ReviewQuality(0, math.nan, math.nan)
+    spearman = math.nan
+    if len(cases) >= FEWEST and all(len({by[case] for case in cases}) > 1 for by in (true, quality)):
+        spearman = float(spearmanr([true[case] for case in cases], [quality[case] for case in cases]).statistic)
+    worst = sorted(cases, key=lambda case: true[case])[: math.ceil(len(cases) / 10)]
+    first = sorted(cases, key=lambda case: quality[case])[: math.ceil(len(cases) / 5)]
+    return ReviewQuality(len(cases), spearman, len({*worst} & {*first}) / len(worst))
+
+
+def review_by_site(rows: Iterable[Mapping[str, Any]]) -> dict[str, ReviewQuality]:
+    """How good the lists of a comparison are, site -> mean over its seeds and folds; each list is judged on its own.
+
+    Args:
+        rows: of the comparison's ``review.csv``.
+    """
+    lists: dict[str, dict[tuple[str, str], list[Mapping[str, Any]]]] = {}
+    for row in rows:
+        lists.setdefault(row["site"], {}).setdefault((row["seed"], row["fold"]), []).append(row)
+    judged = {}
+    for site in sorted(lists):
+        each = [
+            review_quality(*({row["case"]: float(row[column]) for row in one} for column in ("dice", "quality")))
+            for one in lists[site].values()
+        ]
+        known = [one.spearman for one in each if math.isfinite(one.spearman)]
+        judged[site] = ReviewQuality(
+            sum(one.cases for one in each),
+            fmean(known) if known else math.nan,
+            fmean(one.found for one in each if one.cases) if any(one.cases for one in each) else math.nan,
+        )
+    return judged
+
+
+def collect_review(output_dir: str | os.PathLike, method: str = "default") -> None:
+    """Put the quality and the true Dice of a comparison's outside cases side by side, as its ``review.csv``.
+
+    No file is written where no run knows a quality.
+
+    Args:
+        output_dir: of the comparison.
+        method: whose masks.
+    """
+    rows = []
+    for path in sorted(Path(output_dir).glob(f"seed*/outside_*/masks/*/{method}/review.csv")):
+        site, run = path.parts[-3], path.parents[3]
+        seed, fold = run.parent.name.removeprefix("seed"), run.name.removeprefix("outside_")
+        qualities = {row["case"]: row["quality"] for row in read_rows(path)}
+        for row in read_rows(run / "metrics.csv"):
+            quality = qualities.get(row["case"])
+            if (row["site"], row["model"], row["metric"]) == (site, method, "dice") and quality:
+                place = {"seed": seed, "fold": fold, "site": site, "case": row["case"]}
+                rows.append({**place, "quality": quality, "dice": row["value"]})
+    if rows:
+        write_rows(Path(output_dir) / "review.csv", COLLECTED, rows)

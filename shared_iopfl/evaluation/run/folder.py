@@ -1,0 +1,311 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""A run owns its ``output_dir``: nothing that was there before is written over, or mixed with what the run writes.
+
+A run claims its folder before it reads any data. From then on the folder holds ``run.json``, ``written.jsonl``, which
+lists what the run wrote, and a lock that goes with the process. What is in the folder and in no such list belongs to
+somebody else. A later run of the same kind replaces what the earlier one wrote, and only that, with ``overwrite``, or
+goes on with it, with ``resume``.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import re
+import socket
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from shared_iopfl.data.scan_names import file_ending, is_dicom
+from shared_iopfl.evaluation.run.lock import FolderLock
+from shared_iopfl.evaluation.run.written import LIST, Written
+from shared_iopfl.utils import errors
+from shared_iopfl.utils.errors import InputError
+from shared_iopfl.utils.files import check_writable, keepers
+from shared_iopfl.utils.reading import read_json
+from shared_iopfl.utils.tables import write_json
+
+__all__ = ["claim", "claim_training", "finish", "release"]
+
+RUN = "run.json"
+KINDS = {
+    "inference": "an inference",
+    "evaluate": "an evaluation",
+    "train": "a training",
+    "federate": "a federation",
+    "compare": "a comparison",
+}
+RESUMED = ("federate", "compare")
+SCORED = ("train", "federate")  # their folders may take an evaluation, too
+UNFINISHED = re.compile(r"\.[0-9a-f]{12}_.+")  # what a killed run was writing; see `whole_file`
+# at the top of a run's folder
+NAMES = {
+    *(RUN, LIST, "failed.csv", "measures.csv", "review.csv", "routes.csv", "routes.json", "site.pt"),
+    *("cases.csv", "metrics.csv", "summary.csv", "report.html", "federation.pt", "federation_previous.pt"),
+    *("failures.csv", "history.csv", "statistics.csv", "choices.json", "comparison.csv", "comparison.md"),
+    "federations.json",
+}
+ANYWHERE = ("device", "dataset_dir", "output_dir", "verbose")  # settings that may change when a run goes on
+
+
+class RunFolder:
+    """A folder while a run has it; a `Keeper` of what is written into it."""
+
+    def __init__(self, folder: Path, kind: str, shown: str) -> None:
+        self.folder = folder
+        self.kind = kind
+        self.thread = threading.current_thread()
+        self.replaced: set[Path] = set()  # not in the list, but the user wants them replaced
+        self._lock = FolderLock(folder, shown)
+        self.written = Written(folder)
+
+    def check(self, target: Path) -> None:
+        path = Path(os.path.abspath(target))
+        if self._is_kept(path) and os.path.lexists(path) and path not in self.written and path not in self.replaced:
+            raise InputError(
+                f"{target} was there before this run, which will not write over it: move it away, or choose another "
+                "output_dir."
+            )
+
+    def note(self, target: Path, content: Path) -> None:
+        path = Path(os.path.abspath(target))
+        if self._is_kept(path):
+            self.written.add(path, content)
+            self._note_events()
+
+    def _is_kept(self, path: Path) -> bool:
+        return path.is_relative_to(self.folder) and not path.name.startswith(".") and path != self.folder / LIST
+
+    def _note_events(self) -> None:
+        """List the files of TensorBoard, which writes them itself, with host and process in their names."""
+        if self.kind in SCORED:
+            own = f"events.out.tfevents.*.{socket.gethostname()}.{os.getpid()}.*"
+            for path in [*self.folder.glob(own), *self.folder.glob(f"tensorboard/{own}")]:
+                self.written.add(path)
+
+    def finish(self) -> None:
+        """Say in ``run.json`` that the run has come to its end."""
+        self._note_events()
+        run = _read_run(self.folder)
+        if run.get("kind") == self.kind:
+            write_json(self.folder / RUN, {**run, "status": "finished"})
+
+    def release(self) -> None:
+        if self in keepers:
+            keepers.remove(self)
+        self._lock.release()
+
+
+_held: dict[Path, RunFolder] = {}
+
+
+def claim(
+    kind: str,
+    output_dir: str | os.PathLike,
+    dataset_dir: str | os.PathLike | None = None,
+    settings: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    part: str | os.PathLike | None = None,
+) -> RunFolder:
+    """Take a folder for a run, before it reads any data.
+
+    Args:
+        kind: of the run: "inference", "evaluate", "train", "federate" or "compare".
+        output_dir: the folder; made if it is not there.
+        dataset_dir: the data, which must lie elsewhere.
+        settings: what has to be the same where a run goes on.
+        overwrite: remove what an earlier run of this kind wrote there.
+        resume: go on with an earlier run of this kind, if there is one.
+        part: of an evaluation, the folder of its masks: evaluations of several models and sites share a folder, also
+            that of the federation or training that made the models, but no two have the same part.
+
+    Raises:
+        InputError: in one line that says what was found there, and what to do.
+    """
+    folder = Path(os.path.abspath(output_dir))
+    if overwrite and resume:
+        raise InputError("overwrite and resume cannot both be True: start afresh, or go on.")
+    if dataset_dir is not None:
+        _check_apart(folder, Path(dataset_dir))
+    check_writable(folder)
+    _take_over(folder, output_dir)
+    run = RunFolder(folder, kind, str(output_dir))
+    try:
+        _make_room(run, str(output_dir), settings or {}, overwrite, resume, part)
+        keepers.append(run)
+        if part is None or not set(run.written.below(folder)) - {folder / RUN}:
+            begun = _read_run(folder) if resume else {}
+            write_json(folder / RUN, {**begun, "kind": kind, "status": "unfinished", "settings": dict(settings or {})})
+    except BaseException:
+        run.release()
+        raise
+    _held[folder] = run
+    again = "--resume True goes on" if kind in RESUMED else "--overwrite True starts again"
+    errors.when_interrupted(f"{output_dir} holds what was done so far; the same command with {again}")
+    return run
+
+
+def claim_training(
+    output_dir: str | os.PathLike,
+    dataset_dir: str | os.PathLike,
+    models: Sequence[str | os.PathLike],
+    overwrite: bool = False,
+) -> None:
+    """`claim` for a training, whose models may go elsewhere: those that are there stay, unless `overwrite` is set.
+
+    Of several processes that train together the first one claims the folder.
+
+    Args:
+        output_dir, dataset_dir, overwrite: as for `claim`.
+        models: the files that the training writes.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return
+    there = [Path(os.path.abspath(path)) for path in models if os.path.lexists(path)]
+    if there and not overwrite:
+        raise InputError(
+            f"{there[0]} is there already, and training would replace it: give another --ckpt_dir, or replace it with "
+            "--overwrite True."
+        )
+    claim("train", output_dir, dataset_dir, overwrite=overwrite).replaced = {*there}
+
+
+def finish(output_dir: str | os.PathLike) -> None:
+    """Say in ``run.json`` that a run has come to its end; nothing where no run of this process has the folder."""
+    run = _held.get(Path(os.path.abspath(output_dir)))
+    if run is not None:
+        run.finish()
+
+
+@atexit.register
+def _release_all() -> None:
+    for folder in list(_held):
+        release(folder)
+
+
+def release(output_dir: str | os.PathLike) -> None:
+    """Give a folder back, if a run of this process has it."""
+    run = _held.pop(Path(os.path.abspath(output_dir)), None)
+    if run is not None:
+        run.release()
+        errors.when_interrupted("")
+
+
+def _take_over(folder: Path, shown: str | os.PathLike) -> None:
+    """Take the place of a run of this process that ended without giving its folder back."""
+    earlier = _held.pop(folder, None)
+    if earlier is None:
+        return
+    if earlier.thread is not threading.current_thread() and earlier.thread.is_alive():
+        _held[folder] = earlier
+        raise InputError(f"{shown} is in use by another run: wait for it, or choose another output_dir.")
+    earlier.release()
+
+
+# ---- what is there ---------------------------------------------------------------------------------------------------
+
+
+def _check_apart(folder: Path, data: Path) -> None:
+    if not data.exists():
+        return
+    one, other = folder.resolve(), data.resolve()
+    if one == other:
+        where = "the same as"
+    elif one.is_relative_to(other):
+        where = "inside of"
+    elif other.is_relative_to(one):
+        where = "around"
+    else:
+        return
+    raise InputError(f"output_dir {folder} is {where} dataset_dir {data}: keep what a run writes apart from its data.")
+
+
+def _make_room(
+    run: RunFolder, shown: str, settings: Mapping[str, Any], overwrite: bool, resume: bool, part: Any
+) -> None:
+    """Raise unless the run may write into its folder; take away what it replaces."""
+    folder, written = run.folder, run.written
+    earlier = _read_run(folder) if (folder / RUN) in written else {}
+    if set(written.below(folder)) - {folder / RUN}:  # a run that ended at once leaves nothing to lose
+        kind = earlier.get("kind", run.kind)
+        found = (
+            f"{shown} holds {KINDS.get(kind, 'something else')} ({earlier.get('status', 'unfinished')}, "
+            f"{len(written.below(folder))} files)"
+        )
+        if kind != run.kind and not (part is not None and kind in SCORED):
+            raise InputError(f"{found}: choose another output_dir.")
+        if part is not None:
+            _make_room_for_part(written, Path(os.path.abspath(part)), overwrite)
+        elif resume:
+            _check_settings(earlier.get("settings"), settings, shown)
+        elif not overwrite:
+            go_on = ", or go on with it with --resume True" * (run.kind in RESUMED)
+            raise InputError(f"{found}: choose another output_dir, or replace it with --overwrite True{go_on}.")
+        else:
+            written.remove(folder)
+        for path in [path for path in folder.rglob(".*") if UNFINISHED.fullmatch(path.name)]:
+            path.unlink(missing_ok=True)
+    stranger = next(_in_the_way(folder, written, run.kind), None)
+    if stranger is not None:
+        raise InputError(
+            f"{shown} holds {stranger.relative_to(folder)}, which no run is known to have written: choose an empty or "
+            "new output_dir."
+        )
+
+
+def _make_room_for_part(written: Written, part: Path, overwrite: bool) -> None:
+    if part.is_relative_to(written.folder) and written.below(part):
+        if not overwrite:
+            raise InputError(
+                f"{part} holds an evaluation of this model at this site: choose another output_dir, or replace it with "
+                "--overwrite True."
+            )
+        written.remove(part)
+
+
+def _check_settings(begun: Any, settings: Mapping[str, Any], shown: str) -> None:
+    now = json.loads(json.dumps(dict(settings), default=str))
+    for name, value in now.items() if isinstance(begun, dict) else ():
+        if name in begun and name not in ANYWHERE and begun[name] != value:
+            raise InputError(
+                f"{shown} was begun with {name} {begun[name]}, now it is {value}; resume with the same, or choose "
+                "another output folder."
+            )
+
+
+def _in_the_way(folder: Path, written: Written, kind: str) -> Iterator[Path]:
+    """What nobody is known to have written and that the run could write over, or that would be mixed with its masks."""
+    for parent, folders, files in os.walk(folder):
+        here = Path(parent)
+        if here != folder and {RUN, LIST} <= {*files}:
+            folders.clear()  # another run's
+            continue
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for path in (here / name for name in sorted(files) if not name.startswith(".")):
+            if path in written or (here == folder and path.name == LIST and written.files):
+                continue
+            is_model = kind == "federate" and path.suffix == ".pt" and here == folder / "models"
+            if is_model or (here == folder and path.name in NAMES) or file_ending(path) or is_dicom(path):
+                yield path
+
+
+def _read_run(folder: Path) -> dict[str, Any]:
+    if not (folder / RUN).is_file():
+        return {}
+    run = read_json(folder / RUN)
+    if not isinstance(run, dict) or not isinstance(run.get("kind", ""), str):
+        raise InputError(f"{folder / RUN} is not what a run leaves behind: choose another output_dir.")
+    return run

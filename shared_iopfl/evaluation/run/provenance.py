@@ -1,0 +1,151 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What a run was: settings, versions, machine, models and the data it saw, in ``run.json``."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+from monai.bundle import ConfigParser
+
+from shared_iopfl.data.patients import AUTO
+from shared_iopfl.data.scan_files import Case
+from shared_iopfl.data.sites import find_cases, fingerprint
+from shared_iopfl.evaluation.run.folder import finish
+from shared_iopfl.models.manifest import MODEL_FILE
+from shared_iopfl.utils.config_values import as_values
+from shared_iopfl.utils.errors import InputError
+from shared_iopfl.utils.reading import read_json
+from shared_iopfl.utils.tables import write_json
+
+__all__ = ["InferenceRecorder", "write_run"]
+
+PACKAGES = ("shared_iopfl", "torch", "monai", "pytorch-ignite", "numpy", "nibabel", "itk")
+
+
+def write_run(
+    output_dir: str, settings: Mapping[str, Any], dataset_dir: str, sites: Sequence[str], bundle_root: str = ""
+) -> None:
+    """Write ``run.json`` of a training.
+
+    Args:
+        output_dir: of the run.
+        settings: what was asked for, name -> value.
+        dataset_dir, sites: the data; of each site its number of cases and a fingerprint of names and sizes.
+        bundle_root: where it is given, the bundle's ``train.json`` is written down as it ran with these settings, for
+            the first of the sites.
+    """
+    data = {}
+    for site in sites:
+        cases = find_cases(dataset_dir, site, settings.get("patient", AUTO))
+        data[site] = {"cases": len(cases), "fingerprint": fingerprint(cases)[:16]}
+    content = {"settings": dict(settings), "sites": data}
+    if bundle_root:
+        content["config"] = _resolved(bundle_root, {**settings, "site": sites[0], "output_dir": output_dir})
+    _write(output_dir, content)
+
+
+class InferenceRecorder:
+    """Writes ``run.json`` of an inference, which names no scan, once all scans have had their turn.
+
+    Args:
+        output_dir: of the run.
+        settings: what was asked for, name -> value.
+        scans: what is segmented: their number, and a fingerprint of names and sizes.
+        ckpt_dir: the models: of each the SHA-256.
+    """
+
+    def __init__(self, output_dir: str, settings: Mapping[str, Any], scans: Sequence[Case], ckpt_dir: str) -> None:
+        self.output_dir = output_dir
+        self.settings = dict(settings)
+        self.scans = list(scans)
+        self.ckpt_dir = Path(ckpt_dir)
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        there = [scan for scan in self.scans if _is_there(scan)]
+        data = {"cases": len(self.scans), "fingerprint": fingerprint(there)[:16]}
+        names = sorted(path.name for path in self.ckpt_dir.glob("*") if MODEL_FILE.fullmatch(path.name))
+        models = {name: hashlib.sha256((self.ckpt_dir / name).read_bytes()).hexdigest() for name in names}
+        _write(self.output_dir, {"settings": self.settings, "scans": data, "models": models})
+        finish(self.output_dir)
+
+
+def _is_there(scan: Case) -> bool:
+    """Whether all files of a scan can be looked at; in a series, a link may lead nowhere."""
+    try:
+        fingerprint([scan])
+    except InputError:
+        return False
+    return True
+
+
+def _write(output_dir: str, content: Mapping[str, Any]) -> None:
+    machine = {
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "revision": _revision(),
+        "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU",
+        "threads": torch.get_num_threads(),
+    }
+    path = Path(output_dir) / "run.json"
+    begun = read_json(path) if path.is_file() else {}
+    kept = {name: begun[name] for name in ("kind", "status") if name in begun}
+    write_json(path, {**kept, **content, **machine})
+
+
+def _resolved(bundle_root: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """``train.json`` with its settings as values; what is built from them (network, transforms) stands as written."""
+    parser = ConfigParser()
+    parser.read_config(str(Path(bundle_root) / "configs" / "train.json"))
+    given = {"bundle_root": bundle_root, **settings}
+    config: Any = parser.config
+    parser.update(as_values({name: value for name, value in given.items() if name in config}))
+    values = {
+        name: parser.get_parsed_content(name) if isinstance(written, str) else written
+        for name, written in config.items()
+    }
+    return {name: value if _is_data(value) else config[name] for name, value in values.items()}
+
+
+def _is_data(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except TypeError:
+        return False
+    return True
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _revision() -> str:
+    """The git revision of this code, where it is a checkout."""
+    try:
+        command = ["git", "describe", "--always", "--dirty"]
+        result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+        return result.stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

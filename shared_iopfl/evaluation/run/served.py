@@ -1,0 +1,112 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Tables that grow as scans are served: a run that is killed has a row for each mask that it has written.
+
+A scan's rows are written before its mask gets its name, and taken back where the mask then cannot be written.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from ignite.engine import Engine, EventEnum, Events
+from monai.engines import Evaluator, IterationEvents
+
+from shared_iopfl.utils.errors import InputError
+from shared_iopfl.utils.files import write_text
+
+__all__ = ["GrowingFile", "ServedEvents", "attach_served"]
+
+
+class ServedEvents(EventEnum):
+    """Events of an evaluator that goes on after a scan that failed."""
+
+    SCAN_FAILED = "scan_failed"
+
+
+class GrowingFile:
+    """A text file to which entries are added, whole at any moment.
+
+    Args:
+        path: the file; made anew with the first entry.
+        head: what it begins with.
+        tail: what it ends with.
+        between: what comes between two entries.
+    """
+
+    def __init__(self, path: Path, head: str, tail: str = "", between: str = "") -> None:
+        self.path = path
+        self.head, self.tail, self.between = head, tail, between
+        self.ends: list[int] = []  # of the last two entries at most, in bytes
+
+    def add(self, entry: str) -> None:
+        if not self.ends:
+            write_text(self.path, self.head + entry + self.tail)
+            self.ends = [len(self.head.encode()), len((self.head + entry).encode())]
+            return
+        empty = self.ends[-1] == len(self.head.encode())
+        content = (self.between * (not empty) + entry).encode()
+        self._write(self.ends[-1], content)
+        self.ends = [self.ends[-1], self.ends[-1] + len(content)]
+
+    def take_back(self) -> None:
+        """Take what was added last out again."""
+        if len(self.ends) > 1:
+            self.ends.pop()
+            self._write(self.ends[-1], b"")
+
+    def _write(self, at: int, content: bytes) -> None:
+        content += self.tail.encode()
+        try:
+            with open(self.path, "rb+", buffering=0) as file:
+                file.seek(at)
+                if file.write(content) < len(content):  # at once: no process is killed within it
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                file.truncate(at + len(content))
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise InputError(
+                f"cannot write to {self.path} ({error.strerror or error}): choose another output_dir or free space"
+            ) from error
+
+
+def attach_served(engine: Engine, record: Callable[[Engine], None], take_back: Callable[[], None]) -> None:
+    """Attach what a recorder does with each scan.
+
+    Args:
+        engine: where it is an evaluator, `record` is called before handlers write the scan's mask; else after an
+            iteration.
+        record: writes the rows of the scans of an iteration.
+        take_back: takes them out again, where the iteration then fails.
+    """
+    recorded = False
+
+    def begin(_: Engine) -> None:
+        nonlocal recorded
+        recorded = False
+
+    def record_scans(engine: Engine) -> None:
+        nonlocal recorded
+        recorded = True
+        record(engine)
+
+    def fail(_: Engine) -> None:
+        if recorded:
+            take_back()
+
+    served = IterationEvents.MODEL_COMPLETED if isinstance(engine, Evaluator) else Events.ITERATION_COMPLETED
+    engine.add_event_handler(Events.ITERATION_STARTED, begin)
+    engine.add_event_handler(served, record_scans)
+    if engine.has_registered_events(ServedEvents.SCAN_FAILED):
+        engine.add_event_handler(ServedEvents.SCAN_FAILED, fail)

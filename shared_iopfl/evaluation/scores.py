@@ -1,0 +1,200 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The scores of a run: read from ``metrics.csv``, put into rows by site, compared by case, printed as a table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shared_iopfl.evaluation.intervals import FEWEST_CASES, case_interval
+from shared_iopfl.utils import reading
+from shared_iopfl.utils.errors import InputError
+from shared_iopfl.utils.tables import read_rows
+
+__all__ = [
+    "DASH",
+    "FEWEST_CASES",
+    "MINUS",
+    "RESAMPLES",
+    "ROLES",
+    "Scores",
+    "count_cases",
+    "difference",
+    "finite",
+    "finite_mean",
+    "heading",
+    "in_order",
+    "number",
+    "print_table",
+    "read_columns",
+    "read_json",
+    "read_scores",
+    "show",
+    "table_rows",
+]
+
+DASH, MINUS = "\u2013", "\u2212"
+ROLES = ("inside", "outside")
+MODELS = ("global", "personalised", "soup", "routed")  # the columns that come first, in this order
+RESAMPLES = 2000
+SiteScores = Mapping[str, Mapping[str, float]]  # {model: {case: value}}, NaN where undefined
+# {(role, site): {model: {case: value}}}: sites inside first, models in the order of the columns
+Scores = dict[tuple[str, str], dict[str, dict[str, float]]]
+
+
+def number(text: Any, path: Path) -> float:
+    """A number of a CSV file, NaN where it is left empty; `path` is named when it is none."""
+    try:
+        return float(text) if text not in (None, "", "None") else math.nan
+    except ValueError:
+        raise InputError(f"{path}: {text!r} is not a number: mend or delete this row") from None
+
+
+def read_columns(path: Path, columns: str) -> list[dict[str, str]]:
+    """The rows of a CSV file, of these columns only; none where there is no file."""
+    rows = read_rows(path)
+    lacking = [name for name in columns.split() if rows and name not in rows[0]]
+    if lacking:
+        raise InputError(f"{path} lacks the column {lacking[0]!r}: it must have {', '.join(columns.split())}")
+    return [{name: row[name] or "" for name in columns.split()} for row in rows]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The content of a JSON file, nothing where there is no file."""
+    content = reading.read_json(path) if path.exists() else {}
+    return content if isinstance(content, dict) else {}
+
+
+def in_order(models: Iterable[str]) -> list[str]:
+    """Each model once: the method's own first, then the others as they come."""
+    found = dict.fromkeys(models)
+    return [model for model in MODELS if model in found] + [model for model in found if model not in MODELS]
+
+
+def read_scores(output_dir: Path) -> dict[str, Scores]:
+    """``metrics.csv`` by metric. A case that was scored again counts once, with its last value."""
+    path = output_dir / "metrics.csv"
+    found: dict[str, Scores] = {}
+    rows = read_columns(path, "site role case model metric value")
+    for row in rows:
+        if row["role"] not in ROLES:
+            raise InputError(f"{path}: role {row['role']!r} is neither 'inside' nor 'outside': mend or delete this row")
+    models = in_order(row["model"] for row in rows)
+    for row in sorted(rows, key=lambda row: (ROLES.index(row["role"]), models.index(row["model"]))):
+        by_model = found.setdefault(row["metric"], {}).setdefault((row["role"], row["site"]), {})
+        by_model.setdefault(row["model"], {})[row["case"]] = number(row["value"], path)
+    return found
+
+
+def heading(metric: str) -> str:
+    """A metric's heading: ``dice_cup`` as "dice cup (%)", ``hd95_mm`` as "hd95 (mm)"."""
+    unit = " (%)" if metric.startswith("dice") else " (mm)" if metric.endswith("_mm") else ""
+    return metric.removesuffix("_mm").replace("_", " ") + unit
+
+
+def finite(values: Iterable[float]) -> list[float]:
+    """The values that are defined."""
+    return [value for value in values if math.isfinite(value)]
+
+
+def finite_mean(values: Iterable[float]) -> float:
+    """The mean of the values that are defined, NaN if none is."""
+    defined = finite(values)
+    return float(np.mean(defined)) if defined else math.nan
+
+
+def show(metric: str, value: float, sign: str = "") -> str:
+    """A value as people read it: Dice in percent, millimetres and others as they are, a dash for what is undefined."""
+    if not math.isfinite(value):
+        return DASH
+    percent = metric.startswith("dice")
+    digits = 1 if percent else 2 if metric.endswith("_mm") else 3
+    return f"{100 * value if percent else value:{sign}.{digits}f}".replace("-", MINUS)
+
+
+def table_rows(scores: Scores) -> list[tuple[str, str, list[dict[str, dict[str, float]]], dict[str, float]]]:
+    """A row a site, ``(role, site, [its scores], {model: mean})``; after a role's sites, as site "", their mean.
+
+    The mean row counts every site alike, and holds only models that all its sites have: others are not comparable.
+    """
+    table = []
+    for role in ROLES:
+        sites = {site: by_model for (its_role, site), by_model in scores.items() if its_role == role}
+        means = {site: {model: finite_mean(v.values()) for model, v in s.items()} for site, s in sites.items()}
+        table += [(role, site, [sites[site]], means[site]) for site in sites]
+        shared = [m for m in in_order(m for s in means.values() for m in s) if all(m in s for s in means.values())]
+        if sites:
+            mean = {model: float(np.mean([s[model] for s in means.values()])) for model in shared}
+            table.append((role, "", list(sites.values()), mean))
+    return table
+
+
+def count_cases(sites: Sequence[SiteScores]) -> int:
+    """How many cases any model was scored on."""
+    return sum(len({case for values in by_model.values() for case in values}) for by_model in sites)
+
+
+def difference(sites: Sequence[SiteScores], model: str, other: str) -> tuple[float, ...]:
+    """Mean over sites of the paired difference, its 95% bootstrap interval over cases, and the number of cases.
+
+    The interval is NaN with too few cases, in all or at a site; everything is, where a site has no case in common.
+    """
+    paired = [[s.get(model, {}).get(case, math.nan) - v for case, v in s.get(other, {}).items()] for s in sites]
+    paired = [finite(differences) for differences in paired]
+    values = np.concatenate(paired) if all(paired) else np.zeros(0)
+    if not len(values):
+        return math.nan, math.nan, math.nan, 0
+    weights = np.concatenate([np.full(len(p), 1 / len(p)) for p in paired])  # every site counts alike
+    generator = np.random.default_rng(0)
+    drawn = [np.array(p)[generator.integers(len(p), size=(RESAMPLES, len(p)))].mean(1) for p in paired]
+    low, high = case_interval([np.array(p) for p in paired], np.stack(drawn, axis=1))
+    return float(np.average(values, weights=weights)), low, high, len(values)
+
+
+def print_table(output_dir: str | Path, metric: str = "dice") -> str:
+    """Print a table of sites by models: the mean over a site's test cases, Dice in percent.
+
+    Args:
+        output_dir: folder of a run, with its ``metrics.csv``.
+        metric: a metric of that file, such as ``dice`` or ``hd95_mm``.
+
+    Returns:
+        The text that was printed: sites inside and their mean, then sites outside and theirs. The mean counts every
+        site alike. ``n`` is the number of a site's cases, and a dash a value that is undefined or absent.
+
+    Raises:
+        InputError: when there is no ``metrics.csv``, or the metric is not in it.
+    """
+    found = read_scores(Path(output_dir))
+    if metric not in found:
+        what = (
+            f"no metric {metric!r}: choose one of {', '.join(found)}" if found else "no scores: evaluate the run first"
+        )
+        raise InputError(f"{Path(output_dir) / 'metrics.csv'} has {what}")
+    models = in_order(model for by_model in found[metric].values() for model in by_model)
+    lines = [[heading(metric), "role", *models, "n"]]
+    for role, site, sites, means in table_rows(found[metric]):
+        cells = [show(metric, means.get(model, math.nan)) for model in models]
+        lines.append([site or "mean of sites", role, *cells, str(count_cases(sites))])
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    text = "\n".join(
+        "  ".join(
+            cell.ljust(width) if i < 2 else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths))
+        )
+        for line in lines
+    )
+    print(text)
+    return text

@@ -1,0 +1,114 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The final scoring of a run: the bundle's ``evaluate.json`` on every site's test cases, model by model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from monai.bundle import ConfigWorkflow
+
+from shared_iopfl.evaluation.tolerant import Failure
+from shared_iopfl.utils.config_values import as_values
+from shared_iopfl.utils.errors import InputError
+from shared_iopfl.utils.names import check_site, check_sites
+
+__all__ = ["Scoring", "raise_failures"]
+
+
+def raise_failures(failures: Sequence[Failure]) -> None:
+    """Raise `InputError` where cases failed, naming the first; one that failed for several models is one."""
+    reasons = {failure.file: failure.reason for failure in failures}
+    if reasons:
+        first = next(iter(reasons.values()))
+        raise InputError(
+            f"{len(reasons)} cases could not be scored, all others were; failed.csv beside the masks names them. "
+            f"First: {first}"
+        )
+
+
+class Scoring:
+    """Scores the models of a run on test cases, and only on those.
+
+    Args:
+        bundle_root: the bundle whose ``configs/evaluate.json`` is run.
+        output_dir: of the run; ``metrics.csv``, ``cases.csv`` and ``masks/`` are added there.
+        overrides: of the evaluation config.
+        configs: names of the bundle's configs, the later over the earlier.
+    """
+
+    def __init__(
+        self,
+        bundle_root: str,
+        output_dir: str,
+        overrides: Mapping[str, Any] | None = None,
+        configs: Sequence[str] = ("evaluate",),
+    ) -> None:
+        self.configs = [str(Path(bundle_root) / "configs" / f"{name}.json") for name in configs]
+        self.bundle_root = bundle_root
+        self.output_dir = output_dir
+        self.overrides = dict(overrides or {})
+        self.failures: list[Failure] = []
+
+    def score(self, site: str, model: str, **overrides: Any) -> None:
+        """Score one model on one site; `overrides` come on top of the common ones.
+
+        Values are handed over as values: MONAI evaluates none of them but an `Expression`.
+        """
+        given = {
+            "bundle_root": self.bundle_root,
+            "output_dir": self.output_dir,
+            "site": check_site(site),
+            "model": model,
+            "personalised_metrics": False,
+            "strict": False,
+            "own_folder": False,
+            **self.overrides,
+            **overrides,
+        }
+        workflow = ConfigWorkflow(
+            config_file=self.configs,
+            meta_file=None,
+            logging_file=False,
+            **as_values(given),
+        )
+        workflow.initialize()
+        workflow.run()
+        self.failures += workflow.parser.get_parsed_content("evaluator").failures
+        workflow.finalize()
+
+    def finish(self) -> None:
+        """Raise `InputError` where cases could not be scored: the others were, but a run must say so by its status."""
+        raise_failures(self.failures)
+
+    @staticmethod
+    def check(sites: Sequence[str], outside_sites: Sequence[str]) -> None:
+        """Raise `InputError` where a site is both inside and outside: its score would not be an outsider's."""
+        check_sites([*sites, *outside_sites])
+        both = sorted(set(sites) & set(outside_sites))
+        if both:
+            raise InputError(f"site '{both[0]}' is both in sites and in outside_sites: leave it out of one.")
+
+    def inside(self, sites: Sequence[str]) -> None:
+        """Every inside site's test cases, by the global model and by the site's own."""
+        for site in sites:
+            for model in ("global", "personalised"):
+                self.score(site, model, role="inside", split="test", mode="off")
+
+    def outside(self, sites: Sequence[str]) -> None:
+        """All cases of every outside site, by the global model, by the uniform soup and by test-time routing."""
+        for site in sites:
+            outside = {"role": "outside", "split": "all"}
+            self.score(site, "global", **outside, mode="off")
+            self.score(site, "soup", **{**outside, "preset": "soup", "routing": {}, "mode": "episodic"})
+            self.score(site, "routed", **outside)

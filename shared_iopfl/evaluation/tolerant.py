@@ -1,0 +1,241 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""A folder of scans served to its end: a bad scan is named in ``failed.csv``, the others get their masks.
+
+For inference and for scoring. In training a bad scan ends the run: what is learnt must be what was asked.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from monai.data import Dataset, list_data_collate
+from monai.engines import IterationEvents, SupervisedEvaluator
+from monai.handlers import from_engine
+from monai.utils import CommonKeys, ensure_tuple
+
+from shared_iopfl.data.loading import reason
+from shared_iopfl.data.scan_files import case_name, printable
+from shared_iopfl.evaluation.records import OutputWriter
+from shared_iopfl.evaluation.run.served import ServedEvents
+from shared_iopfl.utils.checks import check_values
+from shared_iopfl.utils.errors import InputError, root_input_error
+from shared_iopfl.utils.files import check_writable
+from shared_iopfl.utils.tables import write_rows
+
+__all__ = ["Failure", "ScanWriter", "TolerantDataset", "TolerantEvaluator", "from_scored", "tolerant_collate"]
+
+logger = logging.getLogger(__name__)
+FAILURES = "failures"  # key of a batch: its scans that could not be loaded
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+NAMED = 20  # so many scans are named in one line
+
+
+class Failure(NamedTuple):
+    """A scan that got no mask: its case, its file and, in one line, why."""
+
+    case: str
+    file: str
+    reason: str
+
+    @classmethod
+    def of(cls, case: str | None, file: Any, error: Exception) -> Failure:
+        cause = root_input_error(error)
+        if cause is not None:
+            line = " ".join(str(cause).split())
+        else:
+            *_, deepest = _chain(error)
+            line = f"{type(deepest).__name__}: {reason(deepest)}"  # type: ignore[arg-type]
+        path = str(ensure_tuple(file)[0])
+        return cls(*map(printable, (case or case_name(path), path, line)))
+
+
+class TolerantDataset(Dataset):
+    """A dataset whose items are `Failure` where a scan cannot be loaded; see `tolerant_collate`.
+
+    A scan given alone raises what is wrong with it: there is nothing to go on with. So does a lack of memory.
+
+    Args:
+        data: cases with the path of their scan under `image_key`.
+        transform: what loads them.
+        image_key: key of the scan.
+    """
+
+    def __init__(self, data: Sequence[Mapping[str, Any]], transform: Any = None, image_key: str = "image") -> None:
+        super().__init__(data, transform)
+        self.image_key = image_key
+
+    def _transform(self, index: int) -> Any:
+        try:
+            return super()._transform(index)
+        except Exception as error:
+            if len(self) == 1 or _is_hopeless(error):
+                raise
+            return Failure.of(self.data[index].get("case"), self.data[index][self.image_key], error)
+
+
+def tolerant_collate(items: Sequence[Any]) -> dict[str, Any]:
+    """The batch of the scans that could be loaded, perhaps of none of them, with the `Failure` of each other."""
+    loaded = [item for item in items if not isinstance(item, Failure)]
+    failures = [item for item in items if isinstance(item, Failure)]
+    batch = list_data_collate(loaded) if loaded else {CommonKeys.IMAGE: torch.empty(0)}
+    return {**batch, FAILURES: failures} if failures else batch
+
+
+def from_scored(keys: Sequence[str]) -> Callable[[Any], Any]:
+    """`monai.handlers.from_engine` for metrics, where an iteration may have no case: that of a failed scan."""
+    items = from_engine(keys)
+    return lambda output: items(output) if output else tuple([] for _ in keys)
+
+
+class ScanWriter(OutputWriter):
+    """An `OutputWriter` at work within the iteration, so that a scan whose mask cannot be written fails alone."""
+
+    def attach(self, engine: Any) -> None:
+        engine.add_event_handler(IterationEvents.MODEL_COMPLETED, self)
+
+
+class TolerantEvaluator(SupervisedEvaluator):
+    """An evaluator that goes on with the next scan where one cannot be loaded, segmented or written.
+
+    A scan whose mask is empty keeps it, and is named in the log and when the run ends. That too gives a status other
+    than 0, as every scan shows what most tasks look for, unless `empty_masks` allows it.
+
+    ``failed.csv`` in `output_dir` names each failed scan as soon as it failed: case, file, reason. There is no such
+    file when none has. When all scans have had their turn the run ends with an `InputError` that counts the failures,
+    and so with a status other than 0.
+
+    Not taken for a fault of the scan, and so ending the run at once: a lack of memory, and an `output_dir` that is full
+    or cannot be written to. With more than one scan in a batch they fail together.
+
+    Args:
+        output_dir: where ``failed.csv`` goes.
+        strict: whether failures end the run with an `InputError`; otherwise only a run in which all scans failed does,
+            and `failures` holds them for whoever runs it.
+        empty_masks: "fail" where every scan shows what is looked for, or "allow".
+        args, kwargs: of `SupervisedEvaluator`; its loader is over a `TolerantDataset`, with `tolerant_collate`.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        output_dir: str | os.PathLike,
+        strict: bool = True,
+        empty_masks: str = "allow",
+        **kwargs: Any,
+    ) -> None:
+        check_values({"empty_masks": empty_masks})
+        kwargs["event_names"] = [*(kwargs.get("event_names") or ()), ServedEvents]
+        super().__init__(*args, **kwargs)
+        self.strict = strict
+        self.output_dir = Path(output_dir)
+        self.empty_masks = empty_masks
+        self.failures: list[Failure] = []
+        self.empty: list[str] = []  # the cases of empty masks
+
+    @property
+    def failed_csv(self) -> Path:
+        return self.output_dir / "failed.csv"
+
+    def run(self, global_epoch: int = 1) -> None:  # type: ignore[override]
+        """Serve all scans.
+
+        Raises:
+            InputError: at the end, when there were failures: how many, and where they are named; or empty masks.
+        """
+        self.failures, self.empty = [], []
+        self.failed_csv.unlink(missing_ok=True)  # of another run
+        count = len(self.data_loader.dataset)  # type: ignore[union-attr, arg-type]
+        try:
+            super().run(global_epoch)
+        except ValueError:  # MONAI's metrics, where there is nothing to aggregate
+            if len(self.failures) < count:
+                raise
+        ends = []
+        if self.failures and (self.strict or len(self.failures) == count):
+            ends.append(f"{len(self.failures)} of {count} scans failed: see {self.failed_csv}")
+        if self.empty and self.empty_masks == "fail":
+            named = ", ".join(self.empty[:NAMED]) + (", ..." if len(self.empty) > NAMED else "")
+            ends.append(
+                f"{len(self.empty)} of {count} scans have an empty mask: {named}; where some show nothing of what is "
+                "looked for, allow that with --empty_masks allow"
+            )
+        if ends:
+            raise InputError("; ".join(ends))
+
+    def _iteration(self, engine: Any, batchdata: dict[str, Any]) -> Any:
+        self._record(batchdata.pop(FAILURES, []))
+        image = batchdata[CommonKeys.IMAGE]
+        if not len(image):
+            return self._nothing()
+        files = ensure_tuple(image.meta["filename_or_obj"])
+        cases = batchdata.get("case", [None] * len(files))
+        try:
+            outputs: Any = super()._iteration(engine, batchdata)
+            self._note_empty(outputs, cases, files)
+            return outputs
+        except Exception as error:
+            if len(self.data_loader.dataset) == 1 or _is_hopeless(error):  # type: ignore[union-attr, arg-type]
+                raise
+            if any(isinstance(cause, OSError) for cause in _chain(error)):
+                check_writable(self.output_dir)  # is it the folder's fault?
+            logger.debug("what failed with %s:", files, exc_info=True)
+            self._record([Failure.of(case, file, error) for case, file in zip(cases, files)])
+            return self._nothing()
+
+    def _note_empty(self, outputs: Sequence[Mapping[str, Any]], cases: Sequence[str | None], files: Any) -> None:
+        for output, case, file in zip(outputs, cases, files):
+            if not torch.count_nonzero(output[CommonKeys.PRED]):
+                self.empty.append(printable(case or case_name(str(file))))
+                logger.warning("%s has an empty mask", self.empty[-1])
+
+    def _nothing(self) -> list[dict[str, Any]]:
+        """An iteration's output without a case: nothing for the handlers to write or to record."""
+        if hasattr(self.inferer, "reports"):
+            self.inferer.reports.clear()  # of the scan that failed: the next one's must not be mistaken for it
+        self.state.batch = []
+        self.fire_event(ServedEvents.SCAN_FAILED)
+        return []
+
+    def _record(self, failures: Sequence[Failure]) -> None:
+        if failures:
+            self.failures += failures
+            write_rows(self.failed_csv, Failure._fields, [failure._asdict() for failure in self.failures])
+        for failure in failures:
+            logger.warning("%s failed: %s", failure.case, failure.reason)
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """An exception and what it came from, the first cause last."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__
+
+
+def _is_hopeless(error: Exception) -> bool:
+    """Whether the next scan would fare no better: no memory, no room on the disk.
+
+    A reader that cannot allocate what a scan's header asks for has refused that scan, as an `InputError`.
+    """
+    causes = list(_chain(error))
+    if any(isinstance(cause, OSError) and cause.errno in DISK_FULL for cause in causes):
+        return True
+    if root_input_error(error) is not None:
+        return False
+    memory = (MemoryError, torch.OutOfMemoryError)
+    return any(isinstance(cause, memory) or "allocate memory" in str(cause) for cause in causes)

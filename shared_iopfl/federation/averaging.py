@@ -1,0 +1,101 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The average of what the sites sent: the mean, or one that a few hostile sites cannot move far."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from shared_iopfl.federation.updates import Weights, check_update
+from shared_iopfl.utils.errors import InputError
+
+__all__ = ["AVERAGES", "Averaging", "average_updates", "weighted_average"]
+
+Averaging = Literal["mean", "median", "trimmed_mean"]
+AVERAGES: tuple[str, ...] = get_args(Averaging)
+TRIMMED = 0.2  # of the sites, the share that the trimmed mean leaves out at each end
+
+
+def average_updates(
+    updates: Mapping[str, Weights],
+    counts: Mapping[str, float],
+    averaging: Averaging = "mean",
+    reference: Weights | None = None,
+) -> dict[str, Tensor]:
+    """One model of the sites' weights, entry by entry, in double precision and in the order of `updates`.
+
+    The median and the trimmed mean (Yin et al., Byzantine-Robust Distributed Learning, ICML 2018) bound what a minority
+    of hostile sites can do to any entry. They count every site alike, as a hostile one may claim any number of cases.
+    With fewer than three sites both are the plain mean.
+
+    Integer buffers (batch-norm counters) stay integers and are the first site's.
+
+    Args:
+        updates: site -> state_dict.
+        counts: site -> positive number, its training cases.
+        averaging: "mean": FedAvg, each site weighed by its number of cases. "median": of an even number of sites, the
+            mean of the two in the middle. "trimmed_mean": the mean of what is left once a fifth of the sites, at least
+            one, is left out at each end.
+        reference: the global weights that the round began with, whose types the result has; None: the first site's.
+
+    Raises:
+        InputError: naming the site whose update differs from the reference in keys or shapes, or is not finite.
+    """
+    if not updates:
+        raise InputError("nothing to average: no site sent an update.")
+    if averaging not in AVERAGES:
+        raise InputError(f"averaging must be one of {', '.join(AVERAGES)}, but is {averaging!r}.")
+    total = float(sum(counts[site] for site in updates))
+    if not (all(counts[site] > 0 for site in updates) and math.isfinite(total)):
+        raise InputError(f"the sites' numbers of cases must be positive, but are {dict(counts)}.")
+    first = next(iter(updates))
+    whose = "the global model" if reference is not None else f"'{first}'"
+    like = updates[first] if reference is None else reference
+    checked = {site: check_update(site, update, like, whose) for site, update in updates.items()}
+    average = {}
+    for key, of_first in checked[first].items():
+        if of_first.is_floating_point() or of_first.is_complex():
+            wide = torch.complex128 if of_first.is_complex() else torch.float64
+            values = [update[key].to(wide) for update in checked.values()]
+            shares = [counts[site] / total for site in checked]
+            middle = _mean(values, shares) if averaging == "mean" else _trimmed(values, averaging)
+            average[key] = middle.to(of_first.dtype)
+        else:
+            average[key] = of_first.clone()
+        if not torch.isfinite(average[key]).all():
+            raise InputError(f"the average of '{key}' is not finite: the sites' weights or numbers of cases are wrong.")
+    return average
+
+
+def weighted_average(
+    updates: Mapping[str, Weights], counts: Mapping[str, float], reference: Weights | None = None
+) -> dict[str, Tensor]:
+    """FedAvg: :func:`average_updates` by the mean."""
+    return average_updates(updates, counts, "mean", reference)
+
+
+def _mean(values: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
+    return torch.as_tensor(sum(value * share for value, share in zip(values, shares)))
+
+
+def _trimmed(values: Sequence[Tensor], averaging: Averaging) -> Tensor:
+    count = len(values)
+    most = (count - 1) // 2  # what leaves one value, or the two in the middle
+    left_out = most if averaging == "median" else min(most, max(1, int(TRIMMED * count)))
+    stacked = torch.stack(list(values))
+    if stacked.is_complex():  # real and imaginary part, each entry on its own
+        return torch.view_as_complex(_trimmed(torch.view_as_real(stacked).unbind(), averaging))
+    return stacked.sort(dim=0).values[left_out : count - left_out].mean(0)

@@ -1,0 +1,261 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What runs at a site in an NVIDIA FLARE job: the site's client of the one-process run, behind FLARE's Client API.
+
+Local weights, the number of training cases and figures leave the site. The personalised model, the data, the site's
+paths and what its errors say stay: they lie in ``<output_dir>/sites/<site>``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import nvflare.client as flare
+import torch
+from nvflare.apis.fl_constant import FLMetaKey
+from nvflare.app_common.abstract.fl_model import FLModel
+from torch import Tensor
+
+from shared_iopfl.federation.client import SiteClient, time_limit
+from shared_iopfl.models.files import model_path, save_atomically
+from shared_iopfl.utils.errors import InputError, root_input_error
+from shared_iopfl.utils.files import check_writable
+from shared_iopfl.utils.names import check_site
+from shared_iopfl.utils.reading import read_json
+
+__all__ = ["COUNTED", "ENVIRONMENT", "JOB_FILE", "SETTLE", "Member", "bundle_fingerprint", "run"]
+
+# what the server tells besides weights and round: site -> the last round in which its update was averaged
+COUNTED = "counted"
+SETTLE = "settle"  # the last task, once all rounds are done
+JOB_FILE = "federation.json"
+LOG_FILE = "training.log"
+# what a site says about itself goes before what the job says
+ENVIRONMENT = {
+    "bundle": "IOPFL_BUNDLE",
+    "dataset_dir": "IOPFL_DATASET_DIR",
+    "output_dir": "IOPFL_OUTPUT_DIR",
+    "device": "IOPFL_DEVICE",
+}
+# loggers whose lines may name a site's files
+PRIVATE_LOGGERS = ("ignite", "monai", "shared_iopfl", "py.warnings")
+own = logging.getLogger(__name__)
+shared = logging.getLogger("iopfl")  # its lines are in FLARE's log too
+
+
+def bundle_fingerprint(bundle_root: str | os.PathLike) -> str:
+    """SHA-256 of the bundle's training config: sites that train differently must not be averaged unnoticed."""
+    path = Path(bundle_root) / "configs" / "train.json"
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise InputError(f"no bundle at {bundle_root}: cannot read {path} ({error.strerror}).") from error
+
+
+class Member:
+    """A site as one job sees it.
+
+    Args:
+        job: what the job asks for, as `shared_iopfl.federation.flare.run` writes it into ``federation.json``.
+        site: the site's name.
+        environment: of the process; what it says in the variables of `ENVIRONMENT` goes before the job's word.
+    """
+
+    def __init__(self, job: Mapping[str, Any], site: str, environment: Mapping[str, str] = os.environ) -> None:
+        self.job = job
+        self.site = check_site(site)
+        self.paths: dict[str, Any] = {
+            name: environment.get(variable) or job.get(name) for name, variable in ENVIRONMENT.items()
+        }
+        self.folder = Path(self._path("output_dir")) / "sites" / site
+        check_writable(self.folder)
+        self._client: SiteClient | None = None
+        self._round = 0  # after which the client is as it is
+
+    def _path(self, name: str) -> str:
+        if not self.paths[name]:
+            raise InputError(f"site '{self.site}' has no {name}: set {ENVIRONMENT[name]} there.")
+        return self.paths[name]
+
+    def client(self, done: int) -> SiteClient:
+        """The site's client, as it was after a round: the last one in which its update counted.
+
+        Made at the first task, so that what is wrong at a site fails that task and not the process. It begins with what
+        the site has kept of this run: the process may be new, the server have fallen back behind the site, or the
+        site's last update have come too late or been refused.
+        """
+        if self._round != done:
+            self._client = None
+        if self._client is None:
+            client = self._make()
+            earlier = [number for number in self._states() if number <= done]
+            if earlier:
+                state = torch.load(self._state(max(earlier)), map_location="cpu", weights_only=True)
+                client.load_state_dict(state)
+                shared.info("goes on from its state after round %d", max(earlier))
+            self._put_back(client.personalised if earlier else None)
+            self._client, self._round = client, done
+        return self._client
+
+    def _put_back(self, personalised: Mapping[str, Tensor] | None) -> None:
+        """Write the site's own model: what lies in its folder may be of an update that did not count."""
+        path = Path(model_path(str(self.folder), "personalised", self.site))
+        if personalised is not None:
+            save_atomically({key: tensor.cpu() for key, tensor in personalised.items()}, path)
+        else:
+            path.unlink(missing_ok=True)
+
+    def _make(self) -> SiteClient:
+        bundle, dataset_dir = self._path("bundle"), self._path("dataset_dir")
+        if bundle_fingerprint(bundle) != self.job["fingerprint"]:
+            raise InputError(
+                f"the bundle {bundle} of site '{self.site}' trains in another way than the federation's: its "
+                "configs/train.json differs; install the same version."
+            )
+        overrides = {
+            **self.job["overrides"],
+            "site": self.site,
+            "dataset_dir": dataset_dir,
+            "output_dir": str(self.folder),
+            "ckpt_dir": str(self.folder),
+            "epochs": self.job["rounds"] * self.job["local_epochs"],
+        }
+        if self.paths["device"]:
+            overrides["device"] = self.paths["device"]
+        with torch.random.fork_rng():
+            torch.manual_seed(self.job["seed"])
+            return SiteClient(bundle, self.site, self.job["local_epochs"], overrides)
+
+    def _state(self, number: int) -> Path:
+        return self.folder / f"state_{self.job['run']}_{number}.pt"
+
+    def _states(self) -> list[int]:
+        """The rounds of this run after which the site's state lies here."""
+        return [int(path.stem.rpartition("_")[2]) for path in self.folder.glob(f"state_{self.job['run']}_*.pt")]
+
+    def _keep(self, client: SiteClient, number: int) -> None:
+        """Keep the state after a round and the one that it began with: the server may fall back by one, not by two."""
+        save_atomically(client.state_dict(), self._state(number))
+        for path in set(self.folder.glob("state_*.pt")) - {self._state(number), self._state(self._round)}:
+            path.unlink()
+        self._round = number
+
+    def answer(self, task: str, received: FLModel) -> FLModel:
+        """Do a task; what goes wrong is told by its kind alone, and in full in the site's own ``training.log``."""
+        # a process's alarm clock rings in its main thread, which does the work where each task has a process of its own
+        main = threading.current_thread() is threading.main_thread()
+        settle = bool(received.meta.get(SETTLE))
+        seconds = self.job["round_timeout"] * (max(1, self.job["own_rounds"]) if settle else 1)
+        try:
+            with time_limit(self.site, seconds if main else 0):
+                # the newest global model, beside the site's own
+                save_atomically(dict(received.params), model_path(str(self.folder)))
+                if settle:
+                    return self.settle(received)
+                return self.validate(received) if task == "validate" else self.train(received)
+        except Exception as error:
+            kind = type(root_input_error(error) or error).__name__
+            # FLARE redirects `print`, with which `logging` would format the traceback
+            own.error("'%s' failed: %s", task, "".join(traceback.format_exception(error)))
+            shared.warning("'%s' failed with %s; see %s", task, kind, self.folder / LOG_FILE)
+            self._client = None  # half a round may have passed; the next task begins with the last state that was kept
+            return FLModel(metrics={}, meta={"error": kind})
+
+    def train(self, received: FLModel) -> FLModel:
+        """Global weights in, local weights out; the personalised model moves on in the site's folder."""
+        client = self.client(self._counted(received))
+        began = time.perf_counter()
+        update = client.train(received.params)
+        seconds = time.perf_counter() - began
+        self._keep(client, received.current_round + 1)  # FLARE counts from 0
+        return FLModel(
+            params={key: tensor.contiguous() for key, tensor in update.items()},  # FLARE sends no other
+            metrics={**client.metrics(), "seconds": seconds},
+            meta={FLMetaKey.NUM_STEPS_CURRENT_ROUND: client.cases},
+        )
+
+    def validate(self, received: FLModel) -> FLModel:
+        """Figures of the global and the personalised model on the site's validation cases."""
+        client = self.client(self._counted(received))
+        models = {"global": received.params, "personalised": client.personalised}
+        return FLModel(
+            metrics={
+                f"{name}/{metric}": value
+                for name, weights in models.items()
+                for metric, value in client.validate(weights).items()
+            }
+        )
+
+    def settle(self, received: FLModel) -> FLModel:
+        """Make the personalised model what the site keeps.
+
+        What is told is the share that its validation cases chose, how far they are from the global model, and how that
+        does on them by its running statistics and by the site's own.
+        Asked again, as after the server's death, it begins again from the last round.
+        """
+        client = self.client(self._counted(received))
+        before = {key: tensor.clone() for key, tensor in client.personalised.items()}
+        try:
+            share = client.settle(received.params, self.job["own_rounds"], self.job["shares"])
+        except Exception:
+            self._put_back(before)
+            raise
+        self._put_back(client.personalised)
+        self._client = None
+        told = {"share": float(share)}
+        if (shift := client.shift(received.params)) is not None:
+            told["shift"] = float(shift)
+        return FLModel(metrics={**told, **client.dice_by_statistics(received.params)})
+
+    def _counted(self, received: FLModel) -> int:
+        return int(received.meta[COUNTED].get(self.site, 0))
+
+    @contextmanager
+    def own_log(self) -> Iterator[None]:
+        """Have what the training logs in the site's own file: FLARE hands a site's error log on to the server."""
+        handler = logging.FileHandler(self.folder / LOG_FILE, encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+        loggers = [logging.getLogger(name) for name in PRIVATE_LOGGERS]
+        for logger in loggers:
+            logger.addHandler(handler)
+            logger.propagate = False
+        try:
+            yield
+        finally:
+            for logger in loggers:
+                logger.removeHandler(handler)
+                logger.propagate = True
+            handler.close()
+
+
+def run(script: str) -> None:
+    """Take part in a job until it ends.
+
+    Args:
+        script: the job's client script, beside which ``federation.json`` lies.
+    """
+    flare.init()
+    member = Member(read_json(Path(script).with_name(JOB_FILE)), flare.get_site_name())
+    with member.own_log():
+        while flare.is_running():
+            received = flare.receive()
+            if received is None:
+                break
+            flare.send(member.answer("validate" if flare.is_evaluate() else "train", received))

@@ -1,0 +1,290 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The same federation over several machines, by NVIDIA FLARE: simulated, on loopback, or in production.
+
+See ``docs/flare.md``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from nvflare.fuel.flare_api.flare_api import new_secure_session
+from nvflare.recipe import PocEnv, ProdEnv, SimEnv
+
+from shared_iopfl.data.sites import site_cases
+from shared_iopfl.evaluation.personalised_verdict import print_personalised_verdict
+from shared_iopfl.evaluation.run.provenance import write_run
+from shared_iopfl.federation.flare.client import ENVIRONMENT
+from shared_iopfl.federation.flare.job import (
+    FederationRecipe,
+    architecture_of,
+    describe,
+    first_state,
+    read_state,
+    write_files,
+)
+from shared_iopfl.federation.flare.results import checked_names, collect, draw, publish_sites, score
+from shared_iopfl.federation.flare.server import CHECKPOINT, FAILURES, Rounds
+from shared_iopfl.models.architecture import write_architecture
+from shared_iopfl.models.files import model_path
+from shared_iopfl.report.run import print_table, write_report
+from shared_iopfl.utils.errors import InputError
+from shared_iopfl.utils.files import check_writable
+from shared_iopfl.utils.tables import read_rows
+
+__all__ = ["FlareRun", "federate", "publish_sites"]
+
+ENVIRONMENTS = ("sim", "poc", "prod")
+LOGIN = 30.0  # seconds to wait for the server
+
+
+class FlareRun:
+    """A federation by FLARE, described by the bundle's ``federate.json`` as the one-process run is.
+
+    Args:
+        bundle: the bundle's folder.
+        sites: names of the inside sites, which are the names of FLARE's clients too.
+        rounds: number of rounds.
+        output_dir: where the files go, those of a one-process run: ``models/model.pt``, ``history.csv``,
+            ``failures.csv``, ``run.json``, TensorBoard events, ``report.html``, and ``flare.pt`` to resume from. On one
+            machine also the final scoring's, ``sites/<site>``, what each site keeps to itself, and ``flare``, FLARE's
+            workspace.
+        dataset_dir: folder of the sites; None in production, where each site names its own.
+        round_timeout: seconds after which a round goes on without those who have not answered; 0: wait for all.
+        own_process: a site does each task in a process of its own. That takes longer, but one that dies costs its site
+            the round, where else FLARE ends the whole job; and one that hangs ends with the round's time.
+        settings: any other key of ``federate.json`` or ``train.json``; ``resume`` goes on from ``flare.pt``.
+
+    Raises:
+        InputError: where one of them is not as it must be, before anything starts.
+    """
+
+    def __init__(
+        self,
+        bundle: str,
+        sites: Sequence[str],
+        rounds: int,
+        output_dir: str,
+        dataset_dir: str | None = None,
+        round_timeout: int = 0,
+        own_process: bool = False,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.bundle = Path(bundle).resolve()
+        self.output_dir = Path(output_dir).resolve()
+        self.dataset_dir = None if dataset_dir is None else Path(dataset_dir).resolve()
+        given = {**(settings or {}), "sites": checked_names(sites), "rounds": rounds}
+        self.device = given.pop("device", None)
+        self.federation, self.scoring, self.settings = describe(self.bundle, given)
+        self.sites = self.federation.sites
+        self.min_sites = self.federation.failures.min_sites
+        self.round_timeout = round_timeout
+        self.own_process = own_process
+        if not isinstance(round_timeout, int) or round_timeout < 0:
+            raise InputError(f"round_timeout must be whole seconds, 0 for none, but is {round_timeout!r}.")
+        self.state: dict[str, Any] = {}
+
+    def simulate(self) -> Path:
+        """Run in FLARE's simulator: a process a site, on this machine.
+
+        Returns:
+            The global model's file.
+        """
+        workspace = self._start_here()
+        if re.search(r"[\s'\"\\]", str(workspace)):
+            raise InputError(f"FLARE's simulator takes no path with spaces or quotes: {workspace}; choose another.")
+        self._execute(SimEnv(clients=self.sites, workspace_root=str(workspace), log_config="concise"))
+        return self._finish(workspace)
+
+    def prove(self) -> Path:
+        """Run as a proof of concept: a provisioned server and clients that speak TLS to each other over loopback.
+
+        Returns:
+            The global model's file.
+        """
+        workspace = self._start_here()
+        os.environ["NVFLARE_POC_WORKSPACE"] = str(workspace)
+        env = PocEnv(num_clients=len(self.sites), clients=self.sites, extra={"login_timeout": LOGIN})
+        try:
+            return self._finish(Path(self._execute(env).get_result(clean_up=False) or workspace))
+        finally:
+            env.stop()
+
+    def export(self) -> Path:
+        """Write the job that a FLARE admin submits.
+
+        Returns:
+            The job's folder.
+        """
+        self._begin()
+        with self._recipe() as recipe:
+            recipe.export(str(self.output_dir / "job"))
+            return self.output_dir / "job" / recipe.name
+
+    def submit(self, startup_kit: str, username: str | None = None) -> Path:
+        """Submit the job to a running FLARE system, wait for its end and collect the results.
+
+        Args:
+            startup_kit: the admin's folder, as provisioned.
+            username: the admin's name; default: the folder's.
+
+        Returns:
+            The global model's file.
+        """
+        kit = Path(startup_kit).resolve()
+        if not (kit / "startup").is_dir():
+            raise InputError(f"no startup kit at {kit}: give the admin's folder, in which 'startup' lies.")
+        username = username or kit.name
+        self._check_connected(kit, username)
+        self._begin()
+        env = ProdEnv(startup_kit_location=str(kit), username=username, login_timeout=LOGIN)
+        result = self._execute(env).get_result()
+        if result is None:
+            raise InputError("FLARE gave no result; the job's log at the server tells why.")
+        return self._finish(Path(result))
+
+    def _start_here(self) -> Path:
+        """Check every site's data, and begin; FLARE's workspace."""
+        if self.dataset_dir is None:
+            raise InputError("no dataset_dir: on one machine, give the folder that holds the sites.")
+        of = self.federation.overrides
+        for site in self.sites:
+            for part in ("train", "validation") if self.federation.val_interval else ("train",):
+                how = {name: of[name] for name in ("fractions", "patient", "fold", "folds") if name in of}
+                site_cases(self.dataset_dir, site, part, of["split_seed"], **how)
+        workspace = self.output_dir / "flare"
+        if self.federation.resume:
+            collect(workspace, self.output_dir, self.federation)  # what a run that was cut off has left
+        self._begin()
+        for variable in ENVIRONMENT.values():
+            os.environ.pop(variable, None)  # they speak of one site; here the job names the paths of all
+        return workspace
+
+    def _check_connected(self, kit: Path, username: str) -> None:
+        """A site that is not connected when a job starts takes no part in any of its rounds."""
+        try:
+            with closing(new_secure_session(username, str(kit), timeout=LOGIN)) as session:
+                there = {client.name for client in session.get_system_info().client_info}
+        except Exception as error:
+            raise InputError(f"no FLARE server answers to {kit} ({type(error).__name__}): is it running?") from error
+        if missing := [site for site in self.sites if site not in there]:
+            raise InputError(f"not connected to FLARE: {', '.join(missing)}; start them, or leave them out of sites.")
+
+    def _begin(self) -> None:
+        """Find the state to begin with, and write what is run."""
+        check_writable(self.output_dir)
+        path = self.output_dir / CHECKPOINT
+        earlier = sorted((self.output_dir / "models").glob("*.pt"))
+        if self.federation.resume and path.is_file():
+            self.state = read_state(path, self.federation)
+        elif earlier:
+            raise InputError(f"{earlier[0]} is of an earlier run: choose another output_dir, or move its models away.")
+        else:
+            self.state = first_state(self.bundle, self.federation)
+        write_architecture(self.output_dir / "models", architecture_of(self.bundle, self.federation))
+        settings = {**self.settings, "min_sites": self.min_sites, "engine": f"nvflare {version('nvflare')}"}
+        here = [] if self.dataset_dir is None else self.sites
+        root = str(self.bundle) if here else ""
+        write_run(str(self.output_dir), settings, str(self.dataset_dir), here, root)
+
+    @contextmanager
+    def _recipe(self, all_there: bool = False) -> Iterator[FederationRecipe]:
+        machine = {
+            "bundle": str(self.bundle),
+            "dataset_dir": str(self.dataset_dir),
+            "output_dir": str(self.output_dir),
+        }
+        rounds = Rounds(
+            sites=self.sites,
+            rounds=self.federation.rounds,
+            min_sites=self.min_sites,
+            val_interval=self.federation.val_interval,
+            max_update_norm=self.federation.max_update_norm,
+            server_momentum=self.federation.server.momentum,
+            own_rounds=self.federation.own_rounds,
+            shares=list(self.federation.shares),
+            round_timeout=self.round_timeout,
+            averaging=self.federation.averaging,
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            files = Path(folder)
+            here = None if self.dataset_dir is None else machine
+            write_files(files, self.bundle, self.federation, self.state, self.round_timeout, self.device, here)
+            needed = len(self.sites) if all_there else self.min_sites
+            python = sys.executable if here else "python3"  # elsewhere, the one that the site's FLARE runs in
+            name = f"{self.bundle.name}_federation"
+            yield FederationRecipe(name, rounds, needed, python if self.own_process else "", files)
+
+    def _execute(self, env: Any) -> Any:
+        with self._recipe(all_there=isinstance(env, PocEnv)) as recipe:
+            try:
+                return recipe.run(env)
+            except RuntimeError as error:
+                raise InputError(f"FLARE stopped: {str(error).splitlines()[0]}") from error
+
+    def _finish(self, result: Path) -> Path:
+        """Bring what the server left to the output folder; once all rounds are done, score and report."""
+        state = collect(result, self.output_dir, self.federation, self.state["run"]) or self.state
+        if not (state["round"] == self.federation.rounds and state["settled"]):
+            rows = read_rows(self.output_dir / FAILURES)
+            why = f"round {rows[-1]['round']}: {rows[-1]['reason']} " if rows else ""
+            done = f"{state['round']} of {self.federation.rounds} rounds"
+            raise InputError(f"stopped after {done}: {why}The logs in {result} tell more.")
+        if self.dataset_dir is not None:
+            score(self.scoring, self.output_dir, self.dataset_dir, self.sites, self.device)
+        draw(self.output_dir)
+        write_report(self.output_dir)
+        return Path(model_path(str(self.output_dir / "models")))
+
+
+def federate(
+    env: str,
+    bundle: str,
+    sites: Sequence[str],
+    rounds: int,
+    output_dir: str,
+    dataset_dir: str | None = None,
+    round_timeout: int = 0,
+    own_process: bool | None = None,
+    startup_kit: str | None = None,
+    username: str | None = None,
+    **settings: Any,
+) -> None:
+    """Run, export or submit a federation (see `FlareRun`) and say where it is.
+
+    Args:
+        env: "sim", "poc", or "prod": export, or submit where there is a `startup_kit`.
+        own_process: default: in production, where a site's death must not end the job.
+    """
+    if env not in ENVIRONMENTS:
+        raise InputError(f"unknown env {env!r}: choose {', '.join(ENVIRONMENTS)}.")
+    own_process = env == "prod" if own_process is None else own_process
+    run = FlareRun(str(bundle), sites, rounds, str(output_dir), dataset_dir, round_timeout, own_process, settings)
+    if env == "prod" and dataset_dir is not None:
+        raise InputError("in production each site names its own data (IOPFL_DATASET_DIR there): leave out dataset_dir.")
+    if env == "prod" and startup_kit is None:
+        job = run.export()
+        print(f"job: {job}\nsubmit it: nvflare job submit -j {job}")
+    elif env == "prod":
+        print("global model:", run.submit(str(startup_kit), username))
+    else:
+        print("global model:", run.simulate() if env == "sim" else run.prove())
+        print_table(output_dir)
+        print_personalised_verdict(output_dir)

@@ -1,0 +1,320 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What runs at NVIDIA FLARE's server: the rounds, and what is kept of them.
+
+The server needs this package and no data. It receives local weights and numbers, checks and averages them with the
+very functions of the one-process run, in the order of the sites: both engines give the same global weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from nvflare.apis.fl_constant import FLMetaKey
+from nvflare.apis.fl_context import FLContext
+from nvflare.app_common.abstract.fl_model import FLModel
+from nvflare.app_common.abstract.model import ModelLearnable, ModelLearnableKey, make_model_learnable
+from nvflare.app_common.abstract.model_persistor import ModelPersistor
+from nvflare.app_common.app_constant import AppConstants
+from nvflare.app_common.workflows.model_controller import ModelController
+from nvflare.app_opt.pt.decomposers import TensorDecomposer
+from nvflare.fuel.utils import fobs
+from torch import Tensor
+
+from shared_iopfl.federation.averaging import Averaging, average_updates
+from shared_iopfl.federation.flare.client import COUNTED, SETTLE
+from shared_iopfl.federation.server_momentum import ServerMomentum
+from shared_iopfl.federation.simulation import HISTORY
+from shared_iopfl.federation.updates import UPDATE_NORM, accepted_norms, check_update, far_off, update_norm
+from shared_iopfl.handlers.norm_statistics import STATISTICS
+from shared_iopfl.models.files import USUAL_SHIFT, model_path, save_atomically
+from shared_iopfl.models.manifest import SCORES
+from shared_iopfl.utils.errors import InputError
+from shared_iopfl.utils.tables import write_json, write_rows
+
+__all__ = ["CHECKPOINT", "FAILURES", "RESULTS", "Rounds", "ServerFiles"]
+
+RESULTS = "iopfl"  # folder in the server's run, laid out as the output_dir of a one-process run
+CHECKPOINT = "flare.pt"
+FAILURES = "failures.csv"
+MOST_CASES = 1e9  # more than any site has: what claims more would be the average
+
+
+class ServerFiles(ModelPersistor):
+    """What the server keeps: after every round the global model as a plain state_dict, the history, and a checkpoint.
+
+    The checkpoint is what a run goes on from; the one it begins with comes with the job.
+
+    Attributes:
+        round: the last one done.
+        history: rows of ``history.csv``.
+        failures: rows of ``failures.csv``.
+        server: makes the global weights of the sites' average; its state is kept with them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state: dict[str, Any] = {}
+        self.server = ServerMomentum()
+        self.history: list[dict[str, Any]] = []
+        self.failures: list[dict[str, Any]] = []
+
+    @property
+    def round(self) -> int:
+        return self.state["round"]
+
+    def counted(self) -> dict[str, int]:
+        """The last round, this one included, in which a site's update was averaged; site -> round."""
+        local = (row for row in self.history if row["model"] == "local" and row["metric"] != "failed")
+        return {row["site"]: row["round"] for row in local}
+
+    def load_model(self, fl_ctx: FLContext) -> ModelLearnable:
+        fobs.register(TensorDecomposer)  # weights cross the wire as tensors, of whatever precision they are
+        folder = fl_ctx.get_engine().get_workspace().get_app_custom_dir(fl_ctx.get_job_id())
+        self.state = torch.load(Path(folder) / CHECKPOINT, map_location="cpu", weights_only=True)
+        self.history, self.failures = list(self.state["history"]), list(self.state["failures"])
+        save_atomically(self.state, self._folder(fl_ctx) / CHECKPOINT)  # of a run that ends in its first round, too
+        return make_model_learnable(weights=self.state["weights"], meta_props={})
+
+    def save_model(self, model: ModelLearnable, fl_ctx: FLContext) -> None:
+        weights = model[ModelLearnableKey.WEIGHTS]
+        tables = {"history": self.history, "failures": self.failures}
+        following = {"round": self.round + 1, "weights": weights, "server": self.server.state_dict()}
+        self.state = {**self.state, **following, **tables}
+        self.save_tables(fl_ctx)
+        save_atomically(weights, model_path(str(self._folder(fl_ctx) / "models")))
+        save_atomically(self.state, self._folder(fl_ctx) / CHECKPOINT)
+
+    def save_settled(
+        self,
+        shares: Mapping[str, float],
+        shift: float | None,
+        statistics: Sequence[Mapping[str, Any]],
+        fl_ctx: FLContext,
+    ) -> None:
+        """Note that the sites have made their personalised models what they keep, and what they told besides.
+
+        Args:
+            shares: site -> share of its own model.
+            shift: the usual one.
+            statistics: rows of ``statistics.csv``.
+            fl_ctx: of FLARE.
+        """
+        self.state = {**self.state, "settled": True, "history": self.history, "failures": self.failures}
+        models = self._folder(fl_ctx) / "models"
+        if shares:
+            write_json(models / "shares.json", dict(shares))
+        write_json(models / SCORES, {USUAL_SHIFT: shift})
+        write_rows(models.parent / STATISTICS, ("site", "global", "own"), statistics)
+        save_atomically(self.state, self._folder(fl_ctx) / CHECKPOINT)
+
+    def save_tables(self, fl_ctx: FLContext) -> None:
+        write_rows(self._folder(fl_ctx) / "history.csv", HISTORY, self.history)
+        if self.failures:
+            write_rows(self._folder(fl_ctx) / FAILURES, ("round", "site", "reason"), self.failures)
+
+    @staticmethod
+    def _folder(fl_ctx: FLContext) -> Path:
+        return Path(fl_ctx.get_engine().get_workspace().get_run_dir(fl_ctx.get_job_id())) / RESULTS
+
+
+class Rounds(ModelController):
+    """FedAvg over all the sites: train, check, average, and have the sites score what came out.
+
+    FLARE's own `FedAvg` adds updates up in the order of their arrival, in single precision, integer buffers too; waits
+    for every site without end, or takes a random choice of them; and leaves the last global model without a score.
+
+    A site that fails, does not answer in time or sends what does not fit is left out of the round. It is asked again in
+    the next one, and told which of its updates was the last to count: from there it goes on.
+
+    Args:
+        sites: the sites, in the order in which they are averaged.
+        rounds: number of rounds.
+        min_sites: a round with fewer usable updates ends the job.
+        val_interval: have both models scored every so many rounds (and at the end); 0: never.
+        max_update_norm: refuse updates that lie so many times as far off as is usual; 0: no bound. See
+            :func:`~shared_iopfl.federation.updates.far_off`.
+        server_momentum: of the global weights, as in one process.
+        own_rounds, shares: what each site makes of its personalised model after the last round; see
+            :meth:`~shared_iopfl.federation.client.SiteClient.settle`. 0 and none: the moving average as it is.
+        round_timeout: seconds to train, and again to score, after which a round goes on without those who have not
+            answered; 0: wait for all.
+        persistor_id: the component that keeps the global model.
+        averaging: "mean", "median" or "trimmed_mean"; see :func:`~shared_iopfl.federation.averaging.average_updates`.
+    """
+
+    def __init__(
+        self,
+        sites: list[str],
+        rounds: int,
+        min_sites: int,
+        val_interval: int = 1,
+        max_update_norm: float = 10.0,
+        server_momentum: float = 0.0,
+        own_rounds: int = 0,
+        shares: Sequence[float] = (),
+        round_timeout: int = 0,
+        persistor_id: str = AppConstants.DEFAULT_PERSISTOR_ID,
+        averaging: Averaging = "mean",
+    ) -> None:
+        super().__init__(persistor_id=persistor_id, ignore_result_error=True)
+        self.sites = sites
+        self.rounds = rounds
+        self.min_sites = min_sites
+        self.val_interval = val_interval
+        self.max_update_norm = max_update_norm
+        self.server_momentum = server_momentum
+        self.own_rounds = own_rounds
+        self.shares = shares
+        self.round_timeout = round_timeout
+        self.persistor_id = persistor_id
+        self.averaging: Averaging = averaging
+        self.round = 0
+        self._answered: list[str] = []  # in this round, with whatever update
+
+    def run(self) -> None:
+        model = self.load_model()
+        model.total_rounds = self.rounds
+        self.persistor.server = server = ServerMomentum(self.server_momentum)
+        server.load_state_dict(self.persistor.state["server"])
+        try:
+            while self.persistor.round < self.rounds:
+                self.round = self.persistor.round + 1
+                self.info(f"Round {self.round} of {self.rounds}")
+                model.current_round = self.round - 1  # FLARE counts from 0
+                model.params = server.step(model.params, self._train(model), self.persistor.state["parameters"])
+                if self.val_interval and (self.round % self.val_interval == 0 or self.round == self.rounds):
+                    self._validate(model)
+                self.save_model(model)
+            if not self.persistor.state["settled"]:
+                self._settle(model)
+        finally:
+            self.persistor.save_tables(self.fl_ctx)
+
+    def _train(self, model: FLModel) -> dict[str, Tensor]:
+        """The average of the sites' local weights."""
+        updates: dict[str, dict[str, Tensor]] = {}
+        counts: dict[str, float] = {}
+        metrics: dict[str, dict[str, float]] = {}
+        replies = self._ask("train", model, self.sites)
+        self._answered = list(replies)
+        for site, reply in replies.items():
+            try:
+                count = _number(reply.meta.get(FLMetaKey.NUM_STEPS_CURRENT_ROUND))
+                if not 1 <= count <= MOST_CASES:
+                    raise InputError(f"site '{site}' says that it has {count} training cases.")
+                update = check_update(site, reply.params, model.params)
+                metrics[site] = {name: _number(value) for name, value in (reply.metrics or {}).items()}
+            except Exception as error:  # whatever a site sends, the others go on
+                self._fail(site, str(error))
+                continue
+            updates[site], counts[site] = update, count
+        earlier = accepted_norms(self.persistor.history)
+        for site, refusal in far_off(updates, model.params, self.max_update_norm, earlier).items():
+            del updates[site]
+            self._fail(site, str(refusal))
+        if len(updates) < self.min_sites:
+            raise InputError(
+                f"round {self.round}: {len(updates)} of {len(self.sites)} sites sent a usable update, fewer than "
+                f"min_sites {self.min_sites}; {FAILURES} tells what became of the others."
+            )
+        for site, update in updates.items():
+            self._note(site, "local", {**metrics[site], UPDATE_NORM: update_norm(update, model.params)})
+        return average_updates(updates, counts, self.averaging, model.params)
+
+    def _validate(self, model: FLModel) -> None:
+        """The sites score the global model and their personalised ones; only the figures come here.
+
+        All that have answered are asked: by this one whose update was refused goes back to where it was, be it in the
+        last round. Its figures are of an older model, and left out.
+        """
+        counted = self.persistor.counted()
+        for site, reply in self._ask(AppConstants.TASK_VALIDATION, model, self._answered).items():
+            if counted.get(site) != self.round:
+                continue
+            try:
+                metrics = {name: _number(value) for name, value in reply.metrics.items()}
+            except Exception as error:
+                self._fail(site, str(error))
+                continue
+            for name, value in metrics.items():
+                whose, _, metric = name.partition("/")
+                if whose in ("global", "personalised"):  # what is noted of "local" bounds and counts a site's updates
+                    self._note(site, whose, {metric: value})
+
+    def _settle(self, model: FLModel) -> None:
+        """Every site with a personalised model makes it what it keeps, and tells how far off its cases are."""
+        self.round = self.rounds
+        model.current_round = self.rounds - 1
+        counted = self.persistor.counted()
+        sites = [site for site in self.sites if site in counted]
+        shares, shifts, statistics = {}, {}, []
+        for site, reply in self._ask(AppConstants.TASK_VALIDATION, model, sites, settle=True).items():
+            try:
+                told = {name: _number(value) for name, value in reply.metrics.items()}
+                shares[site] = told["share"]
+            except Exception as error:
+                self._fail(site, str(error))
+                continue
+            if counted[site] == self.rounds:  # as in one process
+                if math.isfinite(told.get("shift", math.nan)):
+                    shifts[site] = told["shift"]
+                if "global" in told and "own" in told:
+                    statistics.append({"site": site, "global": told["global"], "own": told["own"]})
+        shift = fmean(shifts.values()) if shifts else None
+        self.persistor.save_settled(shares if self.shares else {}, shift, statistics, self.fl_ctx)
+
+    def _ask(self, task: str, model: FLModel, sites: Sequence[str], settle: bool = False) -> dict[str, FLModel]:
+        """The answers of some sites, in their order; one that has none is noted and left out."""
+        there = {client.name for client in self.engine.get_clients()}
+        targets = [site for site in sites if site in there]
+        model.meta = {COUNTED: self.persistor.counted(), SETTLE: settle}
+        timeout = self.round_timeout * (max(1, self.own_rounds) if settle else 1)
+        replies = []
+        if targets:  # to FLARE, no targets are all clients
+            replies = self.send_model_and_wait(task_name=task, data=model, targets=targets, timeout=timeout)
+        if self.abort_signal.triggered:
+            raise InputError(f"round {self.round}: the job was ended from outside.")
+        by_site = {reply.meta["client_name"]: reply for reply in replies}
+        answers = {}
+        for site in sites:
+            if site not in by_site:
+                self._fail(site, f"no answer to '{task}'" + ("." if site in targets else ": it is not connected."))
+            elif error := by_site[site].meta.get("error"):
+                kind = str(error) if str(error).isidentifier() else "an error"  # a class's name, not any text
+                self._fail(site, f"{kind[:40]} at '{task}'; the site's own training.log tells more.")
+            else:
+                answers[site] = by_site[site]
+        return answers
+
+    def _fail(self, site: str, reason: str) -> None:
+        if any(row["site"] == site and row["round"] == self.round for row in self.persistor.failures):
+            return  # it failed to train, and then to score
+        self.warning(f"Round {self.round}: site '{site}' is left out: {reason}")
+        self.persistor.failures.append({"round": self.round, "site": site, "reason": reason})
+        self._note(site, "local", {"failed": 1.0})
+
+    def _note(self, site: str, model: str, metrics: Mapping[str, float]) -> None:
+        for metric, value in metrics.items():
+            row = {"round": self.round, "site": site, "model": model, "metric": metric, "value": value}
+            self.persistor.history.append(row)
+
+
+def _number(value: Any) -> float:
+    """What a site tells besides weights is numbers; anything else is refused."""
+    if isinstance(value, (bool, torch.Tensor)) or not isinstance(value, (int, float)) or math.isinf(value):
+        raise InputError(f"a number is expected, but {type(value).__name__} {str(value)[:40]!r} was sent.")
+    return float(value)

@@ -1,0 +1,127 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What a federation leaves once its rounds are over: its models, and how far each can be trusted.
+
+Writes ``models/``, ``scores.json``, ``shares.json`` and ``statistics.csv``. A site that fails here judges nothing; the
+others' figures stand.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+from tqdm import tqdm
+
+from shared_iopfl.federation.client import time_limit
+from shared_iopfl.handlers.norm_statistics import STATISTICS
+from shared_iopfl.models.files import GLOBAL, USUAL_SHIFT, model_path, save_atomically
+from shared_iopfl.utils.errors import InputError
+from shared_iopfl.utils.tables import write_json, write_rows
+
+if TYPE_CHECKING:
+    from shared_iopfl.federation.simulation import Federation
+
+__all__ = ["compare_statistics", "publish", "settle", "trust_scores"]
+
+Weights = Mapping[str, Tensor]
+
+
+def publish(run: Federation) -> None:
+    """Write the models, and how each of them does at the inside sites it was not made for."""
+    folder = run.output_dir / "models"
+    delivered = {row["site"] for row in run.history if row["model"] == "local" and row["metric"] != "failed"}
+    present = [site for site in run.sites if site in delivered]
+    if run.own_rounds or run.shares:
+        settle(run, present)
+    models = {GLOBAL: run.weights, **{site: run.clients[site].personalised for site in present}}
+    for name, weights in models.items():
+        path = model_path(str(folder), GLOBAL if name == GLOBAL else "personalised", name)
+        save_atomically({key: tensor.cpu() for key, tensor in weights.items()}, path)
+    judges = [site for site in present if site not in run.failures.of(run.round)]
+    write_json(folder / "scores.json", trust_scores(run, models, judges))
+    compare_statistics(run, judges)
+    if absent := [site for site in run.sites if site not in delivered]:
+        raise InputError(
+            f"site '{absent[0]}' failed all {run.rounds} rounds and has no personalised model; {folder} holds "
+            f"the others', and {run.output_dir / 'failures.csv'} says why."
+        )
+
+
+def settle(run: Federation, sites: Sequence[str]) -> None:
+    """Have each site make its personalised model what it keeps; where that fails, the moving average stays."""
+    shares = {}
+    for site in tqdm(sites, desc="own rounds", unit="site", disable=not run.own_rounds):
+        client = run.clients[site]
+        before = copy.deepcopy(client.state_dict())
+        try:
+            with time_limit(site, run.site_timeout * max(1, run.own_rounds)):
+                shares[site] = client.settle(run.weights, run.own_rounds, run.shares)
+        except Exception as error:
+            client.load_state_dict(before)
+            run.failures.add(run.round, site, error)
+    run.failures.write(run.output_dir / "failures.csv")
+    if run.shares:
+        write_json(run.output_dir / "models" / "shares.json", shares)
+
+
+def trust_scores(run: Federation, models: Mapping[str, Weights], judges: Sequence[str]) -> dict[str, float | None]:
+    """How far each model can be trusted elsewhere: validation Dice, without a model's own site; the usual shift.
+
+    As sites differ in difficulty, a personalised model is held against the global one at each of the other sites:
+    its score is the global model's mean over all sites plus the mean of those differences. A site that fails at it
+    judges nothing.
+    """
+    dice: dict[str, dict[str, float]] = {name: {} for name in models}
+    shifts = []
+    for site in judges:
+        client = run.clients[site]
+        try:
+            with time_limit(site, run.site_timeout * len(models)):
+                found = {n: client.validate(w)["val_mean_dice"] for n, w in models.items() if n != site}
+                shift = client.shift(run.weights)
+        except Exception as error:
+            run.failures.add(run.round, site, error)
+            continue
+        for name, value in found.items():
+            dice[name][site] = value
+        if shift is not None:
+            shifts.append(shift)
+    run.failures.write(run.output_dir / "failures.csv")
+    level = fmean(dice[GLOBAL].values()) if dice[GLOBAL] else None
+    scores = {
+        name: level + fmean(value - dice[GLOBAL][site] for site, value in at.items())
+        if level is not None and at
+        else math.nan
+        for name, at in dice.items()
+    }
+    shift = fmean(shifts) if shifts else math.nan
+    # what could not be measured is unknown: neither the worst that there is, nor a NaN in the file
+    known = {name: min(1.0, max(0.0, score)) if math.isfinite(score) else None for name, score in scores.items()}
+    return {**known, USUAL_SHIFT: shift if math.isfinite(shift) else None}
+
+
+def compare_statistics(run: Federation, judges: Sequence[str]) -> None:
+    """Write how the global model does at each site by its running statistics, and by the site's own."""
+    rows = []
+    for site in judges:
+        try:
+            with time_limit(site, run.site_timeout * 2):
+                if dice := run.clients[site].dice_by_statistics(run.weights):
+                    rows.append({"site": site, **dice})
+        except Exception as error:
+            run.failures.add(run.round, site, error)
+    run.failures.write(run.output_dir / "failures.csv")
+    write_rows(run.output_dir / STATISTICS, ("site", "global", "own"), rows)

@@ -1,0 +1,78 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What the server makes of the sites' average: plain averaging, or a step with momentum.
+
+In FedAvg a site makes a few steps a round and the average of the sites goes no further than they went, so that a
+federation covers a fraction of the way that one training on pooled data goes in as many steps. Momentum at the server
+makes up for much of it, at no cost for the sites.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from shared_iopfl.utils.errors import InputError
+
+__all__ = ["ServerMomentum"]
+
+
+class ServerMomentum:
+    r"""FedAvgM (Hsu et al. 2019, arXiv 1909.06335) in Nesterov's form.
+
+    With w the global weights that a round began with and a the average of the sites' local ones,
+
+    .. math:: v \leftarrow \beta \, v + (a - w), \qquad w \leftarrow a + \beta \, v
+
+    for the network's parameters. Its buffers, such as the running statistics of batch norm, are as averaged: they
+    describe a, and a step beyond it could make a variance negative.
+
+    Args:
+        momentum: beta, in [0, 1); 0 is plain FedAvg.
+
+    Attributes:
+        velocity: v, parameter name -> tensor; empty before the first round.
+    """
+
+    def __init__(self, momentum: float = 0.0) -> None:
+        if isinstance(momentum, bool) or not isinstance(momentum, (int, float)) or not 0 <= momentum < 1:
+            raise InputError(f"server_momentum must be in [0, 1), but is {momentum!r}.")
+        self.momentum = momentum
+        self.velocity: dict[str, Tensor] = {}
+
+    def step(
+        self, weights: Mapping[str, Tensor], average: Mapping[str, Tensor], parameters: Iterable[str]
+    ) -> dict[str, Tensor]:
+        """The next global weights.
+
+        Args:
+            weights: that the round began with.
+            average: of the sites' local weights.
+            parameters: names of the network's parameters among the keys; all else is taken from the average.
+        """
+        following = dict(average)
+        if not self.momentum:
+            return following
+        for name in parameters:
+            moved = average[name] - weights[name].to(average[name])
+            if name in self.velocity:
+                moved = self.momentum * self.velocity[name] + moved
+            self.velocity[name] = moved
+            following[name] = average[name] + self.momentum * moved
+        return following
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"velocity": dict(self.velocity)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.velocity = dict(state["velocity"])

@@ -1,0 +1,336 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""A federation in one process: rounds of FedAvg over `MonaiAlgo` clients, one a site, and their personalised models.
+
+Knows clients and weights, nothing of images. Only the local weights leave a client; its personalised model is written
+by the client itself, next to the global one, because here both ends are one machine.
+
+A site that fails a round, or takes too long, is left out of it and comes back in the next. Whatever a site does can be
+ended only where it has a process of its own: by FLARE's time limits (``round_timeout`` in
+`shared_iopfl.federation.flare.run`).
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from shared_iopfl.federation.averaging import Averaging, average_updates, weighted_average
+from shared_iopfl.federation.checkpoint import check_checkpoint, read_newest
+from shared_iopfl.federation.client import SiteClient, check_time_limit, time_limit
+from shared_iopfl.federation.results import publish
+from shared_iopfl.federation.server_momentum import ServerMomentum
+from shared_iopfl.federation.updates import UPDATE_NORM, Failures, accepted_norms, check_update, far_off, update_norm
+from shared_iopfl.models.files import model_path, save_atomically
+from shared_iopfl.utils.checks import check_values
+from shared_iopfl.utils.errors import InputError, root_input_error
+from shared_iopfl.utils.names import check_sites
+from shared_iopfl.utils.tables import write_rows
+
+__all__ = ["Federation", "SiteClient", "check_update", "weighted_average"]
+
+logger = logging.getLogger(__name__)
+Weights = Mapping[str, Tensor]
+HISTORY = ("round", "site", "model", "metric", "value")
+UNFINISHED = "." + 12 * "[0-9a-f]" + "_*"  # files that a run was writing when it was killed; see `whole_file`
+
+
+class Federation:
+    """The whole inside run: FedAvg over the sites, with a personalised model at each.
+
+    Writes ``models/model.pt`` (global), ``models/model_<site>.pt`` (personalised) and ``models/scores.json`` (how
+    each does at the other sites, and how far validation cases are from the global model), ``statistics.csv`` (the
+    global model by its running statistics and by each site's own), ``history.csv``, ``failures.csv`` once a site has
+    failed, TensorBoard events, and after every round ``federation.pt``, from which ``resume`` goes on to the weights of
+    an undisturbed run. The one of the round before is kept too, as ``federation_previous.pt``, for a disk that spoils
+    the newest.
+
+    A site fails a round when its training raises or takes too long, or its update is refused: it is then as it was
+    before, and asked again in the next one. The reason, which may name the site's files, stays in the log and in
+    ``failures.csv``.
+
+    Args:
+        bundle_root: the bundle whose ``configs/train.json`` each site runs.
+        sites: names of the inside sites.
+        rounds: number of rounds.
+        output_dir: where the files go.
+        local_epochs: epochs a round.
+        overrides: of the training config, the same for all sites; ``site`` and ``output_dir`` are set for each.
+        val_interval: score both models on the sites' validation cases every so many rounds (and at the end); 0: never.
+        min_sites: a round goes on without those that failed while at least so many deliver; 0: it takes all sites.
+        max_update_norm: refuse an update that lies more than so many times as far from the global model as is usual; 0:
+            no bound. See :func:`~shared_iopfl.federation.updates.far_off`. The default lets in ten times as many steps.
+        averaging: "mean", "median" or "trimmed_mean"; see :func:`~shared_iopfl.federation.averaging.average_updates`.
+        site_timeout: a site may take so many seconds for a round's training, and as many to score a model; 0: no limit.
+            See :func:`~shared_iopfl.federation.client.time_limit` for what it can break off.
+        own_rounds, shares: what each site makes of its personalised model once the last round is over; see
+            :meth:`~shared_iopfl.federation.client.SiteClient.settle`. 0 and none: the moving average as it is.
+        server_momentum: of the global weights from round to round; see
+            :class:`~shared_iopfl.federation.server_momentum.ServerMomentum`. 0: plain averaging.
+        resume: go on from ``federation.pt`` where there is one.
+        seed: of the first global model.
+    """
+
+    def __init__(
+        self,
+        bundle_root: str,
+        sites: Sequence[str],
+        rounds: int,
+        output_dir: str,
+        local_epochs: int = 1,
+        overrides: Mapping[str, Any] | None = None,
+        val_interval: int = 1,
+        min_sites: int = 0,
+        max_update_norm: float = 10.0,
+        site_timeout: float = 0.0,
+        own_rounds: int = 0,
+        shares: Sequence[float] = (),
+        server_momentum: float = 0.0,
+        resume: bool = False,
+        seed: int = 0,
+        averaging: Averaging = "mean",
+    ) -> None:
+        if isinstance(sites, str) or not sites or len(set(sites)) != len(sites):
+            raise InputError(f"sites must be a list of different names, such as \"['BIDMC','HK']\", but is {sites!r}.")
+        own = {
+            "rounds": rounds,
+            "local_epochs": local_epochs,
+            "val_interval": val_interval,
+            "min_sites": min_sites,
+            "max_update_norm": max_update_norm,
+            "site_timeout": site_timeout,
+            "own_rounds": own_rounds,
+            "shares": shares,
+            "resume": resume,
+            "seed": seed,
+            "averaging": averaging,
+        }
+        check_values({**(overrides or {}), **own})
+        check_time_limit(site_timeout)
+        self.bundle_root = bundle_root
+        self.sites = check_sites(sites)
+        self.rounds = rounds
+        self.output_dir = Path(output_dir)
+        self.local_epochs = local_epochs
+        self.overrides = dict(overrides or {})
+        self.val_interval = val_interval
+        self.max_update_norm = max_update_norm
+        self.site_timeout = site_timeout
+        self.own_rounds = own_rounds
+        self.shares = tuple(shares)
+        self.server = ServerMomentum(server_momentum)
+        self.resume = resume
+        self.seed = seed
+        self.averaging: Averaging = averaging
+        self.round = 0
+        self.weights: dict[str, Tensor] = {}
+        self.clients: dict[str, SiteClient] = {}
+        self.history: list[dict[str, Any]] = []
+        self.failures = Failures(len(self.sites), min_sites)
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.output_dir / "federation.pt"
+
+    @property
+    def previous(self) -> Path:
+        return self.output_dir / "federation_previous.pt"
+
+    def start(self) -> None:
+        """Make the clients (which reads and checks every site's training cases), and resume if asked to.
+
+        Raises:
+            InputError: naming what is wrong at each site where something is, before anything is trained.
+        """
+        faults: list[InputError] = []
+        for path in self.output_dir.rglob(UNFINISHED):
+            path.unlink()
+        for site in tqdm(self.sites, desc="sites", unit="site"):
+            overrides = {
+                **self.overrides,
+                "site": site,
+                "output_dir": str(self.output_dir / "sites" / site),
+                "ckpt_dir": str(self.output_dir / "models"),
+                "epochs": self.rounds * self.local_epochs,
+            }
+            # all sites, and every run, begin with the same network; the random state outside is left as it was
+            with torch.random.fork_rng():
+                torch.manual_seed(self.seed)
+                try:
+                    self.clients[site] = SiteClient(self.bundle_root, site, self.local_epochs, overrides)
+                except Exception as error:  # MONAI wraps what a transform raises
+                    fault = root_input_error(error)
+                    if fault is None:
+                        raise
+                    faults.append(fault)
+        if faults:
+            raise InputError("; ".join(dict.fromkeys(map(str, faults)))) from faults[0]
+        self.weights = self.clients[self.sites[0]].weights
+        if self.resume:
+            self._load()
+
+    def run(self) -> dict[str, Tensor]:
+        """Run the rounds that are left.
+
+        Returns:
+            The global weights.
+        """
+        self.start()
+        with (
+            _tensorboard(self.output_dir / "tensorboard") as board,
+            tqdm(total=self.rounds, initial=self.round, desc="rounds", unit="round") as bar,
+        ):
+            while self.round < self.rounds:
+                self.run_round(bar)
+                try:
+                    self._draw(board)
+                except OSError as error:
+                    raise InputError(f"cannot write to {self.output_dir} ({error}): free space, then resume") from error
+                bar.update()
+        publish(self)
+        return self.weights
+
+    def run_round(self, bar: Any = None) -> None:
+        """One round: every site trains from the global weights; their weights are checked and averaged."""
+        self.round += 1
+        before = {site: copy.deepcopy(client.state_dict()) for site, client in self.clients.items()}
+        updates: dict[str, dict[str, Tensor]] = {}
+        metrics: dict[str, dict[str, float]] = {}
+        for site, client in self.clients.items():
+            if bar is not None:
+                bar.set_postfix_str(site)
+            began = time.perf_counter()
+            try:
+                with time_limit(site, self.site_timeout):
+                    update = client.train(self.weights)
+                update = check_update(site, update, self.weights)
+                metrics[site] = {**client.metrics(), "seconds": time.perf_counter() - began}
+                updates[site] = update
+            except Exception as error:
+                self._leave_out(site, error, before[site])
+        earlier = accepted_norms(self.history)
+        for site, refusal in far_off(updates, self.weights, self.max_update_norm, earlier).items():
+            del updates[site]
+            self._leave_out(site, refusal, before[site])
+        for site, update in updates.items():
+            self._note(site, "local", {**metrics[site], UPDATE_NORM: update_norm(update, self.weights)})
+        counts = {site: self.clients[site].cases for site in updates}
+        average = average_updates(updates, counts, self.averaging, self.weights)
+        parameters = self.clients[self.sites[0]].parameters if self.server.momentum else ()
+        self.weights = self.server.step(self.weights, average, parameters)
+        if self.val_interval and (self.round % self.val_interval == 0 or self.round == self.rounds):
+            for site in updates:
+                client = self.clients[site]
+                try:
+                    self._note(site, "global", self._validate(site, self.weights))
+                    self._note(site, "personalised", self._validate(site, client.personalised))
+                except Exception as error:
+                    self._leave_out(site, error, client.state_dict())
+        self._save()
+
+    def _validate(self, site: str, weights: Weights) -> dict[str, float]:
+        with time_limit(site, self.site_timeout):
+            return self.clients[site].validate(weights)
+
+    def _leave_out(self, site: str, error: Exception, before: Mapping[str, Any]) -> None:
+        """Note a failure, or raise if too few sites are left; and put the site back to where it was."""
+        self.failures.add(self.round, site, error)
+        self._note(site, "local", {"failed": 1.0})
+        self.clients[site].load_state_dict(before)
+        # what the refused round has left there; the site's next round, or the end of the run, writes it anew
+        Path(model_path(str(self.output_dir / "models"), "personalised", site)).unlink(missing_ok=True)
+
+    def _draw(self, board: SummaryWriter) -> None:
+        for row in self.history:
+            if row["round"] == self.round:
+                board.add_scalar(f"{row['metric']}/{row['model']}_{row['site']}", row["value"], self.round)
+        board.flush()
+
+    def _note(self, site: str, model: str, metrics: Mapping[str, float]) -> None:
+        for metric, value in metrics.items():
+            row = {"round": self.round, "site": site, "model": model, "metric": metric, "value": float(value)}
+            self.history.append(row)
+
+    def settings(self) -> dict[str, Any]:
+        """What has to be the same when a run is resumed; folders and the device may change."""
+        training = {
+            key: list(value) if isinstance(value, (list, tuple)) else str(value) if isinstance(value, str) else value
+            for key, value in self.overrides.items()
+            if isinstance(value, (bool, int, float, str, list, tuple)) and key not in ("dataset_dir", "device")
+        }
+        own = {"sites": self.sites, "rounds": self.rounds, "local_epochs": self.local_epochs, "seed": self.seed}
+        return {**training, **own, "server_momentum": self.server.momentum, "averaging": self.averaging}
+
+    def _save(self) -> None:
+        # the history first: a run interrupted between the two does this round again, and writes it again
+        write_rows(self.output_dir / "history.csv", HISTORY, self.history)
+        self.failures.write(self.output_dir / "failures.csv")
+        save_atomically(
+            {
+                "settings": self.settings(),
+                "round": self.round,
+                "weights": self.weights,
+                "server": self.server.state_dict(),
+                "clients": {site: client.state_dict() for site, client in self.clients.items()},
+                "history": self.history,
+                "failures": self.failures.rows,
+            },
+            self.checkpoint,
+            self.previous if self.round > 1 else None,
+        )
+        if self.round == 1:
+            self.previous.unlink(missing_ok=True)  # another run's
+
+    def _load(self) -> None:
+        """Go on from the newest checkpoint that can be read, if there is any."""
+        state, path, unreadable = read_newest((self.checkpoint, self.previous))
+        if state is None:
+            return
+        for name, value in self.settings().items():
+            if state["settings"].get(name) != value:
+                raise InputError(
+                    f"{path} was begun with {name} {state['settings'].get(name)}, now it is {value}; "
+                    "resume with the same, or choose another output folder."
+                )
+        clients = {site: client.state_dict() for site, client in self.clients.items()}
+        check_checkpoint(state, path, self.rounds, self.weights, clients, HISTORY)
+        self.round, self.weights, self.history = state["round"], state["weights"], list(state["history"])
+        self.failures.resume(state["failures"])
+        self.server.load_state_dict(state["server"])
+        for site, client in self.clients.items():
+            client.load_state_dict(state["clients"][site])
+        if unreadable:
+            self.checkpoint.unlink()  # it must not take the place of the one that can be read
+            logger.warning("cannot read %s: going on from the round before", unreadable[0])
+        logger.info("resumed after round %d", self.round)
+
+
+@contextmanager
+def _tensorboard(folder: Path) -> Iterator[SummaryWriter]:
+    try:
+        board = SummaryWriter(str(folder))
+    except OSError as error:
+        raise InputError(f"cannot write to {folder} ({error}): free space, then resume") from error
+    try:
+        yield board
+    finally:
+        with suppress(OSError):  # where the disk is full, the run says so itself
+            board.close()

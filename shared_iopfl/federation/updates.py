@@ -1,0 +1,183 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What the sites send: whether it can be let in, and who failed to deliver."""
+
+from __future__ import annotations
+
+import logging
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shared_iopfl.utils.checks import has_negative_variance
+from shared_iopfl.utils.errors import InputError, root_input_error
+from shared_iopfl.utils.tables import write_rows
+
+__all__ = ["UPDATE_NORM", "Failures", "accepted_norms", "check_update", "far_off", "update_norm"]
+
+logger = logging.getLogger(__name__)
+Weights = Mapping[str, Tensor]
+UPDATE_NORM = "update_norm"  # in the history: how far an accepted update moved the global model
+
+
+def check_update(site: str, update: Weights, reference: Weights, whose: str = "the global model") -> dict[str, Tensor]:
+    """A site's weights in the types of the global model, if they can be let in.
+
+    They are cast before they are looked at: what is finite in double precision may be none in single precision.
+
+    Args:
+        site: who sent them.
+        update: the weights.
+        reference: what they must be like, in keys, kinds and shapes.
+        whose: what `reference` is called in an error.
+
+    Raises:
+        InputError: naming site and key, where they are not, are not finite, or hold a negative variance.
+    """
+    if difference := set(update) ^ set(reference):
+        key = min(difference, key=str)
+        raise InputError(f"site '{site}' sent other keys than {whose}: '{key}' is in one of them only.")
+    checked = {}
+    for key, like in reference.items():
+        tensor = update[key]
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+            kind = type(tensor).__name__ if not isinstance(tensor, Tensor) else "sparse tensor"
+            raise InputError(f"site '{site}' sent a {kind} as '{key}', not a plain tensor as {whose}.")
+        if tensor.shape != like.shape:
+            shapes = f"{tuple(tensor.shape)}, not {tuple(like.shape)} as {whose}"
+            raise InputError(f"site '{site}' sent '{key}' of shape {shapes}.")
+        # precision may differ, as a filter on the way may lower it; a complex or an integer weight is a mistake
+        if tensor.is_floating_point() != like.is_floating_point() or tensor.is_complex() != like.is_complex():
+            raise InputError(f"site '{site}' sent '{key}' of type {tensor.dtype}, not {like.dtype} as {whose}.")
+        cast = tensor.detach().to(like)
+        if not torch.isfinite(cast).all():
+            raise InputError(f"site '{site}' sent NaN or infinite values in '{key}', as {like.dtype}.")
+        if has_negative_variance(key, cast):
+            raise InputError(f"site '{site}' sent a negative variance in '{key}'.")
+        checked[key] = cast
+    return checked
+
+
+def far_off(
+    updates: Mapping[str, Weights], reference: Weights, factor: float, earlier: Sequence[float] = ()
+) -> dict[str, InputError]:
+    """Which sites moved the global model too far: more than `factor` times as far as is usual.
+
+    Usual is the norm of the global model itself, or the median of the accepted updates of earlier rounds where that is
+    the larger, so that one site alone is bounded too, from its first round on. From three sites on, the median of the
+    others' updates of the round is a second measure: two sites cannot say which of them is off. Others that all stood
+    still are no measure for one that moved.
+
+    The norm is Euclidean, of all floating-point entries, in double precision.
+
+    Args:
+        updates: site -> weights, checked (see :func:`check_update`).
+        reference: the global weights that the round began with.
+        factor: how many times as far is too far; 0: any distance is let in.
+        earlier: norms of the updates that were accepted in earlier rounds (see :func:`accepted_norms`).
+
+    Returns:
+        site -> what is wrong with it.
+    """
+    if factor <= 0:
+        return {}
+    norms = {site: update_norm(update, reference) for site, update in updates.items()}
+    of_model, of_rounds = update_norm(reference), statistics.median(earlier) if earlier else 0.0
+    usual = (
+        {"the median of earlier rounds'": of_rounds} if of_rounds > of_model else {"the global model's own": of_model}
+    )
+    refused = {}
+    for site, norm in norms.items():
+        others = [other for name, other in norms.items() if name != site]
+        measures = {**usual, **({"the others' median": statistics.median(others)} if len(others) > 1 else {})}
+        for name, length in measures.items():
+            if norm > factor * length > 0:
+                refused[site] = InputError(
+                    f"site '{site}' sent an update of norm {norm:.4g}, more than {factor:g} times {name} {length:.4g}; "
+                    "if it is as it should be, raise max_update_norm (0: no bound)."
+                )
+    return refused
+
+
+def update_norm(update: Weights, reference: Weights | None = None) -> float:
+    """The Euclidean distance of weights from a reference (None: zero), over all real and complex entries."""
+    squares = (
+        float((_wide(tensor) - (_wide(reference[key]) if reference is not None else 0)).abs().square().sum())
+        for key, tensor in update.items()
+        if tensor.is_floating_point() or tensor.is_complex()
+    )
+    return math.sqrt(math.fsum(squares))
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
+
+
+def accepted_norms(history: Iterable[Mapping[str, Any]]) -> list[float]:
+    """The norms of all accepted updates, from the rows of a run's history, with which they are kept and resumed."""
+    return [row["value"] for row in history if row["model"] == "local" and row["metric"] == UPDATE_NORM]
+
+
+class Failures:
+    """The sites that failed, round by round, and whether enough are left to go on.
+
+    Args:
+        sites: how many there are.
+        min_sites: a round goes on while at least so many have not failed; 0: it takes all.
+
+    Attributes:
+        rows: round, site and reason of each failure.
+    """
+
+    def __init__(self, sites: int, min_sites: int = 0) -> None:
+        if not isinstance(min_sites, int) or not 0 <= min_sites <= sites:
+            raise InputError(f"min_sites must be 0 (all) to {sites}, the sites, but is {min_sites!r}.")
+        self.sites = sites
+        self.min_sites = min_sites or sites
+        self.rows: list[dict[str, Any]] = []
+
+    def add(self, number: int, site: str, error: Exception) -> None:
+        """Note that a site failed round `number`; at most once a round.
+
+        Raises:
+            Exception: the site's own `error`, where all sites have to deliver.
+            InputError: where too few are left.
+        """
+        if self.min_sites == self.sites:
+            raise error
+        known = root_input_error(error)
+        reason = " ".join((str(known) if known else f"{type(error).__name__}: {error}").split())
+        logger.warning("round %d goes on without '%s': %s", number, site, reason, exc_info=None if known else error)
+        self.rows.append({"round": number, "site": site, "reason": reason})
+        failed = self.of(number)
+        if (left := self.sites - len(failed)) < self.min_sites:
+            reasons = "; ".join(f"'{name}': {text}" for name, text in failed.items())
+            raise InputError(
+                f"round {number}: {left} of {self.sites} sites are left, fewer than min_sites "
+                f"{self.min_sites}; {reasons}"
+            ) from None
+
+    def of(self, number: int) -> dict[str, str]:
+        """The sites that failed a round, site -> reason."""
+        return {row["site"]: row["reason"] for row in self.rows if row["round"] == number}
+
+    def resume(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        self.rows = [dict(row) for row in rows]
+
+    def write(self, path: Path) -> None:
+        """Write the table, once there is a failure; what lies there from an earlier run does not stay."""
+        if self.rows or path.exists():
+            write_rows(path, ("round", "site", "reason"), self.rows)

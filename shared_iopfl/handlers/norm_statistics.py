@@ -1,0 +1,182 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""By which statistics batch norm normalises while a site trains, and how a network does by its own or a site's.
+
+In plain FedAvg every site normalises by the statistics of its own batches while it trains, and is then served by the
+average of all sites' running statistics, which fit none of them: a pooled training of the same network has no such gap
+(Zhong et al. 2023, arXiv 2303.06530). ``norm_statistics`` of ``train.json`` chooses what a site trains by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from ignite.engine import Engine, Events
+from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
+
+from shared_iopfl.models.weights import copy_network
+from shared_iopfl.utils.errors import InputError
+from shared_iopfl.utils.tables import read_rows
+
+__all__ = [
+    "STATISTICS",
+    "NormStatistics",
+    "NormStatisticsHandler",
+    "batch_norms",
+    "print_statistics",
+    "with_own_statistics",
+]
+
+STATISTICS = "statistics.csv"  # of a federation: see `print_statistics`
+NormStatistics = Literal["batch", "global", "blend"]
+
+
+def batch_norms(network: nn.Module) -> dict[str, nn.modules.batchnorm._BatchNorm]:
+    """The batch norms of a network that hold running statistics, by name, found by module type."""
+    return {
+        name: layer
+        for name, layer in network.named_modules()
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.running_mean is not None
+    }
+
+
+class NormStatisticsHandler:
+    r"""Chooses the statistics that batch norm normalises by while a site trains.
+
+    - "batch": those of each batch, as published FedAvg does;
+    - "global": from `start_epoch` on, the running statistics that came with the global weights, which then stay as they
+      are (FixBN, Zhong et al. 2023, arXiv 2303.06530). Each site then trains the very function that the global model
+      is, and their average fits its statistics;
+    - "blend": as "global", but in half of the steps, drawn at random, mixed with those of the batch,
+      :math:`s \, \mu_{global} + (1 - s) \, \mu_{batch}` with :math:`s \sim U(0, 1)`, variances alike and one share for
+      all layers of a step: the network learns to bear other statistics than the global ones.
+
+    Before `start_epoch` every choice trains by batch statistics: the running ones of a new network describe nothing.
+
+    Args:
+        network: the network that is trained; its batch norms are found by module type. Other norms have no running
+            statistics, and are left alone.
+        statistics: "batch", "global" or "blend".
+        start_epoch: the first epoch, counted over all rounds from 0, in which the choice holds.
+        end_epoch: the first in which it no longer does: what a site trains on for itself, once the last round is over,
+            it trains by its own batches, so that its model's statistics are its own. None: it holds to the end.
+        seed: of the shares that are drawn, with the epoch; the global random state is not touched.
+
+    Raises:
+        InputError: for an unknown choice.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        statistics: NormStatistics = "batch",
+        start_epoch: int = 0,
+        end_epoch: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        if statistics not in get_args(NormStatistics):
+            choices = ", ".join(get_args(NormStatistics))
+            raise InputError(f"norm_statistics must be one of {choices}, but is {statistics!r}.")
+        self.network = network
+        self.statistics = statistics
+        self.start_epoch = start_epoch
+        self.end_epoch = end_epoch
+        self.seed = seed
+        self.generator = torch.Generator()
+        self.share = 1.0  # of the global statistics, in this step
+        self._hooks: list[Any] = []
+
+    def attach(self, engine: Engine) -> None:
+        if self.statistics == "batch":
+            return
+        engine.add_event_handler(Events.EPOCH_STARTED, self.start)
+        if self.statistics == "blend":
+            engine.add_event_handler(Events.ITERATION_STARTED, self.draw)
+        engine.add_event_handler(Events.COMPLETED, self.stop)
+        engine.add_event_handler(Events.EXCEPTION_RAISED, self.fail)
+
+    def start(self, engine: Engine) -> None:
+        """Take hold of the batch norms, once it is time; the trainer puts the whole network in training mode."""
+        epoch = engine.state.epoch - 1  # ignite counts a running epoch from 1
+        if epoch >= self.start_epoch and (self.end_epoch is None or epoch < self.end_epoch):
+            self.stop(engine)
+            self.generator.manual_seed(1000 * self.seed + epoch)
+            self._hooks = [
+                layer.register_forward_pre_hook(self._normalise) for layer in batch_norms(self.network).values()
+            ]
+
+    def draw(self, engine: Engine) -> None:
+        half, share = torch.rand(2, generator=self.generator).tolist()
+        self.share = 1.0 if half < 0.5 else share
+
+    def stop(self, engine: Engine) -> None:
+        """Leave the batch norms as they were: what is scored, copied or sent has no hooks."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def fail(self, engine: Engine, error: Exception) -> None:
+        self.stop(engine)
+        raise error
+
+    def _normalise(self, layer: nn.modules.batchnorm._BatchNorm, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
+        layer.eval()  # by its running statistics, which stay as they are
+        if self.share == 1.0:
+            return None
+        # shifted and scaled such that the layer, by its running statistics, normalises by the blended ones
+        assert layer.running_mean is not None and layer.running_var is not None
+        wide = inputs[0].float()
+        var, mean = torch.var_mean(wide, [dim for dim in range(wide.ndim) if dim != 1], correction=0)
+        mean, var = torch.lerp(mean, layer.running_mean, self.share), torch.lerp(var, layer.running_var, self.share)
+        scale = torch.sqrt((layer.running_var + layer.eps) / (var + layer.eps))
+        shape = (1, -1, *(1,) * (wide.ndim - 2))
+        shift = layer.running_mean - mean * scale
+        return ((wide * scale.reshape(shape) + shift.reshape(shape)).to(inputs[0].dtype),)
+
+
+@torch.no_grad()
+def with_own_statistics(network: nn.Module, batches: Iterable[Tensor]) -> dict[str, Tensor]:
+    """The state of a network with the running statistics of its batch norms measured anew on some inputs.
+
+    Args:
+        network: untouched; on the device of the batches.
+        batches: network inputs (B, C, *spatial); of several scans each, for a variance that holds what differs between
+            scans.
+    """
+    probe = copy_network(network)
+    update_bn(batches, probe)
+    return probe.state_dict()
+
+
+def print_statistics(output_dir: str | Path) -> str:
+    """Print, from a federation's ``statistics.csv``, how the global model does by its statistics and by a site's own.
+
+    Args:
+        output_dir: of the run; where nothing could be measured, nothing is printed.
+
+    Returns:
+        The text that was printed.
+    """
+    path = Path(output_dir) / STATISTICS
+    rows = read_rows(path) if path.is_file() else []
+    lines = [
+        f"{row['site']}: Dice {100 * float(row['global']):.1f} by the global statistics, "
+        f"{100 * float(row['own']):.1f} by its own"
+        for row in rows
+    ]
+    text = "\n".join(["norm statistics, global model on validation cases", *lines]) if lines else ""
+    if text:
+        print(text)
+    return text

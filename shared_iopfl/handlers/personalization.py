@@ -1,0 +1,170 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What happens at the ends of a round: the site's personalised model moves on, the next round starts afresh.
+
+`MonaiAlgo` keeps one trainer through all rounds and runs it once a round: STARTED and COMPLETED are the round's ends.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from ignite.engine import Engine, Events
+from ignite.handlers import EMAHandler
+from monai.data.utils import set_rnd
+from monai.handlers import StatsHandler
+from torch import nn
+
+from shared_iopfl.models.files import save_atomically
+from shared_iopfl.utils.errors import root_input_error
+
+__all__ = ["DecayThenTail", "OneLineStatsHandler", "PersonalizationHandler", "RoundHandler"]
+
+
+class DecayThenTail:
+    """A learning-rate factor for `LambdaLR`: cosine from 1 to `floor`, then constant for the last part of the run.
+
+    The small-rate tail matters more than alpha: a personalised model should be the average of a site's models there.
+
+    Args:
+        epochs: of the whole run, over all rounds.
+        tail: last part of the epochs, in [0, 1), at the constant small rate.
+        floor: the factor there.
+    """
+
+    def __init__(self, epochs: int, tail: float = 0.25, floor: float = 0.1) -> None:
+        # rounded down, as the epoch after which a personalised model is averaged: no model above the floor is in it
+        self.decay = max(1, math.floor((1 - tail) * epochs))
+        self.floor = floor
+
+    def __call__(self, epoch: int) -> float:
+        progress = min(1.0, epoch / self.decay)
+        return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class PersonalizationHandler(EMAHandler):
+    r"""Keeps a site's personalised model: a moving average of its own local models, updated after each round.
+
+    .. math:: p \leftarrow \alpha \, p + (1 - \alpha) \, w
+
+    with w the site's weights after the round's local training, which started from the global ones: p accumulates the
+    global and the local gradients (Jiang et al. 2023). Floating-point buffers are averaged with the weights, integer
+    ones copied. The personalised model never leaves the site.
+
+    Args:
+        network: the network that is trained.
+        alpha: in [0, 1); 0 keeps the newest local model.
+        start_epoch: up to this epoch p is the newest local model; the average begins after it. A long memory of the
+            early, large-rate rounds is what made a large alpha lag in trials.
+        correct_start: weigh as if the average had no beginning, as Adam does: the n-th update uses
+            ``(1 - alpha) / (1 - alpha^n)`` in place of ``1 - alpha``. Without it, alpha -> 1 keeps the first model.
+        save_path: where p is written after each round; None: nowhere.
+
+    Attributes:
+        ema_model: the personalised model.
+        count: how many local models the average holds.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        alpha: float = 0.5,
+        start_epoch: int = 0,
+        correct_start: bool = True,
+        save_path: str | None = None,
+    ) -> None:
+        if not 0 <= alpha < 1:
+            raise ValueError(f"alpha must be in [0, 1), but is {alpha}.")
+        super().__init__(network, handle_buffers="update")
+        self.momentum = 1 - alpha  # the parent's range leaves out 1, that is alpha 0
+        self.alpha = alpha
+        self.start_epoch = start_epoch
+        self.correct_start = correct_start
+        self.save_path = save_path
+        self.count = 0
+
+    def attach(  # type: ignore[override]
+        self, engine: Engine, name: str = "personalization_momentum", event: Events = Events.COMPLETED
+    ) -> None:
+        """Update after each round (COMPLETED) of `engine`."""
+        super().attach(engine, name=name, warn_if_exists=False, event=event)
+
+    @torch.no_grad()
+    def _update_ema_model(self, engine: Engine, name: str) -> None:
+        # a model from before the start is what p is until then, but no part of the average
+        self.count = 0 if engine.state.epoch <= self.start_epoch else self.count + 1
+        momentum = self.momentum
+        if self.count <= 1:
+            momentum = 1.0
+        elif self.correct_start:
+            momentum = (1 - self.alpha) / (1 - self.alpha**self.count)
+        setattr(engine.state, name, momentum)
+        local = self.model.state_dict()
+        for key, averaged in self.ema_model.state_dict().items():
+            if averaged.is_floating_point() or averaged.is_complex():
+                averaged.lerp_(local[key], momentum)
+            else:
+                averaged.copy_(local[key])
+        if self.save_path is not None:
+            save_atomically({key: tensor.cpu() for key, tensor in self.ema_model.state_dict().items()}, self.save_path)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has to be kept to go on after an interruption."""
+        return {"count": self.count, "model": self.ema_model.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.count = int(state["count"])
+        self.ema_model.load_state_dict(state["model"])
+
+
+class OneLineStatsHandler(StatsHandler):
+    """MONAI's `StatsHandler`, which logs no traceback of an error that ends the run in one line anyway."""
+
+    def exception_raised(self, engine: Engine, e: Exception) -> None:
+        if root_input_error(e) is not None:
+            raise e
+        super().exception_raised(engine, e)
+
+
+class RoundHandler:
+    """Makes each round start afresh: a new optimiser, and randomness that depends on seed and epoch alone.
+
+    Shuffling and augmentation are seeded from (seed, epoch), so that a round gives the same weights whether the process
+    has run since the first round or was resumed a moment ago; the global random state is not touched.
+
+    Args:
+        optimizer: its moments are forgotten (Jiang et al. 2023 make a new one each round); None keeps it.
+        seed: of shuffling and augmentation.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer | None = None, seed: int = 0) -> None:
+        self.optimizer = optimizer
+        self.seed = seed
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, self.start)
+        engine.add_event_handler(Events.COMPLETED, self.forget)
+
+    def start(self, engine: Engine) -> None:
+        seed = int(np.random.SeedSequence((self.seed, engine.state.epoch)).generate_state(1)[0])
+        loader: Any = engine.state.dataloader
+        if getattr(loader, "generator", None) is not None:
+            loader.generator.manual_seed(seed)
+        set_rnd(loader.dataset, seed=seed)
+        self.forget(engine)
+
+    def forget(self, engine: Engine) -> None:
+        if self.optimizer is not None:
+            self.optimizer.state.clear()

@@ -1,0 +1,399 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Inference: test-time routing of a scan through the experts."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from shared_iopfl.models.files import USUAL_SHIFT
+from shared_iopfl.routing.adaptation import Adaptation, mask_agreement
+from shared_iopfl.routing.distances import distance_routes, distribution_distance
+from shared_iopfl.routing.network import RoutedNetwork, collapse, route
+from shared_iopfl.routing.objectives import (
+    Output,
+    View,
+    ViewSampler,
+    is_square,
+    mean_prediction,
+    target_areas,
+    view_agreement,
+)
+from shared_iopfl.routing.settings import RoutingSettings
+from shared_iopfl.utils.checks import check_values
+from shared_iopfl.utils.errors import InputError
+from shared_iopfl.utils.stacks import Network, StackInferer, bounded, evenly
+
+__all__ = ["TestTimeRoutingInferer"]
+
+logger = logging.getLogger(__name__)
+Mode = Literal["episodic", "site", "off"]
+SCAN_PIXELS = 3 * 2**18  # of the slices that a scan is measured on, one forward: 12 of 256 x 256, five of 384 x 384
+SITE_PIXELS = 2**21  # likewise of all a site's scans: 128 of 128 x 128
+SITE_SLICES = 128
+STATISTICS_SHARES = (0.0, 0.25, 0.5, 1.0)  # of a site's own statistics, among which its views choose
+
+
+class _Weights(dict[str, Tensor]):
+    """A state_dict of few words: MONAI Label writes an inferer's attributes into its log at every request."""
+
+    def __repr__(self) -> str:
+        return f"{len(self)} tensors"
+
+
+class TestTimeRoutingInferer(StackInferer):
+    """Routes each scan through the space of the experts; see `RoutingSettings` for how.
+
+    The network it is called with is the global model and stays untouched, as does the global random state; what a scan
+    taught is forgotten after it, so that a mask depends on the scan, the experts and the seed alone. Calls from several
+    threads are served one after another. Runs under ``no_grad`` and ``inference_mode`` alike.
+
+    Args:
+        experts: the personalised models, site -> state_dict; with the network's own weights, as "global", they are the
+            routing space. None or empty: plain inference.
+        mode: "episodic": adapt to each scan alone; "site": serve from the network that :meth:`fit` made of a site's
+            scans; "off": plain inference.
+        settings: see `RoutingSettings`.
+        output: "softmax" for exclusive classes, "sigmoid" for overlapping targets.
+        flips: spatial axes of the network input along which the anatomy may be mirrored.
+        rotations: whether quarter turns fit the anatomy.
+        scores: what the federation published (:func:`~shared_iopfl.models.files.load_scores`): the experts' Dice,
+            name -> [0, 1], for routes with `trust`, and the shift that is usual inside (else 0.1).
+        slices, batch_size: as in `StackInferer`; with routes a volume or the scan's own statistics, prediction takes a
+            scan whole, so that its mask does not depend on the batch size.
+        seed: of routers and views.
+
+    Attributes:
+        reports: what was done for the last scans (at most 1024), oldest first; see :meth:`route_scan`. In mode "site",
+            what the views say of the mask, where there are views.
+    """
+
+    __test__ = False  # a name in the method's words, not a pytest class
+
+    def __init__(
+        self,
+        experts: Mapping[str, Mapping[str, Tensor]] | None = None,
+        mode: Mode = "episodic",
+        settings: RoutingSettings | None = None,
+        output: Output = "softmax",
+        flips: Sequence[int] = (),
+        rotations: bool = False,
+        scores: Mapping[str, float] | None = None,
+        slices: int | None = 3,
+        batch_size: int = 16,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(slices, batch_size)
+        check_values({"seed": seed})
+        if mode not in get_args(Mode):
+            raise InputError(f"unknown mode '{mode}': choose one of {', '.join(get_args(Mode))}.")
+        if output not in get_args(Output):
+            raise InputError(f"unknown output '{output}': choose one of {', '.join(get_args(Output))}.")
+        self.experts: dict[str, Mapping[str, Tensor]] = {
+            name: _Weights(state) for name, state in (experts or {}).items()
+        }
+        self.mode: Mode = mode
+        self.settings = settings or RoutingSettings()
+        self.output: Output = output
+        self.views = ViewSampler(tuple(flips), rotations, self.settings.noise, self.settings.intensity)
+        self.adaptation = Adaptation(self.settings, self.views, output, batch_size, seed)
+        self.scores = {name: score for name, score in (scores or {}).items() if name != USUAL_SHIFT}
+        self.usual_shift = self.settings.usual_shift * (scores or {}).get(USUAL_SHIFT, 0.1)
+        self.seed = seed
+        self.reports: deque[dict[str, Any]] = deque(maxlen=1024)
+        self.site_network: nn.Module | None = None
+        self.site_shift: float | None = None  # of the site as a whole, where `fit` measured it
+        self._lock = threading.RLock()
+        self._said: set[str] = set()  # the experts that were served as they are, each said once
+        self._built: tuple[weakref.ref[nn.Module], dict[str, Tensor], RoutedNetwork] | None = None
+
+    def __call__(self, inputs: Tensor, network: Network, *args: Any, **kwargs: Any) -> Tensor:
+        """Logits (B, C, *spatial) of scans (B, C_in, *spatial); each scan of the batch is routed on its own.
+
+        A network that is one expert among others was chosen as it is (a MONAI Label client names a site's model file):
+        plain inference, which a warning says.
+
+        Raises:
+            InputError: naming the scan, where the logits are not finite.
+        """
+        if self.mode == "off" or not self.experts:
+            return super().__call__(inputs, network)
+        if self.mode == "episodic" and (name := self._is_expert(network)):
+            if name not in self._said:
+                logger.warning(
+                    "the network is the model of '%s', an expert: plain inference by it, nothing is routed", name
+                )
+                self._said.add(name)
+            return super().__call__(inputs, network)
+        with self._lock:
+            if self.mode == "site":
+                if self.site_network is None:
+                    raise InputError("mode 'site' needs a network of the site: give site_model, or call fit() first.")
+                site = self.site_network.to(inputs.device)
+                known = {"decision": "site", **({} if self.site_shift is None else {"shift": self.site_shift})}
+                found = [self._predict(stack, site) for stack in self.stacks(inputs)]
+                served = [(logits, {**known, **agreed}) for logits, agreed in found]
+            elif isinstance(network, nn.Module):
+                served = [self.route_scan(stack, network) for stack in self.stacks(inputs)]
+            else:
+                raise ValueError(f"test-time routing needs an nn.Module to route, but got {type(network).__name__}.")
+            self.reports.extend(report for _, report in served if report)
+            return self._join([output for output, _ in served], inputs)
+
+    def route_scan(self, stack: Tensor, network: nn.Module) -> tuple[Tensor, dict[str, Any]]:
+        """Route one scan.
+
+        Args:
+            stack: its network inputs (N, C_in, *spatial).
+            network: the global model.
+
+        Returns:
+            Logits (N, C, *spatial), and a report: ``decision`` ("start" or "adapted"), ``reason``, ``experts``,
+            ``layers``, ``routes`` (layers x experts), ``statistics`` (the share of the scan's own), ``shift`` where it
+            was measured, ``seconds``, where it was averaged over views ``quality`` and ``areas`` (see
+            :func:`~shared_iopfl.routing.objectives.view_agreement`), and where it was adapted ``objective_start``,
+            ``objective_end``, ``agreement``.
+        """
+        began = time.perf_counter()
+        with torch.inference_mode(False), torch.no_grad():
+            stack = stack.clone()  # an inference tensor could not take part in adaptation
+            some = evenly(stack, bounded(self.settings.adapt_slices, stack, SCAN_PIXELS))
+            routed, report = self._begin([some], network)
+            logits, agreed = self._predict(stack, self._settled(routed, some))
+            report.update(agreed, routes=routed.last_routes().tolist())
+            if self.settings.steps > 0:
+                logits = self._adapt_guarded(routed, some, stack, logits, report)
+            routed.reset()
+        report["seconds"] = round(time.perf_counter() - began, 3)
+        return logits, report
+
+    def fit(self, scans: Iterable[Tensor], network: nn.Module) -> dict[str, Any]:
+        """Make one plain network for a site from its unlabelled scans, and serve it in mode "site".
+
+        Args:
+            scans: batches (B, C_in, *spatial) of the site's scans.
+            network: the global model.
+
+        Returns:
+            A report as from :meth:`route_scan`, for the site as a whole, with the number of ``scans`` and, where the
+            views chose the share of statistics, how far they agreed with each: ``agreement_by_statistics``. The network
+            is :attr:`site_network`.
+
+        Raises:
+            InputError: where the settings leave no plain network (routes a sample or a volume).
+        """
+        settings = self.settings
+        if settings.per != "layer":
+            raise InputError(
+                f"mode 'site' makes one plain network, but the routes differ from {settings.per} to {settings.per}: "
+                "choose another preset than 'paper' (or routing setting per='layer'), or mode 'episodic'."
+            )
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            began = time.perf_counter()
+            samples = [evenly(stack, settings.adapt_slices).clone() for batch in scans for stack in self.stacks(batch)]
+            if not samples:
+                raise InputError("mode 'site' needs at least one scan of the site; got none.")
+            routed, report = self._begin(samples, network)
+            some = evenly(torch.cat(samples), bounded(SITE_SLICES, samples[0], SITE_PIXELS))
+            start, agreed = self._choose_statistics(routed, some, report)
+            report.update(agreed, routes=routed.last_routes().tolist(), scans=len(samples))
+            if settings.steps > 0:
+                self._adapt_guarded(routed, some, some, start, report)
+            site = self._settled(routed, some)
+            assert not isinstance(site, RoutedNetwork)
+            self.site_network, self.site_shift = site, report.get("shift")
+            routed.reset()
+            report["seconds"] = round(time.perf_counter() - began, 3)
+        return report
+
+    def _begin(self, samples: Sequence[Tensor], network: nn.Module) -> tuple[RoutedNetwork, dict[str, Any]]:
+        """The routed network at its start for some slices of a scan, or of each of a site's; and the report so far."""
+        settings, experts = self.settings, self._space(network)
+        routed = self._routed(network, samples[0][len(samples[0]) // 2 :][:1])
+        tracked = bool(routed.tracked_norms)
+        report: dict[str, Any] = {
+            "decision": "start",
+            "reason": "no adaptation asked for",
+            "experts": list(routed.experts),
+            "layers": list(routed.layers),
+        }
+        # without running statistics there is nothing to blend, nor a distance from them
+        dial = self.usual_shift > 0 and (settings.start == "distance" or (settings.statistics > 0 and tracked))
+        distances = torch.zeros(len(experts))
+        if settings.start == "distance" or dial:
+            distances = torch.stack([self._distances(some, network) for some in samples]).mean(0)
+        routes = self._start(distances, list(experts))
+        # a volume that a 3D network takes whole counts by its slices, as one that goes in slice by slice
+        count = sum(len(some) * (some.shape[-1] if some.ndim == 5 else 1) for some in samples)
+        statistics = settings.statistics * count / (count + settings.prior) if tracked else 0.0
+        if dial:
+            shift = float(distances[0])  # the global model comes first
+            opening = max(0.0, 1 - self.usual_shift / shift) if shift > 0 else 0.0
+            statistics *= opening
+            if settings.start == "distance":
+                routes = torch.lerp(self._start(torch.zeros_like(distances), list(experts)), routes, opening)
+            report.update(shift=round(shift, 4), opening=round(opening, 4))
+        report["statistics"] = round(statistics, 4)
+        routed.start_from(routes)
+        routed.set_statistics(statistics)
+        return routed, report
+
+    def _choose_statistics(
+        self, routed: RoutedNetwork, some: Tensor, report: dict[str, Any]
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Set how much of the statistics a site uses: what its views agree on best, the least of equals.
+
+        Returns what :meth:`_predict` does, for the choice.
+        """
+        statistics = report["statistics"]
+        chooses = self.settings.choose_statistics and statistics > 0 and len(self._all_views(some)) > 1
+        tried = []
+        for share in STATISTICS_SHARES if chooses else (1.0,):
+            routed.set_statistics(share * statistics)
+            tried.append((share * statistics, *self._predict(some, self._settled(routed, some))))
+        finite = [one for one in tried if torch.isfinite(one[1]).all()]
+        chosen, logits, agreed = max(finite or tried, key=lambda one: one[2].get("quality", 0.0))
+        routed.set_statistics(chosen)
+        report["statistics"] = round(chosen, 4)
+        if chooses:
+            report["agreement_by_statistics"] = {f"{share:.4g}": of["quality"] for share, _, of in tried}
+        return logits, agreed
+
+    def _distances(self, some: Tensor, network: nn.Module) -> Tensor:
+        """How far some slices of a scan are from each expert (E,)."""
+        batches = some.split(bounded(self.batch_size, some))
+        return distribution_distance(network, self._space(network), batches).mean(1)
+
+    def _settled(self, routed: RoutedNetwork, some: Tensor) -> nn.Module:
+        """The plain network that a routed one is for a scan, known by some of its slices; plain speed, any batch size.
+
+        Where the routes themselves depend on the slice (``per`` sample or volume) it stays as it is.
+        """
+        if self.settings.per != "layer":
+            return routed
+        if routed.blends:
+            routed(some)
+        return collapse(routed).eval()
+
+    def _routed(self, network: nn.Module, sample: Tensor | None = None) -> RoutedNetwork:
+        """The routed copy of `network`, built and checked once and again only when its weights have changed."""
+        state = network.state_dict()
+        # compared by value, which costs little next to a scan and misses no way of changing a network
+        if self._built is not None and self._built[0]() is network and _equal(self._built[1], state):
+            return self._built[2]
+        settings = self.settings
+        routed = route(
+            network,
+            self._space(network),
+            per=settings.per,
+            activation=settings.activation,
+            random=settings.start == "random",
+            route_norms=settings.route_norms,
+            affine=settings.affine,
+            dropout=settings.dropout,
+            seed=self.seed,
+            statistics=settings.statistics,
+            sample=sample,
+        )
+        kept = _Weights((key, tensor.clone()) for key, tensor in state.items())
+        self._built = (weakref.ref(network), kept, routed)
+        return routed
+
+    def _space(self, network: nn.Module) -> dict[str, Mapping[str, Tensor]]:
+        return {"global": network.state_dict(), **self.experts}
+
+    def _is_expert(self, network: Network) -> str | None:
+        """The expert that a network is, by value, among others; None where it is none of them."""
+        if not isinstance(network, nn.Module) or len(self.experts) < 2:
+            return None
+        state = network.state_dict()
+        for name, expert in self.experts.items():
+            if state.keys() == expert.keys() and all(torch.equal(state[key].cpu(), expert[key].cpu()) for key in state):
+                return name
+        return None
+
+    def _start(self, distances: Tensor, experts: Sequence[str]) -> Tensor:
+        """The starting routes (E,)."""
+        if self.settings.start == "distance":
+            scores = None
+            if self.scores and self.settings.trust:
+                # an expert that came without a score is trusted no more than the worst that has one
+                scores = [self.scores.get(name, min(self.scores.values())) for name in experts]
+            return distance_routes(distances, self.settings.temperature, scores, self.settings.trust)
+        if self.settings.start == "global":
+            routes = torch.full((len(experts),), 1e-3)
+            routes[0] = 1 - 1e-3 * (len(experts) - 1)
+            return routes
+        return torch.full((len(experts),), 1 / len(experts))
+
+    def _batches(self, stack: Tensor, network: Network) -> Iterable[Tensor]:
+        """As in `StackInferer`; but where slices look at each other, the scan goes in whole."""
+        together = isinstance(network, RoutedNetwork) and (self.settings.per == "volume" or network.blends)
+        return [stack] if together else super()._batches(stack, network)
+
+    def _predict(self, stack: Tensor, network: Network) -> tuple[Tensor, dict[str, Any]]:
+        """Logits of a stack; averaged over views, they are the logarithm (or logit) of the mean probability.
+
+        With it what the views' agreement says of the mask; of one view, the areas of its targets alone.
+        """
+        views = self._all_views(stack)
+        if len(views) < 2:
+            logits = self._forward(stack, network)
+            return logits, {"areas": target_areas(logits, self.output)}
+        seen = [view.undo(self._forward(view.apply(stack), network)) for view in views]
+        mean = mean_prediction(seen, self.output)
+        return mean if self.settings.average_views else seen[0], view_agreement(seen, mean, self.output)
+
+    def _all_views(self, stack: Tensor) -> list[View]:
+        """All that fit the anatomy, the stack as it is first; none where they are neither averaged nor judged by."""
+        settings = self.settings
+        return self.views.all(is_square(stack)) if settings.average_views or settings.judge_views else []
+
+    def _adapt_guarded(
+        self, routed: RoutedNetwork, some: Tensor, stack: Tensor, start: Tensor, report: dict[str, Any]
+    ) -> Tensor:
+        """Adapt on some slices; return the logits of the stack, or those at the start where the guard says no."""
+        batches = list(self._batches(some, routed))
+        before = self.adaptation.value(routed, batches)
+        self.adaptation.adapt(routed, some)
+        after = self.adaptation.value(routed, batches)
+        logits, agreed = self._predict(stack, self._settled(routed, some))
+        agreement = mask_agreement(start, logits, self.output)
+        report.update(objective_start=before, objective_end=after, agreement=agreement)
+        if not (torch.isfinite(logits).all() and math.isfinite(after)):
+            report["reason"] = "adaptation became non-finite"
+        elif after >= before:
+            report["reason"] = "adaptation did not improve its objective"
+        elif agreement < self.settings.agreement:
+            report["reason"] = f"adapted mask strays from the start (Dice {agreement:.3f})"
+        else:
+            report.update(agreed, decision="adapted", reason="objective improved")
+            report["routes"] = routed.last_routes().tolist()
+            return logits
+        routed.reset()
+        return start
+
+
+def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    """Whether two states are the same in place, type and value."""
+    return one.keys() == other.keys() and all(
+        a.device == b.device and a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(one.values(), other.values())
+    )

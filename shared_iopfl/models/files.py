@@ -1,0 +1,268 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Model files: where they lie, written whole or not at all, and read with care."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import zipfile
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from ignite.engine import Engine
+from monai.handlers import CheckpointLoader
+from torch import Tensor, nn
+
+from shared_iopfl.models.manifest import (
+    LIMIT,
+    MODEL_FILE,
+    SCORES,
+    plain_name,
+    published_files,
+    read_checked,
+    read_manifest,
+)
+from shared_iopfl.models.weights import check_experts
+from shared_iopfl.utils.checks import has_negative_variance, number
+from shared_iopfl.utils.errors import InputError
+from shared_iopfl.utils.files import whole_file
+from shared_iopfl.utils.names import PRESET_NAMES, check_site
+from shared_iopfl.utils.reading import parse_json, read_json
+
+__all__ = [
+    "CheckedCheckpointLoader",
+    "check_models",
+    "load_experts",
+    "load_scores",
+    "load_weights",
+    "model_path",
+    "save_atomically",
+]
+
+GLOBAL = "global"
+USUAL_SHIFT = "usual_shift"  # in scores.json, next to the experts' names
+# of a state_dict's tensors; what is left out (complex, quantised, float8) no network here is made of
+HALF = {torch.float16, torch.bfloat16}
+DTYPES = {
+    *HALF,
+    torch.float32,
+    torch.float64,
+    torch.bool,
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+}
+
+
+def model_path(ckpt_dir: str, model: str = GLOBAL, site: str = "") -> str:
+    """Where a model lies.
+
+    Args:
+        ckpt_dir: the folder.
+        model: "global", or what routes from it ("routed" or a preset's name): ``model.pt``. "personalised":
+            ``model_<site>.pt``. Any other: ``model_<model>.pt``, such as another site's expert.
+        site: whose personalised model.
+
+    Raises:
+        InputError: for a name that leads out of the folder.
+    """
+    if model in (GLOBAL, "routed", *PRESET_NAMES):
+        return str(Path(ckpt_dir) / "model.pt")
+    return str(Path(ckpt_dir) / plain_name(f"model_{site if model == 'personalised' else model}.pt"))
+
+
+def save_atomically(content: Any, path: str | os.PathLike, previous: str | os.PathLike | None = None) -> None:
+    """`torch.save`, whole or not at all: after a crash the last good file still loads; see `whole_file`."""
+    with whole_file(path, previous) as temporary:
+        try:
+            torch.save(content, temporary)
+        except RuntimeError as error:  # how torch reports a full disk
+            raise OSError(f"the disk is full or fails: {str(error).splitlines()[0]}") from error
+
+
+def load_weights(path: str | os.PathLike) -> dict[str, Tensor]:
+    """A plain state_dict from a file, on the CPU; nothing in the file is executed.
+
+    A file of a published set is held to its manifest first. Half precision, in which a set may be stored, comes back
+    as float32.
+
+    Raises:
+        InputError: where there is no file, it is not the published one, or it holds anything but finite, dense tensors
+            by name, variances not below 0 among them.
+    """
+    content = read_checked(path)
+    if content is None:
+        raise InputError(
+            f"no model at {path}: this folder comes without trained weights; train them first (federate.json, "
+            "train.json), or give the folder that holds them with --ckpt_dir."
+        )
+    try:
+        _check_archive(content)
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if isinstance(error, pickle.UnpicklingError):  # torch's own words advise to trust the file
+            reason = "it is damaged or holds more than tensors"
+        raise InputError(f"cannot read the model {path}: {reason[:160]}; train or download it again.") from error
+    if not isinstance(state, Mapping) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
+    ):
+        raise InputError(f"{path} is no plain state_dict (name -> tensor); save the network's state_dict() alone.")
+    if sum(tensor.numel() * tensor.element_size() for tensor in state.values()) > LIMIT:
+        raise InputError(f"{path} holds more than {LIMIT} bytes of tensors; train or download it again.")
+    return {key: _checked(tensor, key, path) for key, tensor in state.items()}
+
+
+def _check_archive(content: bytes) -> None:
+    """Raise unless this is the archive that `torch.save` writes, and it does not unpack to more than it is."""
+    if not content.startswith(b"PK\3\4"):  # what else torch would read is of before 2020
+        raise zipfile.BadZipFile("it is no file of torch.save, or damaged")
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        if sum(member.file_size for member in archive.infolist()) > len(content):
+            raise zipfile.BadZipFile("it unpacks to more than it is")
+        if archive.testzip() is not None:  # torch reads over a flipped bit
+            raise zipfile.BadZipFile("it is damaged: a checksum is wrong")
+
+
+def _checked(tensor: Tensor, key: str, path: str | os.PathLike) -> Tensor:
+    dense = tensor.layout == torch.strided and tensor.device.type == "cpu" and tensor.dtype in DTYPES
+    # a tensor that repeats its few numbers by strides is small in the file and may fill the memory
+    if not dense or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise InputError(f"{path} holds no plain tensor in '{key}'; save the network's state_dict() alone.")
+    if not torch.isfinite(tensor).all():
+        raise InputError(f"{path} has NaN or infinite values in '{key}'; train or download it again.")
+    if has_negative_variance(key, tensor):
+        raise InputError(f"{path} has negative variances in '{key}'; train or download it again.")
+    return tensor.float() if tensor.dtype in HALF else tensor
+
+
+def load_experts(
+    ckpt_dir: str, sites: Sequence[str] | None = None, equal_too: bool = False
+) -> dict[str, dict[str, Tensor]]:
+    """The personalised models of a folder, site -> state_dict, from ``model_<site>.pt``.
+
+    Args:
+        ckpt_dir: the folder.
+        sites: which; None: all that are there or that its manifest lists, in alphabetical order (none at all gives an
+            empty routing space).
+        equal_too: also those of sites that kept the global model for their own: they add nothing to a routing space.
+
+    Raises:
+        InputError: as :func:`load_weights`; one that is there and that the manifest does not list is an error too.
+    """
+    if sites is None:
+        files = published_files(ckpt_dir) or {}
+        published = {name for name, entry in files.items() if not entry.get("released")}
+        names = published | {path.name for path in Path(ckpt_dir).glob("model_*.pt")}
+        sites = [match[1] for name in sorted(names) if (match := MODEL_FILE.fullmatch(name)) and match[1]]
+        if not files:
+            _check_named(sites, Path(ckpt_dir))
+    sites = [check_site(site) for site in ([sites] if isinstance(sites, str) else sites)]
+    _tell_apart(ckpt_dir)
+    models = {site: load_weights(model_path(ckpt_dir, "personalised", site)) for site in sites}
+    if equal_too or not models or not os.path.isfile(model_path(ckpt_dir)):
+        return models
+    shared = load_weights(model_path(ckpt_dir))
+    return {site: model for site, model in models.items() if not _equal(model, shared)}
+
+
+def _check_named(sites: Sequence[str], folder: Path) -> None:
+    """Raise where a federation's folder holds the model of a site that took no part in it."""
+    path = folder.absolute().parent / "run.json"
+    run = read_json(path) if folder.absolute().name == "models" and path.is_file() else None
+    settings = run.get("settings") if isinstance(run, dict) and run.get("kind") == "federate" else None
+    named = settings.get("sites") if isinstance(settings, dict) else None
+    strangers = [site for site in sites if site not in named] if isinstance(named, list) else []
+    if strangers:
+        raise InputError(
+            f"{folder} holds model_{strangers[0]}.pt, of a site that {path} does not name: move it away, or name the "
+            "sites with --sites."
+        )
+
+
+def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(tensor, other[key]) for key, tensor in one.items())
+
+
+def _tell_apart(ckpt_dir: str) -> None:
+    """Give models of one time, as archives and containers' layers unpack them, times of their own, where that may be.
+
+    MONAI Label, which keeps one network across requests, knows by a file's time alone whether another model was chosen:
+    else all would be served by the first.
+    """
+    times: set[float] = set()
+    with suppress(OSError):
+        for path in sorted(Path(ckpt_dir).glob("*.pt")):
+            time = given = path.stat().st_mtime
+            while time in times:
+                time -= 1
+            if time != given:
+                os.utime(path, (time, time))
+            times.add(time)
+
+
+def load_scores(ckpt_dir: str) -> dict[str, float] | None:
+    """The published ``scores.json`` of a folder; None where there is none.
+
+    Returns:
+        Expert -> Dice at the other sites, and as `USUAL_SHIFT` the mean distance of the inside sites' validation cases
+        from the global model, which has no unit. What is unknown (null) is left out.
+
+    Raises:
+        InputError: for a Dice that is no number from 0 to 1, or a shift that is none from 0.
+    """
+    path = Path(ckpt_dir) / SCORES
+    content = read_checked(path)
+    if content is None:
+        return None
+    scores = parse_json(content, path)
+    try:
+        known = {name: value for name, value in scores.items() if value is not None}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"cannot read {path}: {error}; it maps each expert's name to its Dice.") from error
+    for name, value in known.items():
+        rule = number(0) if name == USUAL_SHIFT else number(0, 1)
+        if not rule.holds(value):
+            raise InputError(f"{path} has '{name}': {value!r:.80}; it must be {rule.allowed}, or null if unknown.")
+    return {name: float(value) for name, value in known.items()}
+
+
+def check_models(ckpt_dir: str) -> None:
+    """Read all that routing would read of a folder; `InputError` for the first thing that is wrong with it."""
+    load_experts(ckpt_dir, equal_too=True)
+    load_weights(model_path(ckpt_dir))
+    load_scores(ckpt_dir)
+
+
+class CheckedCheckpointLoader(CheckpointLoader):
+    """MONAI's `CheckpointLoader` for one network, with errors of one line that name the file and the difference."""
+
+    def __init__(self, load_path: str, network: nn.Module) -> None:
+        super().__init__(load_path, {"model": network})
+        self.network = network
+
+    def __call__(self, engine: Engine) -> None:
+        state = load_weights(self.load_path)
+        try:
+            check_experts(self.network, {self.load_path: state})
+        except InputError as error:
+            if read_manifest(Path(self.load_path).parent) is not None:
+                raise
+            hint = "No manifest.json there says what it was trained with: give --features and --image_size as it was."
+            raise InputError(f"{error} {hint}") from None  # the first error of a chain is what is said
+        self.network.load_state_dict(state)

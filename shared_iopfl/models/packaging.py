@@ -1,0 +1,262 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Handing on what was made: the models of a run published with a manifest, and a bundle packed to run by itself."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.bundle import ConfigParser
+from torch import Tensor
+
+from shared_iopfl.models.architecture import describe_architecture
+from shared_iopfl.models.files import (
+    GLOBAL,
+    USUAL_SHIFT,
+    load_experts,
+    load_scores,
+    load_weights,
+    model_path,
+    save_atomically,
+)
+from shared_iopfl.models.manifest import (
+    MANIFEST,
+    MODEL_FILE,
+    SCORES,
+    check_manifest,
+    check_setting,
+    published_files,
+    read_manifest,
+    write_manifest,
+)
+from shared_iopfl.models.weights import check_experts
+from shared_iopfl.utils.config_values import as_values
+from shared_iopfl.utils.errors import InputError
+from shared_iopfl.utils.files import whole_file
+from shared_iopfl.utils.names import check_file_name
+from shared_iopfl.utils.reading import parse_json, read_json
+from shared_iopfl.utils.tables import read_rows, write_json
+
+__all__ = ["package", "publish"]
+
+# what a run before there were manifests of runs tells of its models in run.json
+ARCHITECTURE = ("features", "image_size", "slices")
+# what of a run's settings tells of the machine and not of the models
+OF_THE_MACHINE = {"dataset_dir", "output_dir", "ckpt_dir", "device", "verbose", "save_checkpoints", "val_interval"}
+# the shared package travels in the bundle's `scripts`, where MONAI has a bundle's own code; its name stays
+SCRIPTS = """\
+# The code that the configs refer to lies beside this file; importing `scripts` makes it known, whether it is installed
+# or not. MONAI finds `scripts` when it is run in the bundle's folder, or with that folder on PYTHONPATH.
+import sys
+from pathlib import Path
+
+if str(Path(__file__).parent) not in sys.path:
+    sys.path.insert(0, str(Path(__file__).parent))
+"""
+IMPORTS = '"imports": ['
+
+
+def publish(
+    from_dir: str,
+    to_dir: str,
+    terms: str,
+    half: bool = False,
+    sites: Sequence[str] | None = None,
+    bundle: str | None = None,
+    metrics: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> str:
+    """Copy the models of a run to where others get them, with a manifest that says what they are.
+
+    Args:
+        from_dir: ``models`` of the run; ``run.json`` and ``summary.csv`` of the run lie beside that folder. The first
+            may be missing where the folder has a manifest, as that of a ``train.json``.
+        to_dir: such as ``bundles/prostate_iopfl/models``.
+        terms: one line: what the models may be used for, as far as the data they were trained on say.
+        half: store the weights in half precision; they are loaded as float32. Norms and biases stay as they are.
+        sites: whose personalised models; default: all.
+        bundle: the bundle the models are of; default: where `to_dir` lies.
+        metrics: more figures than the run's own mean scores.
+        overwrite: replace a published set.
+
+    Returns:
+        The manifest's path.
+
+    Raises:
+        InputError: where something of the run is missing, a model does not fit the bundle's network, or there is
+            something in `to_dir` already.
+    """
+    target, run_dir = Path(to_dir), Path(from_dir).absolute().parent
+    models = load_experts(from_dir, sites, equal_too=True)
+    models[GLOBAL] = load_weights(model_path(from_dir))
+    trained = read_manifest(from_dir) or {}
+    run = {} if trained and not (run_dir / "run.json").is_file() else _read_run(run_dir / "run.json")
+    settings = run.get("settings", {})
+    root = Path(bundle) if bundle else target.absolute().parent
+    own = {name: check_setting(name, settings[name], run_dir / "run.json") for name in ARCHITECTURE if name in settings}
+    found = _architecture(root, {**({} if trained else own), "ckpt_dir": from_dir}, models)
+    architecture = {**trained.get("architecture", {}), **found}
+    if half:
+        models = {name: _halved(weights, name) for name, weights in models.items()}
+    scores = load_scores(from_dir)
+
+    _make_room(target, overwrite)
+    if scores is not None:
+        write_json(target / SCORES, {name: scores[name] for name in (*models, USUAL_SHIFT) if name in scores})
+    for name, weights in models.items():  # the global model last: without it, half a set does not run
+        save_atomically(weights, model_path(to_dir, GLOBAL if name == GLOBAL else "personalised", name))
+    training = {name: value for name, value in settings.items() if name not in OF_THE_MACHINE}
+    figures = {**_mean_scores(run_dir / "summary.csv"), **(metrics or {})}
+    versions = {**trained.get("versions", {}), **run.get("versions", {})}
+    write_manifest(target, architecture, terms, figures, training, versions)
+    return str(target / MANIFEST)
+
+
+def _read_run(path: Path) -> dict[str, Any]:
+    try:
+        run = read_json(path)
+    except InputError as error:
+        raise InputError(f"{error} {path.name} tells with what settings the models were made.") from error
+    parts = [run, *(run.get(name, {}) for name in ("settings", "versions"))] if isinstance(run, dict) else [None]
+    if not all(isinstance(part, dict) for part in parts):
+        raise InputError(f"{path} is not what a run leaves behind: no dictionary of settings and versions.")
+    return run
+
+
+def _architecture(
+    root: Path, settings: Mapping[str, Any], models: Mapping[str, Mapping[str, Tensor]]
+) -> dict[str, Any]:
+    """What the bundle's inference is with a run's settings; the models have to fit it."""
+    config = ConfigParser()
+    path = root / "configs" / "inference.json"
+    if not path.is_file():
+        raise InputError(f"no bundle at {root}: give the bundle that the models are of with --bundle.")
+    config.read_config(str(path))
+    known = list(config.get("architecture") or [name for name in ARCHITECTURE if name in config])
+    config.update(as_values({name: settings[name] for name in (*known, "ckpt_dir") if name in settings}))
+    network_def = config.get_parsed_content("network_def", instantiate=False)
+    check_experts(network_def.instantiate(), models)
+    return describe_architecture({name: config.get_parsed_content(name) for name in known}, network_def.get_config())
+
+
+def _halved(weights: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """Weights in half precision. Vectors stay: they are small, and a running variance may exceed what half can hold."""
+    halved = {}
+    for key, tensor in weights.items():
+        halved[key] = tensor.half() if tensor.ndim > 1 and tensor.is_floating_point() else tensor
+        if not torch.isfinite(halved[key]).all():
+            raise InputError(
+                f"{name} has weights in '{key}' that half precision cannot hold: publish it without --half."
+            )
+    return halved
+
+
+def _mean_scores(summary: Path) -> dict[str, Any]:
+    """How each model did at each site on how many cases, from a run's ``summary.csv``, if there is one."""
+    means: dict[str, Any] = {}
+    try:
+        for row in read_rows(summary):
+            if not row["mean"]:  # undefined in every case, as a distance from a mask in which nothing was found
+                continue
+            figure = {"mean": float(row["mean"]), "cases": int(row["cases"])}
+            means.setdefault(row["site"], {}).setdefault(row["model"], {})[row["metric"]] = figure
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{summary} is no summary of a run ({error}): mend it or take it away.") from error
+    return means
+
+
+def _make_room(target: Path, overwrite: bool) -> None:
+    """Take an earlier set away, but for its manifest: until there is a new one, nothing that lies there passes."""
+    found = sorted(
+        path for path in target.glob("*") if MODEL_FILE.fullmatch(path.name) or path.name in (MANIFEST, SCORES)
+    )
+    if found and not overwrite:
+        raise InputError(f"{target} holds {found[0].name} already: give another folder, or --overwrite True.")
+    for path in found:
+        if path.name != MANIFEST:
+            path.unlink()
+
+
+def package(bundle: str, output_dir: str = "dist") -> str:
+    """Pack a bundle into a zip that runs where MONAI is, but this project is not.
+
+    The archive holds one folder of the bundle's name: configs, docs and licence, published models if there are any,
+    and in ``scripts`` the code that the configs refer to.
+
+    Args:
+        bundle: a bundle's folder, or the name of one under ``bundles``.
+        output_dir: where ``<bundle>_v<version>.zip`` is written.
+
+    Returns:
+        The archive's path.
+
+    Raises:
+        InputError: where there is no such bundle, a link in it leads out of it, its models differ from their manifest,
+            or they were never published.
+    """
+    root = _find_bundle(bundle)
+    files = {path.relative_to(root).as_posix(): path.read_bytes() for path in _bundle_files(root)}
+    for name in [name for name in files if name.startswith("configs/") and name.endswith(".json")]:
+        # before the other imports, which it makes possible
+        files[name] = files[name].replace(IMPORTS.encode(), f'{IMPORTS}\n        "$import scripts",'.encode(), 1)
+    code = Path(__file__).parents[1]
+    files["scripts/__init__.py"] = (_header(code / "__init__.py") + SCRIPTS).encode()
+    own = {path.relative_to(code.parent).as_posix(): path.read_bytes() for path in code.rglob("*.py")}
+    files.update({f"scripts/{name}": content for name, content in own.items()})
+    version = parse_json(files["configs/metadata.json"], root / "configs" / "metadata.json").get("version")
+    archive = Path(output_dir) / f"{root.name}_v{check_file_name(version, 'version')}.zip"
+    with whole_file(archive) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as packed:
+        for number, name in enumerate(sorted(files)):
+            # the same files give the same archive; each has a time of its own (a zip's clock ticks in steps of two
+            # seconds), since that is how MONAI Label tells two models apart
+            time = (2020, 1, 1, number // 1800, number // 30 % 60, number % 30 * 2)
+            entry = zipfile.ZipInfo(f"{root.name}/{name}", time)
+            entry.external_attr = 0o644 << 16
+            packed.writestr(entry, files[name], zipfile.ZIP_DEFLATED)
+    return str(archive)
+
+
+def _find_bundle(bundle: str) -> Path:
+    places = [Path(bundle), Path("bundles") / bundle, Path(__file__).parents[2] / "bundles" / bundle]
+    for place in places:
+        if (place / "configs" / "metadata.json").is_file():
+            return place.resolve()
+    raise InputError(f"no bundle {bundle!r}: give its folder, or the name of one in the folder bundles.")
+
+
+def _bundle_files(root: Path) -> list[Path]:
+    """The files that make up a bundle; of its models only what was published."""
+    files = [root / "LICENSE"]
+    for folder in ("configs", "docs"):
+        files += [path for path in (root / folder).rglob("*") if not path.name.startswith(".")]
+    models = root / "models"
+    for path in [*files, models]:
+        if not path.resolve().is_relative_to(root):
+            raise InputError(
+                f"{path} is a link that leads out of the bundle: put what it leads to there, or remove it."
+            )
+    files = [path for path in files if path.is_file()]
+    listed = check_manifest(models)["files"] if published_files(models) is not None else {}
+    unpublished = [name for name, entry in listed.items() if entry.get("released")]
+    if not listed:
+        unpublished = sorted(path.name for path in models.glob("*.pt"))
+    if unpublished:
+        raise InputError(f"{models / unpublished[0]} was never published: publish the models, or move them away.")
+    return files + [models / name for name in (MANIFEST, *listed) if listed]
+
+
+def _header(path: Path) -> str:
+    """The licence that every file begins with."""
+    return "".join(line for line in path.read_text(encoding="utf-8").splitlines(True) if line.startswith("#"))

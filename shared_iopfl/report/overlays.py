@@ -1,0 +1,99 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""A picture beside each mask that inference writes: the outline on the scan, for a glance before the mask is used."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Hashable, Mapping
+from pathlib import Path
+from typing import Any
+
+from monai.config import KeysCollection
+from monai.transforms import MapTransform
+from monai.utils import ensure_tuple
+
+from shared_iopfl.data.scan_files import case_name
+from shared_iopfl.report import pictures
+from shared_iopfl.utils.errors import InputError
+from shared_iopfl.utils.files import whole_file
+
+__all__ = ["SaveOverlayd"]
+
+logger = logging.getLogger(__name__)
+LONGEST_NAME = 255  # bytes, on every common disk
+COLOURS = {**pictures.colours(()), "mask": pictures.colours(())["routed"]}
+
+
+class SaveOverlayd(MapTransform):
+    """Write ``<case>_overlay.png``: a scan with the outline of its mask, as in the report.
+
+    Comes after `SaveMaskd`, from whose data it takes the files. Of a volume it shows the axial slice with the largest
+    area in radiological convention, the middle one where the mask is empty; of a picture all, with every class
+    outlined. Nothing of the scan's header is in the picture; the case's name is all that tells whose it is. A mask
+    whose picture cannot be drawn stays, with a warning.
+
+    Args:
+        keys: keys of the masks; the data has ``<key>_file``, the mask that was written.
+        image_key: key of the image, whose metadata names the scan.
+        output_dir: folder to write to; made if it is not there.
+        name: file name without ending; ``{case}`` is the name of the mask's file, which is the case's own.
+        allow_missing_keys: whether cases without a mask may come.
+
+    Raises:
+        InputError: when there is something else than ``{case}`` to fill in, the picture would replace the mask or the
+            scan, or it cannot be written.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection = "pred",
+        image_key: str = "image",
+        output_dir: str | os.PathLike = ".",
+        name: str = "{case}_overlay",
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.image_key = image_key
+        self.output_dir = Path(output_dir)
+        self.name = name
+        try:
+            fixed = name.format(case="") == name
+        except (KeyError, IndexError, ValueError) as error:
+            raise InputError(f"cannot name overlays {name!r}: only {{case}} can be filled in") from error
+        if fixed:
+            raise InputError(f"all overlays would be called {name!r}: put {{case}} into their name")
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """The data as it came."""
+        d = dict(data)
+        for key in self.key_iterator(d):
+            meta = getattr(d.get(self.image_key), "meta", None) or d[key].meta
+            self._save(Path(ensure_tuple(meta["filename_or_obj"])[0]), Path(d[f"{key}_file"]))
+        return d
+
+    def _save(self, scan: Path, mask: Path) -> None:
+        case = case_name(mask)
+        target = self.output_dir / f"{self.name.format(case=case)}.png"
+        if len(os.fsencode(target.name)) > LONGEST_NAME:
+            logger.warning("no overlay of %s: its name would be too long", case)
+            return
+        if any(target.exists() and file.exists() and target.samefile(file) for file in (scan, mask)):
+            raise InputError(f"the overlay {target} would replace the scan or its mask: choose another name")
+        try:
+            views = pictures.case_views(pictures.load_case(scan, {"mask": mask}), "mask", case)
+            drawn = pictures.png(pictures.overlay_picture(views, "mask", COLOURS, columns=1))
+        except ValueError as error:
+            logger.warning("no overlay of %s: %s", case, error)
+            return
+        with whole_file(target) as temporary:
+            temporary.write_bytes(drawn)

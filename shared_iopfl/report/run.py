@@ -1,0 +1,269 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The report of a run: one HTML file, and a table as plain text, from the files that the run left in its folder.
+
+It reads ``metrics.csv``, ``history.csv``, ``failures.csv``, ``cases.csv``, ``routes.csv`` with ``routes.json``, and
+``run.json``; any of them may be missing. Nothing is computed from scans or networks.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shared_iopfl.evaluation.personalised_verdict import personalised_verdict
+from shared_iopfl.evaluation.scores import (
+    DASH,
+    FEWEST_CASES,
+    MINUS,
+    RESAMPLES,
+    ROLES,
+    Scores,
+    count_cases,
+    difference,
+    finite,
+    heading,
+    in_order,
+    number,
+    print_table,
+    read_columns,
+    read_json,
+    read_scores,
+    show,
+    table_rows,
+)
+from shared_iopfl.report import charts, pictures
+from shared_iopfl.report.gallery import overlays_section
+from shared_iopfl.report.pages import breakable, page, picture, table, without_path
+from shared_iopfl.report.routes import decisions_section, routes_section
+from shared_iopfl.utils.errors import InputError
+from shared_iopfl.utils.files import write_text
+
+__all__ = ["print_table", "write_report"]
+
+DIFFERENCES = (("personalised", "global"), ("routed", "global"), ("soup", "global"), ("routed", "soup"))
+
+
+def _line(role: str, site: str, cells: Sequence[str]) -> str:
+    kind, name = ("", f"{escape(site)} <small>{role}</small>") if site else (" class=mean", f"mean of sites {role}")
+    return f"<tr{kind}><th>{name}</th>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+
+
+def _gains(dice: Scores) -> str:
+    """How far models are from each other, as HTML, a table for the sites inside and one for those outside."""
+    html = ""
+    for role in ROLES:
+        models = [set(by_model) for key, by_model in dice.items() if key[0] == role]
+        pairs = [pair for pair in DIFFERENCES if any({*pair} <= of_site for of_site in models)]
+        heads = "".join(f"<th>{model} {MINUS} {other}</th>" for model, other in pairs)
+        lines = [f"<tr><th>difference (points)</th>{heads}</tr>"]
+        for _, site, sites, _ in (row for row in table_rows(dice) if row[0] == role):
+            lines.append(_line(role, site, [_gain(sites, *pair) for pair in pairs]))
+        html += table(lines) if pairs else ""
+    return html
+
+
+def _gain(sites: Sequence[Mapping[str, Mapping[str, float]]], model: str, other: str) -> str:
+    mean, low, high, n = difference(sites, model, other)
+    bounds = f"[{show('dice', low, '+')}, {show('dice', high, '+')}]" if math.isfinite(low) else "no interval:"
+    return show("dice", mean, "+") + (f" <small>{bounds} n = {n}</small>" if n else "")
+
+
+def _results(scores: Scores, metric: str, colour: Mapping[str, str]) -> str:
+    """Sites by models as HTML, a table for the sites inside and one for those outside: their models are others."""
+    best = max if metric.startswith("dice") else min if metric.endswith(("_mm", "_error")) else None
+    html = ""
+    for role in dict.fromkeys(role for role, _ in scores):
+        models = in_order(model for key, by_model in scores.items() if key[0] == role for model in by_model)
+        heads = "".join(f'<th><i style="background:{colour[m]}"></i>{breakable(m)}</th>' for m in models)
+        lines = [f"<tr><th>{escape(heading(metric))}</th><th>n</th>{heads}</tr>"]
+        for _, site, sites, means in (row for row in table_rows(scores) if row[0] == role):
+            defined = finite(means.values())
+            winner = show(metric, best(defined)) if best and defined else ""
+            cells = [str(count_cases(sites))]
+            for model in models:
+                text = show(metric, means.get(model, math.nan))
+                values = list(sites[0].get(model, {}).values()) if site else []
+                spread = f"± {show(metric, float(np.std(finite(values), ddof=1)))}" if len(finite(values)) > 1 else ""
+                if values and len(finite(values)) < count_cases(sites):
+                    spread += f" ({len(finite(values))} of {count_cases(sites)})"
+                text = f"<b>{text}</b>" if text == winner else text
+                cells.append(text + (spread and f" <small>{spread.strip()}</small>"))
+            lines.append(_line(role, site, cells))
+        html += table(lines)
+    undefined = sum(not math.isfinite(v) for s in scores.values() for values in s.values() for v in values.values())
+    if undefined:
+        html += f"""<p class="caption">{undefined} values are undefined ({DASH}), such as a distance to an empty mask,
+and left out of the means; in brackets how many of the cases count.</p>"""
+    return html
+
+
+def _scores_section(found: dict[str, Scores], colour: Mapping[str, str]) -> str:
+    html = ""
+    if "dice" in found:
+        html += f"""<h2>Dice by site and model</h2>{_results(found["dice"], "dice", colour)}{_gains(found["dice"])}
+<p class="caption">Foreground Dice in percent: mean ± standard deviation over a site's test cases. Bold: the highest
+mean of the row. The mean of sites counts every site alike. Differences are paired by case, in percentage points; in
+brackets their 95% interval from {RESAMPLES:,} bootstrap resamples of the cases within each site: it covers other
+patients of these sites, not other sites nor another training. With fewer than {FEWEST_CASES} cases, or one case at a
+site, no interval is given and nothing should be concluded.</p>"""
+        sites = {f"{site} ({role})": by_model for (role, site), by_model in found["dice"].items()}
+        html += "<h2>Every case</h2>" + picture(
+            charts.dice_picture(sites, colour),
+            "Each dot is one case, each bar a model's mean. Grey lines join the results of one case: "
+            "a line that rises from one model to the next is a patient who gains.",
+        )
+    others = [_results(scores, metric, colour) for metric, scores in found.items() if metric != "dice"]
+    if others:
+        html += "<h2>Other measures</h2>" + "".join(others)
+        html += '<p class="caption">Mean ± standard deviation over cases. Bold: the best mean of the row.</p>'
+    return html
+
+
+def _curves_section(history: Sequence[Mapping[str, str]], path: Path, colour: Mapping[str, str]) -> str:
+    html = ""
+    for metric, label, scale, caption in (
+        ("val_mean_dice", "validation Dice (%)", 100, "Dice on each site's own validation cases over the rounds."),
+        ("train_loss", "training loss", 1, "Mean training loss of each site's local training in every round."),
+    ):
+        sites: dict[str, dict[str, dict[float, float]]] = {}
+        for row in (row for row in history if row["metric"] == metric):
+            points = sites.setdefault(row["site"], {}).setdefault(row["model"], {})
+            points[number(row["round"], path)] = scale * number(row["value"], path)
+        if sites:
+            curves = {s: {m: sorted(by_model[m].items()) for m in in_order(by_model)} for s, by_model in sites.items()}
+            html += picture(charts.curves_picture(curves, colour, label), caption)
+    html += _rates(history, path, colour)
+    seconds = finite(number(row["value"], path) for row in history if row["metric"] == "seconds")
+    if seconds:
+        html += f'<p class="caption">Median time of a site\'s round: {np.median(seconds):.3g} seconds.</p>'
+    return html and f"<h2>Learning curves</h2>{html}"
+
+
+def _rates(history: Sequence[Mapping[str, str]], path: Path, colour: Mapping[str, str]) -> str:
+    """The learning rate, in one panel for all sites that had the same."""
+    by_site: dict[str, dict[float, float]] = {}
+    for row in (row for row in history if row["metric"] == "learning_rate"):
+        by_site.setdefault(row["site"], {})[number(row["round"], path)] = number(row["value"], path)
+    alike: dict[tuple[tuple[float, float], ...], list[str]] = {}
+    for site, points in by_site.items():
+        alike.setdefault(tuple(sorted(points.items())), []).append(site)
+    panels = {", ".join(sites): {"local": points} for points, sites in alike.items()}
+    caption = "Learning rate of the local training, at the end of each round."
+    return picture(charts.curves_picture(panels, colour, "learning rate"), caption) if panels else ""
+
+
+def _failures_section(path: Path) -> str:
+    """Which rounds went on without which site, and why."""
+    rows = read_columns(path, "round site reason")
+    if not rows:
+        return ""
+    lines = ["<tr><th>round</th><th>site</th><th>reason</th></tr>"]
+    for row in rows:
+        cells = (escape(row["site"]), escape(without_path(row["reason"])))
+        lines.append(f"<tr><th>{escape(row['round'])}</th>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+    return f"""<h2>Rounds without a site</h2>{table(lines, "text")}
+<p class="caption">A round's update that failed or was refused counts for nothing in that round; a scoring that failed
+leaves the site out of it. Everything else went on, and the site came back where there are later results of it.</p>"""
+
+
+def _settings(value: Any, name: str = "") -> list[tuple[str, str]]:
+    """Nested settings as flat pairs of name and value."""
+    if isinstance(value, dict) and value:
+        return [
+            pair for key, inner in value.items() for pair in _settings(inner, f"{name}.{key}" if name else str(key))
+        ]
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return [(without_path(name), without_path(text))]
+
+
+def _run_section(run: Mapping[str, Any]) -> str:
+    items = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in _settings(run) if name)
+    return f"<h2>What was run</h2><dl>{items}</dl>" if items else ""
+
+
+_FILES = {
+    "metrics.csv": "scores",
+    "history.csv": "learning curves",
+    "**/routes.csv": "routes",
+    "cases.csv": "cases on their scans",
+    "**/routes.json": "decisions of the guard",
+    "run.json": "what was run",
+}
+
+
+def write_report(output_dir: str | Path, title: str = "IOP-FL") -> Path:
+    """Write ``report.html`` of a run into its folder: one file, with nothing to fetch from elsewhere.
+
+    Args:
+        output_dir: folder of a run with any of ``metrics.csv``, ``history.csv``, ``failures.csv``, ``cases.csv``,
+            ``run.json``, and, at any depth, ``routes.csv`` and ``routes.json``. A part of the report whose file is
+            missing is left out.
+        title: heading of the report.
+
+    Returns:
+        Path of the report.
+
+    Raises:
+        InputError: when there is neither ``metrics.csv`` nor ``history.csv``, or a file's content is not as it must be.
+    """
+    output_dir = Path(output_dir)
+    found = read_scores(output_dir)
+    history_path = output_dir / "history.csv"
+    history = read_columns(history_path, "round site model metric value")
+    if not found and not history:
+        raise InputError(
+            f"{output_dir} has neither metrics.csv nor history.csv: run the bundle's federate.json or evaluate.json "
+            "with this folder as output_dir first"
+        )
+    of_history = (row["model"] for row in history)
+    colour = pictures.colours([*(m for scores in found.values() for s in scores.values() for m in s), *of_history])
+    dice = found.get("dice", {})
+    missing = [
+        f"{file.removeprefix('**/')} ({what})" for file, what in _FILES.items() if not any(output_dir.glob(file))
+    ]
+    sections = (
+        _scores_section(found, colour),
+        _curves_section(history, history_path, colour),
+        _failures_section(output_dir / "failures.csv"),
+        routes_section(output_dir),
+        overlays_section(output_dir, dice, colour),
+        decisions_section(output_dir),
+        _run_section(read_json(output_dir / "run.json")),
+    )
+    left_out = (
+        f'<p class="missing">Not in this folder, so not shown: {escape(", ".join(missing))}.</p>' if missing else ""
+    )
+    verdict = personalised_verdict(output_dir)
+    verdict = verdict and f'<p class="missing"><b>{escape(verdict[:1].upper() + verdict[1:])}.</b></p>'
+    body = f"""<p class="facts">{_facts(found, history)}</p>
+<p class="use">Figures are foreground Dice of held-out patients. For research use only, not for diagnosis.</p>
+{verdict}{left_out}{"".join(sections)}"""
+    path = output_dir / "report.html"
+    write_text(path, page(title, body))
+    return path
+
+
+def _facts(found: Mapping[str, Scores], history: Sequence[Mapping[str, str]]) -> str:
+    """How much stands behind the figures, in one line."""
+    sites = {site for scores in found.values() for site in scores}
+    counts = [(sum(r == role for r, _ in sites), f"site{{s}} {role}") for role in ROLES]
+    cases = {
+        (s, c) for scores in found.values() for (_, s), m in scores.items() for values in m.values() for c in values
+    }
+    counts += [(len(cases), "test case{s}"), (len({row["round"] for row in history}), "round{s}")]
+    return " · ".join(f"{n} {what.format(s='' if n == 1 else 's')}" for n, what in counts if n)

@@ -1,0 +1,97 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Adaptation of a routed network to a scan, by gradient steps on the objective; and the measures its guard asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shared_iopfl.routing.network import RoutedNetwork
+from shared_iopfl.routing.objectives import Output, RoutingObjective, ViewSampler, foreground, is_square
+from shared_iopfl.routing.settings import RoutingSettings
+from shared_iopfl.utils.stacks import bounded
+
+__all__ = ["Adaptation", "mask_agreement"]
+
+STEP_PIXELS = 2**18  # a backward: 16 slices of 128 x 128, one of 384 x 384
+
+
+@dataclass
+class Adaptation:
+    """Optimiser steps on routes, routers and norm shifts.
+
+    Args:
+        settings: steps, learning rate, and the weights of the objective's terms.
+        views: what the views are drawn from.
+        output: of the network.
+        batch_size: network inputs a step.
+        seed: of views and dropout.
+    """
+
+    settings: RoutingSettings
+    views: ViewSampler
+    output: Output
+    batch_size: int
+    seed: int
+
+    def adapt(self, routed: RoutedNetwork, images: Tensor) -> None:
+        """Take the steps on some network inputs (N, C_in, *spatial) of a scan; `routed` is changed."""
+        objective, generator = self._objective(), torch.Generator().manual_seed(self.seed)
+        optimizer = torch.optim.Adam(routed.trainable(), lr=self.settings.learning_rate)
+        routed.set_dropout(generator)
+        # With routes a layer, slices meet in the statistics alone. Those of the scan at the start are kept, so
+        # that a step needs the memory of a few slices, not of all.
+        apart = self.settings.per == "layer"
+        if apart and routed.blends:
+            routed(images)
+            routed.freeze_statistics(True)
+        try:
+            # full precision: half-precision gradients of a mean over a volume vanish
+            with torch.enable_grad(), torch.autocast(images.device.type, enabled=False):
+                for step in range(self.settings.steps):
+                    start = step * self.batch_size % len(images)
+                    batch = images.roll(-start, 0)[: self.batch_size]
+                    optimizer.zero_grad(set_to_none=True)
+                    view = self.views.draw(generator, is_square(images))
+                    for part in batch.split(bounded(len(batch), batch, STEP_PIXELS) if apart else len(batch)):
+                        for term in objective.terms(routed, part, view):
+                            (term * (len(part) / len(batch))).backward()
+                    optimizer.step()
+        finally:
+            routed.freeze_statistics(False)
+            routed.set_dropout(None)
+
+    def value(self, routed: RoutedNetwork, batches: Iterable[Tensor]) -> float:
+        """The objective over fixed views, drawn from the seed: the same before and after the steps."""
+        batches = list(batches)
+        objective, generator = self._objective(), torch.Generator().manual_seed(self.seed + 1)
+        views = [self.views.draw(generator, is_square(batches[0])) for _ in range(2)]
+        total = sum(float(objective(routed, batch, view)) * len(batch) for view in views for batch in batches)
+        return total / (len(views) * sum(map(len, batches)))
+
+    def _objective(self) -> RoutingObjective:
+        settings = self.settings
+        return RoutingObjective(
+            self.output, settings.consistency, settings.entropy, settings.shape, settings.window, self.views
+        )
+
+
+def mask_agreement(one: Tensor, other: Tensor, output: Output) -> float:
+    """Dice of the masks of two logits (N, C, *spatial) over all targets; 1 where both are empty."""
+    masks = []
+    for logits in (one, other):
+        masks.append(logits.argmax(1) > 0 if output == "softmax" else foreground(logits, output) > 0)
+    total = int(masks[0].sum() + masks[1].sum())
+    return 2 * int((masks[0] & masks[1]).sum()) / total if total else 1.0

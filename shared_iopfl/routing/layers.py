@@ -1,0 +1,223 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The layers of a routed network: each holds the experts' weights and computes with their mixture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+from shared_iopfl.models.weights import copy_network, is_weight
+from shared_iopfl.routing.routers import FreeRoutes, Router
+from shared_iopfl.utils.errors import InputError
+
+__all__ = ["RoutedBatchNorm", "RoutedLayer", "channel_statistics"]
+
+
+class RoutedLayer(nn.Module):
+    """One layer of a routed network: the frozen stack of the experts' weights and the module that gives its routes.
+
+    Args:
+        layer: the plain layer; it keeps stride, padding, groups and the like, and gives the integer buffers.
+        states: the experts' states of this layer, name -> tensor, one mapping an expert.
+        routes: gives routes (B, E) or (1, E) from the layer's input.
+        affine: add a trainable, zero-initialised shift to the layer's own parameters (used for norm layers).
+        name: of the layer in its network, for errors.
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        states: Sequence[Mapping[str, Tensor]],
+        routes: FreeRoutes | Router,
+        affine: bool = False,
+        name: str = "",
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.layer = copy_network(layer).requires_grad_(False).eval()
+        self.routes = routes
+        self.names = [name for name, tensor in layer.state_dict().items() if is_weight(tensor)]
+        for index, name in enumerate(self.names):
+            like = layer.state_dict()[name]
+            # contiguous, whatever the network's memory format: mixing then reads each expert's weights once, in order
+            stack = torch.stack([state[name].detach().to(like).contiguous() for state in states])
+            self.register_buffer(f"stack_{index}", stack)
+        shifted = [name for name, _ in layer.named_parameters()] if affine else []
+        self.shifts = nn.ParameterDict({name: torch.zeros_like(layer.get_parameter(name)) for name in shifted})
+        self.last_routes: Tensor | None = None
+
+    def mix(self, routes: Tensor) -> dict[str, Tensor]:
+        """The mixed weights, name -> (B, *shape), for routes (B, E)."""
+        mixed = {}
+        with torch.autocast(routes.device.type, enabled=False):  # mixing costs little: keep it exact
+            for index, name in enumerate(self.names):
+                stack = self.get_buffer(f"stack_{index}")
+                flat, shares = stack.flatten(1) if stack.ndim > 1 else stack[:, None], routes.to(stack.dtype)
+                # row by row: a product of two thin matrices is many times slower than as many vectors' products
+                rows = [row @ flat for row in shares] if len(shares) <= 32 else list(shares @ flat)
+                together = rows[0] if len(rows) == 1 else torch.stack(rows)
+                mixed[name] = together.reshape(-1, *stack.shape[1:])
+                if name in self.shifts:
+                    mixed[name] = mixed[name] + self.shifts[name]
+        return mixed
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:  # a forward that reads a layer's weights itself: say of which
+            raise AttributeError(f"the routed layer '{self.__dict__.get('name', '')}' has no '{name}'") from None
+
+    def forward(self, inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        routes = self.routes(inputs)
+        self.last_routes = routes.detach().mean(0)
+        return self.compute(self.mix(routes), inputs, *args, **kwargs)
+
+    @property
+    def unblendable(self) -> str | None:
+        """Why the statistics of this layer cannot be blended with those of the images; None where they can."""
+        layer = self.layer
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.running_mean is not None:
+            return "has a forward or hooks of its own"
+        return None
+
+    def compute(self, weights: dict[str, Tensor], inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the layer with `weights` (B, ...) that differ from sample to sample, or (1, ...) that serve them all.
+
+        Further arguments (a transposed convolution's ``output_size``) are handed on.
+        """
+        mean = weights.get("running_mean")
+        if isinstance(self.layer, nn.modules.batchnorm._NormBase) and mean is not None and mean.requires_grad:
+            raise InputError(
+                f"cannot adapt '{self.name}' ({type(self.layer).__name__}): torch has no gradient to its running "
+                "statistics; use steps=0 or route_norms=False."
+            )
+        if all(weight.shape[0] == 1 for weight in weights.values()):
+            mixed = {name: weight[0] for name, weight in weights.items()}
+            return functional_call(self.layer, mixed, (inputs, *args), kwargs)
+        if any(isinstance(value, Tensor) for value in (*args, *kwargs.values())):
+            raise InputError(self._not_per_sample("takes more than one tensor"))
+
+        def one(weight: dict[str, Tensor], sample: Tensor) -> Tensor:
+            output = functional_call(self.layer, weight, (sample[None], *args), kwargs)
+            if not isinstance(output, Tensor):
+                raise InputError(self._not_per_sample(f"gives a {type(output).__name__}, not a tensor"))
+            return output[0]
+
+        if inputs.device.type == "cpu":
+            # grouped convolutions are slow there: half as fast as one sample after another
+            rows = [
+                {name: weight[min(i, len(weight) - 1)] for name, weight in weights.items()} for i in range(len(inputs))
+            ]
+            return torch.stack([one(row, sample) for row, sample in zip(rows, inputs)])
+        # vmap turns a convolution with a kernel a sample into one grouped convolution
+        return vmap(one)(weights, inputs)
+
+    def _not_per_sample(self, why: str) -> str:
+        return f"cannot route '{self.name}' ({type(self.layer).__name__}) per sample, as it {why}: use per='layer'."
+
+    def plain(self, routes: Tensor) -> nn.Module:
+        """The plain layer with the weights that `routes` (E,) mix."""
+        layer = copy_network(self.layer)
+        weights = self.mix(routes[None].to(self.get_buffer("stack_0").device))
+        layer.load_state_dict({name: weight[0].detach() for name, weight in weights.items()}, strict=False)
+        return layer.requires_grad_(True)
+
+
+class RoutedBatchNorm(RoutedLayer):
+    """A routed batch norm: mixed affine parameters, and statistics between the mixed running ones and the image's own.
+
+    ``statistics`` 0 normalises with the running statistics, 1 with those of the batch at hand, anything between with
+    ``(1 - statistics) * running + statistics * batch``. Written out, as torch's own `batch_norm` gives no gradient
+    to the running statistics, and hence none to the routes that mix them.
+    """
+
+    statistics: float = 0.0
+    frozen: bool = False  # blend with the batch statistics of the last forward before, not with the batch at hand
+    last_batch: tuple[Tensor, Tensor] | None = None  # mean and variance (C,) of the last batch that was measured
+    last_statistics: tuple[Tensor, Tensor] | None = None  # mean and variance (C,) of the last forward that blended
+    calls: int = 0  # in the network's last forward
+
+    @property
+    def eps(self) -> float:
+        return float(getattr(self.layer, "eps"))  # noqa: B009 (mypy takes a module's attributes for tensors)
+
+    @property
+    def blends(self) -> bool:
+        """Whether the images' own statistics take part."""
+        return self.statistics > 0 or getattr(self.layer, "running_mean", None) is None
+
+    @property
+    def unblendable(self) -> str | None:
+        tracked = getattr(self.layer, "running_mean", None) is not None
+        return "is used more than once in a forward" if tracked and self.calls > 1 else None
+
+    def compute(self, weights: dict[str, Tensor], inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.calls += 1
+        wide = inputs if inputs.dtype == torch.float64 else inputs.float()
+        mean = weights.get("running_mean")
+        var = weights.get("running_var")
+        if mean is None or var is None or self.statistics > 0:
+            blend = 1.0 if mean is None or var is None else self.statistics
+            if self.frozen and self.last_batch is not None:
+                batch_mean, batch_var = self.last_batch
+            else:
+                batch_mean, batch_var = channel_statistics(wide)
+                self.last_batch = (batch_mean.detach(), batch_var.detach())
+            mean = batch_mean[None] if mean is None else torch.lerp(mean, batch_mean[None], blend)
+            var = batch_var[None] if var is None else torch.lerp(var, batch_var[None], blend)
+            self.last_statistics = (mean.detach().mean(0), var.detach().mean(0))
+        scale = torch.rsqrt(var + self.eps)
+        if "weight" in weights:
+            scale = scale * weights["weight"]
+        shift = -mean * scale
+        if "bias" in weights:
+            shift = shift + weights["bias"]
+        if len(scale) > 1 and inputs.device.type != "cpu":
+            shape = (*scale.shape, *(1,) * (inputs.ndim - 2))
+            return torch.addcmul(shift.reshape(shape), wide, scale.reshape(shape)).to(inputs.dtype)
+        samples = [wide] if len(scale) == 1 else wide.split(1)
+        outputs = [_scale_channels(sample, *row) for sample, row in zip(samples, zip(scale, shift))]
+        return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).to(inputs.dtype)
+
+    def plain(self, routes: Tensor) -> nn.Module:
+        """The plain batch norm; where it blends, with the statistics of the last forward in place of running ones.
+
+        One that the images do not pass keeps its running statistics.
+        """
+        layer = super().plain(routes)
+        if self.statistics > 0 and self.last_statistics is not None:
+            for name, value in zip(("running_mean", "running_var"), self.last_statistics):
+                layer.get_buffer(name).copy_(value)
+        return layer
+
+
+def channel_statistics(inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance (C,) of each channel of a batch (B, C, *spatial), over samples and pixels."""
+    if inputs.device.type != "cpu" or torch.is_grad_enabled():
+        variance, mean = torch.var_mean(inputs, dim=[dim for dim in range(inputs.ndim) if dim != 1], correction=0)
+        return mean, variance
+    # 20 times as fast as `var_mean` where channels lie last; a sample at a time, as it sums in single precision
+    rows = [torch.batch_norm_update_stats(sample, None, None, 0.0) for sample in inputs.split(1)]
+    means, variances = (torch.stack(row).double() for row in zip(*rows))
+    mean = means.mean(0)
+    return mean.to(inputs.dtype), (variances + (means - mean) ** 2).mean(0).to(inputs.dtype)
+
+
+def _scale_channels(inputs: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """``inputs * scale + shift`` a channel, with gradient to all, by torch's batch norm: twice as fast."""
+    neutral = torch.zeros_like(shift), torch.ones_like(scale)
+    return F.batch_norm(inputs, *neutral, weight=scale.to(inputs.dtype), bias=shift.to(inputs.dtype), eps=0.0)

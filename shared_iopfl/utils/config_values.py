@@ -1,0 +1,292 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Values that enter a MONAI config: data, never code.
+
+MONAI's `ConfigParser` evaluates every string that begins with ``$``, takes one that begins with ``@`` or ``%`` for a
+reference, builds whatever has a ``_target_``, and replaces ``#`` in any string, also in the values that a program sets
+or a user types. Text that came with data, weights, a run or a federation must not be read like that: `as_value` makes
+it a value, and `check_settings`, the first step of every bundle's ``initialize``, looks at what was typed.
+
+The one exception: **a bundle's own configs are code.** Whoever runs a bundle runs its author's code, as with any bundle
+for MONAI (see its security advisory GHSA-873f-pvrv-4x83): take bundles from those you trust, as you do with code. The
+same holds for a config file named on the command line, and for a setting typed there that is no path and no name
+(``--device "$torch.device('cuda:1')"``).
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from fire.parser import DefaultParseValue
+from monai.bundle import ConfigComponent, ConfigParser, ConfigWorkflow
+from monai.bundle.reference_resolver import ReferenceResolver
+
+from shared_iopfl.utils.errors import InputError
+from shared_iopfl.utils.files import check_writable
+from shared_iopfl.utils.names import check_sites, nearest, parse_names
+from shared_iopfl.utils.reading import read_json
+
+__all__ = [
+    "Expression",
+    "as_value",
+    "as_values",
+    "check_key",
+    "check_settings",
+    "component",
+    "component_of",
+    "is_data",
+    "is_given",
+]
+
+PATHS = ("bundle_root", "dataset_dir", "output_dir", "ckpt_dir", "mask_dir", "ckpt", "site_model", "pseudonyms")
+WORDS = (
+    *("site", "role", "model", "split", "mode", "preset", "filters", "run_name", "coding", "crop", "grey"),
+    *("norm_statistics", "averaging", "empty_masks", "patient"),
+)
+NAMES = ("sites", "outside_sites")  # lists
+STEPS = ("imports", "initialize", "run", "finalize")
+
+
+class Expression(str):
+    """Text that MONAI is to evaluate: written here, with nothing in it that came from elsewhere but numbers."""
+
+
+def as_value(value: Any) -> Any:
+    """What to put into a config so that `value`, and nothing else, comes out.
+
+    Args:
+        value: text, numbers, lists and dictionaries of them, or objects; an `Expression` stays what it is.
+
+    Returns:
+        The same, with text that MONAI would not leave as it is written as a string literal to evaluate.
+
+    Raises:
+        InputError: for a dictionary that would be built into an object.
+    """
+    if isinstance(value, Expression):
+        return value
+    if isinstance(value, str):
+        return value if _is_plain(value) else _literal(value)
+    if isinstance(value, Mapping):
+        if "_target_" in value:
+            raise InputError(f"a dictionary with _target_ {value['_target_']!r:.80} would be built: give plain values.")
+        return {key: as_value(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_value(item) for item in value]
+    return value
+
+
+def as_values(pairs: Mapping[str, Any]) -> dict[str, Any]:
+    """`as_value` of each of several overrides, id -> value; an id such as ``loss#_target_`` is refused as well.
+
+    An `Expression` may stand at any id: it is the program's own.
+    """
+    return {n if isinstance(value, Expression) else check_key(n): as_value(value) for n, value in pairs.items()}
+
+
+def check_key(name: Any) -> str:
+    """The id of an override, unless it says what MONAI is to build or to leave out (``loss#_target_``)."""
+    if not isinstance(name, str) or any(part.startswith("_") for part in re.split("#|::", name)):
+        raise InputError(f"{name!r:.80} is no setting, but would change what is built: leave it out.")
+    return name
+
+
+def is_data(value: Any) -> bool:
+    """Whether a value is data as it stands: nothing in it that a config would evaluate, build or look up."""
+    if isinstance(value, str):
+        return _is_plain(value)
+    if isinstance(value, (list, tuple)):
+        return all(is_data(item) for item in value)
+    if isinstance(value, Mapping):
+        return "_target_" not in value and all(isinstance(key, str) and is_data(v) for key, v in value.items())
+    return value is None or isinstance(value, (bool, int, float))
+
+
+def _is_plain(text: str) -> bool:
+    return not text.startswith(("$", "@", "%")) and "#" not in text
+
+
+def _literal(text: str) -> str:
+    return "$" + ascii(text).replace("@", r"\x40").replace("#", r"\x23")
+
+
+def _is_literal(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and value.startswith("$") and isinstance(ast.literal_eval(value[1:]), str)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return False
+
+
+def check_settings() -> None:
+    """Check the settings of the config in which this is evaluated, before any of them is looked at.
+
+    Paths and names are text, as they were typed: Python Fire makes numbers of ``2024`` and ``1e3``, and a tuple of
+    ``a,b``; they are put back. An expression among them is refused, and so is a setting that nothing reads.
+
+    Raises:
+        InputError: in one line that names the setting.
+    """
+    workflow = _running_workflow()
+    if workflow is None:
+        return
+    parser: Any = workflow.parser
+    written = _written(workflow.config_root_path, parser.config)
+    _check_known(parser.config, written)
+    changed = {}
+    for name in (*PATHS, *WORDS, *NAMES):
+        given = parser.config.get(name)
+        if given is None or _is_literal(given) or any(given == value for value in written.get(name, ())):
+            continue
+        value = _text(name, given) if name not in NAMES else _names(name, given)
+        if name in NAMES or name == "site":
+            check_sites([value] if isinstance(value, str) else value)
+        if as_value(value) != given:
+            changed[name] = as_value(value)
+    if changed:
+        parser.update(changed)
+        parser.parse(reset=True)
+    if "tracking_uri" in parser.config and parser.config.get("save_execute_config") is None:
+        _save_executed(parser)
+
+
+def _save_executed(parser: Any) -> None:
+    """Write the config as executed into `output_dir`, where experiment tracking looks for it.
+
+    MONAI would do so while the workflow is made, and so evaluate a path before it was checked: the bundles' key
+    ``save_execute_config`` is false.
+    """
+    path = Path(parser.get_parsed_content("output_dir")) / f"config_{time.strftime('%Y%m%d_%H%M%S')}.json"
+    check_writable(path.parent)
+    parser.export_config_file(parser.get(), str(path))
+    parser.update({"save_execute_config": as_value(str(path))})
+    parser.parse(reset=True)
+
+
+def is_given(name: str) -> bool:
+    """Whether a value was handed over for what the bundle's files have an expression for, as servers do with cases."""
+    workflow = _running_workflow()
+    return workflow is not None and not isinstance(workflow.parser[name], str)
+
+
+def _running_workflow() -> ConfigWorkflow | None:
+    """The workflow that evaluates the present expression: MONAI hands expressions no reference to it."""
+    frame = sys._getframe()
+    while frame is not None:
+        workflow = frame.f_locals.get("self")
+        if isinstance(workflow, ConfigWorkflow):
+            return workflow
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+def component(name: str) -> dict[str, Any]:
+    """How a component of the config in which this is evaluated would be built, its references as values.
+
+    Args:
+        name: such as ``network_def``.
+
+    Returns:
+        The same dictionary as in the config; none where no config is running, or it has no component of that name.
+    """
+    workflow = _running_workflow()
+    if workflow is None or not isinstance(workflow.parser.config, dict):  # type: ignore[union-attr]
+        return {}
+    return component_of(workflow.parser.config, name)  # type: ignore[union-attr]
+
+
+def component_of(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """`component` of a config that is not running."""
+    # a parser of its own: one that has resolved a component without building it would never build it
+    parser = ConfigParser({key: value for key, value in config.items() if key not in STEPS or key == "imports"})
+    item = parser.get_parsed_content(name, instantiate=False) if name in parser else None
+    return dict(item.get_config()) if isinstance(item, ConfigComponent) else {}
+
+
+def _written(folder: Path, config: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """The settings that the bundle's files have, name -> values; of those files whose every key is in the config."""
+    written: dict[str, list[Any]] = {}
+    for path in sorted(Path(folder).glob("*.json")):
+        content = read_json(path)
+        top = {key.lstrip("+").split("#")[0].split("::")[0] for key in content}
+        if top <= config.keys():
+            for key, value in content.items():
+                value = ReferenceResolver.normalize_id(value) if isinstance(value, str) else value
+                written.setdefault(key.lstrip("+").split("#")[0], []).append(value)
+    return written
+
+
+def _check_known(config: Mapping[str, Any], written: Mapping[str, Any]) -> None:
+    """Raise for a setting that is not in the bundle's files and that nothing refers to: it would change nothing."""
+    added = [name for name in config if name not in written and not name.startswith("_")]
+    if not added:
+        return
+    used = {match for text in _texts(config) for match in re.findall(r"[@%](\w+)", text)}
+    for name in added:
+        value = config[name]
+        if name in used or (isinstance(value, (dict, list)) and not is_data(value)):  # a step, a component
+            continue
+        hint = nearest(name, [key for key in written if key not in STEPS])
+        raise InputError(f"unknown setting '{name}'{hint or ': nothing in this config reads it.'}")
+
+
+def _texts(config: Any) -> Iterator[str]:
+    if isinstance(config, str):
+        yield config
+    elif isinstance(config, (Mapping, list, tuple)):
+        for item in config.values() if isinstance(config, Mapping) else config:
+            yield from _texts(item)
+
+
+def _text(name: str, given: Any) -> Any:
+    """A path or a name as it was typed."""
+    typed = _typed(name, given)
+    given = given if typed is None else typed
+    given = str(given) if type(given) is int else given
+    if isinstance(given, (bool, float, tuple, list, set)):
+        raise InputError(f"{name} must be text, but is {given!r:.80}: put quotes of both kinds around it, \"'...'\".")
+    if isinstance(given, str) and given.startswith(("$", "@", "%")):
+        hint = "put ./ before it" if name in PATHS else "a name begins with a letter"
+        raise InputError(f"{name} {given!r:.80} begins with '{given[0]}' and would be evaluated: {hint}.")
+    return given
+
+
+def _names(name: str, given: Any) -> Any:
+    """A list of names as it was typed."""
+    typed = _typed(name, given)
+    given = given if typed is None else typed
+    if isinstance(given, str):
+        return parse_names(given)
+    if isinstance(given, (list, tuple)):
+        return [str(item) if type(item) is int else item for item in given]
+    raise InputError(f"{name} must be a list of names, such as \"['A','B']\", but is {given!r:.80}.")
+
+
+def _typed(name: str, given: Any) -> str | None:
+    """The very text on the command line that `given` was made from; None where it came from elsewhere."""
+    typed = None
+    for word, following in zip(sys.argv, [*sys.argv[1:], ""]):
+        option, equals, text = word.partition("=")
+        if option.startswith("--") and option[2:].replace("-", "_") == name:
+            typed = text if equals else following
+    if typed is None:
+        return None
+    parsed = DefaultParseValue(typed)
+    made = ReferenceResolver.normalize_id(parsed) if isinstance(parsed, str) else parsed
+    if given not in (parsed, made) or type(given) is not type(parsed):
+        return None
+    # Fire takes quotes away, as it should, and also what follows a '#', as of a comment
+    return parsed if isinstance(parsed, str) and typed[:1] in ("'", '"') else typed

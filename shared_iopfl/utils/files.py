@@ -1,0 +1,99 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Files written whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Protocol
+
+from shared_iopfl.utils.errors import InputError
+
+__all__ = ["Keeper", "check_writable", "keepers", "whole_file", "write_text"]
+
+
+class Keeper(Protocol):
+    """Whoever wants to know what is written: a run that owns its folder."""
+
+    def check(self, target: Path) -> None:
+        """Raise `InputError` where a file must not be written."""
+
+    def note(self, target: Path, content: Path) -> None:
+        """A file is about to get its name; until then its content is elsewhere."""
+
+
+keepers: list[Keeper] = []
+
+
+@contextmanager
+def whole_file(target: str | os.PathLike, previous: str | os.PathLike | None = None) -> Iterator[Path]:
+    """A temporary file beside the target, which takes the target's name at the end or goes when something fails.
+
+    Synced before it is renamed: after a crash there is the old file or the new one, never half of one.
+
+    Args:
+        target: the file.
+        previous: what the target's old content is kept as. Between the two renames, only this one is there.
+
+    Raises:
+        InputError: when the folder cannot be written to, naming it, or one of the `keepers` refuses.
+    """
+    target = Path(target)
+    for keeper in keepers:
+        keeper.check(target)
+    # several threads may write one target; and a name may be as long as the disk lets it be
+    temporary = target.with_name(f".{uuid.uuid4().hex[:12]}_{target.name[-40:]}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        for keeper in keepers:
+            keeper.note(target, temporary)
+            if previous is not None:
+                keeper.note(Path(previous), temporary)
+        if previous is not None and target.exists():
+            os.replace(target, previous)
+        os.replace(temporary, target)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        if error.errno == errno.ENAMETOOLONG:
+            raise InputError(f"cannot write {target} ({reason}): give the scan a shorter one") from error
+        raise InputError(
+            f"cannot write to {target.parent} ({reason}): choose another output_dir or free space"
+        ) from error
+    finally:
+        with suppress(OSError):  # the folder could not even be made
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(target: str | os.PathLike, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    with whole_file(target) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="")
+
+
+def check_writable(output_dir: str | os.PathLike) -> None:
+    """Make a folder if it is not there and try to write to it, before hours of work end at a full or locked disk.
+
+    Raises:
+        InputError: when nothing can be written there.
+    """
+    folder = Path(output_dir)
+    with whole_file(folder / ".writable") as temporary, open(temporary, "wb") as file:
+        file.write(bytes(2**16))
+        os.fsync(file.fileno())
+    (folder / ".writable").unlink(missing_ok=True)

@@ -1,0 +1,98 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What a site may be called: its name becomes a file, a folder, a key and a setting.
+
+Names come from folders, datalists, clients of a federation and published models, so they are checked wherever they
+enter.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from shared_iopfl.utils.errors import InputError
+
+__all__ = ["PRESET_NAMES", "RESERVED", "check_file_name", "check_site", "check_sites", "nearest", "parse_names"]
+
+# names of models, of presets and in scores.json, which stand where sites' names do; and model_final.pt of a trainer
+PRESET_NAMES = ("adapted", "default", "paper", "soup")  # of `shared_iopfl.routing.settings`
+RESERVED = tuple(sorted((*PRESET_NAMES, "final", "global", "personalised", "routed", "usual_shift")))
+SITE = re.compile(r"\w(?:[\w .-]*[\w.-])?")
+LONGEST = 100  # bytes: with what is put before and after it, a file's name has at most 255
+
+
+def check_site(name: Any) -> str:
+    """The name, if a site may be called so.
+
+    Args:
+        name: letters and digits of any script, ``_``, ``-``, ``.`` and spaces, of at most 100 bytes; the first is a
+            letter, a digit or ``_``, the last no space; none of `RESERVED` in any letter case.
+
+    Raises:
+        InputError: for any other name.
+    """
+    if not isinstance(name, str) or not SITE.fullmatch(name) or len(name.encode(errors="replace")) > LONGEST:
+        raise InputError(
+            f"site {_shown(name)} has no name that a site may have: use letters, digits, '_', '-', '.' and spaces, "
+            f"beginning with a letter or digit, at most {LONGEST} bytes."
+        )
+    if name.casefold() in RESERVED:
+        raise InputError(f"site {name!r} needs another name: {', '.join(RESERVED)} mean something else.")
+    return name
+
+
+def check_sites(names: Iterable[Any]) -> list[str]:
+    """The names, if sites may be called so, and no two of them would share a file where letter case does not count."""
+    checked = [check_site(name) for name in names]
+    seen: dict[str, str] = {}
+    for name in checked:
+        other = seen.setdefault(name.casefold(), name)
+        if other != name:
+            raise InputError(f"sites {other!r} and {name!r} differ in letter case only, as files may not: rename one.")
+    return checked
+
+
+def check_file_name(name: Any, what: str) -> str:
+    """The name, if it is a plain file name that leads nowhere: the form of a site's name.
+
+    Args:
+        name: the name, without its ending.
+        what: what it is, for the message.
+    """
+    if not isinstance(name, str) or not SITE.fullmatch(name) or len(name.encode(errors="replace")) > LONGEST:
+        raise InputError(f"{what} {_shown(name)} is no plain name: use letters, digits, '_', '-', '.' and spaces.")
+    return name
+
+
+def parse_names(text: str) -> list[str]:
+    """The names in ``['A','B']``, ``[A,1]``, ``A,site-1`` or ``A``, each as it is written: ``09`` stays ``09``.
+
+    Names hold no commas, brackets or quotes, so that no quoting is needed.
+    """
+    text = text.strip()
+    if text[:1] + text[-1:] in ("[]", "()"):
+        text = text[1:-1]
+    names = [part.strip() for part in text.split(",") if part.strip()]
+    return [name[1:-1] if len(name) > 1 and name[0] == name[-1] and name[0] in "'\"" else name for name in names]
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """A hint for a message: ``; did you mean 'rounds'?``, or nothing where no known name is like it."""
+    close = difflib.get_close_matches(name, known, 1, 0.7)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def _shown(name: Any) -> str:
+    text = repr(name)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,110 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The CSV files of a run: rows appended, or replaced where the same thing was measured again, a file whole or not.
+
+Spreadsheets execute a cell that begins as a formula does. Names and reasons come with data, so text of this kind is
+written with an apostrophe before it, as OWASP advises, and read back without; numbers stand as they are.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from shared_iopfl.utils.errors import InputError
+from shared_iopfl.utils.files import write_text
+from shared_iopfl.utils.reading import read_bounded
+
+__all__ = ["csv_text", "json_text", "read_rows", "replace_rows", "write_json", "write_rows"]
+
+Row = Mapping[str, Any]
+FORMULA = re.compile("'*[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*(e[+-]?\d+)?|nan|inf)", re.IGNORECASE)
+LARGEST = 2**30
+
+
+def write_json(path: str | os.PathLike, content: Any) -> None:
+    """Write `content` as indented JSON; numbers that JSON does not know (NaN, infinity) as null."""
+    write_text(path, json_text(content, indent=2) + "\n")
+
+
+def json_text(content: Any, indent: int | None = None) -> str:
+    """`content` as JSON; numbers that JSON does not know (NaN, infinity) as null."""
+    return json.dumps(_finite(content), indent=indent, default=str, allow_nan=False)
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, float):
+        return content if math.isfinite(content) else None
+    if isinstance(content, Mapping):
+        return {key: _finite(value) for key, value in content.items()}
+    return [_finite(value) for value in content] if isinstance(content, (list, tuple)) else content
+
+
+def write_rows(path: str | os.PathLike, columns: Sequence[str], rows: Iterable[Row]) -> None:
+    """Write a CSV file with a header."""
+    write_text(path, csv_text(columns, rows))
+
+
+def csv_text(columns: Sequence[str], rows: Iterable[Row], header: bool = True) -> str:
+    """Rows as they are in a CSV file, with or without the header."""
+
+    class Lines(list):
+        def write(self, line: str) -> None:  # what csv asks of a file
+            self.append(line.removesuffix("\r\n") + "\n")
+
+    lines = Lines()
+    # with both letters in its line's end, it quotes a cell that holds either
+    writer = csv.DictWriter(lines, columns, extrasaction="ignore", lineterminator="\r\n")
+    if header:
+        writer.writeheader()
+    writer.writerows({column: _as_text(value) for column, value in row.items()} for row in rows)
+    return "".join(lines)
+
+
+def _as_text(value: Any) -> Any:
+    is_formula = isinstance(value, str) and FORMULA.match(value) and not NUMBER.fullmatch(value)
+    return f"'{value}" if is_formula else value
+
+
+def _from_text(value: Any) -> Any:
+    """What `_as_text` was given; a row that is too short has None, one that is too long a list."""
+    is_text = isinstance(value, str) and value.startswith("'") and FORMULA.match(value)
+    return value[1:] if is_text else value
+
+
+def read_rows(path: str | os.PathLike) -> list[dict[str, str]]:
+    """The rows of a CSV file with a header; none where there is no file."""
+    if not os.path.isfile(path):
+        return []
+    try:
+        text = read_bounded(path, LARGEST).decode("utf-8-sig")  # a table saved by Excel begins with a byte-order mark
+        rows = list(csv.DictReader(io.StringIO(text, newline="")))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"cannot read the table {path}: {error}; move it away.") from error
+    return [{column: _from_text(value) for column, value in row.items()} for row in rows]
+
+
+def replace_rows(path: str | os.PathLike, columns: Sequence[str], rows: Sequence[Row], same: Sequence[str]) -> None:
+    """Add rows to a CSV file in place of those that agree with one of them in all columns of `same`."""
+    renewed = {tuple(str(row[column]) for column in same) for row in rows}
+    old = read_rows(path)
+    missing = next((column for column in columns if old and column not in old[0]), None)
+    if missing is not None:
+        raise InputError(f"{path} is no table of ours: it has no column '{missing}'; choose another output_dir.")
+    kept = [row for row in old if tuple(row[column] for column in same) not in renewed]
+    write_rows(path, columns, [*kept, *rows])
