@@ -10,9 +10,4 @@
 # limitations under the License.
 """Inside-outside personalization for federated segmentation (IOP-FL): what the bundles' JSON refers to."""
 
-import os
-
-# Nothing leaves a hospital unasked: MLflow, once it tracks a run, would report to its makers that it was used.
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-
 __version__ = "0.1.0"

@@ -25,10 +25,10 @@ from benchmarks import accuracy
 from benchmarks.networks import agree, make_experts, make_network, naive
 from benchmarks.reference import NaiveInferer
 from shared_iopfl.data.phantoms.sites import make_prostate_sites
-from shared_iopfl.inferers import routing as inferers
 from shared_iopfl.inferers.routing import TestTimeRoutingInferer
 from shared_iopfl.routing.network import route
 from shared_iopfl.routing.settings import preset
+from shared_iopfl.utils import stacks
 from shared_iopfl.utils.stacks import StackInferer
 
 TINY = {
@@ -147,6 +147,6 @@ def test_scans_of_large_slices_are_measured_on_fewer(monkeypatch):
     network = make_network(4, torch.device("cpu"))
     inferer = Recording(make_experts(network, 1))
     inferer(volume(20), network)
-    monkeypatch.setattr(inferers, "SCAN_PIXELS", 7 * 32 * 32)
+    monkeypatch.setattr(stacks, "SCAN_PIXELS", 7 * 32 * 32)
     inferer(volume(20), network)
     assert measured == [16, 7]

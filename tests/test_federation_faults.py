@@ -92,7 +92,7 @@ SPOILT: dict[str, tuple[Callable[[State], Any], str]] = {
     "missing": (lambda update: {key: update[key] for key in update if key != "0.bias"}, "'0.bias'"),
     "extra": (lambda update: {**update, "more": torch.ones(1)}, "'more'"),
     "far": (lambda update: {**update, "0.bias": update["0.bias"] + 1000}, "of norm"),
-    "nothing": (lambda update: None, "TypeError"),
+    "nothing": (lambda update: None, "sent a NoneType"),
 }
 
 
@@ -141,11 +141,23 @@ def test_by_default_every_site_must_deliver(fault, tmp_path, monkeypatch):
     whole = make(tmp_path / "whole", min_sites=0).run()
     with monkeypatch.context() as patch:
         spoil(patch, {("B", 2): SPOILT[fault][0]})
-        with pytest.raises((InputError, RuntimeError, TypeError)) as raised:
+        with pytest.raises((InputError, RuntimeError)) as raised:
             make(tmp_path / "run", min_sites=0).run()
     assert SPOILT[fault][1].split(": ")[-1] in " ".join(f"{type(raised.value).__name__} {raised.value}".split())
     assert not (tmp_path / "run" / "failures.csv").exists()
     assert equal(make(tmp_path / "run", min_sites=0, resume=True).run(), whole)
+
+
+@pytest.mark.usefixtures("fakes")
+@pytest.mark.parametrize("kind", [TypeError, AttributeError, NameError])
+def test_an_error_of_the_program_is_not_taken_for_a_site_s_failure(kind, tmp_path, monkeypatch):
+    def wrong(update: State) -> Any:
+        raise kind("a misspelt name")
+
+    spoil(monkeypatch, {("B", 2): wrong})
+    with pytest.raises(kind):
+        make(tmp_path / "run").run()
+    assert not (tmp_path / "run" / "failures.csv").exists()
 
 
 @pytest.mark.usefixtures("fakes")

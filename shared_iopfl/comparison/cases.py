@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from scipy.stats import spearmanr
@@ -143,8 +144,8 @@ def _remarkable(
     contest: Contest, name: str, site: Site, there: set[tuple[str, str, str]]
 ) -> list[tuple[str, str, str, tuple[float, float]]]:
     """``(what, seed, case, (own, reference))`` of up to three different masks among those whose files are `there`."""
-    assert contest.own is not None
-    own, reference = (site.values[contest.dice.at(method)] for method in (contest.own, contest.reference))
+    methods = (cast(str, contest.own), contest.reference)
+    own, reference = (site.values[contest.dice.at(method)] for method in methods)
     found = [
         (seed, case, (float(own[s, c]), float(reference[s, c])))
         for s, seed in enumerate(contest.dice.seeds)

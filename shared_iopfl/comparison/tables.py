@@ -16,7 +16,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -218,8 +218,8 @@ class Contest:
 
     def _harm(self) -> list[tuple[str, str]]:
         """A line for each site that loses more than it may, one line where none does."""
-        assert self.own is not None
-        harmed = {site: self.dice.difference(self.own, self.reference, site) for site in self.dice.sites}
+        own = cast(str, self.own)
+        harmed = {site: self.dice.difference(own, self.reference, site) for site in self.dice.sites}
         lines = [
             (f"Harm at {site} ({self.role})", f"{self.own} is {interval(found)} points from {self.reference}.")
             for site, found in harmed.items()

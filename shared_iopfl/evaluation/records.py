@@ -19,13 +19,13 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from ignite.engine import Engine, Events
 from monai.data.meta_tensor import MetaTensor
 from monai.metrics import compute_average_surface_distance, compute_dice, compute_hausdorff_distance
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from shared_iopfl.data.scan_files import case_name
@@ -358,8 +358,8 @@ class SiteFitter:
         if first is None:
             return
         report = self.inferer.fit(itertools.chain([first], scans), self.network)
-        assert self.inferer.site_network is not None
-        weights = {name: tensor.cpu() for name, tensor in self.inferer.site_network.state_dict().items()}
+        made = cast(nn.Module, self.inferer.site_network)
+        weights = {name: tensor.cpu() for name, tensor in made.state_dict().items()}
         save_atomically(weights, self.site_model or str(Path(self.output_dir) / "site.pt"))
         write_routes({"site": report}, self.output_dir)
 

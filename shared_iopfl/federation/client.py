@@ -30,12 +30,12 @@ from torch import Tensor
 from shared_iopfl.handlers.norm_statistics import batch_norms, with_own_statistics
 from shared_iopfl.models.files import GLOBAL
 from shared_iopfl.models.weights import copy_network, validated_interpolation
-from shared_iopfl.routing.distances import distribution_distance
+from shared_iopfl.routing.distances import scan_distances
 from shared_iopfl.routing.settings import RoutingSettings
 from shared_iopfl.utils.config_values import as_values, is_data
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.names import check_site
-from shared_iopfl.utils.stacks import bounded, evenly
+from shared_iopfl.utils.stacks import evenly, scan_slices
 
 __all__ = ["SiteClient", "check_time_limit", "time_limit"]
 
@@ -174,9 +174,8 @@ class SiteClient:
         network, stacks = self._measurable(weights)
         size, distances = cast(Any, self.algo.evaluator).inferer.batch_size if stacks else 0, []
         for stack in stacks:
-            some = evenly(stack, RoutingSettings.adapt_slices)
-            batches = some.split(bounded(size, some))
-            distances.append(float(distribution_distance(network, {GLOBAL: network.state_dict()}, batches).mean()))
+            some = scan_slices(stack, RoutingSettings.adapt_slices)
+            distances.append(float(scan_distances(network, {GLOBAL: network.state_dict()}, some, size)))
         return fmean(distances) if distances else None
 
     def _measurable(self, weights: Weights) -> tuple[torch.nn.Module, list[Tensor]]:

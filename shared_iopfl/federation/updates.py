@@ -30,6 +30,7 @@ __all__ = ["UPDATE_NORM", "Failures", "accepted_norms", "check_update", "far_off
 
 logger = logging.getLogger(__name__)
 Weights = Mapping[str, Tensor]
+PROGRAM_FAULTS = (TypeError, AttributeError, NameError)  # no site is left out for what is wrong with the code
 UPDATE_NORM = "update_norm"  # in the history: how far an accepted update moved the global model
 
 
@@ -47,6 +48,8 @@ def check_update(site: str, update: Weights, reference: Weights, whose: str = "t
     Raises:
         InputError: naming site and key, where they are not, are not finite, or hold a negative variance.
     """
+    if not isinstance(update, Mapping):
+        raise InputError(f"site '{site}' sent a {type(update).__name__}, not weights by name.")
     if difference := set(update) ^ set(reference):
         key = min(difference, key=str)
         raise InputError(f"site '{site}' sent other keys than {whose}: '{key}' is in one of them only.")
@@ -153,10 +156,10 @@ class Failures:
         """Note that a site failed round `number`; at most once a round.
 
         Raises:
-            Exception: the site's own `error`, where all sites have to deliver.
+            Exception: the site's own `error`, where all sites have to deliver, or where the program is at fault.
             InputError: where too few are left.
         """
-        if self.min_sites == self.sites:
+        if self.min_sites == self.sites or isinstance(error, PROGRAM_FAULTS):
             raise error
         known = root_input_error(error)
         reason = " ".join((str(known) if known else f"{type(error).__name__}: {error}").split())

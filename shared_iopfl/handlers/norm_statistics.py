@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from ignite.engine import Engine, Events
@@ -136,13 +136,13 @@ class NormStatisticsHandler:
         if self.share == 1.0:
             return None
         # shifted and scaled such that the layer, by its running statistics, normalises by the blended ones
-        assert layer.running_mean is not None and layer.running_var is not None
+        running_mean, running_var = cast(Tensor, layer.running_mean), cast(Tensor, layer.running_var)
         wide = inputs[0].float()
         var, mean = torch.var_mean(wide, [dim for dim in range(wide.ndim) if dim != 1], correction=0)
-        mean, var = torch.lerp(mean, layer.running_mean, self.share), torch.lerp(var, layer.running_var, self.share)
-        scale = torch.sqrt((layer.running_var + layer.eps) / (var + layer.eps))
+        mean, var = torch.lerp(mean, running_mean, self.share), torch.lerp(var, running_var, self.share)
+        scale = torch.sqrt((running_var + layer.eps) / (var + layer.eps))
         shape = (1, -1, *(1,) * (wide.ndim - 2))
-        shift = layer.running_mean - mean * scale
+        shift = running_mean - mean * scale
         return ((wide * scale.reshape(shape) + shift.reshape(shape)).to(inputs[0].dtype),)
 
 

@@ -13,7 +13,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import threading
 import time
 import weakref
@@ -24,9 +23,11 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from shared_iopfl.inferers.start import find_start
 from shared_iopfl.models.files import USUAL_SHIFT
-from shared_iopfl.routing.adaptation import Adaptation, mask_agreement
-from shared_iopfl.routing.distances import distance_routes, distribution_distance
+from shared_iopfl.models.weights import equal_weights
+from shared_iopfl.routing.adaptation import Adaptation, mask_agreement, objection_to
+from shared_iopfl.routing.distances import scan_distances
 from shared_iopfl.routing.network import RoutedNetwork, collapse, route
 from shared_iopfl.routing.objectives import (
     Output,
@@ -40,14 +41,13 @@ from shared_iopfl.routing.objectives import (
 from shared_iopfl.routing.settings import RoutingSettings
 from shared_iopfl.utils.checks import check_values
 from shared_iopfl.utils.errors import InputError
-from shared_iopfl.utils.stacks import Network, StackInferer, bounded, evenly
+from shared_iopfl.utils.stacks import Network, StackInferer, bounded, evenly, scan_slices
 
 __all__ = ["TestTimeRoutingInferer"]
 
 logger = logging.getLogger(__name__)
 Mode = Literal["episodic", "site", "off"]
-SCAN_PIXELS = 3 * 2**18  # of the slices that a scan is measured on, one forward: 12 of 256 x 256, five of 384 x 384
-SITE_PIXELS = 2**21  # likewise of all a site's scans: 128 of 128 x 128
+SITE_PIXELS = 2**21  # of the slices that a site's views are compared on, one forward: 128 of 128 x 128
 SITE_SLICES = 128
 STATISTICS_SHARES = (0.0, 0.25, 0.5, 1.0)  # of a site's own statistics, among which its views choose
 
@@ -175,7 +175,7 @@ class TestTimeRoutingInferer(StackInferer):
         began = time.perf_counter()
         with torch.inference_mode(False), torch.no_grad():
             stack = stack.clone()  # an inference tensor could not take part in adaptation
-            some = evenly(stack, bounded(self.settings.adapt_slices, stack, SCAN_PIXELS))
+            some = scan_slices(stack, self.settings.adapt_slices)
             routed, report = self._begin([some], network)
             logits, agreed = self._predict(stack, self._settled(routed, some))
             report.update(agreed, routes=routed.last_routes().tolist())
@@ -208,7 +208,8 @@ class TestTimeRoutingInferer(StackInferer):
             )
         with self._lock, torch.inference_mode(False), torch.no_grad():
             began = time.perf_counter()
-            samples = [evenly(stack, settings.adapt_slices).clone() for batch in scans for stack in self.stacks(batch)]
+            stacks = [stack for batch in scans for stack in self.stacks(batch)]
+            samples = [scan_slices(stack, settings.adapt_slices).clone() for stack in stacks]
             if not samples:
                 raise InputError("mode 'site' needs at least one scan of the site; got none.")
             routed, report = self._begin(samples, network)
@@ -218,7 +219,6 @@ class TestTimeRoutingInferer(StackInferer):
             if settings.steps > 0:
                 self._adapt_guarded(routed, some, some, start, report)
             site = self._settled(routed, some)
-            assert not isinstance(site, RoutedNetwork)
             self.site_network, self.site_shift = site, report.get("shift")
             routed.reset()
             report["seconds"] = round(time.perf_counter() - began, 3)
@@ -226,34 +226,26 @@ class TestTimeRoutingInferer(StackInferer):
 
     def _begin(self, samples: Sequence[Tensor], network: nn.Module) -> tuple[RoutedNetwork, dict[str, Any]]:
         """The routed network at its start for some slices of a scan, or of each of a site's; and the report so far."""
-        settings, experts = self.settings, self._space(network)
         routed = self._routed(network, samples[0][len(samples[0]) // 2 :][:1])
-        tracked = bool(routed.tracked_norms)
+        start = find_start(
+            samples,
+            lambda some: self._distances(some, network),
+            routed.experts,
+            self.settings,
+            self.scores,
+            self.usual_shift,
+            bool(routed.tracked_norms),
+        )
+        routed.start_from(start.routes)
+        routed.set_statistics(start.statistics)
         report: dict[str, Any] = {
             "decision": "start",
             "reason": "no adaptation asked for",
             "experts": list(routed.experts),
             "layers": list(routed.layers),
+            **start.measured,
+            "statistics": round(start.statistics, 4),
         }
-        # without running statistics there is nothing to blend, nor a distance from them
-        dial = self.usual_shift > 0 and (settings.start == "distance" or (settings.statistics > 0 and tracked))
-        distances = torch.zeros(len(experts))
-        if settings.start == "distance" or dial:
-            distances = torch.stack([self._distances(some, network) for some in samples]).mean(0)
-        routes = self._start(distances, list(experts))
-        # a volume that a 3D network takes whole counts by its slices, as one that goes in slice by slice
-        count = sum(len(some) * (some.shape[-1] if some.ndim == 5 else 1) for some in samples)
-        statistics = settings.statistics * count / (count + settings.prior) if tracked else 0.0
-        if dial:
-            shift = float(distances[0])  # the global model comes first
-            opening = max(0.0, 1 - self.usual_shift / shift) if shift > 0 else 0.0
-            statistics *= opening
-            if settings.start == "distance":
-                routes = torch.lerp(self._start(torch.zeros_like(distances), list(experts)), routes, opening)
-            report.update(shift=round(shift, 4), opening=round(opening, 4))
-        report["statistics"] = round(statistics, 4)
-        routed.start_from(routes)
-        routed.set_statistics(statistics)
         return routed, report
 
     def _choose_statistics(
@@ -279,8 +271,7 @@ class TestTimeRoutingInferer(StackInferer):
 
     def _distances(self, some: Tensor, network: nn.Module) -> Tensor:
         """How far some slices of a scan are from each expert (E,)."""
-        batches = some.split(bounded(self.batch_size, some))
-        return distribution_distance(network, self._space(network), batches).mean(1)
+        return scan_distances(network, self._space(network), some, self.batch_size)
 
     def _settled(self, routed: RoutedNetwork, some: Tensor) -> nn.Module:
         """The plain network that a routed one is for a scan, known by some of its slices; plain speed, any batch size.
@@ -297,7 +288,7 @@ class TestTimeRoutingInferer(StackInferer):
         """The routed copy of `network`, built and checked once and again only when its weights have changed."""
         state = network.state_dict()
         # compared by value, which costs little next to a scan and misses no way of changing a network
-        if self._built is not None and self._built[0]() is network and _equal(self._built[1], state):
+        if self._built is not None and self._built[0]() is network and equal_weights(self._built[1], state):
             return self._built[2]
         settings = self.settings
         routed = route(
@@ -329,20 +320,6 @@ class TestTimeRoutingInferer(StackInferer):
             if state.keys() == expert.keys() and all(torch.equal(state[key].cpu(), expert[key].cpu()) for key in state):
                 return name
         return None
-
-    def _start(self, distances: Tensor, experts: Sequence[str]) -> Tensor:
-        """The starting routes (E,)."""
-        if self.settings.start == "distance":
-            scores = None
-            if self.scores and self.settings.trust:
-                # an expert that came without a score is trusted no more than the worst that has one
-                scores = [self.scores.get(name, min(self.scores.values())) for name in experts]
-            return distance_routes(distances, self.settings.temperature, scores, self.settings.trust)
-        if self.settings.start == "global":
-            routes = torch.full((len(experts),), 1e-3)
-            routes[0] = 1 - 1e-3 * (len(experts) - 1)
-            return routes
-        return torch.full((len(experts),), 1 / len(experts))
 
     def _batches(self, stack: Tensor, network: Network) -> Iterable[Tensor]:
         """As in `StackInferer`; but where slices look at each other, the scan goes in whole."""
@@ -378,22 +355,11 @@ class TestTimeRoutingInferer(StackInferer):
         logits, agreed = self._predict(stack, self._settled(routed, some))
         agreement = mask_agreement(start, logits, self.output)
         report.update(objective_start=before, objective_end=after, agreement=agreement)
-        if not (torch.isfinite(logits).all() and math.isfinite(after)):
-            report["reason"] = "adaptation became non-finite"
-        elif after >= before:
-            report["reason"] = "adaptation did not improve its objective"
-        elif agreement < self.settings.agreement:
-            report["reason"] = f"adapted mask strays from the start (Dice {agreement:.3f})"
-        else:
+        objection = objection_to(logits, before, after, agreement, self.settings)
+        if objection is None:
             report.update(agreed, decision="adapted", reason="objective improved")
             report["routes"] = routed.last_routes().tolist()
             return logits
+        report["reason"] = objection
         routed.reset()
         return start
-
-
-def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    """Whether two states are the same in place, type and value."""
-    return one.keys() == other.keys() and all(
-        a.device == b.device and a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(one.values(), other.values())
-    )

@@ -35,7 +35,7 @@ from shared_iopfl.models.manifest import (
     read_checked,
     read_manifest,
 )
-from shared_iopfl.models.weights import check_experts
+from shared_iopfl.models.weights import check_experts, equal_weights
 from shared_iopfl.utils.checks import has_negative_variance, number
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.files import whole_file
@@ -178,7 +178,7 @@ def load_experts(
     if equal_too or not models or not os.path.isfile(model_path(ckpt_dir)):
         return models
     shared = load_weights(model_path(ckpt_dir))
-    return {site: model for site, model in models.items() if not _equal(model, shared)}
+    return {site: model for site, model in models.items() if not equal_weights(model, shared)}
 
 
 def _check_named(sites: Sequence[str], folder: Path) -> None:
@@ -193,10 +193,6 @@ def _check_named(sites: Sequence[str], folder: Path) -> None:
             f"{folder} holds model_{strangers[0]}.pt, of a site that {path} does not name: move it away, or name the "
             "sites with --sites."
         )
-
-
-def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(tensor, other[key]) for key, tensor in one.items())
 
 
 def _tell_apart(ckpt_dir: str) -> None:

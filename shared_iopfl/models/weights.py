@@ -20,7 +20,14 @@ from torch import Tensor, nn
 
 from shared_iopfl.utils.errors import InputError
 
-__all__ = ["check_experts", "copy_network", "interpolate", "is_weight", "validated_interpolation"]
+__all__ = [
+    "check_experts",
+    "copy_network",
+    "equal_weights",
+    "interpolate",
+    "is_weight",
+    "validated_interpolation",
+]
 
 State = Mapping[str, Tensor]
 
@@ -28,6 +35,13 @@ State = Mapping[str, Tensor]
 def is_weight(tensor: Tensor) -> bool:
     """Whether a tensor of a state is mixed: real or complex numbers; counters are not."""
     return tensor.is_floating_point() or tensor.is_complex()
+
+
+def equal_weights(one: State, other: State) -> bool:
+    """Whether two states are the same in keys, place, type and value."""
+    return one.keys() == other.keys() and all(
+        a.device == b.device and a.dtype == b.dtype and torch.equal(a, b) for a, b in ((one[k], other[k]) for k in one)
+    )
 
 
 def copy_network(network: nn.Module, replaced: dict[int, nn.Module] | None = None) -> nn.Module:

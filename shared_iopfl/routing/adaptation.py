@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -23,7 +24,7 @@ from shared_iopfl.routing.objectives import Output, RoutingObjective, ViewSample
 from shared_iopfl.routing.settings import RoutingSettings
 from shared_iopfl.utils.stacks import bounded
 
-__all__ = ["Adaptation", "mask_agreement"]
+__all__ = ["Adaptation", "mask_agreement", "objection_to"]
 
 STEP_PIXELS = 2**18  # a backward: 16 slices of 128 x 128, one of 384 x 384
 
@@ -95,3 +96,23 @@ def mask_agreement(one: Tensor, other: Tensor, output: Output) -> float:
         masks.append(logits.argmax(1) > 0 if output == "softmax" else foreground(logits, output) > 0)
     total = int(masks[0].sum() + masks[1].sum())
     return 2 * int((masks[0] & masks[1]).sum()) / total if total else 1.0
+
+
+def objection_to(
+    logits: Tensor, before: float, after: float, agreement: float, settings: RoutingSettings
+) -> str | None:
+    """Why the mask after adaptation is not served; None where it is.
+
+    Args:
+        logits: after adaptation (N, C, *spatial).
+        before, after: the objective at the start and after the steps.
+        agreement: Dice of the masks at the start and after the steps.
+        settings: ``settings.agreement`` is the least that is accepted.
+    """
+    if not (torch.isfinite(logits).all() and math.isfinite(after)):
+        return "adaptation became non-finite"
+    if after >= before:
+        return "adaptation did not improve its objective"
+    if agreement < settings.agreement:
+        return f"adapted mask strays from the start (Dice {agreement:.3f})"
+    return None

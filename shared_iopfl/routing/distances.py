@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from shared_iopfl.models.weights import copy_network
 from shared_iopfl.routing.network import channel_statistics
 from shared_iopfl.utils.errors import InputError
+from shared_iopfl.utils.stacks import bounded
 
-__all__ = ["distance_routes", "distribution_distance"]
+__all__ = ["distance_routes", "distribution_distance", "scan_distances"]
 
 LEAST_SPREAD = 0.03  # of the mean distance: on real sites the experts' distances spread by 0.09 of it and more
 
@@ -115,6 +116,22 @@ def distribution_distance(
             distances.append(squares.mean())
         rows.append(torch.stack(distances))
     return torch.stack(rows).float().cpu()
+
+
+def scan_distances(
+    network: nn.Module, experts: Mapping[str, Mapping[str, Tensor]], slices: Tensor, batch_size: int
+) -> Tensor:
+    """How far a scan is from each expert (E,), the mean over the batch norms; the first expert's is the scan's shift.
+
+    Inside, where the usual shift is measured, and outside, where a scan is held against it, this one function is used,
+    on slices that :func:`~shared_iopfl.utils.stacks.scan_slices` takes.
+
+    Args:
+        network, experts: as for :func:`distribution_distance`.
+        slices: of the scan (N, C_in, *spatial).
+        batch_size: network inputs a forward, or fewer where they are large.
+    """
+    return distribution_distance(network, experts, slices.split(bounded(batch_size, slices))).mean(1)
 
 
 def distance_routes(

@@ -22,12 +22,14 @@ from torch import Tensor
 from shared_iopfl.utils.checks import check_values
 from shared_iopfl.utils.errors import InputError
 
-__all__ = ["StackInferer", "bounded", "evenly", "from_stack", "to_stack"]
+__all__ = ["StackInferer", "bounded", "evenly", "from_stack", "scan_slices", "to_stack"]
 
 Network = Callable[[Tensor], Tensor]
 # a forward: enough to keep the hardware busy, and a bound on memory at any image size; on a CPU what large tensors it
 # makes come fresh from the system, page by page, which costs more than a larger batch gains
 FORWARD_PIXELS, CPU_PIXELS = 2**19, 2**17
+
+SCAN_PIXELS = 3 * 2**18  # of the slices that a scan is measured on, one forward: 12 of 256 x 256, five of 384 x 384
 
 
 def to_stack(volume: Tensor, slices: int = 3) -> Tensor:
@@ -72,6 +74,11 @@ def bounded(count: int, stack: Tensor, pixels: int | None = None) -> int:
     if pixels is None:
         pixels = CPU_PIXELS if stack.device.type == "cpu" else FORWARD_PIXELS
     return max(1, min(count, pixels // max(1, stack[0, 0].numel())))
+
+
+def scan_slices(stack: Tensor, count: int) -> Tensor:
+    """The slices that a scan is measured and adapted on: `count`, evenly spaced, or fewer where they are large."""
+    return evenly(stack, bounded(count, stack, SCAN_PIXELS))
 
 
 def _logits(output: Any) -> Tensor:

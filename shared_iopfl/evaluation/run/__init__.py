@@ -10,5 +10,5 @@
 # limitations under the License.
 """A run and its folder: lock, list of written files, tables that grow as scans are served, settings and versions.
 
-It knows `utils` and the names of scans and sites in `data`.
+It knows `utils`, `data` and the manifest in `models`.
 """

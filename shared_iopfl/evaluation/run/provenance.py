@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -35,9 +37,21 @@ from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.reading import read_json
 from shared_iopfl.utils.tables import write_json
 
-__all__ = ["InferenceRecorder", "write_run"]
+__all__ = ["InferenceRecorder", "report_to_nobody", "write_run"]
 
 PACKAGES = ("shared_iopfl", "torch", "monai", "pytorch-ignite", "numpy", "nibabel", "itk")
+
+
+def report_to_nobody() -> None:
+    """Keep MLflow from reporting to its makers that it was used, unless its own variable says that it may.
+
+    Nothing leaves a hospital unasked. Called by the bundles' ``initialize``, before a run is tracked; importing this
+    package changes nothing.
+    """
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    telemetry = sys.modules.get("mlflow.telemetry")
+    if telemetry is not None:  # MONAI has imported it already: let it look at the variable again
+        telemetry.set_telemetry_client()
 
 
 def write_run(
