@@ -12,8 +12,8 @@
 
     python docs/config_reference.py
 
-prints the tables in Markdown. A key is a *setting* if it has a description in `SETTINGS`; what is left is a component or
-a step, which `COMPONENTS` describes. A new setting of a config needs one line here: a test says so.
+prints the tables in Markdown. A key is a *setting* if `SETTINGS` describes it; the others are components or steps, which
+`COMPONENTS` describes. A new setting of a config needs one line here; a test checks it.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ SETTINGS = {
     "normalise": "normalise intensities",
     "augment": "augment the training images",
     "slices": "neighbouring slices that form the channels of the input; odd",
-    "coding": "meaning of the mask values: a name in `codings`, a dictionary of values, or a dictionary with one per site",
+    "coding": "meaning of the mask values: a name in `codings`, a dictionary of values, or one of these per site",
     "codings": "mask codings by name",
     "crop": "crop photographs around the optic disc: `auto`, `always` or `never`",
     "grey": "what to do with grey photographs: `refuse`, or `replicate`: accept them",
