@@ -12,7 +12,7 @@
 
     python docs/config_reference.py
 
-prints the tables in Markdown. A key is a *setting* if `SETTINGS` describes it; the others are components or steps, which
+prints the tables in Markdown. A key is a *setting* if `SETTINGS` describes it; others are components or steps, which
 `COMPONENTS` describes. A new setting of a config needs one line here; a test checks it.
 """
 
