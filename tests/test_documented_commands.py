@@ -8,9 +8,10 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Every command of the README and of the bundles' documentation runs as it stands there, one after the other.
+"""Every command of the README, of the site's pages and of the bundles' documentation runs as it stands there.
 
-The placeholders become folders, the sites synthetic ones of the names in the text, and the sizes tiny.
+The commands of a document run one after the other; the site's pages count as one document, read in this order. The
+placeholders become folders, the sites synthetic ones of the names in the text, and the sizes tiny.
 """
 
 from __future__ import annotations
@@ -31,13 +32,31 @@ from PIL import Image
 from shared_iopfl.data.phantoms.sites import make_fundus_sites, make_prostate_sites
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("bundles/*/docs/README.md"))]
+# later pages use what earlier ones leave behind
+PAGES = (
+    *("tutorials/inside.md", "tutorials/outside.md", "tutorials/researcher.md", "tutorials/engineer.md"),
+    *("how-to/own_data.md", "how-to/cross_validation.md", "how-to/publishing.md", "how-to/tracking.md"),
+)
+SITE = "docs"
+DOCUMENTS = [
+    "README.md",
+    SITE,
+    *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("bundles/*/docs/README.md")),
+]
 PROGRAMS = ("python", "torchrun", "./")
+BEGUN = re.compile("^(?:" + "|".join(map(re.escape, PROGRAMS)) + ")", re.MULTILINE)
 # too long for here: the file that runs it, and how it does
 ELSEWHERE = {
     "./demo.sh": (".ci/run", "./demo.sh prostate"),
     "./runtests.sh": (".ci/run", "./runtests.sh"),
+    "venv": (".ci/venv.sh", '"$PYTHON" -m venv .venv'),
     "configs/compare.json": ("tests/bundles/test_compare.py", 'run_config(\n        "compare"'),
+}
+ELSEWHERE_PAGES = {
+    "flare.md": "tests/test_flare_processes.py",
+    "monailabel.md": "tests/test_monailabel.py",
+    "global_model.md": "tests/bundles/test_compare.py",
+    "verdicts.md": "tests/test_benchmarks.py",
 }
 FOLDERS = {"DIR": "DATA", "PHOTOS": "SCANS"}  # placeholders that stand for the same
 NETWORK = {"features": "4"}
@@ -58,7 +77,14 @@ SMALLER = {
     "configs/inference.json": {**TINY, "empty_masks": "allow"},  # after the exports, which name it too
     "flare": {**TINY, "rounds": "1", "passes": "1"},
 }
+SHIPPED = {"empty_masks": "allow"}  # an inference with the bundle's own weights, whose sizes are in their manifest
 DOFE = np.array([255, 128, 0], np.uint8)  # of the values 0, 1 and 2
+
+
+def read(document: str) -> str:
+    """The text of a document."""
+    files = [ROOT / SITE / page for page in PAGES] if document == SITE else [ROOT / document]
+    return "\n".join(file.read_text(encoding="utf-8") for file in files)
 
 
 def blocks(text: str) -> list[str]:
@@ -89,6 +115,8 @@ def elsewhere(command: list[str]) -> tuple[str, str] | None:
 def smaller(command: list[str]) -> list[str]:
     """The command with what it names made tiny: a setting that comes last counts."""
     for key, settings in SMALLER.items():
+        if key == "configs/inference.json" and "--ckpt_dir" not in command:
+            settings = SHIPPED
         if any(key in word for word in command) and "-c" not in command:
             return [*command, *(word for name, value in settings.items() for word in (f"--{name}", value))]
     return command
@@ -99,7 +127,7 @@ def make_data(folder: Path, text: str) -> None:
     names = re.findall(r"--(?:outside_)?sites \"\[(.*?)\]\"|--site (\w+)", text)
     sites = sorted(set(re.findall(r"[\w.]+", " ".join(part for pair in names for part in pair))))
     if not any(site.startswith("Domain") for site in sites):
-        make_prostate_sites(folder / "DATA", sites=sites, cases=4, size=(32, 32, 8))
+        make_prostate_sites(folder / "DATA", sites=sites, cases=5, size=(32, 32, 8))
         return
     make_fundus_sites(folder / "crops", sites=sites, cases=6, size=32)
     for mask in (folder / "crops").glob("*/masks/*.png"):
@@ -122,7 +150,7 @@ def unlabelled(folder: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_commands_of(document: str, tmp_path: Path) -> None:
-    text = (ROOT / document).read_text(encoding="utf-8")
+    text = read(document)
     make_data(tmp_path, text)
     unlabelled(tmp_path)
     ignored = shutil.ignore_patterns("eval", "__pycache__")
@@ -137,7 +165,7 @@ def test_commands_of(document: str, tmp_path: Path) -> None:
             continue
         if "flare" in command and find_spec("nvflare") is None:
             continue
-        names = r"(?<![\w/.-])(DATA|DIR|OUT|OWN|SCANS|PHOTOS|MASKS|MODELS)(?!\w)"
+        names = r"(?<![\w/.-])((?:DATA|DIR|OUT|OWN|SCANS|PHOTOS|MASKS|MODELS)(?:_[A-Z0-9]+)*)(?!\w)"
         folders = {**FOLDERS, "OUT": "OUT_FLARE"} if "flare" in command else FOLDERS  # it refuses another run's
         there = lambda found: str(tmp_path / folders.get(found[1], found[1]))  # noqa: E731, B023
         words = [re.sub(names, there, word) for word in smaller(command)]
@@ -145,13 +173,22 @@ def test_commands_of(document: str, tmp_path: Path) -> None:
         process = subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, timeout=900)
         assert process.returncode == 0, f"{shlex.join(command)}\n{process.stdout[-800:]}{process.stderr[-1500:]}"
     assert (tmp_path / "MASKS" / "routes.csv").is_file()
-    assert list((here / "dist").glob("*.zip"))
+    assert bool(list((here / "dist").glob("*.zip"))) == ("shared_iopfl package" in text)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_no_command_is_overlooked(document: str) -> None:
     """As many are found as lines of the text begin with a program's name."""
-    text = (ROOT / document).read_text(encoding="utf-8")
-    begun = re.findall(r"^(?:python|torchrun|\./)", text, re.MULTILINE)
+    text = read(document)
+    begun = BEGUN.findall(text)
     inline = [code for code in re.findall(r"`python -m [^`]+`", text) if "..." not in code]
     assert len([command for command in commands(text) if "-c" not in command]) == len(begun) + len(inline) > 5
+
+
+def test_every_page_with_commands_is_read() -> None:
+    """A page that is not, as it needs several machines or a server, says in which test its commands run."""
+    there = {path.relative_to(ROOT / SITE).as_posix() for path in (ROOT / SITE).rglob("*.md")}
+    with_commands = {page for page in there if BEGUN.search((ROOT / SITE / page).read_text(encoding="utf-8"))}
+    assert with_commands == {*PAGES, *ELSEWHERE_PAGES}
+    for test in ELSEWHERE_PAGES.values():
+        assert (ROOT / test).is_file()

@@ -27,7 +27,7 @@ from shared_iopfl.comparison.scores import Site
 from shared_iopfl.comparison.tables import Contest
 from shared_iopfl.evaluation.intervals import FEWEST_CASES
 from shared_iopfl.evaluation.scores import MINUS, finite_mean, read_columns, read_json, show
-from shared_iopfl.report import charts, pictures
+from shared_iopfl.report.run import charts, pictures
 from shared_iopfl.report.pages import picture
 
 __all__ = ["Shifts", "cases_section", "read_shifts"]

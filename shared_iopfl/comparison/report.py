@@ -26,7 +26,7 @@ from shared_iopfl.comparison.cases import Shifts, cases_section, read_shifts
 from shared_iopfl.comparison.scores import BEST_EXPERT, read_comparison
 from shared_iopfl.comparison.tables import POOLED, Contest, choices_table, facts, interval, reading_notes
 from shared_iopfl.evaluation.scores import DASH, read_json, show
-from shared_iopfl.report import charts
+from shared_iopfl.report.run import charts
 from shared_iopfl.report.documents import Block, Bullets, Heading, Text, markdown, to_html
 from shared_iopfl.report.pages import page, picture
 from shared_iopfl.report.run import _run_section

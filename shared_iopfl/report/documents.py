@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
 
-from shared_iopfl.report import pages
+from shared_iopfl.report.run import pages
 
 __all__ = ["Block", "Bullets", "Heading", "Row", "Table", "Text", "markdown", "to_html"]
 

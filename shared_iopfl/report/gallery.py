@@ -19,7 +19,7 @@ from html import escape
 from pathlib import Path
 
 from shared_iopfl.evaluation.scores import Scores, read_columns, show
-from shared_iopfl.report import pictures
+from shared_iopfl.report.run import pictures
 from shared_iopfl.report.pages import picture
 
 __all__ = ["best_median_worst", "overlays_section"]

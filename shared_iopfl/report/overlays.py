@@ -23,7 +23,7 @@ from monai.transforms import MapTransform
 from monai.utils import ensure_tuple
 
 from shared_iopfl.data.scan_files import case_name
-from shared_iopfl.report import pictures
+from shared_iopfl.report.run import pictures
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.files import whole_file
 

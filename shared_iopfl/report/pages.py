@@ -19,7 +19,7 @@ from html import escape
 
 from matplotlib.figure import Figure
 
-from shared_iopfl.report import pictures
+from shared_iopfl.report.run import pictures
 
 __all__ = ["breakable", "page", "picture", "table", "without_path"]
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from shared_iopfl.evaluation.scores import DASH, number, read_columns, read_json
-from shared_iopfl.report import charts
+from shared_iopfl.report.run import charts
 from shared_iopfl.report.pages import picture, table, without_path
 
 __all__ = ["decisions_section", "routes_section"]

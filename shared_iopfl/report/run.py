@@ -46,7 +46,7 @@ from shared_iopfl.evaluation.scores import (
     show,
     table_rows,
 )
-from shared_iopfl.report import charts, pictures
+from shared_iopfl.report.run import charts, pictures
 from shared_iopfl.report.gallery import overlays_section
 from shared_iopfl.report.pages import breakable, page, picture, table, without_path
 from shared_iopfl.report.routes import decisions_section, routes_section
