@@ -25,7 +25,7 @@ import argparse
 
 import numpy as np
 
-from shared_iopfl.comparison.protocol import scores as comparison_scores
+from shared_iopfl.comparison import scores as comparison_scores
 from shared_iopfl.comparison.scores import RoleScores, Site
 
 SIZES = ((3, 2), (4, 2), (6, 2), (4, 3), (3, 5), (1, 6), (2, 8), (6, 10), (4, 30))

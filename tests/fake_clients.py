@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from shared_iopfl.federation.simulation import simulation as federation
+from shared_iopfl.federation import simulation as federation
 from shared_iopfl.federation.simulation import Federation, weighted_average
 
 State = dict[str, Tensor]

@@ -24,7 +24,7 @@ from shared_iopfl.comparison.report import print_comparison, write_comparison
 from shared_iopfl.comparison.scores import RoleScores, Site
 from shared_iopfl.comparison.tables import Contest
 from shared_iopfl.evaluation.scores import DASH, MINUS
-from shared_iopfl.report.run import charts, pictures
+from shared_iopfl.report import charts, pictures
 from shared_iopfl.utils.errors import InputError
 
 

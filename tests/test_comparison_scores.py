@@ -19,7 +19,7 @@ import pytest
 from comparisons import COLUMNS, dice, score_rows, write_scores
 from runs import write_csv
 
-from shared_iopfl.comparison.protocol import scores as comparison_scores
+from shared_iopfl.comparison import scores as comparison_scores
 from shared_iopfl.comparison.scores import BEST_EXPERT, MEAN_EXPERT, RoleScores, Site, read_comparison
 from shared_iopfl.evaluation.intervals import case_interval, site_interval
 from shared_iopfl.utils.errors import InputError

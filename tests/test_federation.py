@@ -29,8 +29,8 @@ from hypothesis import strategies as st
 from networks import images, unet, untouched
 from torch import Tensor, nn
 
-from shared_iopfl.federation.simulation import results as federation_results
-from shared_iopfl.federation.simulation import simulation as federation
+from shared_iopfl.federation import results as federation_results
+from shared_iopfl.federation import simulation as federation
 from shared_iopfl.federation.results import trust_scores
 from shared_iopfl.federation.simulation import Federation, weighted_average
 from shared_iopfl.models.files import load_weights

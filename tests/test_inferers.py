@@ -21,7 +21,7 @@ from networks import ARCHITECTURES, experts, images, make, mixture, unet, untouc
 from tiny_inferers import ADAPTING, LEARNT, harmful, routing
 from torch import Tensor, nn
 
-from shared_iopfl.inferers.routing import routing as inferers
+from shared_iopfl.inferers import routing as inferers
 from shared_iopfl.inferers.routing import TestTimeRoutingInferer
 from shared_iopfl.routing.distances import distance_routes, distribution_distance
 from shared_iopfl.routing.settings import PRESETS, RoutingSettings, preset

@@ -22,7 +22,7 @@ from networks import experts, unet, volume
 from tiny_inferers import ADAPTING, LEARNT, harmful, routing
 from torch import Tensor, nn
 
-from shared_iopfl.inferers.routing import routing as inferers
+from shared_iopfl.inferers import routing as inferers
 from shared_iopfl.inferers.routing import TestTimeRoutingInferer
 from shared_iopfl.routing.adaptation import mask_agreement
 from shared_iopfl.routing.network import RoutedNetwork

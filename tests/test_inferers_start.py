@@ -20,7 +20,7 @@ from networks import experts, images, mixture, unet, volume
 from tiny_inferers import routing
 from torch import nn
 
-from shared_iopfl.inferers.routing import routing as inferers
+from shared_iopfl.inferers import routing as inferers
 from shared_iopfl.inferers.routing import TestTimeRoutingInferer
 from shared_iopfl.routing.distances import distance_routes, distribution_distance
 from shared_iopfl.routing.settings import preset

@@ -23,7 +23,7 @@ from PIL import Image
 from shared_iopfl.data.loading import LoadCased
 from shared_iopfl.data.masks import SaveMaskd
 from shared_iopfl.data.photographs.reader import PhotographReader
-from shared_iopfl.report.run import overlays, pictures
+from shared_iopfl.report import overlays, pictures
 from shared_iopfl.report.overlays import SaveOverlayd
 from shared_iopfl.utils.errors import InputError
 

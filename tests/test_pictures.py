@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shared_iopfl.report.run import pictures
+from shared_iopfl.report import pictures
 
 
 @pytest.mark.parametrize("order", ["RAS", "LPS", "SAL", "PIR"])

@@ -25,8 +25,8 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 from runs import CASES, DASH, METRICS, make_run, small_run, write_csv
 
-from shared_iopfl.report.run import charts
-from shared_iopfl.report.run import run as report
+from shared_iopfl.report import charts
+from shared_iopfl.report import run as report
 from shared_iopfl.report.gallery import best_median_worst
 from shared_iopfl.report.pages import without_path
 from shared_iopfl.utils.errors import InputError

@@ -20,7 +20,7 @@ import pytest
 from runs import DASH, INSIDE, METRICS, make_run, write_csv
 
 from shared_iopfl.evaluation.scores import difference, print_table
-from shared_iopfl.report.run import run as report
+from shared_iopfl.report import run as report
 from shared_iopfl.utils.errors import InputError
 
 

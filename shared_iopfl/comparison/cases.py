@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What single cases of a comparison show: what each gained against its measured shift, and the worst on their scans."""
+"""Single cases of a comparison: their gain against their shift, and the cases that differ most, as pictures."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from shared_iopfl.comparison.scores import Site
 from shared_iopfl.comparison.tables import Contest
 from shared_iopfl.evaluation.intervals import FEWEST_CASES
 from shared_iopfl.evaluation.scores import MINUS, finite_mean, read_columns, read_json, show
-from shared_iopfl.report.run import charts, pictures
+from shared_iopfl.report import charts, pictures
 from shared_iopfl.report.pages import picture
 
 __all__ = ["Shifts", "cases_section", "read_shifts"]

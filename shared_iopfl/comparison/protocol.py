@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The protocol that tells what pays: every method on every site, by folds inside and left-out sites outside.
+"""The protocol of a comparison: all methods on all sites, by folds inside and with each site left out in turn.
 
 Inside, all sites are federated, each site's test cases are scored once (by the published split, or cross-validated by
 patient), and what a method has to choose it chooses on the sites' validation cases. Outside, each site is left out in

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The report of a comparison: ``comparison.md``, ``report.html`` and a short table, from the files in its folder.
+"""The report of a comparison: ``comparison.md``, ``report.html`` and a short table.
 
 Nothing is computed from scans or networks. Beside ``comparison.csv`` every file may be missing: what it would show is
 left out.
@@ -26,7 +26,7 @@ from shared_iopfl.comparison.cases import Shifts, cases_section, read_shifts
 from shared_iopfl.comparison.scores import BEST_EXPERT, read_comparison
 from shared_iopfl.comparison.tables import POOLED, Contest, choices_table, facts, interval, reading_notes
 from shared_iopfl.evaluation.scores import DASH, read_json, show
-from shared_iopfl.report.run import charts
+from shared_iopfl.report import charts
 from shared_iopfl.report.documents import Block, Bullets, Heading, Text, markdown, to_html
 from shared_iopfl.report.pages import page, picture
 from shared_iopfl.report.run import _run_section

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The figures of a comparison: ``comparison.csv`` read and checked, means by site, paired differences by case.
+"""The scores of a comparison: ``comparison.csv`` read and checked, means by site, paired differences by case.
 
 A case counts once, however many seeds scored it: its seeds are averaged first, and drawn together in the bootstrap.
 Every site counts alike.

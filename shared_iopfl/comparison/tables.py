@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The tables and sentences of a comparison: every word about who won is taken from the figures."""
+"""The tables and sentences of a comparison, all derived from its scores."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ import numpy as np
 from shared_iopfl.comparison.scores import RESAMPLES, Difference, RoleScores
 from shared_iopfl.evaluation.intervals import FEWEST_CASES, FEWEST_PER_SITE, FEWEST_SITES
 from shared_iopfl.evaluation.scores import DASH, MINUS, finite, heading, show
-from shared_iopfl.report.run import pictures
+from shared_iopfl.report import pictures
 from shared_iopfl.report.documents import Block, Row, Table, Text
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.reading import read_json

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What a comparison trains: federations, one training on pooled data, and routes fitted with labels.
+"""What a comparison trains: federations, a model on pooled data, and routes fitted with labels.
 
 Nothing is trained twice: what lies in the folder of an earlier run is taken from there.
 """

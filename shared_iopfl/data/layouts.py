@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""How a site's cases lie in its folder: the public data sets as they are unpacked, or a MONAI datalist.
+"""Layouts of a site's folder: the public data sets as they are unpacked, or a MONAI datalist.
 
 What lies in ``dataset_dir`` tells the layout, site by site:
 

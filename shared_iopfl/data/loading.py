@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Reading scans and masks with checks that speak plainly."""
+"""Loading of scans and labels, with checks."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What values the masks of a site hold, before any training: a wrong label shows there."""
+"""The values of a site's masks, listed before training."""
 
 from __future__ import annotations
 

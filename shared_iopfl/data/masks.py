@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Writing masks in the scan's own grid and format."""
+"""Writing masks in the grid and the format of the scan."""
 
 from __future__ import annotations
 

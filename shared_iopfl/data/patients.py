@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Whose scan a file is: declared by a pattern or a table, or recognised by names that differ in one word.
+"""The patient of each file: declared by a pattern, a table or a datalist, or recognised from file names.
 
 Two eyes, two visits and two series of a patient look alike: where one trains a network, the other must not test it.
 """

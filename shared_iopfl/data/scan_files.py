@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The scans in a folder that inference is to segment, and what in it is passed over, and why."""
+"""The scans in a folder, and the files that are not taken, with the reason."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Which formats are scans, what a scan is called, and masks by their names.
+"""File formats of scans, case names, and names that mark masks.
 
 What a file is, is told by its name, and for DICOM by four letters in it; no more of it is read here.
 """

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""A site's cases, and which of them train, validate and test.
+"""The cases of a site, and their split by patient into training, validation and test.
 
 A case is ``{"image", "label", "site", "case", "patient"}``, all strings. Where its files lie is told by `layouts`.
 """

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Bootstrap intervals of a mean of sites that hold their level with a few cases a site, too.
+"""Bootstrap intervals of a mean over sites, corrected for small numbers of cases.
 
 Cases drawn with replacement spread by ``(n - 1) / n`` of their variance, and the tails of a few are short: with two
 cases a site the plain percentile interval leaves out the truth in one of four comparisons. Here the deviations of the

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Whether the personalised models of a run are worth using, by the figures that the run has left in its folder.
+"""Whether the personalised models of a run are better than its global model, from the scores in its folder.
 
 After few rounds a site's own model may be worse than the global one: what it is an average of has not yet come to rest,
 and what the site trains on for itself (``own_rounds``) follows its few cases.

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Scans served under names that tell nothing, for those whose file names tell whose they are."""
+"""Pseudonyms: scans served under other names than those of their files."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What an evaluation leaves behind: the scores of each case, where its mask is, and which experts it leaned on."""
+"""Records of an evaluation: scores of each case, its mask, and its routes."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Which masks a person should look at first: a list without a label, and how good it is where labels are known.
+"""The review list: which masks to look at first, without labels; and how good that list is where labels exist.
 
 The quality of a mask is how far the views of its scan agree on it (`shared_iopfl.routing.objectives.view_agreement`).
 It ranks the scans of one list; it is no estimate of their Dice, and says nothing across models or tasks.

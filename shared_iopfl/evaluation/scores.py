@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The scores of a run: read from ``metrics.csv``, put into rows by site, compared by case, printed as a table."""
+"""The scores of a run: read from ``metrics.csv``, grouped by site, compared by case, printed as a table."""
 
 from __future__ import annotations
 

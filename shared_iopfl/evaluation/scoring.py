@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The final scoring of a run: the bundle's ``evaluate.json`` on every site's test cases, model by model."""
+"""The final scoring of a run: ``evaluate.json`` on the test cases of every site, for each model."""
 
 from __future__ import annotations
 

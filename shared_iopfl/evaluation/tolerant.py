@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""A folder of scans served to its end: a bad scan is named in ``failed.csv``, the others get their masks.
+"""Inference and evaluation that go on after a bad scan, which is named in ``failed.csv``.
 
 For inference and for scoring. In training a bad scan ends the run: what is learnt must be what was asked.
 """

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The average of what the sites sent: the mean, or one that a few hostile sites cannot move far."""
+"""The average of the sites' updates: mean, coordinate-wise median or trimmed mean."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""A federation's checkpoint as it is read: the newest that is whole, held to what a run writes."""
+"""Reading the checkpoint of a federation: the newest valid one, checked against what a run writes."""
 
 from __future__ import annotations
 

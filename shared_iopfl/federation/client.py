@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""One site of a federation: a `MonaiAlgo` client, what of it has to be kept, and how long it may take."""
+"""One site of a federation: a `MonaiAlgo` client, the state to be kept of it, and its time limit."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What a federation leaves once its rounds are over: its models, and how far each can be trusted.
+"""The end of a federation: final models, their scores at other sites, and the usual shift.
 
 Writes ``models/``, ``scores.json``, ``shares.json`` and ``statistics.csv``. A site that fails here judges nothing; the
 others' figures stand.

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What the server makes of the sites' average: plain averaging, or a step with momentum.
+"""The server's step: plain averaging, or averaging with momentum (FedAvgM).
 
 In FedAvg a site makes a few steps a round and the average of the sites goes no further than they went, so that a
 federation covers a fraction of the way that one training on pooled data goes in as many steps. Momentum at the server

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""A federation in one process: rounds of FedAvg over `MonaiAlgo` clients, one a site, and their personalised models.
+"""A federation in one process: rounds of FedAvg over one `MonaiAlgo` client per site.
 
 Knows clients and weights, nothing of images. Only the local weights leave a client; its personalised model is written
 by the client itself, next to the global one, because here both ends are one machine.

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What the sites send: whether it can be let in, and who failed to deliver."""
+"""Checks of the sites' updates, and the list of the sites that failed in a round."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Checkpoints of training: a model file is replaced whole or not at all."""
+"""Checkpoints during training: a model file is replaced whole or not at all."""
 
 from __future__ import annotations
 

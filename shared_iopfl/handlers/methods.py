@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The methods next to personalisation, inside: what a site may do with its own training, and with two models of its.
+"""Handlers of the other inside methods: FedProx, FedBN and Ditto.
 
 Handlers of the bundle's trainer, each switched by one hyper-parameter of ``train.json``. `MonaiAlgo` loads the global
 weights and then runs the trainer once a round, so that at STARTED the network holds the global model.

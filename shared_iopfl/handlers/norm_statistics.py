@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""By which statistics batch norm normalises while a site trains, and how a network does by its own or a site's.
+"""The statistics that batch norm uses during local training: batch, global or blended.
 
 In plain FedAvg every site normalises by the statistics of its own batches while it trains, and is then served by the
 average of all sites' running statistics, which fit none of them: a pooled training of the same network has no such gap

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Both models of a site in one federated evaluation: what arrived, and what the site made of it for itself."""
+"""Metrics of both models of a site in one federated evaluation: the received one and the personalised one."""
 
 from __future__ import annotations
 

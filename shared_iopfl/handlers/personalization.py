@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What happens at the ends of a round: the site's personalised model moves on, the next round starts afresh.
+"""The personalised model, a moving average of a site's local models, updated at the end of each round.
 
 `MonaiAlgo` keeps one trainer through all rounds and runs it once a round: STARTED and COMPLETED are the round's ends.
 """

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Training in reduced precision where the trainer's own `amp`, which knows CUDA alone, does not reach."""
+"""Training in bfloat16 on devices that the trainer's own `amp` does not cover."""
 
 from __future__ import annotations
 

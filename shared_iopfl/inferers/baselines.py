@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The methods next to ours, each as small as it is.
+"""Inferers of the other outside methods: views, ensemble, batch statistics, TENT, DaWin; routes from labels.
 
 Outside, without labels, as inferers that are called as `StackInferer` is: views, ensemble, batch-norm statistics, TENT,
 DaWin; and with labels, as a bound, :func:`labelled_routes`. Some are nothing but settings of the routing: see

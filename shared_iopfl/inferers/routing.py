@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Inference: test-time routing of a scan through the experts."""
+"""The test-time routing inferer: a scan is routed through the experts and segmented."""
 
 from __future__ import annotations
 

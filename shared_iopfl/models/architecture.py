@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What the models of a folder were trained with: written by training, read by whoever runs them.
+"""What the models of a folder were trained with: network, size, channels; written by training, checked at use.
 
 A network runs at another size, or on images normalised in another way, without any complaint, and finds nothing. The
 ``architecture`` of ``manifest.json`` holds what must be the same: network, image size, channels, normalisation, crop;

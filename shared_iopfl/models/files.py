@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Model files: where they lie, written whole or not at all, and read with care."""
+"""Model files: their paths, and how they are written and read."""
 
 from __future__ import annotations
 

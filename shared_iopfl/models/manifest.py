@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The manifest of a model set: what its models were trained with, and once it is published, what lies in the folder.
+"""The manifest of a folder of models: what they were trained with and, once published, checksums and terms.
 
 ``manifest.json`` lies beside the models. Training writes the architecture (see `architecture`); publishing adds terms,
 figures and checksums. Every file of a published set is held to its size and SHA-256 at the moment it is read, before

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Handing on what was made: the models of a run published with a manifest, and a bundle packed to run by itself."""
+"""Publishing the models of a run, and packing a bundle as a zip."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The weights of models of one architecture: whether they fit a network, copies, and what lies between two of them."""
+"""Operations on model weights: whether they fit a network, comparison, copies, interpolation."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The report's charts: Dice by case, learning curves, routes, differences with their intervals, gain by shift."""
+"""Charts of the report: Dice by case, learning curves, routes, differences with intervals, gain by shift."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What a document is made of that is to be read both as Markdown and as a part of the report's page."""
+"""Elements of a document that is written both as Markdown and as a part of the HTML report."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
 
-from shared_iopfl.report.run import pages
+from shared_iopfl.report import pages
 
 __all__ = ["Block", "Bullets", "Heading", "Row", "Table", "Text", "markdown", "to_html"]
 

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The report's gallery: the best, the median and the worst case of each site, outlined on their scans."""
+"""The gallery of the report: the best, the median and the worst case of each site with outlines."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from html import escape
 from pathlib import Path
 
 from shared_iopfl.evaluation.scores import Scores, read_columns, show
-from shared_iopfl.report.run import pictures
+from shared_iopfl.report import pictures
 from shared_iopfl.report.pages import picture
 
 __all__ = ["best_median_worst", "overlays_section"]

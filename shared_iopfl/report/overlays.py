@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""A picture beside each mask that inference writes: the outline on the scan, for a glance before the mask is used."""
+"""Overlays of inference: a picture beside each mask, with its outline on the scan."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from monai.transforms import MapTransform
 from monai.utils import ensure_tuple
 
 from shared_iopfl.data.scan_files import case_name
-from shared_iopfl.report.run import pictures
+from shared_iopfl.report import pictures
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.files import whole_file
 

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What the report's page is made of: one HTML file with its pictures inside, and text that names no file."""
+"""Elements of the HTML report: one file with its pictures inside."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from html import escape
 
 from matplotlib.figure import Figure
 
-from shared_iopfl.report.run import pictures
+from shared_iopfl.report import pictures
 
 __all__ = ["breakable", "page", "picture", "table", "without_path"]
 

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Pictures of cases, a scan with the outlines of its masks, and what they share with charts: colours, size, PNG.
+"""Pictures of cases with the outlines of their masks; colours and sizes shared with the charts.
 
 Figures are drawn through matplotlib's object interface, never pyplot, so that nothing global is touched and several
 threads may draw at once.

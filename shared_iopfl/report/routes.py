@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What the report says of the experts: which ones each case leaned on, and what the guard decided."""
+"""The section of the report on routes: which experts each case used, and whether adaptation was accepted."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from shared_iopfl.evaluation.scores import DASH, number, read_columns, read_json
-from shared_iopfl.report.run import charts
+from shared_iopfl.report import charts
 from shared_iopfl.report.pages import picture, table, without_path
 
 __all__ = ["decisions_section", "routes_section"]

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The report of a run: one HTML file, and a table as plain text, from the files that the run left in its folder.
+"""The report of a run: an HTML file and a plain table, made from the files in its folder.
 
 It reads ``metrics.csv``, ``history.csv``, ``failures.csv``, ``cases.csv``, ``routes.csv`` with ``routes.json``, and
 ``run.json``; any of them may be missing. Nothing is computed from scans or networks.
@@ -46,7 +46,7 @@ from shared_iopfl.evaluation.scores import (
     show,
     table_rows,
 )
-from shared_iopfl.report.run import charts, pictures
+from shared_iopfl.report import charts, pictures
 from shared_iopfl.report.gallery import overlays_section
 from shared_iopfl.report.pages import breakable, page, picture, table, without_path
 from shared_iopfl.report.routes import decisions_section, routes_section

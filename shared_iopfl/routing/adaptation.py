@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Adaptation of a routed network to a scan, by gradient steps on the objective; and the measures its guard asks for."""
+"""Adaptation of a routed network to a scan by gradient steps, and when its result is rejected."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Whether a network can be routed at all: what a layer must be, and one check of the whole on a real input.
+"""Whether a network can be routed: checks of each layer, and one of the whole network on a real input.
 
 A routed network replaces each layer of a copy of the network. A forward that asks what its layers are, reads their
 weights or holds on to a layer outside the module tree then computes something else, in silence. One forward of the

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Routes from the distribution of the test data: which experts have seen features like these?
+"""Distances of a scan from the experts by batch-norm statistics, and the routes that follow from them.
 
 Forward only, no training. Every expert's batch norms remember the statistics of what it was trained on. A scan is run
 through each expert once, and the statistics of each batch norm's *input* are held against those the expert remembers.

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The routing space: one network whose every layer is a mixture of the experts' layers.
+"""The routed network: every layer is a mixture of the experts' layers; and back to a plain network.
 
 A routed network computes, layer by layer, with the weights ``w = sum_e r_e * w_e``: the experts' weights ``w_e`` are
 frozen, the routes ``r`` are non-negative and sum to one, so that equal experts give back the plain network whatever the

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What test-time routing minimises, without labels: consistency between views, a shape constraint, entropy.
+"""The objective of test-time routing, without labels: consistency between views, shape constraint, entropy.
 
 Each term is a mean over the batch, on a scale of its own (0 to about 1) that depends on neither batch nor image size,
 so that a weight means the same everywhere. Two kinds of output are served alike: exclusive classes (softmax, the first

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Where the routes of a layer come from: free numbers, or a router that looks at the layer's input."""
+"""Routers: the routes of a layer as free parameters, or computed from the layer's input."""
 
 from __future__ import annotations
 

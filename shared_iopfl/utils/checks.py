@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What a value may be: one table of hyper-parameters, and what holds for numbers that come with models."""
+"""The allowed values of all hyper-parameters, in one table."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Values that enter a MONAI config: data, never code.
+"""Values that enter a MONAI config as data, never as code.
 
 MONAI's `ConfigParser` evaluates every string that begins with ``$``, takes one that begins with ``@`` or ``%`` for a
 reference, builds whatever has a ``_target_``, and replaces ``#`` in any string, also in the values that a program sets

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Errors that a user can mend, shown as one line."""
+"""Input errors, shown as one line."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What a site may be called: its name becomes a file, a folder, a key and a setting.
+"""Allowed names of sites, which become files, folders and keys.
 
 Names come from folders, datalists, clients of a federation and published models, so they are checked wherever they
 enter.

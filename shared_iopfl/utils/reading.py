@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Files that others made, read with bounds: regular files only, of limited size, and JSON of limited depth."""
+"""Reading files of others with limits: regular files only, of limited size, JSON of limited depth."""
 
 from __future__ import annotations
 

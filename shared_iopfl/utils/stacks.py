@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Volume <-> stack of slices, and plain inference with a 2D network over the slices of a volume."""
+"""Volumes as stacks of slices and back, and plain inference over the slices."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The CSV files of a run: rows appended, or replaced where the same thing was measured again, a file whole or not.
+"""CSV and JSON files of a run.
 
 Spreadsheets execute a cell that begins as a formula does. Names and reasons come with data, so text of this kind is
 written with an apostrophe before it, as OWASP advises, and read back without; numbers stand as they are.

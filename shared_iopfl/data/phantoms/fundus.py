@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""A synthetic eye fundus around the optic disc, as different cameras would photograph it."""
+"""Synthetic fundus photographs around the optic disc, with differences between cameras."""
 
 from __future__ import annotations
 

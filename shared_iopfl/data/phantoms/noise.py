@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Smooth random fields, of which the phantoms are made uneven."""
+"""Smooth random fields for the synthetic images."""
 
 from __future__ import annotations
 

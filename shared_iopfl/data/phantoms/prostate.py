@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""A synthetic male pelvis in axial T2 MRI, as different hospitals would scan it."""
+"""Synthetic axial T2 MRI of the male pelvis, with differences between hospitals."""
 
 from __future__ import annotations
 

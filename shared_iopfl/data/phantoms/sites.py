@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Synthetic sites for a first run and for tests: no scan of any patient is in them."""
+"""Synthetic sites for a first run and for tests; they contain no scan of any patient."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Whether a picture can be a colour photograph of one eye's fundus, before a network is asked about it.
+"""Whether a picture can be a colour photograph of the fundus of one eye.
 
 A network gives a confident mask to whatever looks a little like its training pictures: to a red-free photograph, to one
 whose channels were swapped on the way, to two eyes in one picture. The limits lie well beyond what public sets show:

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Between masks as files code them, with one value a region, and targets as networks learn them, which may overlap."""
+"""Conversion between coded masks, one value per region, and overlapping target channels."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The crop around the optic disc that the networks expect, from a photograph of the whole fundus, and back."""
+"""Cropping of a photograph around the optic disc, and the way back to the whole picture."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What a fundus camera saw: its round field of view in the dark of the picture."""
+"""The round field of view of a fundus photograph."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Where the optic disc is in a photograph of the whole fundus, or in a crop of one.
+"""Locating the optic disc in a fundus photograph.
 
 The locator is classical and needs no training. In a small copy of the picture it
 1. tells the field of view from the dark around it: a dark border all round means a whole photograph;

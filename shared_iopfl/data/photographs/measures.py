@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What a clinic measures on two nested targets: the ratio of their extents, as the vertical cup-to-disc ratio."""
+"""Measures of two nested targets, such as the vertical cup-to-disc ratio."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Photographs and their drawn masks, from PNG, JPEG, TIFF, BMP and others as cameras and drawing tools write them."""
+"""Reading photographs and their masks: PNG, JPEG, TIFF, BMP and others."""
 
 from __future__ import annotations
 

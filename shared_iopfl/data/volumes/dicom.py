@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""DICOM: one series, as a folder or a file, in the grid that its slices say they lie in.
+"""DICOM series, from a folder or a file, in the grid that their slices define.
 
 ITK's own reader of series takes one of several, passes over what it cannot read, and makes a grid up where the slices
 do not say where they lie. Here each of these is refused in a line; the voxels are read by ITK.

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Where voxels lie: one affine for a scan, and a mask in the grid of its image.
+"""Affines: one for a scan, and a label in the grid of its image.
 
 An affine is 4 x 4, from voxel indices to millimetres in RAS, as nibabel and MONAI have it.
 """

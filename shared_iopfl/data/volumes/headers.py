@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What a scan's file says about itself, checked before a voxel of it is read."""
+"""The header of a scan, checked before its voxels are read."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Masks by their values: a volume of a few small whole numbers is no scan."""
+"""Recognising label maps by their values: a few small integers."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Whether kernels are chosen for speed or for giving the same bits each time."""
+"""Deterministic or fast kernels of the backends."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""A run owns its ``output_dir``: nothing that was there before is written over, or mixed with what the run writes.
+"""The output folder of a run: it belongs to one run, and nothing else in it is written over.
 
 A run claims its folder before it reads any data. From then on the folder holds ``run.json``, ``written.jsonl``, which
 lists what the run wrote, and a lock that goes with the process. What is in the folder and in no such list belongs to

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""One run a folder: a lock that the operating system takes away when the process ends, however it does."""
+"""The lock of a run's folder, released by the operating system when the process ends."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What a run was: settings, versions, machine, models and the data it saw, in ``run.json``."""
+"""The provenance of a run: settings, versions, machine, models and data, in ``run.json``."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Tables that grow as scans are served: a run that is killed has a row for each mask that it has written.
+"""Tables that grow as scans are served, so that an interrupted run has a row for each mask.
 
 A scan's rows are written before its mask gets its name, and taken back where the mask then cannot be written.
 """

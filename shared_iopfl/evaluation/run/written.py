@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Which files a run wrote: the list ``written.jsonl`` in its folder, so that a later run knows what it may replace."""
+"""The list of the files that a run wrote, ``written.jsonl``: only these may a later run replace."""
 
 from __future__ import annotations
 

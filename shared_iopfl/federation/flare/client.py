@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What runs at a site in an NVIDIA FLARE job: the site's client of the one-process run, behind FLARE's Client API.
+"""The client of an NVIDIA FLARE job: the same site client as in one process, behind FLARE's Client API.
 
 Local weights, the number of training cases and figures leave the site. The personalised model, the data, the site's
 paths and what its errors say stay: they lie in ``<output_dir>/sites/<site>``.

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What travels to the machines of an NVIDIA FLARE federation: the bundle's ``federate.json`` as a FLARE job.
+"""The NVIDIA FLARE job that is made from a bundle's ``federate.json``.
 
 A job holds the model to begin with, a script of one line and a JSON of settings. The code that runs is this package,
 installed at the server (`flare_server`) and at every site (`flare_client`).

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What is left of a federation by NVIDIA FLARE: the server's files, the final scoring, and what a site publishes."""
+"""The results of a federation by NVIDIA FLARE: files of the server, final scores, published site models."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The same federation over several machines, by NVIDIA FLARE: simulated, on loopback, or in production.
+"""A federation by NVIDIA FLARE: simulated, as a proof of concept on one machine, or in production.
 
 See ``docs/flare.md``.
 """

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What runs at NVIDIA FLARE's server: the rounds, and what is kept of them.
+"""The controller at the NVIDIA FLARE server: rounds, and what is kept of them.
 
 The server needs this package and no data. It receives local weights and numbers, checks and averages them with the
 very functions of the one-process run, in the order of the sites: both engines give the same global weights.

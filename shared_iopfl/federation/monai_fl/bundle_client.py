@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What is a machine's own when a bundle runs on it: its site, and models that are no longer the published ones."""
+"""A bundle as a MONAI FL client: which site it is, and the state of its model folder."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What a federated client holds back of its update before it leaves the site: filters for ``fl_filters.json``."""
+"""Privacy filters of MONAI FL clients for ``fl_filters.json``: they hold back a part of each update."""
 
 from __future__ import annotations
 
