@@ -69,7 +69,7 @@ def test_targets_are_areas(bundle: str, size: int) -> None:
     native = ellipses()
     hard, soft = (on_grid(bundle, native, size, soft) for soft in (False, True))
     assert set(hard.unique().tolist()) == {0.0, 1.0}
-    assert 0 <= soft.min() and soft.max() <= 1 and len(soft.unique()) > 2
+    assert soft.min() >= 0 and soft.max() <= 1 and len(soft.unique()) > 2
     assert torch.allclose(soft.mean((1, 2)), native.mean((1, 2)), atol=1e-6)
     assert torch.allclose(centre(soft), centre(native), atol=0.05 / 128)  # a twentieth of a native pixel
     assert (centre(native) - centre(hard)).mean() > 0.3 / 128  # of the half pixel, to one side
