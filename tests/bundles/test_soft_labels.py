@@ -117,3 +117,22 @@ def test_hard_labels_train_as_before() -> None:
     before = DiceCELoss(include_background=True, to_onehot_y=True, softmax=True, batch=True)(logits, label)
     now = config("prostate_iopfl").get_parsed_content("loss")(logits, torch.cat([1 - label, label], 1))
     assert torch.allclose(now, before, rtol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_validation_scores_the_half_of_soft_targets_and_leaves_an_empty_reference_out(bundle: str) -> None:
+    """The targets' outlines, rounded, are a Dice of 1; a target that is nowhere has none and takes no part."""
+    parser = config(bundle, image_size=32)
+    targets = on_grid(bundle, ellipses(), 32, soft=True)
+    if bundle == "prostate_iopfl":
+        targets = torch.stack([1 - targets[0], targets[0]])
+    postprocess = parser.get_parsed_content("validate#postprocessing")
+    dice = parser.get_parsed_content("validate#key_metric#val_mean_dice").metric_fn
+    logits = targets - 0.499 + torch.tensor([0.0, 0.001])[:, None, None]  # a half counts as a whole
+    empty = targets.clone()
+    empty[1] = 0
+    for label in (targets, empty):
+        case = postprocess({"pred": logits.clone(), "label": label})
+        dice(case["pred"][None], case["label"][None])
+    assert float(dice.aggregate()) == 1
