@@ -40,6 +40,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "num_workers": (-1, 1e9),
     "split_seed": ("zero", -1, None),
     "normalise": ("yes", "False", 2, None),
+    "soft_labels": ("area", None),
     "bf16": ("true", "no"),
     "role": ("inner", "", None),
     "sites": ([], "", [""], 0.0 == 1),

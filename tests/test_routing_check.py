@@ -14,16 +14,19 @@ from __future__ import annotations
 
 import logging
 import re
+import socket
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
+from monai.networks.nets import FlexibleUNet
 from networks import ARCHITECTURES, experts, images, make, mixture, routes_of, spread, unet, untouched, volume
 from tiny_inferers import routing
 from torch import Tensor, nn
 
 from shared_iopfl.federation.averaging import average_updates
+from shared_iopfl.inferers.baselines import BatchStatisticsInferer, DaWinInferer, TentInferer, labelled_routes
 from shared_iopfl.inferers.routing import TestTimeRoutingInferer
 from shared_iopfl.routing.network import collapse, route
 from shared_iopfl.routing.settings import RoutingSettings
@@ -214,6 +217,23 @@ def test_a_batch_norm_that_no_image_passes_keeps_its_running_statistics():
     assert torch.isfinite(default(Spare)(scan, network)).all()
 
 
+@pytest.mark.slow
+@torch.no_grad()
+def test_flexible_unet_is_served_by_its_own_statistics_too(monkeypatch):
+    """Its encoder has batch norms that no image passes; a backbone of random weights needs no download."""
+
+    def build() -> nn.Module:
+        return FlexibleUNet(3, 2, "efficientnet-b0", pretrained=False, spatial_dims=2)
+
+    monkeypatch.setattr(socket.socket, "connect", lambda *args: pytest.fail("something is downloaded"))
+    network, states = space(build, 2)
+    scan = images(2, 3, 64, 64)
+    routed = route(network, states, statistics=0.5, sample=scan)
+    expected = routed(scan)
+    torch.testing.assert_close(collapse(routed)(scan), expected, rtol=1e-3, atol=1e-4)
+    assert torch.isfinite(default(build)(scan, network)).all()
+
+
 @torch.no_grad()
 def test_the_federated_average_of_complex_weights_is_theirs():
     sent = {"A": {"w": torch.tensor([1 + 2j])}, "B": {"w": torch.tensor([3 - 4j])}, "C": {"w": torch.tensor([8 + 2j])}}
@@ -315,6 +335,35 @@ def test_a_network_of_several_outputs_is_routed_but_not_served(per):
         with pytest.raises(InputError, match="gives a tuple") as error:
             inferer(scan, network)
         one_line(error)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("baseline", [BatchStatisticsInferer, TentInferer, DaWinInferer])
+def test_baselines_that_route_refuse_as_the_routing_does(baseline):
+    """At every scan, not the first one only."""
+    network, states = space(AsksForType)
+    inferer = baseline(experts=states, slices=None) if baseline is DaWinInferer else baseline(slices=None)
+    for _ in range(2):
+        with pytest.raises(InputError) as error:
+            inferer(images(2, 3, 9, 9), network)
+        one_line(error, "'first'", "layer's type")
+
+
+def test_labelled_routes_refuse_as_the_routing_does():
+    network, states = space(AsksForType)
+    batch = (images(2, 3, 9, 9), images(2, 2, 9, 9))
+    with pytest.raises(InputError, match="layer's type"):
+        labelled_routes(network, states, [batch], F.mse_loss, steps=1)
+
+
+@torch.no_grad()
+def test_a_baseline_checks_a_network_once(monkeypatch):
+    seen: list[object] = []
+    monkeypatch.setattr("shared_iopfl.routing.network.check_routed", lambda *args: seen.append(args))
+    inferer, network = BatchStatisticsInferer(slices=None), make(lambda: Around(nn.BatchNorm2d(4)), 0)
+    for scan in images(3, 3, 9, 9):
+        inferer(scan[None], network)
+    assert len(seen) == 1
 
 
 # ---- in use ----------------------------------------------------------------------------------------------------------

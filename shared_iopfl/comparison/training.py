@@ -159,7 +159,7 @@ class Trainings:
         device = parser.get_parsed_content("device")
         batches = []
         for case in parser.get_parsed_content("validate#dataset"):
-            image, label = (case[key].as_tensor().to(device) for key in ("image", "label"))
+            image, label = (case[key].as_tensor().to(device, torch.float32) for key in ("image", "label"))
             if inferer.slices is None:
                 batches.append((image[None], label[None]))
             else:

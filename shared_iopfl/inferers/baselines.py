@@ -17,6 +17,7 @@ DaWin; and with labels, as a bound, :func:`labelled_routes`. Some are nothing bu
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, get_args
@@ -69,6 +70,7 @@ class ScanInferer(StackInferer):
         self.output: Output = output
         self.mode = "off"  # what the recorders of an evaluation ask of an inferer: nothing is routed,
         self.reports: deque[dict[str, Any]] = deque()  # nothing to report
+        self._checked: weakref.ref[nn.Module] | None = None
 
     def __call__(self, inputs: Tensor, network: Network, *args: Any, **kwargs: Any) -> Tensor:
         """Logits (B, C, *spatial) of scans (B, C_in, *spatial)."""
@@ -80,6 +82,13 @@ class ScanInferer(StackInferer):
     def predict(self, stack: Tensor, network: nn.Module) -> Tensor:
         """Logits (N, C, *spatial) of one scan's network inputs (N, C_in, *spatial)."""
         raise NotImplementedError
+
+    def _route(self, stack: Tensor, network: nn.Module, experts: States, **settings: Any) -> RoutedNetwork:
+        """The routed network, held against the plain one at the first scan that passes: see `check_routed`."""
+        known = self._checked is not None and self._checked() is network
+        routed = route(network, experts, sample=None if known else stack, **settings)
+        self._checked = weakref.ref(network)
+        return routed
 
 
 class ViewsInferer(ScanInferer):
@@ -152,7 +161,7 @@ class DaWinInferer(EnsembleInferer):
         outputs = self._each(stack, network)
         doubt = torch.stack([entropy(probabilities(logits, self.output), self.output) for logits in outputs])
         routes = torch.softmax(-doubt / self.temperature, dim=0)
-        return self._forward(stack, collapse(route(network, self._space(network)), routes).eval())
+        return self._forward(stack, collapse(self._route(stack, network, self._space(network)), routes).eval())
 
 
 class BatchStatisticsInferer(ScanInferer):
@@ -177,7 +186,8 @@ class BatchStatisticsInferer(ScanInferer):
     def adapted(self, stack: Tensor, network: nn.Module) -> nn.Module:
         """The plain network that the global one becomes for a scan; any batch size gives the same mask."""
         # a space of one expert: there is nothing to route, only its norm layers to blend and to shift
-        routed = route(network, {GLOBAL: network.state_dict()}, affine=True, statistics=self.share)
+        space = {GLOBAL: network.state_dict()}
+        routed = self._route(stack, network, space, affine=True, statistics=self.share)
         some = evenly(stack, self.adapt_slices)
         self._learn(routed, some)
         routed(some)
@@ -241,7 +251,7 @@ def labelled_routes(
     if not batches:
         raise InputError("labelled routes need at least one labelled batch of the site; got none.")
     with torch.inference_mode(False), torch.enable_grad():
-        routed = route(network, experts, per="layer")
+        routed = route(network, experts, per="layer", sample=batches[0][0])
         optimizer = torch.optim.Adam(routed.trainable(), lr=learning_rate)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)  # else the last batch had its way
         for step in range(steps):

@@ -226,7 +226,7 @@ def route(
         device = next(iter(layer.state_dict().values())).device
         replaced[id(layer)] = kind(layer, states, routes, affine=affine and is_norm, name=name).to(device)
     routed_network = RoutedNetwork(copy_network(network, replaced), list(experts))
-    if sample is not None and len(experts) > 1:
+    if sample is not None:
         plain = copy_network(network).eval()
         plain.load_state_dict(mixed, strict=False)  # a layer of two names has its weights by the first
         check_routed(routed_network, network, plain, uneven, sample)

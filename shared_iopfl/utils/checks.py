@@ -177,6 +177,7 @@ RULES: dict[str, Rule] = {
     "image_size": whole(16, 2048),
     "normalise": switch,
     "match_manifest": switch,
+    "soft_labels": switch,
     "augment": switch,
     # network and machine
     "features": either(
