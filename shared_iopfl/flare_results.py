@@ -21,6 +21,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from shared_iopfl.errors import InputError
+from shared_iopfl.files import whole_file
 from shared_iopfl.federation import Federation
 from shared_iopfl.flare_job import read_state
 from shared_iopfl.flare_server import CHECKPOINT, RESULTS
@@ -51,7 +52,10 @@ def collect(result: Path, output_dir: Path, federation: Federation, run: str | N
     state = read_state(found[-1], federation)
     if run is not None and state["run"] != run:  # of an earlier run in the same workspace
         return None
-    shutil.copytree(found[-1].parent, output_dir, dirs_exist_ok=True)
+    results = found[-1].parent
+    for path in sorted(path for path in results.rglob("*") if path.is_file()):
+        with whole_file(output_dir / path.relative_to(results)) as temporary:
+            shutil.copyfile(path, temporary)
     return state
 
 

@@ -29,11 +29,9 @@ from shared_iopfl.config_values import as_values
 from shared_iopfl.errors import InputError
 from shared_iopfl.manifest import MODEL_FILE
 from shared_iopfl.patients import AUTO
-from shared_iopfl.reading import read_json
-from shared_iopfl.run_folder import finish
+from shared_iopfl.run_folder import describe, finish
 from shared_iopfl.scan_files import Case
 from shared_iopfl.sites import find_cases, fingerprint
-from shared_iopfl.tables import write_json
 
 __all__ = ["InferenceRecorder", "write_run"]
 
@@ -106,10 +104,7 @@ def _write(output_dir: str, content: Mapping[str, Any]) -> None:
         "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU",
         "threads": torch.get_num_threads(),
     }
-    path = Path(output_dir) / "run.json"
-    begun = read_json(path) if path.is_file() else {}
-    kept = {name: begun[name] for name in ("kind", "status") if name in begun}
-    write_json(path, {**kept, **content, **machine})
+    describe(output_dir, {**content, **machine})
 
 
 def _resolved(bundle_root: str, settings: Mapping[str, Any]) -> dict[str, Any]:

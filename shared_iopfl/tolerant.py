@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from ignite.engine import Events
 from monai.data import Dataset, list_data_collate
 from monai.engines import IterationEvents, SupervisedEvaluator
 from monai.handlers import from_engine
@@ -146,6 +147,8 @@ class TolerantEvaluator(SupervisedEvaluator):
         self.empty_masks = empty_masks
         self.failures: list[Failure] = []
         self.empty: list[str] = []  # the cases of empty masks
+        # after the handlers that load the models: a wrong one costs nothing of an earlier run
+        self.add_event_handler(Events.STARTED, lambda: self.failed_csv.unlink(missing_ok=True))
 
     @property
     def failed_csv(self) -> Path:
@@ -158,7 +161,6 @@ class TolerantEvaluator(SupervisedEvaluator):
             InputError: at the end, when there were failures: how many, and where they are named; or empty masks.
         """
         self.failures, self.empty = [], []
-        self.failed_csv.unlink(missing_ok=True)  # of another run
         count = len(self.data_loader.dataset)  # type: ignore[union-attr, arg-type]
         try:
             super().run(global_epoch)

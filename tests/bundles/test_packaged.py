@@ -201,7 +201,9 @@ def test_packed_bundle_infers_and_trains(
     succeeded(machine.bundle("train", root, *data, *short, *own, "--output_dir", tmp_path / "training"))
     succeeded(machine.bundle("evaluate", root, *data, *own, "--output_dir", tmp_path / "eval"))
     assert (tmp_path / "eval" / "metrics.csv").is_file()
-    succeeded(machine.bundle("inference", root, "--dataset_dir", sites / "E", *own, "--output_dir", tmp_path / "routed"))
+    succeeded(
+        machine.bundle("inference", root, "--dataset_dir", sites / "E", *own, "--output_dir", tmp_path / "routed")
+    )
     assert {row["expert"] for row in routes(tmp_path / "routed")} == {"A", "global"}
 
     checked = machine.run("-m", "shared_iopfl", "check", root / "models", cwd=tmp_path, path=root / "scripts")
