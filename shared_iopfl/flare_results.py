@@ -21,8 +21,8 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from shared_iopfl.errors import InputError
-from shared_iopfl.files import whole_file
 from shared_iopfl.federation import Federation
+from shared_iopfl.files import whole_file
 from shared_iopfl.flare_job import read_state
 from shared_iopfl.flare_server import CHECKPOINT, RESULTS
 from shared_iopfl.models import load_weights, model_path, save_atomically
