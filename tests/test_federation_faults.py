@@ -254,9 +254,14 @@ def test_bounds_out_of_range_are_refused(tmp_path):
 
 
 def test_every_file_that_cannot_be_read_is_named_at_once(tmp_path):
-    """Of each site, all that it cannot train on."""
+    """Of each site, those to train and those to validate on."""
     make_prostate_sites(tmp_path / "sites", sites=["A", "B"], cases=6, size=(32, 32, 8))
-    bad = [case["image"] for site in ("A", "B") for case in site_cases(tmp_path / "sites", site, "train")[:2]]
+    bad = [
+        case["image"]
+        for site in ("A", "B")
+        for part, count in (("train", 2), ("validation", 1))
+        for case in site_cases(tmp_path / "sites", site, part)[:count]
+    ]
     for path in bad:
         Path(path).write_bytes(b"")
     overrides = {"dataset_dir": str(tmp_path / "sites"), "device": "cpu", "image_size": 16, "features": 1}
@@ -265,5 +270,5 @@ def test_every_file_that_cannot_be_read_is_named_at_once(tmp_path):
     with pytest.raises(InputError) as error:
         federation.run()
     assert all(f"{path} is empty" in str(error.value) for path in bad)
-    assert str(error.value).count("is empty") == len(bad) == 4
+    assert str(error.value).count("is empty") == len(bad) == 6
     assert "\n" not in str(error.value)
