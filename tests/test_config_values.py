@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -249,6 +250,22 @@ def test_a_scoring_evaluates_nothing_that_it_is_given(name: str, monkeypatch: py
 def test_experiment_tracking_evaluates_no_path(config: str, name: str) -> None:
     """MONAI patches a tracked config while the workflow is made, before its first step."""
     assert "begins with '$'" in line(config=config, tracking="mlflow", **{name: EVIL})
+
+
+@pytest.mark.parametrize("name", ["output_dir", "bundle_root", "dataset_dir"])
+def test_a_tracked_config_that_is_to_be_saved_evaluates_no_path(name: str) -> None:
+    """MONAI evaluates `output_dir` then, in a process that has imported nothing of ours yet."""
+    given = {"output_dir": "$@bundle_root + '/out'", "save_execute_config": True, name: EVIL}
+    code = (
+        "import sys; from monai.bundle import ConfigWorkflow; "
+        f"ConfigWorkflow({str(PROSTATE / 'configs' / 'inference.json')!r}, logging_file=False, tracking='mlflow', "
+        f"**{given!r}).initialize()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert f"error: {name} " in done.stderr
+    assert "begins with '$' and would be evaluated" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_tracked_runs_config_is_written_into_a_folder_called_like_code(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ import pytest
 from tiny_scans import SERIES, dicom_series, rotation
 
 from shared_iopfl.data.loading import LoadCased
+from shared_iopfl.report.pictures import load_case
 from shared_iopfl.utils.errors import InputError
 
 SAGITTAL = np.array([[0, 0, 1.0], [1, 0, 0], [0, 1, 0]])
@@ -79,7 +80,9 @@ def test_a_series_is_read_in_the_order_of_its_places(tmp_path):
 
 @pytest.mark.parametrize("noise", ["3.00000{}", "{}.0", "3{}"])
 def test_another_text_for_the_thickness_makes_no_other_series(tmp_path, noise):
-    good(dicom_series(tmp_path / "s", SERIES, thickness=lambda k: noise.format(k + 1)))
+    folder = dicom_series(tmp_path / "s", SERIES, thickness=lambda k: noise.format(k + 1))
+    good(folder)
+    assert sorted(load_case(folder, {}).image.shape) == sorted(SERIES.shape)  # as overlays and reports show it
 
 
 @pytest.mark.parametrize("kind", ["88.22", "88.59", "11.1", "66.4", "104.1", "481.3"])

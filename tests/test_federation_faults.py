@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,11 +23,16 @@ from fake_clients import SITES, FakeClient, State, by_hand, equal, fakes, make  
 from networks import unet
 from torch import Tensor
 
+from shared_iopfl.data.phantoms.sites import make_prostate_sites
+from shared_iopfl.data.sites import site_cases
 from shared_iopfl.federation.results import trust_scores
+from shared_iopfl.federation.simulation import Federation
 from shared_iopfl.federation.updates import check_update, far_off
 from shared_iopfl.models.files import load_weights
 from shared_iopfl.utils.errors import InputError, root_input_error
 from shared_iopfl.utils.tables import read_rows
+
+BUNDLE = Path(__file__).parents[1] / "bundles" / "prostate_iopfl"
 
 # ---- what is let in -------------------------------------------------------------------------------------------------
 
@@ -257,3 +263,24 @@ def test_bounds_out_of_range_are_refused(tmp_path):
     for given in [*wrong, {"max_update_norm": float("nan")}]:
         with pytest.raises(InputError, match=next(iter(given))):
             make(tmp_path, **given)
+
+
+def test_every_file_that_cannot_be_read_is_named_at_once(tmp_path):
+    """Of each site, those to train and those to validate on."""
+    make_prostate_sites(tmp_path / "sites", sites=["A", "B"], cases=6, size=(32, 32, 8))
+    bad = [
+        case["image"]
+        for site in ("A", "B")
+        for part, count in (("train", 2), ("validation", 1))
+        for case in site_cases(tmp_path / "sites", site, part)[:count]
+    ]
+    for path in bad:
+        Path(path).write_bytes(b"")
+    overrides = {"dataset_dir": str(tmp_path / "sites"), "device": "cpu", "image_size": 16, "features": 1}
+    overrides |= {"val_interval": 0, "save_checkpoints": False, "tensorboard": False}
+    federation = Federation(str(BUNDLE), ["A", "B"], 1, str(tmp_path / "out"), overrides=overrides)
+    with pytest.raises(InputError) as error:
+        federation.run()
+    assert all(f"{path} is empty" in str(error.value) for path in bad)
+    assert str(error.value).count("is empty") == len(bad) == 6
+    assert "\n" not in str(error.value)

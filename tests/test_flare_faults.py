@@ -28,6 +28,7 @@ from flare_runs import SITES, TINY, assert_same, figures
 from nvflare.apis.fl_constant import FLMetaKey
 from nvflare.app_common.abstract.fl_model import FLModel
 
+from shared_iopfl.evaluation.run.folder import release
 from shared_iopfl.federation.flare import client as flare_client
 from shared_iopfl.federation.flare import server as flare_server
 from shared_iopfl.federation.flare.client import Member
@@ -251,5 +252,30 @@ def test_run_is_not_resumed_with_other_settings(dataset, tmp_path, fake):
     other = flare_run(tmp_path / "flare", dataset, settings={**TINY, "alpha": 0.9, "resume": True})
     with pytest.raises(InputError, match=r"alpha 0\.5, now it is 0\.9"):
         other._begin()
-    with pytest.raises(InputError, match="earlier run"):
+    before = sorted((tmp_path / "flare").rglob("*.pt"))
+    with pytest.raises(InputError, match=r"holds a federation by FLARE .*--overwrite True, or go on .*--resume True"):
         flare_run(tmp_path / "flare", dataset)._begin()
+    assert sorted((tmp_path / "flare").rglob("*.pt")) == before
+
+
+def test_an_earlier_runs_files_go_with_overwrite_and_nothing_else(dataset, tmp_path, fake):
+    run = flare_run(tmp_path / "flare", dataset)
+    run_here(run, tmp_path / "work")
+    (tmp_path / "flare" / "flare").mkdir()  # as FLARE's processes write it
+    for name in ("flare/server.log", "sites/A/site.log"):
+        (tmp_path / "flare" / name).write_text("")
+    run._finish(tmp_path / "work")
+    release(tmp_path / "flare")
+    (tmp_path / "flare" / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="overwrite must be True or False"):
+        flare_run(tmp_path / "flare", dataset, settings={**TINY, "overwrite": "yes"})
+    flare_run(tmp_path / "flare", dataset, settings={**TINY, "overwrite": True})._begin()
+    left = {str(path.relative_to(tmp_path / "flare")) for path in (tmp_path / "flare").rglob("*") if path.is_file()}
+    assert left - {".run.lock"} == {"notes.txt", "run.json", "written.jsonl", "models/manifest.json"}
+
+
+def test_what_nobody_is_known_to_have_written_is_in_the_way(dataset, tmp_path, fake):
+    (tmp_path / "flare" / "models").mkdir(parents=True)
+    (tmp_path / "flare" / "models" / "model.pt").write_text("mine")
+    with pytest.raises(InputError, match=r"holds models/model\.pt, which no run is known to have written"):
+        flare_run(tmp_path / "flare", dataset, settings={**TINY, "overwrite": True})._begin()

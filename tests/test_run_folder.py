@@ -85,8 +85,18 @@ def test_a_used_folder_needs_a_word(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"holds an inference \(finished, 3 files\).*--overwrite True\.$"):
         claim("inference", tmp_path)
     (tmp_path / "notes.txt").write_text("mine")
+    before = files(tmp_path)
     claim("inference", tmp_path, overwrite=True)
-    assert files(tmp_path) - {".run.lock"} == {"notes.txt", "run.json", LIST}
+    assert files(tmp_path) - {".run.lock"} == before  # until there is something to put in its place
+    write_text(tmp_path / "B.nii.gz", "B")
+    assert files(tmp_path) - {".run.lock"} == {"B.nii.gz", "notes.txt", "run.json", LIST}
+    assert json.loads((tmp_path / "run.json").read_text())["status"] == "unfinished"
+
+
+def test_training_replaces_what_is_there_at_once(tmp_path: Path) -> None:
+    a_run(tmp_path, "history.csv", kind="federate")
+    claim("federate", tmp_path, overwrite=True)
+    assert files(tmp_path) - {".run.lock"} == {"run.json", LIST}
 
 
 def test_another_kind_of_run_is_never_replaced(tmp_path: Path) -> None:
@@ -113,6 +123,7 @@ def test_a_list_that_leads_elsewhere_removes_nothing_there(tmp_path: Path) -> No
             file.write(json.dumps({"file": name}) + "\n")
         file.write('{"file": 3}\n[[\n{"file": "A.')
     claim("inference", out, overwrite=True)
+    finish(out)
     assert (tmp_path / "mine.nii.gz").read_text() == "mine"
     assert not (out / "A.nii.gz").exists()
 
@@ -160,6 +171,7 @@ def test_evaluations_share_a_folder_but_not_a_part(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds an evaluation of this model"):
         claim("evaluate", tmp_path, part=tmp_path / "masks/A/global")
     claim("evaluate", tmp_path, part=tmp_path / "masks/A/global", overwrite=True)
+    write_text(tmp_path / "metrics.csv", "")
     assert not (tmp_path / "masks/A/global").exists()
     assert (tmp_path / "masks/A/routed/Case00.nii.gz").exists()
     assert json.loads((tmp_path / "run.json").read_text())["kind"] == "federate"

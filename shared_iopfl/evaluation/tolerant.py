@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from monai.data import Dataset, list_data_collate
+from ignite.engine import Events
+from monai.data import CacheDataset, Dataset, list_data_collate
 from monai.engines import IterationEvents, SupervisedEvaluator
 from monai.handlers import from_engine
 from monai.utils import CommonKeys, ensure_tuple
@@ -37,7 +38,15 @@ from shared_iopfl.utils.errors import InputError, root_input_error
 from shared_iopfl.utils.files import check_writable
 from shared_iopfl.utils.tables import write_rows
 
-__all__ = ["Failure", "ScanWriter", "TolerantDataset", "TolerantEvaluator", "from_scored", "tolerant_collate"]
+__all__ = [
+    "Failure",
+    "NamingCacheDataset",
+    "ScanWriter",
+    "TolerantDataset",
+    "TolerantEvaluator",
+    "from_scored",
+    "tolerant_collate",
+]
 
 logger = logging.getLogger(__name__)
 FAILURES = "failures"  # key of a batch: its scans that could not be loaded
@@ -86,6 +95,29 @@ class TolerantDataset(Dataset):
             if len(self) == 1 or _is_hopeless(error):
                 raise
             return Failure.of(self.data[index].get("case"), self.data[index][self.image_key], error)
+
+
+class NamingCacheDataset(CacheDataset):
+    """A `CacheDataset` that names every case which cannot be loaded, where MONAI's ends with the first.
+
+    Raises:
+        InputError: once all cases have had their turn.
+    """
+
+    def _fill_cache(self, indices: Any = None) -> list[Any]:
+        cache = super()._fill_cache(indices)
+        reasons = [item.reason for item in cache if isinstance(item, Failure)]
+        if reasons:
+            raise InputError("; ".join(reasons[:NAMED]) + f"; and {len(reasons) - NAMED} more" * (len(reasons) > NAMED))
+        return cache
+
+    def _load_cache_item(self, idx: int) -> Any:
+        try:
+            return super()._load_cache_item(idx)
+        except Exception as error:
+            if _is_hopeless(error) or root_input_error(error) is None:
+                raise
+            return Failure.of(self.data[idx].get("case"), self.data[idx]["image"], error)
 
 
 def tolerant_collate(items: Sequence[Any]) -> dict[str, Any]:
@@ -146,6 +178,8 @@ class TolerantEvaluator(SupervisedEvaluator):
         self.empty_masks = empty_masks
         self.failures: list[Failure] = []
         self.empty: list[str] = []  # the cases of empty masks
+        # after the handlers that load the models: a wrong one costs nothing of an earlier run
+        self.add_event_handler(Events.STARTED, lambda: self.failed_csv.unlink(missing_ok=True))
 
     @property
     def failed_csv(self) -> Path:
@@ -158,7 +192,6 @@ class TolerantEvaluator(SupervisedEvaluator):
             InputError: at the end, when there were failures: how many, and where they are named; or empty masks.
         """
         self.failures, self.empty = [], []
-        self.failed_csv.unlink(missing_ok=True)  # of another run
         count = len(self.data_loader.dataset)  # type: ignore[union-attr, arg-type]
         try:
             super().run(global_epoch)

@@ -21,6 +21,7 @@ from statistics import fmean
 from typing import Any, cast
 
 import torch
+from monai.bundle import ConfigWorkflow
 from monai.fl.client import MonaiAlgo
 from monai.fl.utils.constants import ExtraItems
 from monai.fl.utils.exchange_object import ExchangeObject
@@ -33,7 +34,7 @@ from shared_iopfl.models.weights import copy_network, validated_interpolation
 from shared_iopfl.routing.distances import scan_distances
 from shared_iopfl.routing.settings import RoutingSettings
 from shared_iopfl.utils.config_values import as_values, is_data
-from shared_iopfl.utils.errors import InputError
+from shared_iopfl.utils.errors import InputError, root_input_error
 from shared_iopfl.utils.names import check_site
 from shared_iopfl.utils.stacks import evenly, scan_slices
 
@@ -76,12 +77,35 @@ class SiteClient:
             eval_kwargs=scoring,
             config_filters_filename=_filters(bundle_root, filters) if filters else None,
         )
-        self.algo.initialize({ExtraItems.CLIENT_NAME: site})
+        failed: Exception | None = None
+        try:
+            self.algo.initialize({ExtraItems.CLIENT_NAME: site})
+        except Exception as error:
+            failed = error
+        if failed is not None:  # out of the handler, so that what comes next is not chained to it
+            self._name_all(failed)
+            raise failed
         parser = self.algo.train_workflow.parser  # type: ignore[union-attr]
         self.cases = len(parser.get_parsed_content("train#dataset#data"))
         state = parser.get_parsed_content("round_state")
         # what the site keeps from round to round, by name; a handler that is switched off is None
         self.kept: dict[str, Any] = {name: item for name, item in state.items() if item is not None}
+
+    def _name_all(self, error: Exception) -> None:
+        """Where training cases are at fault, look at those for validation too: all are to be mended at once."""
+        fault = root_input_error(error)
+        if fault is None or self.algo.eval_workflow is not None:
+            return
+        # a config of its own: the trainer's may have no such cases
+        given = {**self.algo.eval_kwargs, "bundle_root": str(self.algo.bundle_root)}
+        file = str(Path(self.algo.bundle_root) / "configs" / "train.json")
+        try:
+            config = ConfigWorkflow(file, meta_file=None, logging_file=False, workflow_type="train", **given)
+            config.parser.get_parsed_content("validate#dataset")
+        except Exception as other:
+            more = root_input_error(other)
+            if more is not None and str(more) != str(fault):
+                raise InputError(f"{fault}; {more}") from None
 
     @property
     def weights(self) -> dict[str, Tensor]:

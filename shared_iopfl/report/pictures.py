@@ -32,6 +32,8 @@ from monai.transforms import LoadImage, Orientation
 
 from shared_iopfl.data.photographs.reader import CodedMaskReader, PhotographReader
 from shared_iopfl.data.scan_files import PICTURES, file_ending
+from shared_iopfl.data.scan_names import is_dicom
+from shared_iopfl.data.volumes.dicom import DicomReader
 
 __all__ = [
     "WIDTH",
@@ -114,7 +116,9 @@ def load_case(image: Path, masks: Mapping[str, Path]) -> CaseImages:
     aspect = 1.0
     for name, path in {"image": image, **masks}.items():
         try:
-            reader = readers[name != "image"] if file_ending(path) in PICTURES else None
+            reader: Any = readers[name != "image"] if file_ending(path) in PICTURES else None
+            if Path(path).is_dir() or is_dicom(Path(path)):
+                reader = DicomReader()  # MONAI's own takes another text for the thickness for another series
             data: Any = load(path, reader=reader)
             while data.ndim > 4 and data.shape[-1] == 1:
                 data = data[..., 0]

@@ -146,6 +146,16 @@ def check_settings() -> None:
     parser: Any = workflow.parser
     written = _written(workflow.config_root_path, parser.config)
     _check_known(parser.config, written)
+    changed = _as_typed(parser, written)
+    if changed:
+        parser.update(changed)
+        parser.parse(reset=True)
+    if "tracking_uri" in parser.config and parser.config.get("save_execute_config") is None:
+        _save_executed(parser)
+
+
+def _as_typed(parser: Any, written: Mapping[str, Any]) -> dict[str, Any]:
+    """What of the paths and names has to be put in again, as values."""
     changed = {}
     for name in (*PATHS, *WORDS, *NAMES):
         given = parser.config.get(name)
@@ -156,11 +166,7 @@ def check_settings() -> None:
             check_sites([value] if isinstance(value, str) else value)
         if as_value(value) != given:
             changed[name] = as_value(value)
-    if changed:
-        parser.update(changed)
-        parser.parse(reset=True)
-    if "tracking_uri" in parser.config and parser.config.get("save_execute_config") is None:
-        _save_executed(parser)
+    return changed
 
 
 def _save_executed(parser: Any) -> None:
@@ -290,3 +296,21 @@ def _typed(name: str, given: Any) -> str | None:
         return None
     # Fire takes quotes away, as it should, and also what follows a '#', as of a comment
     return parsed if isinstance(parsed, str) and typed[:1] in ("'", '"') else typed
+
+
+def _check_before_tracking() -> None:
+    """End the process where a tracked workflow is about to evaluate a path that was typed.
+
+    With ``--tracking mlflow --save_execute_config True`` MONAI evaluates `output_dir` while the workflow is made. That
+    is before its first step, but after the imports of the config, and so this is run as the module is imported.
+    """
+    workflow: Any = _running_workflow()
+    if workflow is None or hasattr(workflow, "_is_initialized"):
+        return
+    try:
+        _as_typed(workflow.parser, _written(workflow.config_root_path, workflow.parser.config))
+    except InputError as error:
+        raise SystemExit(f"error: {error}") from None  # MONAI passes over any other that an import raises
+
+
+_check_before_tracking()

@@ -22,6 +22,7 @@ import pytest
 from monai.bundle import ConfigWorkflow
 
 from shared_iopfl.data.masks import SaveMaskd
+from shared_iopfl.evaluation.run.folder import release
 from shared_iopfl.models.files import load_experts
 from shared_iopfl.utils.errors import InputError, root_input_error
 from shared_iopfl.utils.tables import read_rows
@@ -78,6 +79,27 @@ def test_scans_of_one_name_are_served_into_folders_of_their_own(
     assert "holds an inference (finished" in line
     assert content(tmp_path / "masks") == before
     run_config("inference", dataset_dir=tmp_path / "other", overwrite=True, **options)
+
+
+@pytest.mark.parametrize("config", ["inference", "evaluate"])
+def test_a_wrong_model_or_setting_costs_nothing_of_the_run_that_it_was_to_replace(
+    config: str, sites_dir: Path, models: Path, tmp_path: Path, run_config: Run
+) -> None:
+    out = tmp_path / "out"
+    own: dict[str, Any] = {"dataset_dir": sites_dir / "E"} if config == "inference" else {"dataset_dir": sites_dir}
+    own |= {"ckpt_dir": models, "output_dir": out} | ({} if config == "inference" else {"site": "E", "split": "all"})
+    run_config(config, **own)
+    before = content(out)
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "model.pt").write_bytes(b"PK")
+    wrong = [{"ckpt_dir": tmp_path / "nowhere"}, {"ckpt_dir": tmp_path / "damaged"}, {"features": 3}]
+    wrong += [{"mode": "episodic", "routing": {"tail": 1}}, {"device": "banana"}, {"dataset_dir": tmp_path / "nowhere"}]
+    for change in wrong:
+        assert refusal(run_config, config, overwrite=True, **{**own, **change})
+        release(out)
+        assert content(out) == before, change
+    run_config(config, overwrite=True, **own)
+    assert content(out).keys() == before.keys()
 
 
 @pytest.mark.parametrize("name", ["prostate_iopfl", "fundus_iopfl"])

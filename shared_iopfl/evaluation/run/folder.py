@@ -25,6 +25,7 @@ import re
 import socket
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from shared_iopfl.utils.files import check_writable, keepers
 from shared_iopfl.utils.reading import read_json
 from shared_iopfl.utils.tables import write_json
 
-__all__ = ["claim", "claim_training", "finish", "release"]
+__all__ = ["claim", "claim_training", "describe", "finish", "release"]
 
 RUN = "run.json"
 KINDS = {
@@ -46,9 +47,11 @@ KINDS = {
     "train": "a training",
     "federate": "a federation",
     "compare": "a comparison",
+    "flare": "a federation by FLARE",
 }
-RESUMED = ("federate", "compare")
-SCORED = ("train", "federate")  # their folders may take an evaluation, too
+RESUMED = ("federate", "compare", "flare")
+WITH_MODELS = ("inference", "evaluate")  # what a wrong model or setting ends before it has written anything
+SCORED = ("train", "federate", "flare")  # their folders may take an evaluation, too
 UNFINISHED = re.compile(r"\.[0-9a-f]{12}_.+")  # what a killed run was writing; see `whole_file`
 # at the top of a run's folder
 NAMES = {
@@ -68,8 +71,11 @@ class RunFolder:
         self.kind = kind
         self.thread = threading.current_thread()
         self.replaced: set[Path] = set()  # not in the list, but the user wants them replaced
+        self.described: dict[str, Any] = {}  # of run.json, where it is not written yet
+        self._outdated: Path | None = None  # what is below it goes with the first file of this run
         self._lock = FolderLock(folder, shown)
         self.written = Written(folder)
+        self._found = {path for path in folder.rglob("*") if path not in self.written} if kind == "flare" else set()
 
     def check(self, target: Path) -> None:
         path = Path(os.path.abspath(target))
@@ -82,8 +88,26 @@ class RunFolder:
     def note(self, target: Path, content: Path) -> None:
         path = Path(os.path.abspath(target))
         if self._is_kept(path):
+            self.begin()
             self.written.add(path, content)
             self._note_events()
+
+    def replace(self, folder: Path) -> None:
+        """Remove what earlier runs wrote below a folder, once this one has something to put in its place."""
+        self.written.check_unchanged(folder)
+        self._outdated = folder
+
+    @property
+    def has_begun(self) -> bool:
+        return self._outdated is None
+
+    def begin(self) -> None:
+        """Remove what is replaced, if that was not done yet."""
+        outdated, self._outdated = self._outdated, None
+        if outdated is not None:
+            self.written.remove(outdated)
+            if self.described:
+                write_json(self.folder / RUN, self.described)
 
     def _is_kept(self, path: Path) -> bool:
         return path.is_relative_to(self.folder) and not path.name.startswith(".") and path != self.folder / LIST
@@ -94,9 +118,14 @@ class RunFolder:
             own = f"events.out.tfevents.*.{socket.gethostname()}.{os.getpid()}.*"
             for path in [*self.folder.glob(own), *self.folder.glob(f"tensorboard/{own}")]:
                 self.written.add(path)
+        if self.kind == "flare":  # its sites and its server are processes of their own
+            for path in self.folder.rglob("*"):
+                if path.is_file() and self._is_kept(path) and path not in self._found:
+                    self.written.add(path)
 
     def finish(self) -> None:
         """Say in ``run.json`` that the run has come to its end."""
+        self.begin()
         self._note_events()
         run = _read_run(self.folder)
         if run.get("kind") == self.kind:
@@ -105,6 +134,8 @@ class RunFolder:
     def release(self) -> None:
         if self in keepers:
             keepers.remove(self)
+            with suppress(OSError):  # the disk is full
+                self._note_events()
         self._lock.release()
 
 
@@ -123,11 +154,12 @@ def claim(
     """Take a folder for a run, before it reads any data.
 
     Args:
-        kind: of the run: "inference", "evaluate", "train", "federate" or "compare".
+        kind: of the run: "inference", "evaluate", "train", "federate", "compare" or "flare".
         output_dir: the folder; made if it is not there.
         dataset_dir: the data, which must lie elsewhere.
         settings: what has to be the same where a run goes on.
-        overwrite: remove what an earlier run of this kind wrote there.
+        overwrite: remove what an earlier run of this kind wrote there. An inference or an evaluation, which a wrong
+            model would end at once, does so with the first file that it writes.
         resume: go on with an earlier run of this kind, if there is one.
         part: of an evaluation, the folder of its masks: evaluations of several models and sites share a folder, also
             that of the federation or training that made the models, but no two have the same part.
@@ -148,7 +180,9 @@ def claim(
         keepers.append(run)
         if part is None or not set(run.written.below(folder)) - {folder / RUN}:
             begun = _read_run(folder) if resume else {}
-            write_json(folder / RUN, {**begun, "kind": kind, "status": "unfinished", "settings": dict(settings or {})})
+            run.described = {**begun, "kind": kind, "status": "unfinished", "settings": dict(settings or {})}
+            if run.has_begun:
+                write_json(folder / RUN, run.described)
     except BaseException:
         run.release()
         raise
@@ -181,6 +215,18 @@ def claim_training(
             "--overwrite True."
         )
     claim("train", output_dir, dataset_dir, overwrite=overwrite).replaced = {*there}
+
+
+def describe(output_dir: str | os.PathLike, content: Mapping[str, Any]) -> None:
+    """Write into ``run.json`` what a run is; where an earlier run's is still there, with the first file of this one."""
+    run = _held.get(Path(os.path.abspath(output_dir)))
+    if run is not None and not run.has_begun:
+        run.described.update(content)
+        return
+    path = Path(output_dir) / RUN
+    begun = read_json(path) if path.is_file() else {}
+    kept = {name: begun[name] for name in ("kind", "status") if name in begun}
+    write_json(path, {**kept, **content})
 
 
 def finish(output_dir: str | os.PathLike) -> None:
@@ -248,14 +294,16 @@ def _make_room(
         if kind != run.kind and not (part is not None and kind in SCORED):
             raise InputError(f"{found}: choose another output_dir.")
         if part is not None:
-            _make_room_for_part(written, Path(os.path.abspath(part)), overwrite)
+            _make_room_for_part(run, Path(os.path.abspath(part)), overwrite)
         elif resume:
             _check_settings(earlier.get("settings"), settings, shown)
         elif not overwrite:
             go_on = ", or go on with it with --resume True" * (run.kind in RESUMED)
             raise InputError(f"{found}: choose another output_dir, or replace it with --overwrite True{go_on}.")
         else:
-            written.remove(folder)
+            run.replace(folder)
+        if run.kind not in WITH_MODELS:
+            run.begin()
         for path in [path for path in folder.rglob(".*") if UNFINISHED.fullmatch(path.name)]:
             path.unlink(missing_ok=True)
     stranger = next(_in_the_way(folder, written, run.kind), None)
@@ -266,14 +314,14 @@ def _make_room(
         )
 
 
-def _make_room_for_part(written: Written, part: Path, overwrite: bool) -> None:
-    if part.is_relative_to(written.folder) and written.below(part):
+def _make_room_for_part(run: RunFolder, part: Path, overwrite: bool) -> None:
+    if part.is_relative_to(run.folder) and run.written.below(part):
         if not overwrite:
             raise InputError(
                 f"{part} holds an evaluation of this model at this site: choose another output_dir, or replace it with "
                 "--overwrite True."
             )
-        written.remove(part)
+        run.replace(part)
 
 
 def _check_settings(begun: Any, settings: Mapping[str, Any], shown: str) -> None:
@@ -297,7 +345,7 @@ def _in_the_way(folder: Path, written: Written, kind: str) -> Iterator[Path]:
         for path in (here / name for name in sorted(files) if not name.startswith(".")):
             if path in written or (here == folder and path.name == LIST and written.files):
                 continue
-            is_model = kind == "federate" and path.suffix == ".pt" and here == folder / "models"
+            is_model = kind in ("federate", "flare") and path.suffix == ".pt" and here == folder / "models"
             if is_model or (here == folder and path.name in NAMES) or file_ending(path) or is_dicom(path):
                 yield path
 

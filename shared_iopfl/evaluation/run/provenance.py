@@ -30,12 +30,10 @@ from monai.bundle import ConfigParser
 from shared_iopfl.data.patients import AUTO
 from shared_iopfl.data.scan_files import Case
 from shared_iopfl.data.sites import find_cases, fingerprint
-from shared_iopfl.evaluation.run.folder import finish
+from shared_iopfl.evaluation.run.folder import describe, finish
 from shared_iopfl.models.manifest import MODEL_FILE
 from shared_iopfl.utils.config_values import as_values
 from shared_iopfl.utils.errors import InputError
-from shared_iopfl.utils.reading import read_json
-from shared_iopfl.utils.tables import write_json
 
 __all__ = ["InferenceRecorder", "report_to_nobody", "write_run"]
 
@@ -120,10 +118,7 @@ def _write(output_dir: str, content: Mapping[str, Any]) -> None:
         "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU",
         "threads": torch.get_num_threads(),
     }
-    path = Path(output_dir) / "run.json"
-    begun = read_json(path) if path.is_file() else {}
-    kept = {name: begun[name] for name in ("kind", "status") if name in begun}
-    write_json(path, {**kept, **content, **machine})
+    describe(output_dir, {**content, **machine})
 
 
 def _resolved(bundle_root: str, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -76,18 +76,22 @@ class Written:
         sums = {key: entry.get(key) for key in ("bytes", "crc32")}
         return "crc32" in entry and path.is_file() and _sums(path) != sums
 
+    def check_unchanged(self, folder: Path) -> None:
+        """Raise `InputError` where a mask in a folder, or below it, was changed since a run wrote it."""
+        for path in self.below(folder):
+            if self.changed(path):
+                raise InputError(
+                    f"{path} was changed since the run that wrote it: move it away, or choose another output_dir."
+                )
+
     def remove(self, folder: Path) -> None:
         """Remove the files in a folder, or below it, and the folders that they leave empty.
 
         Raises:
             InputError: when a mask among them was changed since; nothing is removed then.
         """
+        self.check_unchanged(folder)
         paths = self.below(folder)
-        for path in paths:
-            if self.changed(path):
-                raise InputError(
-                    f"{path} was changed since the run that wrote it: move it away, or choose another output_dir."
-                )
         last = [path for path in paths if path.parent == self.folder and path.name == "run.json"]
         for path in [*(path for path in paths if path not in last), *last]:
             if not path.is_dir() or path.is_symlink():

@@ -27,6 +27,7 @@ from shared_iopfl.federation.simulation import Federation
 from shared_iopfl.federation.updates import check_update
 from shared_iopfl.models.files import load_weights, model_path, save_atomically
 from shared_iopfl.utils.errors import InputError
+from shared_iopfl.utils.files import whole_file
 from shared_iopfl.utils.names import check_sites
 from shared_iopfl.utils.tables import read_rows
 
@@ -51,7 +52,10 @@ def collect(result: Path, output_dir: Path, federation: Federation, run: str | N
     state = read_state(found[-1], federation)
     if run is not None and state["run"] != run:  # of an earlier run in the same workspace
         return None
-    shutil.copytree(found[-1].parent, output_dir, dirs_exist_ok=True)
+    results = found[-1].parent
+    for path in sorted(path for path in results.rglob("*") if path.is_file()):
+        with whole_file(output_dir / path.relative_to(results)) as temporary:
+            shutil.copyfile(path, temporary)
     return state
 
 

@@ -30,6 +30,7 @@ from nvflare.recipe import PocEnv, ProdEnv, SimEnv
 
 from shared_iopfl.data.sites import site_cases
 from shared_iopfl.evaluation.personalised_verdict import print_personalised_verdict
+from shared_iopfl.evaluation.run.folder import claim, finish
 from shared_iopfl.evaluation.run.provenance import write_run
 from shared_iopfl.federation.flare.client import ENVIRONMENT
 from shared_iopfl.federation.flare.job import (
@@ -45,8 +46,8 @@ from shared_iopfl.federation.flare.server import CHECKPOINT, FAILURES, Rounds
 from shared_iopfl.models.architecture import write_architecture
 from shared_iopfl.models.files import model_path
 from shared_iopfl.report.run import print_table, write_report
+from shared_iopfl.utils.checks import check_values
 from shared_iopfl.utils.errors import InputError
-from shared_iopfl.utils.files import check_writable
 from shared_iopfl.utils.tables import read_rows
 
 __all__ = ["FlareRun", "federate", "publish_sites"]
@@ -70,7 +71,8 @@ class FlareRun:
         round_timeout: seconds after which a round goes on without those who have not answered; 0: wait for all.
         own_process: a site does each task in a process of its own. That takes longer, but one that dies costs its site
             the round, where else FLARE ends the whole job; and one that hangs ends with the round's time.
-        settings: any other key of ``federate.json`` or ``train.json``; ``resume`` goes on from ``flare.pt``.
+        settings: any other key of ``federate.json`` or ``train.json``; ``resume`` goes on from ``flare.pt``, and
+            ``overwrite`` starts afresh in a folder that such a run has used.
 
     Raises:
         InputError: where one of them is not as it must be, before anything starts.
@@ -92,6 +94,8 @@ class FlareRun:
         self.dataset_dir = None if dataset_dir is None else Path(dataset_dir).resolve()
         given = {**(settings or {}), "sites": checked_names(sites), "rounds": rounds}
         self.device = given.pop("device", None)
+        self.overwrite = given.pop("overwrite", False)
+        check_values({"overwrite": self.overwrite})
         self.federation, self.scoring, self.settings = describe(self.bundle, given)
         self.sites = self.federation.sites
         self.min_sites = self.federation.failures.min_sites
@@ -136,6 +140,7 @@ class FlareRun:
         self._begin()
         with self._recipe() as recipe:
             recipe.export(str(self.output_dir / "job"))
+            finish(self.output_dir)
             return self.output_dir / "job" / recipe.name
 
     def submit(self, startup_kit: str, username: str | None = None) -> Path:
@@ -170,8 +175,6 @@ class FlareRun:
                 how = {name: of[name] for name in ("fractions", "patient", "fold", "folds") if name in of}
                 site_cases(self.dataset_dir, site, part, of["split_seed"], **how)
         workspace = self.output_dir / "flare"
-        if self.federation.resume:
-            collect(workspace, self.output_dir, self.federation)  # what a run that was cut off has left
         self._begin()
         for variable in ENVIRONMENT.values():
             os.environ.pop(variable, None)  # they speak of one site; here the job names the paths of all
@@ -188,16 +191,15 @@ class FlareRun:
             raise InputError(f"not connected to FLARE: {', '.join(missing)}; start them, or leave them out of sites.")
 
     def _begin(self) -> None:
-        """Find the state to begin with, and write what is run."""
-        check_writable(self.output_dir)
-        path = self.output_dir / CHECKPOINT
-        earlier = sorted((self.output_dir / "models").glob("*.pt"))
-        if self.federation.resume and path.is_file():
-            self.state = read_state(path, self.federation)
-        elif earlier:
-            raise InputError(f"{earlier[0]} is of an earlier run: choose another output_dir, or move its models away.")
-        else:
-            self.state = first_state(self.bundle, self.federation)
+        """Take the folder, find the state to begin with, and write what is run."""
+        first = first_state(self.bundle, self.federation)  # where it cannot be built, an earlier run stays
+        path, resume = self.output_dir / CHECKPOINT, self.federation.resume
+        sites = {"sites": self.sites}
+        folder = claim("flare", self.output_dir, self.dataset_dir, sites, overwrite=self.overwrite, resume=resume)
+        folder.replaced = {path} if resume else set()  # it may have been copied there from the server's machine
+        if resume and self.dataset_dir is not None:
+            collect(self.output_dir / "flare", self.output_dir, self.federation)  # what a run that was cut off has left
+        self.state = read_state(path, self.federation) if resume and path.is_file() else first
         write_architecture(self.output_dir / "models", architecture_of(self.bundle, self.federation))
         settings = {**self.settings, "min_sites": self.min_sites, "engine": f"nvflare {version('nvflare')}"}
         here = [] if self.dataset_dir is None else self.sites
@@ -251,6 +253,7 @@ class FlareRun:
             score(self.scoring, self.output_dir, self.dataset_dir, self.sites, self.device)
         draw(self.output_dir)
         write_report(self.output_dir)
+        finish(self.output_dir)
         return Path(model_path(str(self.output_dir / "models")))
 
 
