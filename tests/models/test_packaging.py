@@ -32,7 +32,7 @@ from shared_iopfl.models.packaging import package, publish
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.tables import write_rows
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SETTINGS = {"features": 4, "image_size": 64, "rounds": 3, "alpha": 0.5}
 MACHINE = {"dataset_dir": "/hospital/scans", "device": "cpu"}
 

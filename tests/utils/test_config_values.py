@@ -33,7 +33,7 @@ from shared_iopfl.federation.simulation import Federation
 from shared_iopfl.utils.config_values import NAMES, PATHS, WORDS, Expression, as_value, as_values
 from shared_iopfl.utils.errors import InputError, root_input_error
 
-BUNDLES = Path(__file__).parents[1] / "bundles"
+BUNDLES = Path(__file__).parents[2] / "bundles"
 PROSTATE = BUNDLES / "prostate_iopfl"
 EVIL = "$__import__('os').system('touch PWNED')"
 HOSTILE = (EVIL, "$import os", "@bundle_root", "%/x.json#y", "%configs", "@#x", "a#b", "$'", "\\", "'\"#@$%", "\udcff")

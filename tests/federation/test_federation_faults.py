@@ -32,7 +32,7 @@ from shared_iopfl.models.files import load_weights
 from shared_iopfl.utils.errors import InputError, root_input_error
 from shared_iopfl.utils.tables import read_rows
 
-BUNDLE = Path(__file__).parents[1] / "bundles" / "prostate_iopfl"
+BUNDLE = Path(__file__).parents[2] / "bundles" / "prostate_iopfl"
 
 # ---- what is let in -------------------------------------------------------------------------------------------------
 

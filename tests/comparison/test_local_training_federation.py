@@ -39,7 +39,7 @@ def sites_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def federation(data: Path, folder: Path, resume: bool = False, **overrides: Any) -> Federation:
     tiny = {"image_size": 32, "features": 4, "device": "cpu", "passes": 2, "batch_size": 2, "slices_per_case": 2}
     quiet = {"verbose": False, "tensorboard": False, "save_checkpoints": False, "val_interval": 0}
-    bundle = str(Path(__file__).parents[1] / "bundles" / "prostate_iopfl")
+    bundle = str(Path(__file__).parents[2] / "bundles" / "prostate_iopfl")
     given_overrides = {"dataset_dir": str(data), **tiny, **quiet, **overrides}
     return Federation(bundle, ["A", "B"], 2, str(folder), overrides=given_overrides, val_interval=0, resume=resume)
 
