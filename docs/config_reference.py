@@ -71,6 +71,7 @@ SETTINGS = {
     # images
     "image_size": "side length in pixels that slices and photographs are resized to, from 16 to 2048",
     "normalise": "normalise intensities",
+    "soft_labels": "training targets are the share of a pixel that the label covers; false: the nearest label",
     "augment": "augment the training images",
     "slices": "neighbouring slices that form the channels of the input; odd",
     "coding": "meaning of the mask values: a name in `codings`, a dictionary of values, or one of these per site",

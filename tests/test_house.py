@@ -13,11 +13,14 @@
 from __future__ import annotations
 
 import ast
+import importlib
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+
+from docs import file_list
 
 PACKAGE = Path(__file__).parents[1] / "shared_iopfl"
 # a folder imports from itself and from the folders before it
@@ -88,3 +91,18 @@ def test_only_the_flare_folder_imports_nvflare() -> None:
         names += [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
         if path.parent.name != "flare":
             assert not any(name.split(".")[0] == "nvflare" for name in names), path
+
+
+def test_the_architecture_page_lists_every_file() -> None:
+    """``python docs/file_list.py`` renews it."""
+    page = (PACKAGE.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    assert file_list.renewed(page) == page
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["inferers.TestTimeRoutingInferer", "routing.route", "routing.collapse", "handlers.PersonalizationHandler"],
+)
+def test_public_names_are_imported_from_their_folder(name: str) -> None:
+    folder, attribute = name.split(".")
+    assert hasattr(importlib.import_module(f"shared_iopfl.{folder}"), attribute)

@@ -86,3 +86,17 @@ def dicom_series(
         itk.ImageFileWriter.New(image, FileName=str(folder / f"{name}{k}.dcm"), ImageIO=io).Update()
     locale.setlocale(locale.LC_ALL, category)
     return folder
+
+
+def dicom_report(path: Path, kind: str = "88.22") -> None:
+    """The header of a DICOM object without voxels, such as a structured report."""
+
+    def element(number: int, vr: str, value: bytes) -> bytes:
+        value += b"\0" * (len(value) % 2)
+        length = bytes(2) + len(value).to_bytes(4, "little") if vr == "OB" else len(value).to_bytes(2, "little")
+        return b"\x02\x00" + number.to_bytes(2, "little") + vr.encode() + length + value
+
+    what = f"1.2.840.10008.5.1.4.1.1.{kind}".encode()
+    meta = element(1, "OB", b"\0\1") + element(2, "UI", what) + element(3, "UI", b"1.9")
+    meta += element(0x10, "UI", b"1.2.840.10008.1.2.1")
+    path.write_bytes(bytes(128) + b"DICM" + element(0, "UL", len(meta).to_bytes(4, "little")) + meta)

@@ -20,8 +20,7 @@ import numpy as np
 import pytest
 from ignite.engine import Engine
 from site_folders import names, touch
-from test_dicom import report
-from tiny_scans import AFFINES, MASK, VALUES, nifti
+from tiny_scans import AFFINES, MASK, VALUES, dicom_report, nifti
 
 from shared_iopfl.data.scan_files import PICTURES, NotTaken, find_scans, not_taken
 from shared_iopfl.utils.errors import InputError
@@ -137,7 +136,7 @@ def test_every_kind_that_the_libraries_read_is_taken(tmp_path):
 
 
 def test_dicom_objects_without_voxels_are_no_slices(tmp_path):
-    report(tmp_path / "SR.dcm")
+    dicom_report(tmp_path / "SR.dcm")
     with pytest.raises(InputError, match=r"not taken: 1 DICOM objects without voxels \(SR\.dcm\)"):
         find_scans(tmp_path)
     touch(tmp_path, "IM0", content=DICOM)

@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.test_config_values import BUNDLES, start
 
 import shared_iopfl.utils.checks as checks
 from shared_iopfl.__main__ import prepare
 from shared_iopfl.utils.checks import RULES, check_values
 from shared_iopfl.utils.errors import InputError
-from tests.test_config_values import BUNDLES, start
 
 WRONG: dict[str, tuple[Any, ...]] = {
     "batch_size": (0, -1, 1.5, "4", True, None),

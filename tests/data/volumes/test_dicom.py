@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_scans import SERIES, dicom_series, rotation
+from tiny_scans import SERIES, dicom_report, dicom_series, rotation
 
 from shared_iopfl.data.loading import LoadCased
 from shared_iopfl.report.pictures import load_case
@@ -57,18 +57,6 @@ def without(folder: Path, *tags: bytes) -> Path:
     return folder
 
 
-def report(path: Path, kind: str = "88.22") -> None:
-    def element(number: int, vr: str, value: bytes) -> bytes:
-        value += b"\0" * (len(value) % 2)
-        length = bytes(2) + len(value).to_bytes(4, "little") if vr == "OB" else len(value).to_bytes(2, "little")
-        return b"\x02\x00" + number.to_bytes(2, "little") + vr.encode() + length + value
-
-    what = f"1.2.840.10008.5.1.4.1.1.{kind}".encode()
-    meta = element(1, "OB", b"\0\1") + element(2, "UI", what) + element(3, "UI", b"1.9")
-    meta += element(0x10, "UI", b"1.2.840.10008.1.2.1")
-    path.write_bytes(bytes(128) + b"DICM" + element(0, "UL", len(meta).to_bytes(4, "little")) + meta)
-
-
 def test_a_series_is_read_in_the_order_of_its_places(tmp_path):
     """Whatever the files' names, and with names of slices that sort otherwise."""
     folder = dicom_series(tmp_path / "s", SERIES)
@@ -89,14 +77,14 @@ def test_another_text_for_the_thickness_makes_no_other_series(tmp_path, noise):
 @pytest.mark.parametrize("name", ["SR.dcm", "0000", "zzz"])
 def test_objects_without_voxels_are_passed_over_by_name(tmp_path, caplog, kind, name):
     folder = dicom_series(tmp_path / "s", SERIES)
-    report(folder / name, kind)
+    dicom_report(folder / name, kind)
     good(folder)
     assert any(name in record.getMessage() for record in caplog.records)
 
 
 def test_a_folder_of_reports_is_no_scan(tmp_path):
     (tmp_path / "s").mkdir()
-    report(tmp_path / "s" / "SR.dcm")
+    dicom_report(tmp_path / "s" / "SR.dcm")
     refused(tmp_path / "s", r"no DICOM images, only reports or the like \(SR\.dcm\)")
 
 
