@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The list of files in ``architecture.md``, from the first lines of the modules; run as a script, it renews the list."""
+"""The list of files in ``architecture.md``, from the first lines of modules; run as a script, it renews the list."""
 
 from __future__ import annotations
 
