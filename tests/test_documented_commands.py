@@ -53,7 +53,7 @@ ELSEWHERE = {
     "configs/compare.json": ("tests/bundles/test_compare.py", 'run_config(\n        "compare"'),
 }
 ELSEWHERE_PAGES = {
-    "flare.md": "tests/test_flare_processes.py",
+    "flare.md": "tests/federation/flare/test_flare_processes.py",
     "monailabel.md": "tests/test_monailabel.py",
     "global_model.md": "tests/bundles/test_compare.py",
     "verdicts.md": "tests/test_benchmarks.py",

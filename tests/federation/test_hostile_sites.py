@@ -23,9 +23,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from shared_iopfl.federation import updates
 from shared_iopfl.federation.averaging import AVERAGES, average_updates, weighted_average
 from shared_iopfl.federation.results import trust_scores
-from shared_iopfl.federation.simulation import Federation, updates
+from shared_iopfl.federation.simulation import Federation
 from shared_iopfl.federation.updates import accepted_norms, check_update, far_off, update_norm
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.tables import read_rows

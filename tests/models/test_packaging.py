@@ -26,7 +26,8 @@ import torch
 from monai.bundle import ConfigParser
 
 from shared_iopfl.__main__ import main
-from shared_iopfl.models.files import load_experts, load_scores, load_weights, packaging, save_atomically
+from shared_iopfl.models import packaging
+from shared_iopfl.models.files import load_experts, load_scores, load_weights, save_atomically
 from shared_iopfl.models.manifest import check_manifest, release
 from shared_iopfl.models.packaging import package, publish
 from shared_iopfl.utils.errors import InputError

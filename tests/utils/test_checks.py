@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.test_config_values import BUNDLES, start
+from config_start import BUNDLES, start
 
 import shared_iopfl.utils.checks as checks
 from shared_iopfl.__main__ import prepare

@@ -21,9 +21,10 @@ from typing import Any
 
 import pytest
 import torch
+from config_start import BUNDLES, PROSTATE, start
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from monai.bundle import ConfigParser, ConfigWorkflow
+from monai.bundle import ConfigParser
 
 from shared_iopfl.data.sites import list_sites
 from shared_iopfl.evaluation.scoring import Scoring
@@ -33,8 +34,6 @@ from shared_iopfl.federation.simulation import Federation
 from shared_iopfl.utils.config_values import NAMES, PATHS, WORDS, Expression, as_value, as_values
 from shared_iopfl.utils.errors import InputError, root_input_error
 
-BUNDLES = Path(__file__).parents[2] / "bundles"
-PROSTATE = BUNDLES / "prostate_iopfl"
 EVIL = "$__import__('os').system('touch PWNED')"
 HOSTILE = (EVIL, "$import os", "@bundle_root", "%/x.json#y", "%configs", "@#x", "a#b", "$'", "\\", "'\"#@$%", "\udcff")
 
@@ -76,17 +75,6 @@ def test_our_own_expressions_are_evaluated_and_dictionaries_of_others_build_noth
     assert read_back(Expression("$1 + 1")) == 2
     with pytest.raises(InputError, match=r"_target_ 'os.getcwd' would be built"):
         as_values({"features": [{"_target_": "os.getcwd"}]})
-
-
-def start(config: str = "inference", typed: tuple[str, ...] = (), bundle: Path = PROSTATE, **overrides: Any) -> Any:
-    """A bundle after its first steps, as `monai.bundle run` would start it; `typed` on the command line besides."""
-    workflow = ConfigWorkflow(
-        str(bundle / "configs" / f"{config}.json"),
-        logging_file=False,
-        **{"bundle_root": str(bundle), "output_dir": "out", **overrides},
-    )
-    workflow.initialize()
-    return workflow.parser
 
 
 def line(**options: Any) -> str:
