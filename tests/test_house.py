@@ -129,3 +129,16 @@ def test_all_names_of_version_0_1_lead_to_a_module() -> None:
     (finder,) = [found for found in sys.meta_path if type(found).__name__ == "_MovedModules"]
     for new in finder.new_names.values():  # type: ignore[attr-defined]
         assert (PACKAGE.parent / f"{new.replace('.', '/')}.py").is_file(), new
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_what_is_public_has_a_docstring(path: Path) -> None:
+    def lacking(node: ast.Module | ast.ClassDef) -> Iterator[str]:
+        for child in node.body:
+            if isinstance(child, ast.FunctionDef | ast.ClassDef) and not child.name.startswith("_"):
+                if ast.get_docstring(child) is None:
+                    yield f"{child.name}, line {child.lineno}"
+                if isinstance(child, ast.ClassDef):
+                    yield from lacking(child)
+
+    assert not list(lacking(parsed(path)))

@@ -72,6 +72,7 @@ class Contest:
 
     @property
     def dice(self) -> RoleScores:
+        """The Dice scores of this role."""
         return self.metrics["dice"]
 
     @property

@@ -73,6 +73,7 @@ class Trainings:
     def federate(
         self, sites: Sequence[str], seed: int, run: Path, overrides: Mapping[str, Any], **options: Any
     ) -> Federation:
+        """Run a federation over some sites, or what is left of it, and return it."""
         server = {"server_momentum": overrides.get("server_momentum", self.server_momentum)}
         overrides = {key: value for key, value in overrides.items() if key not in server}
         federation = Federation(

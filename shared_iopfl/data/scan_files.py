@@ -102,6 +102,7 @@ class NotTaken:
         self.line = not_taken(dataset_dir, pictures) if Path(dataset_dir).is_dir() else ""
 
     def attach(self, engine: Engine) -> None:
+        """Register the handlers with an ignite engine."""
         engine.add_event_handler(Events.COMPLETED, self)
         engine.add_event_handler(Events.EXCEPTION_RAISED, self)
 

@@ -124,14 +124,17 @@ class CaseRecorder:
         self.cases: list[dict[str, Any]] = []
 
     def attach(self, engine: Engine) -> None:
+        """Register the handlers with an ignite engine."""
         engine.add_event_handler(Events.STARTED, self.start)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.record)
         engine.add_event_handler(Events.COMPLETED, self.write)
 
     def start(self, engine: Engine) -> None:
+        """Forget the cases of an earlier run of the engine."""
         self.metrics, self.cases = [], []
 
     def record(self, engine: Engine) -> None:
+        """Score the case of this iteration."""
         state: Any = engine.state  # decollated lists by now, which ignite's types do not know
         for batch, output in zip(state.batch, state.output):
             case = {**self.labels, "case": batch["case"]}
@@ -150,6 +153,7 @@ class CaseRecorder:
             )
 
     def write(self, engine: Engine) -> None:
+        """Write the rows of all cases into ``metrics.csv`` and ``cases.csv``."""
         same = ("site", "role", "model")
         replace_rows(self.output_dir / "metrics.csv", METRICS, self.metrics, same)
         replace_rows(self.output_dir / "cases.csv", CASES, self.cases, same)
@@ -181,6 +185,7 @@ class OutputWriter:
         self.transforms = [transform for transform in transforms if transform is not None]  # None: disabled in a config
 
     def attach(self, engine: Engine) -> None:
+        """Register the handlers with an ignite engine."""
         engine.add_event_handler(Events.ITERATION_COMPLETED, self)
 
     def __call__(self, engine: Engine) -> None:
@@ -209,13 +214,16 @@ class MeasureRecorder:
         self.file: GrowingFile
 
     def attach(self, engine: Engine) -> None:
+        """Register the handlers with an ignite engine."""
         engine.add_event_handler(Events.STARTED, self.start)
         attach_served(engine, self.record, lambda: self.file.take_back())
 
     def start(self, engine: Engine) -> None:
+        """Forget the rows of an earlier run of the engine."""
         self.file = GrowingFile(self.output_dir / "measures.csv", csv_text(self.columns, []))
 
     def record(self, engine: Engine) -> None:
+        """Measure the mask of this iteration."""
         state: Any = engine.state
         rows = []
         for batch, output in zip(state.batch, state.output):
@@ -238,15 +246,18 @@ class RoutesRecorder:
         self.files: list[GrowingFile] = []
 
     def attach(self, engine: Engine) -> None:
+        """Register the handlers with an ignite engine."""
         engine.add_event_handler(Events.STARTED, self.start)
         attach_served(engine, self.record, self.take_back)
         engine.add_event_handler(Events.COMPLETED, self.write)
 
     def start(self, engine: Engine) -> None:
+        """Forget the routes of an earlier run of the engine."""
         self.cases, self.newest, self.files = {}, [], []
         self.inferer.reports.clear()
 
     def record(self, engine: Engine) -> None:
+        """Take the inferer's report on the scan of this iteration."""
         state: Any = engine.state
         self.newest = []
         for batch, output in zip(state.batch, state.output):
@@ -271,6 +282,7 @@ class RoutesRecorder:
         summary.add(",\n".join(f"{json_text(case)}: {json_text(_summary(report))}" for case, report in cases.items()))
 
     def take_back(self) -> None:
+        """Remove the row of the last scan, whose mask could not be written."""
         for case in self.newest:
             del self.cases[case]
         for file in self.files if self.newest else ():
@@ -278,6 +290,7 @@ class RoutesRecorder:
         self.newest = []
 
     def write(self, engine: Engine) -> None:
+        """Write ``routes.json`` and ``routes.csv``."""
         write_routes(self.cases, self.output_dir)
 
 
@@ -343,6 +356,7 @@ class SiteFitter:
         self.image_key = image_key
 
     def attach(self, engine: Engine) -> None:
+        """Register the handlers with an ignite engine."""
         if self.inferer.mode == "site":
             engine.add_event_handler(Events.STARTED, self)
 
@@ -380,15 +394,18 @@ class Progress:
         self.bar: Any = None
 
     def attach(self, engine: Engine) -> None:
+        """Register the handlers with an ignite engine."""
         engine.add_event_handler(Events.STARTED, self.start)
         engine.add_event_handler(Events.ITERATION_COMPLETED, lambda _: self.bar.update())
         engine.add_event_handler(Events.COMPLETED, lambda _: self.bar.close())
         engine.add_event_handler(Events.EXCEPTION_RAISED, self.fail)
 
     def start(self, engine: Engine) -> None:
+        """Show an empty bar."""
         self.bar = tqdm(total=len(engine.state.dataloader), desc=self.description, unit="scan")  # type: ignore[arg-type]
 
     def fail(self, engine: Engine, error: BaseException) -> None:
+        """Close the bar and raise the error."""
         if self.bar is not None:
             self.bar.close()  # so that the error gets a line of its own
         raise error

@@ -58,10 +58,12 @@ class ReviewRecorder:
         self.newest: list[str] = []  # the cases of this iteration
 
     def attach(self, engine: Engine) -> None:
+        """Register the handlers with an ignite engine."""
         engine.add_event_handler(Events.STARTED, lambda _: self.reports.clear())
         attach_served(engine, self.record, self.take_back)
 
     def record(self, engine: Engine) -> None:
+        """Note the quality of the mask of this iteration."""
         state: Any = engine.state
         self.newest = []
         for batch, output in zip(state.batch, state.output):
@@ -73,6 +75,7 @@ class ReviewRecorder:
             self.write()
 
     def take_back(self) -> None:
+        """Remove the row of the last scan, whose mask could not be written."""
         for case in self.newest:
             del self.reports[case]
         if self.newest:
@@ -81,6 +84,7 @@ class ReviewRecorder:
         self.newest = []
 
     def write(self) -> None:
+        """Write ``review.csv``, the masks to look at first on top."""
         usual = getattr(self.inferer, "usual_shift", 0)  # a method next to ours knows none
         rows = review_rows(self.reports, 2 * usual or math.inf)
         if rows:

@@ -63,6 +63,7 @@ class Failure(NamedTuple):
 
     @classmethod
     def of(cls, case: str | None, file: Any, error: Exception) -> Failure:
+        """The failure of one case, with the reason in one line."""
         cause = root_input_error(error)
         if cause is not None:
             line = " ".join(str(cause).split())
@@ -138,6 +139,7 @@ class ScanWriter(OutputWriter):
     """An `OutputWriter` at work within the iteration, so that a scan whose mask cannot be written fails alone."""
 
     def attach(self, engine: Any) -> None:
+        """Register the handlers with an ignite engine."""
         engine.add_event_handler(IterationEvents.MODEL_COMPLETED, self)
 
 
@@ -183,6 +185,7 @@ class TolerantEvaluator(SupervisedEvaluator):
 
     @property
     def failed_csv(self) -> Path:
+        """The table of the scans that failed."""
         return self.output_dir / "failed.csv"
 
     def run(self, global_epoch: int = 1) -> None:  # type: ignore[override]

@@ -218,6 +218,7 @@ class SiteClient:
         ]
 
     def state_dict(self) -> dict[str, Any]:
+        """The state to be kept in a checkpoint."""
         trainer: Any = self.algo.trainer
         kept = {name: item.state_dict() for name, item in self.kept.items()}
         scaler = getattr(trainer, "scaler", None)
@@ -229,6 +230,7 @@ class SiteClient:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore a state from :meth:`state_dict`."""
         trainer: Any = self.algo.trainer
         for engine in (trainer, self.algo.evaluator):
             # where a run raised, ignite keeps it as begun: the next one would end at once, having trained nothing

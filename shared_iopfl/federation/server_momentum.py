@@ -72,7 +72,9 @@ class ServerMomentum:
         return following
 
     def state_dict(self) -> dict[str, Any]:
+        """The state to be kept in a checkpoint."""
         return {"velocity": dict(self.velocity)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore a state from :meth:`state_dict`."""
         self.velocity = dict(state["velocity"])

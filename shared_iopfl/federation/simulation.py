@@ -148,10 +148,12 @@ class Federation:
 
     @property
     def checkpoint(self) -> Path:
+        """The path of the newest checkpoint."""
         return self.output_dir / "federation.pt"
 
     @property
     def previous(self) -> Path:
+        """The path of the checkpoint before."""
         return self.output_dir / "federation_previous.pt"
 
     def start(self) -> None:

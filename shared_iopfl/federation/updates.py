@@ -178,6 +178,7 @@ class Failures:
         return {row["site"]: row["reason"] for row in self.rows if row["round"] == number}
 
     def resume(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Take over the failures of a checkpoint."""
         self.rows = [dict(row) for row in rows]
 
     def write(self, path: Path) -> None:

@@ -65,13 +65,16 @@ class ProximalHandler:
         self.mu = _not_negative(mu, "proximal")
 
     def attach(self, engine: Engine) -> None:
+        """Register the handlers with an ignite engine."""
         engine.add_event_handler(Events.STARTED, self.start)
         engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self.add)
 
     def start(self, engine: Engine) -> None:
+        """Keep the global weights, which the round begins with."""
         self.anchor = _Anchor(self.network)
 
     def add(self, engine: Engine) -> None:
+        """Add the proximal term to the loss of this iteration."""
         # the weights are in full precision, under AMP too, and so is the sum
         output: Any = engine.state.output
         output[Keys.LOSS] = output[Keys.LOSS] + self.mu * self.anchor.distance(self.network)
@@ -98,13 +101,16 @@ class LocalNormsHandler:
         self.norms: dict[str, Tensor] = {}  # none before the first round is over: it begins with the global ones
 
     def attach(self, engine: Engine) -> None:
+        """Register the handlers with an ignite engine."""
         engine.add_event_handler(Events.STARTED, self.restore)
         engine.add_event_handler(Events.COMPLETED, self.keep)
 
     def restore(self, engine: Engine) -> None:
+        """Put the site's own norm layers into the network."""
         self.network.load_state_dict(self.norms, strict=False)
 
     def keep(self, engine: Engine) -> None:
+        """Keep the norm layers of the network as the site's own."""
         state = self.network.state_dict()
         self.norms = {name: state[name].detach().clone() for name in self.names}
 
@@ -114,9 +120,11 @@ class LocalNormsHandler:
         return {**personal, **{key: tensor.to(personal[key], copy=True) for key, tensor in self.norms.items()}}
 
     def state_dict(self) -> dict[str, Any]:
+        """The state to be kept in a checkpoint."""
         return {"norms": self.norms}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore a state from :meth:`state_dict`."""
         self.norms = {key: tensor.clone() for key, tensor in state["norms"].items()}
 
 
@@ -148,11 +156,13 @@ class DittoHandler:
         self.begun = False
 
     def attach(self, engine: Engine) -> None:
+        """Register the handlers with an ignite engine."""
         engine.add_event_handler(Events.STARTED, self.start)
         # the last event at which the batch is whole: MONAI takes it apart when the iteration is over
         engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self.step)
 
     def start(self, engine: Engine) -> None:
+        """Keep the global weights as the anchor of the personalised model."""
         self.anchor = _Anchor(self.network)
         if not self.begun:
             self.model.load_state_dict(self.network.state_dict())
@@ -162,6 +172,7 @@ class DittoHandler:
         self.scaler = torch.amp.GradScaler(enabled=amp)  # a new one each round, as the trainer's
 
     def step(self, engine: Any) -> None:
+        """Take one step with the personalised model on the batch of this iteration."""
         output = engine.state.output
         for own, trained in zip(self.optimizer.param_groups, engine.optimizer.param_groups):
             own["lr"] = trained["lr"]
@@ -178,9 +189,11 @@ class DittoHandler:
         return {key: tensor.detach().cpu().clone() for key, tensor in self.model.state_dict().items()}
 
     def state_dict(self) -> dict[str, Any]:
+        """The state to be kept in a checkpoint."""
         return {"begun": self.begun, "model": self.model.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore a state from :meth:`state_dict`."""
         self.begun = bool(state["begun"])
         self.model.load_state_dict(state["model"])
 

@@ -99,6 +99,7 @@ class NormStatisticsHandler:
         self._hooks: list[Any] = []
 
     def attach(self, engine: Engine) -> None:
+        """Register the handlers with an ignite engine."""
         if self.statistics == "batch":
             return
         engine.add_event_handler(Events.EPOCH_STARTED, self.start)
@@ -118,6 +119,7 @@ class NormStatisticsHandler:
             ]
 
     def draw(self, engine: Engine) -> None:
+        """Draw the share of the global statistics for this iteration."""
         half, share = torch.rand(2, generator=self.generator).tolist()
         self.share = 1.0 if half < 0.5 else share
 
@@ -128,6 +130,7 @@ class NormStatisticsHandler:
         self._hooks = []
 
     def fail(self, engine: Engine, error: Exception) -> None:
+        """Remove the hooks and raise the error."""
         self.stop(engine)
         raise error
 

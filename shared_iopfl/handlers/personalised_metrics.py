@@ -52,6 +52,7 @@ class PersonalisedMetrics:
         self.postprocessing = postprocessing
 
     def attach(self, engine: SupervisedEvaluator) -> None:
+        """Register the handlers with an ignite engine."""
         # a new dictionary each time: `MonaiAlgo` hands out the engine's own, which the next round would change
         engine.add_event_handler(Events.STARTED, lambda engine: setattr(engine.state, "metrics", {}))
         engine.add_event_handler(Events.COMPLETED, self)

@@ -125,6 +125,7 @@ class PersonalizationHandler(EMAHandler):
         return {"count": self.count, "model": self.ema_model.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore a state from :meth:`state_dict`."""
         self.count = int(state["count"])
         self.ema_model.load_state_dict(state["model"])
 
@@ -133,6 +134,7 @@ class OneLineStatsHandler(StatsHandler):
     """MONAI's `StatsHandler`, which logs no traceback of an error that ends the run in one line anyway."""
 
     def exception_raised(self, engine: Engine, e: Exception) -> None:
+        """Log an error of the input as one line, and raise it."""
         if root_input_error(e) is not None:
             raise e
         super().exception_raised(engine, e)
@@ -154,10 +156,12 @@ class RoundHandler:
         self.seed = seed
 
     def attach(self, engine: Engine) -> None:
+        """Register the handlers with an ignite engine."""
         engine.add_event_handler(Events.STARTED, self.start)
         engine.add_event_handler(Events.COMPLETED, self.forget)
 
     def start(self, engine: Engine) -> None:
+        """Begin a round: seed shuffling and augmentation, forget the moments of the optimiser."""
         seed = int(np.random.SeedSequence((self.seed, engine.state.epoch)).generate_state(1)[0])
         loader: Any = engine.state.dataloader
         if getattr(loader, "generator", None) is not None:
@@ -166,5 +170,6 @@ class RoundHandler:
         self.forget(engine)
 
     def forget(self, engine: Engine) -> None:
+        """Forget the moments of the optimiser."""
         if self.optimizer is not None:
             self.optimizer.state.clear()

@@ -105,6 +105,7 @@ class ViewsInferer(ScanInferer):
         self.views = ViewSampler(tuple(flips), rotations)
 
     def predict(self, stack: Tensor, network: nn.Module) -> Tensor:
+        """Logits (N, C, *spatial) of a stack of network inputs (N, C_in, *spatial)."""
         plain = copy_network(network).eval()
         views = self.views.all(is_square(stack))
         return mean_prediction([view.undo(self._forward(view.apply(stack), plain)) for view in views], self.output)
@@ -123,6 +124,7 @@ class EnsembleInferer(ScanInferer):
         self.experts = dict(experts or {})
 
     def predict(self, stack: Tensor, network: nn.Module) -> Tensor:
+        """Logits (N, C, *spatial) of a stack of network inputs (N, C_in, *spatial)."""
         return mean_prediction(self._each(stack, network), self.output)
 
     def _space(self, network: nn.Module) -> dict[str, Mapping[str, Tensor]]:
@@ -158,6 +160,7 @@ class DaWinInferer(EnsembleInferer):
         self.temperature = temperature
 
     def predict(self, stack: Tensor, network: nn.Module) -> Tensor:
+        """Logits (N, C, *spatial) of a stack of network inputs (N, C_in, *spatial)."""
         outputs = self._each(stack, network)
         doubt = torch.stack([entropy(probabilities(logits, self.output), self.output) for logits in outputs])
         routes = torch.softmax(-doubt / self.temperature, dim=0)
@@ -181,6 +184,7 @@ class BatchStatisticsInferer(ScanInferer):
         self.adapt_slices = adapt_slices
 
     def predict(self, stack: Tensor, network: nn.Module) -> Tensor:
+        """Logits (N, C, *spatial) of a stack of network inputs (N, C_in, *spatial)."""
         return self._forward(stack, self.adapted(stack, network))
 
     def adapted(self, stack: Tensor, network: nn.Module) -> nn.Module:

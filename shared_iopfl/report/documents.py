@@ -37,9 +37,11 @@ class Heading:
     level: int = 2
 
     def markdown(self) -> str:
+        """The element as Markdown."""
         return f"{'#' * self.level} {_plain(self.text)}"
 
     def html(self) -> str:
+        """The element as HTML."""
         return f"<h{self.level}>{escape(self.text)}</h{self.level}>"
 
 
@@ -51,9 +53,11 @@ class Text:
     kind: str = ""
 
     def markdown(self) -> str:
+        """The element as Markdown."""
         return _plain(self.text)
 
     def html(self) -> str:
+        """The element as HTML."""
         return f"<p{self.kind and f' class={self.kind}'}>{escape(self.text)}</p>"
 
 
@@ -64,9 +68,11 @@ class Bullets:
     items: Sequence[tuple[str, str]]
 
     def markdown(self) -> str:
+        """The element as Markdown."""
         return "\n".join(f"- **{_plain(what)}**: {_plain(text)}" for what, text in self.items)
 
     def html(self) -> str:
+        """The element as HTML."""
         items = "".join(f"<li><b>{escape(what)}</b>: {escape(text)}</li>" for what, text in self.items)
         return f"<ul>{items}</ul>"
 
@@ -98,6 +104,7 @@ class Table:
     rows: Sequence[Row]
 
     def markdown(self) -> str:
+        """The element as Markdown."""
         lines = [[_plain(head) for head in self.heads], ["---"] + ["---:"] * (len(self.heads) - 1)]
         for row in self.rows:
             mark = "*" if row.italic else "**" if row.marked else ""
@@ -108,6 +115,7 @@ class Table:
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
     def html(self) -> str:
+        """The element as HTML."""
         heads = "".join(f"<th>{pages.breakable(head)}</th>" for head in self.heads)
         lines = [f"<tr>{heads}</tr>"]
         for row in self.rows:

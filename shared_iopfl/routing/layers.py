@@ -82,6 +82,7 @@ class RoutedLayer(nn.Module):
             raise AttributeError(f"the routed layer '{self.__dict__.get('name', '')}' has no '{name}'") from None
 
     def forward(self, inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The output of the layer with the mixed weights."""
         routes = self.routes(inputs)
         self.last_routes = routes.detach().mean(0)
         return self.compute(self.mix(routes), inputs, *args, **kwargs)
@@ -153,6 +154,7 @@ class RoutedBatchNorm(RoutedLayer):
 
     @property
     def eps(self) -> float:
+        """The epsilon of the batch norm."""
         return float(getattr(self.layer, "eps"))  # noqa: B009 (mypy takes a module's attributes for tensors)
 
     @property
@@ -162,10 +164,12 @@ class RoutedBatchNorm(RoutedLayer):
 
     @property
     def unblendable(self) -> str | None:
+        """Why statistics of the images cannot be blended in; None where they can."""
         tracked = getattr(self.layer, "running_mean", None) is not None
         return "is used more than once in a forward" if tracked and self.calls > 1 else None
 
     def compute(self, weights: dict[str, Tensor], inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Normalise with mixed weights and with running, own or blended statistics."""
         self.calls += 1
         wide = inputs if inputs.dtype == torch.float64 else inputs.float()
         mean = weights.get("running_mean")

@@ -67,6 +67,7 @@ class RoutedNetwork(nn.Module):
         self.eval()
 
     def forward(self, inputs: Tensor) -> Tensor:
+        """The output of the network under the current routes."""
         for layer in self._norms:
             layer.calls = 0
         if len(inputs) == 1 or inputs.device.type != "cpu" or torch.is_grad_enabled() or not self._samples_apart():

@@ -24,7 +24,7 @@ from config_start import BUNDLES, start
 import shared_iopfl.utils.checks as checks
 from shared_iopfl.__main__ import prepare
 from shared_iopfl.utils.checks import RULES, check_values
-from shared_iopfl.utils.errors import InputError
+from shared_iopfl.utils.errors import InputError, root_input_error
 
 WRONG: dict[str, tuple[Any, ...]] = {
     "batch_size": (0, -1, 1.5, "4", True, None),
@@ -92,3 +92,15 @@ def test_every_config_checks_every_hyper_parameter_that_it_has(
 def test_prepare_checks_its_seed(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"^split_seed must be"):
         prepare(str(tmp_path), split_seed=-1)
+
+
+@pytest.mark.parametrize("config", ["inference", "evaluate", "train"])
+@pytest.mark.parametrize("bundle", ["prostate_iopfl", "fundus_iopfl"])
+def test_a_manifest_s_values_are_checked_as_settings_are(bundle: str, config: str, tmp_path: Path) -> None:
+    manifest = json.loads((BUNDLES / bundle / "models" / "manifest.json").read_text())
+    manifest["architecture"]["image_size"] = 9999
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    given = {} if config == "inference" else {"site": "A"}
+    with pytest.raises((InputError, RuntimeError)) as raised:
+        start(config, bundle=BUNDLES / bundle, ckpt_dir=str(tmp_path), dataset_dir=str(tmp_path), **given)
+    assert "manifest.json has image_size 9999" in str(root_input_error(raised.value))

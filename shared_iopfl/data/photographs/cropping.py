@@ -146,6 +146,7 @@ class CropToDiscd(MapTransform, InvertibleTransform):
         return d
 
     def inverse(self, data: Mapping[Hashable, MetaTensor]) -> dict[Hashable, MetaTensor]:
+        """Undo the crop: pad with zeros back to the pixels of the photograph."""
         d = dict(data)
         for key in self.key_iterator(d):
             d[key] = self.cropper.inverse(d[key])

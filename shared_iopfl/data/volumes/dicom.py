@@ -66,6 +66,7 @@ class DicomReader(ITKReader):
     """
 
     def read(self, data: Any, **kwargs: Any) -> Any:
+        """Open the series of a folder, or the one that a file belongs to."""
         path = Path(ensure_tuple(data)[0])
         itk = import_itk(path)
         files = _images(path) if path.is_dir() else [path]

@@ -78,6 +78,7 @@ class RunFolder:
         self._found = {path for path in folder.rglob("*") if path not in self.written} if kind == "flare" else set()
 
     def check(self, target: Path) -> None:
+        """Raise `InputError` where writing to `target` would replace a file of another origin."""
         path = Path(os.path.abspath(target))
         if self._is_kept(path) and os.path.lexists(path) and path not in self.written and path not in self.replaced:
             raise InputError(
@@ -86,6 +87,7 @@ class RunFolder:
             )
 
     def note(self, target: Path, content: Path) -> None:
+        """List a file that the run is about to write; `content` holds what will be in it."""
         path = Path(os.path.abspath(target))
         if self._is_kept(path):
             self.begin()
@@ -99,6 +101,7 @@ class RunFolder:
 
     @property
     def has_begun(self) -> bool:
+        """Whether the files of an earlier run, if there were any, are removed."""
         return self._outdated is None
 
     def begin(self) -> None:
@@ -132,6 +135,7 @@ class RunFolder:
             write_json(self.folder / RUN, {**run, "status": "finished"})
 
     def release(self) -> None:
+        """List the last files and release the lock."""
         if self in keepers:
             keepers.remove(self)
             with suppress(OSError):  # the disk is full

@@ -74,6 +74,7 @@ class FolderLock:
             return False
 
     def release(self) -> None:
+        """Release the lock of the folder."""
         if self._file is not None:
             self.path.unlink(missing_ok=True)
             self._file.close()

@@ -91,6 +91,7 @@ class InferenceRecorder:
         self.ckpt_dir = Path(ckpt_dir)
 
     def attach(self, engine: Engine) -> None:
+        """Register the handlers with an ignite engine."""
         engine.add_event_handler(Events.COMPLETED, self)
 
     def __call__(self, engine: Engine) -> None:

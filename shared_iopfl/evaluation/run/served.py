@@ -51,6 +51,7 @@ class GrowingFile:
         self.ends: list[int] = []  # of the last two entries at most, in bytes
 
     def add(self, entry: str) -> None:
+        """Append an entry and write the file anew."""
         if not self.ends:
             write_text(self.path, self.head + entry + self.tail)
             self.ends = [len(self.head.encode()), len((self.head + entry).encode())]

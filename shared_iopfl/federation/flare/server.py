@@ -74,6 +74,7 @@ class ServerFiles(ModelPersistor):
 
     @property
     def round(self) -> int:
+        """The number of the last finished round."""
         return self.state["round"]
 
     def counted(self) -> dict[str, int]:
@@ -82,6 +83,7 @@ class ServerFiles(ModelPersistor):
         return {row["site"]: row["round"] for row in local}
 
     def load_model(self, fl_ctx: FLContext) -> ModelLearnable:
+        """Load the global model that the next round begins with (FLARE's persistor interface)."""
         fobs.register(TensorDecomposer)  # weights cross the wire as tensors, of whatever precision they are
         folder = fl_ctx.get_engine().get_workspace().get_app_custom_dir(fl_ctx.get_job_id())
         self.state = torch.load(Path(folder) / CHECKPOINT, map_location="cpu", weights_only=True)
@@ -90,6 +92,7 @@ class ServerFiles(ModelPersistor):
         return make_model_learnable(weights=self.state["weights"], meta_props={})
 
     def save_model(self, model: ModelLearnable, fl_ctx: FLContext) -> None:
+        """Write the checkpoint of a finished round (FLARE's persistor interface)."""
         weights = model[ModelLearnableKey.WEIGHTS]
         tables = {"history": self.history, "failures": self.failures}
         following = {"round": self.round + 1, "weights": weights, "server": self.server.state_dict()}
@@ -122,6 +125,7 @@ class ServerFiles(ModelPersistor):
         save_atomically(self.state, self._folder(fl_ctx) / CHECKPOINT)
 
     def save_tables(self, fl_ctx: FLContext) -> None:
+        """Write the tables of the run."""
         write_rows(self._folder(fl_ctx) / "history.csv", HISTORY, self.history)
         if self.failures:
             write_rows(self._folder(fl_ctx) / FAILURES, ("round", "site", "reason"), self.failures)
@@ -186,6 +190,7 @@ class Rounds(ModelController):
         self._answered: list[str] = []  # in this round, with whatever update
 
     def run(self) -> None:
+        """Run the rounds that are left (FLARE's controller interface)."""
         model = self.load_model()
         model.total_rounds = self.rounds
         self.persistor.server = server = ServerMomentum(self.server_momentum)

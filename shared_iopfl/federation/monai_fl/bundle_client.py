@@ -88,8 +88,10 @@ class OwnModels:
             check_training(ckpt_dir, self.architecture, self.names)
 
     def attach(self, engine: Engine) -> None:
+        """Register the handlers with an ignite engine."""
         engine.add_event_handler(Events.STARTED, self.start)
 
     def start(self, engine: Engine) -> None:
+        """Take back the published state of the models to be replaced, and write the architecture."""
         release(self.ckpt_dir, self.names)
         write_architecture(self.ckpt_dir, self.architecture)
