@@ -29,7 +29,7 @@ LEARNT = {"steps": 3, "learning_rate": 0.1, "agreement": 0.0, "consistency": 0.0
 
 
 def routing(name: str = "default", overrides: Mapping[str, Any] | None = None, **kwargs: Any) -> TestTimeRoutingInferer:
-    """Running statistics unless told otherwise: most properties are about routes, not about the shift dial."""
+    """Running statistics unless told otherwise: most properties are about routes, not about the usual shift."""
     if name in ("default", "adapted"):
         overrides = {"statistics": 0.0, **(overrides or {})}
     return TestTimeRoutingInferer(experts(2), settings=preset(name, overrides), **{"flips": [0], **kwargs})

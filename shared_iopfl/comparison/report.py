@@ -41,8 +41,8 @@ BOUNDS = ("labelled routes", POOLED)
 _USE = "Figures are foreground Dice of held-out patients. For research use only, not for diagnosis."
 
 _SHIFT = (
-    "The shift is the scan's distance from the experts, as the method measures it without labels. A dial that works "
-    "gains where the shift is large and stays at 0 where there is none."
+    "The shift is the scan's distance from the experts, as the method measures it without labels. Routing that works "
+    "gains where the shift is large, and changes nothing where there is none."
 )
 
 

@@ -92,7 +92,7 @@ class SiteClient:
         self.kept: dict[str, Any] = {name: item for name, item in state.items() if item is not None}
 
     def _name_all(self, error: Exception) -> None:
-        """Where training cases are at fault, look at those for validation too: all are to be mended at once."""
+        """Where training cases cannot be read, check those for validation as well, so that one error names all."""
         fault = root_input_error(error)
         if fault is None or self.algo.eval_workflow is not None:
             return

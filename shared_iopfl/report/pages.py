@@ -81,6 +81,6 @@ def breakable(name: str) -> str:
 
 
 def without_path(text: str) -> str:
-    """Text up to its first file path: paths can name patients and machines, and are nobody's business in a report."""
+    """Text up to its first file path: paths can name patients and machines, which a report must not show."""
     path = re.search(r"\S*(?:(?:^|[\s\"'(=\[,:~.])[/\\]\S|\w\w[/\\]\w\w)", text)
     return f"{text[: path.start()]}(path not shown)" if path else text

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Where the routes and statistics of a scan start: by distances, scores and the shift dial, whatever the batch size."""
+"""Where the routes and statistics of a scan start: by distances, scores and the usual shift, whatever the batch size."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_global_start_serves_the_global_model_within_a_thousandth():
 
 
 @torch.no_grad()
-def test_without_dial_the_start_are_the_distance_routes_of_the_scan():
+def test_without_a_shift_the_start_are_the_distance_routes_of_the_scan():
     network, scan = unet(), volume(3)
     inferer = routing(overrides={"usual_shift": 0.0})
     inferer(scan, network)
@@ -108,11 +108,11 @@ def test_mask_does_not_depend_on_the_batch_size(overrides):
     torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-5)
 
 
-# ---- the shift dial -------------------------------------------------------------------------------------------------
+# ---- the usual shift -------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def test_dial_turns_with_the_shift():
+def test_statistics_follow_the_shift():
     """The further a scan's features from what the global model remembers, the more of its own statistics are used."""
     near, far = volume(4), 10 * volume(4)
     network = unet().train()
@@ -170,7 +170,7 @@ def test_without_a_choice_or_views_a_site_uses_its_statistics_as_set(overrides):
 
 @torch.no_grad()
 @pytest.mark.parametrize("scores", [{}, {"global": 0.8, "A": 0.81, "B": 0.79}])
-def test_dial_leads_from_what_trust_chooses_to_the_distance_routes(scores):
+def test_a_shift_leads_from_what_trust_chooses_to_the_distance_routes(scores):
     """Shut, where the shift is usual: by the scores alone, or the uniform mixture; open by a half: half way."""
     scan, network = volume(4), unet()
     free = routing(overrides={"usual_shift": 0.0}, scores=scores)
@@ -188,7 +188,7 @@ def test_dial_leads_from_what_trust_chooses_to_the_distance_routes(scores):
 
 
 @torch.no_grad()
-def test_without_a_usual_shift_the_dial_is_off():
+def test_without_a_usual_shift_all_is_used():
     inferer = routing(overrides={"statistics": 0.5, "usual_shift": 0.0, "prior": 0.0, "start": "uniform"})
     inferer(volume(4), unet())
     assert inferer.reports[0]["statistics"] == 0.5
