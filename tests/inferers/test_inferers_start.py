@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Where the routes and statistics of a scan start: by distances, scores and the usual shift, whatever the batch size."""
+"""Where the routes and statistics of a scan start: by distances, scores and shift, whatever the batch size."""
 
 from __future__ import annotations
 
