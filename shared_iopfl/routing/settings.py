@@ -29,8 +29,8 @@ class RoutingSettings:
 
     Attributes:
         start: where the routes begin: "distance" (the experts nearest by batch-norm statistics, as far as
-            `usual_shift` lets them), "uniform" (the soup), "global" (the global model, but for 0.001 an expert, so that adaptation can
-            move) or "random" (the paper).
+            `usual_shift` lets them), "uniform" (the soup), "global" (the global model, but for 0.001 an expert, so that
+            adaptation can move) or "random" (the paper).
         temperature: of distance routes; small leans on the nearest expert alone.
         trust: of distance routes: weight of one Dice point of an expert's published score, where scores are at hand.
         per: routes a "sample" (the paper), a "volume", or a "layer" without a router.
@@ -40,11 +40,12 @@ class RoutingSettings:
         prior: how many slices (or pictures) the running statistics count for: of `statistics` the part
             ``n / (n + prior)`` is used for the n of a scan, in mode "site" of all its scans, so that one photograph
             moves them little and a volume or a folder much (Schneider et al. 2020).
-        choose_statistics: in mode "site", use of `statistics`, as far as `usual_shift` lets it, all, a half, a
-            quarter or nothing: that with which the views of the site's scans agree best (issue 4). A site's scans may differ from
-            the running statistics for other reasons than their scanner (more large cups); then the views agree less.
-        usual_shift: how large a shift has no effect. The shift is the scan's distance from the global model, in
-            units of the mean distance of the inside sites' validation cases, which the federation publishes. The fraction
+        choose_statistics: in mode "site", use of `statistics`, as far as `usual_shift` lets it, all, a half, a quarter
+            or nothing: the share with which the views of the site's scans agree best (issue 4). A site's scans may
+            differ from the running statistics for other reasons than their scanner (more large cups); then the views
+            agree less.
+        usual_shift: how large a shift has no effect. The shift is the scan's distance from the global model, in units
+            of the mean distance of the inside sites' validation cases, which the federation publishes. The fraction
             ``max(0, 1 - usual_shift / shift)`` of `statistics` is used, and the routes are interpolated by it between
             those without distances and the distance routes. 0: all of both, whatever the shift.
         affine: adaptation may shift the norm layers' weight and bias.
