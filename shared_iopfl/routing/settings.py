@@ -121,8 +121,9 @@ LIMITS: dict[str, Rule] = {
 PRESETS: dict[str, RoutingSettings] = {
     "default": RoutingSettings(),
     # Jiang et al. 2023 as released, with known defects fixed: every expert in every layer, routers with a nonlinearity,
-    # trained at all depths and normalised; terms on their own scales, target detached; a new view each step; dropout off in the
-    # scored output; no label picks the pass. The weights keep the released proportions (shape 1e-3 of the entropy).
+    # trained at all depths and normalised; terms on their own scales, target detached; a new view each step; dropout
+    # off in the scored output; no label picks the pass. The weights keep the released proportions (shape 1e-3 of the
+    # entropy).
     "paper": RoutingSettings(
         start="random",
         per="sample",
