@@ -56,6 +56,7 @@ ELSEWHERE_PAGES = {
     "flare.md": "tests/federation/flare/test_flare_processes.py",
     "monailabel.md": "tests/test_monailabel.py",
     "global_model.md": "tests/bundles/test_compare.py",
+    "robustness.md": "tests/federation/test_hostile_sites.py",
     "verdicts.md": "tests/test_benchmarks.py",
 }
 FOLDERS = {"DIR": "DATA", "PHOTOS": "SCANS"}  # placeholders that stand for the same
