@@ -212,13 +212,12 @@ def test_no_scan_is_let_off_in_training() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [0, 2])
-def test_the_command_line(served: Served, workers: int, tmp_path: Path) -> None:
-    """With overlays, and with worker processes too: one line, status 1, and every good scan has its mask."""
+def test_the_command_line(served: Served, tmp_path: Path) -> None:
+    """With overlays and worker processes: one line, status 1, and every good scan has the mask that `served` has."""
     root = BUNDLES / served.bundle
     options = {"bundle_root": root, "dataset_dir": served.scans, "ckpt_dir": served.models, "output_dir": tmp_path}
     options |= {"image_size": 32, "features": 4, "device": "cpu", "empty_masks": "allow"}
-    options |= {"dataloader#num_workers": workers}
+    options |= {"dataloader#num_workers": 2}
     command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(root / "configs" / "inference.json")]
     process = subprocess.run(
         [*command, *(part for key, value in options.items() for part in (f"--{key}", str(value)))],
