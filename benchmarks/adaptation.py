@@ -120,8 +120,8 @@ def measure(
     place = torch.device(device)
     network, scan = make_network(features, place), _volume(image_size, slices, place)
     plain = StackInferer()
-    # the dial shut off: random networks have no usual shift, and the default's dearest case is an open dial
-    default = replace(preset("default"), usual_shift=0.0)
+    # as for volumes: with the scan's own statistics, judged by the views
+    default = preset("default", {"statistics": 1.0, "views": "judge"})
     ratios: dict[str, Any] = {}
     seconds: dict[str, Any] = {}
     differences: dict[str, float] = {}
@@ -146,11 +146,11 @@ def measure(
     if "episodic" in parts:
         differences["episodic"] = _check_masks(network, experts, default, scan[..., : min(4, slices)])
         over_plain("episodic", _inferer(network, experts, default))
-        over_plain("episodic_one_view", _inferer(network, experts, replace(default, average_views=False)))
+        over_plain("episodic_averaged", _inferer(network, experts, replace(default, views="average")))
     if "adapted" in parts:
-        over_plain("adapted", _inferer(network, experts, replace(preset("adapted"), usual_shift=0.0)))
+        over_plain("adapted", _inferer(network, experts, preset("adapted", {"statistics": 1.0, "views": "judge"})))
     if "site" in parts:
-        one_view = replace(default, average_views=False)
+        one_view = replace(default, views="none")
         differences["site"] = _check_masks(network, experts, one_view, scan[..., : min(4, slices)])
         site = _inferer(network, experts, one_view, mode="site")
         site.fit([scan], network)
@@ -181,7 +181,7 @@ def memory(device: str, experts: int, slices: int, size: int, features: int, nam
     """Adapt to one volume and print the peak, in a process of its own; started by :func:`measure`."""
     place = torch.device(device)
     network = make_network(features, place)
-    settings = replace(preset(name), usual_shift=0.0)
+    settings = preset(name, {"statistics": 1.0})
     # a second step takes the memory of a tenth
     inferer = _inferer(network, experts, replace(settings, steps=min(2, settings.steps)))
     with torch.no_grad():

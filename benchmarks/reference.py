@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -33,9 +33,9 @@ class NaiveInferer(TestTimeRoutingInferer):
     over the experts; nothing is collapsed. It does not adapt.
     """
 
-    def _distances(self, some: Tensor, network: nn.Module) -> Tensor:
+    def _distances(self, some: Tensor, network: nn.Module, models: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
         rows = []
-        for state in self._space(network).values():
+        for state in models.values():
             expert = copy.deepcopy(network).eval()
             expert.load_state_dict(state)
             distances: list[Tensor] = []

@@ -104,8 +104,9 @@ def test_fast_paths_and_the_naive_loop_agree(per):
     "settings",
     [
         preset(),
-        preset("default", {"usual_shift": 0.0}),
-        preset("default", {"average_views": False}),
+        preset("default", {"statistics": 1.0, "views": "judge"}),
+        preset("default", {"statistics": [0.0, 0.5]}),
+        preset("default", {"views": "none"}),
         preset("soup"),
         preset("paper", {"steps": 0}),
     ],

@@ -25,13 +25,14 @@ from shared_iopfl.routing.settings import preset
 
 ADAPTING = {"steps": 2, "agreement": 0.0}
 # an adaptation that improves its objective on any network, so that the guard lets it pass
-LEARNT = {"steps": 3, "learning_rate": 0.1, "agreement": 0.0, "consistency": 0.0, "entropy": 1.0, "shape": 0.0}
+ENTROPY = {"consistency": 0.0, "entropy": 1.0, "shape": 0.0}
+LEARNT = {"steps": 3, "learning_rate": 0.1, "agreement": 0.0, "objective": ENTROPY}
 
 
 def routing(name: str = "default", overrides: Mapping[str, Any] | None = None, **kwargs: Any) -> TestTimeRoutingInferer:
-    """Running statistics unless told otherwise: most properties are about routes, not about the usual shift."""
+    """Distance routes and running statistics unless told otherwise: most properties are about routes."""
     if name in ("default", "adapted"):
-        overrides = {"statistics": 0.0, **(overrides or {})}
+        overrides = {"start": "distance", "statistics": 0.0, **(overrides or {})}
     return TestTimeRoutingInferer(experts(2), settings=preset(name, overrides), **{"flips": [0], **kwargs})
 
 

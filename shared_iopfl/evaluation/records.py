@@ -12,7 +12,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 import os
@@ -30,9 +29,9 @@ from tqdm import tqdm
 
 from shared_iopfl.data.scan_files import case_name
 from shared_iopfl.evaluation.run.served import GrowingFile, attach_served
+from shared_iopfl.inferers.members import load_members
 from shared_iopfl.inferers.routing import TestTimeRoutingInferer
 from shared_iopfl.models.files import load_weights, save_atomically
-from shared_iopfl.models.weights import check_experts
 from shared_iopfl.utils.tables import csv_text, json_text, replace_rows, write_json, write_rows
 
 __all__ = [
@@ -325,14 +324,14 @@ def _summary(report: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class SiteFitter:
-    """Mode "site": before the first scan is served, makes one plain network from the site's scans.
+    """Mode "site": before the first scan is served, makes a network from the site's scans.
 
     Of many scans it reads 128, evenly spaced. Where none can be loaded it makes nothing: each fails in its turn.
 
     Args:
         inferer: its mode "site" switches this on.
         network: the global model.
-        site_model: file of the site's network, a plain state_dict. Where it is there, it is served; else it is made.
+        site_model: file of the site's network, its state_dict. Where it is there, it is served; else it is made.
             "": made anew from the scans at hand, and kept as ``site.pt`` in `output_dir`.
         output_dir: for ``routes.json`` and ``routes.csv`` of the site.
         device: to run on.
@@ -363,9 +362,8 @@ class SiteFitter:
     def __call__(self, engine: Engine) -> None:
         if self.site_model and os.path.isfile(self.site_model):
             state = load_weights(self.site_model)
-            check_experts(self.network, {self.site_model: state})
-            self.inferer.site_network = copy.deepcopy(self.network).eval()
-            self.inferer.site_network.load_state_dict(state)
+            output = self.inferer.output
+            self.inferer.site_network = load_members(self.network, state, output, self.site_model)
             return
         scans = self._scans(engine.state.dataloader)
         first = next(scans, None)

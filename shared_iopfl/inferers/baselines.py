@@ -48,10 +48,10 @@ States = Mapping[str, Mapping[str, Tensor]]
 ROUTING: dict[str, dict[str, Any]] = {
     # Wortsman et al. 2022: the mean of all weights
     "soup": {},
-    "soup and views": {"average_views": True},
+    "soup and views": {"views": "average"},
     # Yang et al. 2023: a coefficient a layer and expert, trained by entropy alone, from the uniform mixture;
     # here the coefficients sum to one, are trained on the scan alone, and kept where they lowered its entropy
-    "AdaMerging": {"steps": 10, "learning_rate": 1e-2, "entropy": 1.0, "consistency": 0.0, "agreement": 0.0},
+    "AdaMerging": {"steps": 10, "objective": {"entropy": 1.0, "consistency": 0.0}, "agreement": 0.0},
 }
 
 

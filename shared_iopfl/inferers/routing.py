@@ -17,12 +17,13 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from shared_iopfl.inferers.members import MeanOfNetworks, members_of
 from shared_iopfl.inferers.start import find_start
 from shared_iopfl.models.files import USUAL_SHIFT
 from shared_iopfl.models.weights import equal_weights
@@ -47,9 +48,9 @@ __all__ = ["TestTimeRoutingInferer"]
 
 logger = logging.getLogger(__name__)
 Mode = Literal["episodic", "site", "off"]
-SITE_PIXELS = 2**21  # of the slices that a site's views are compared on, one forward: 128 of 128 x 128
+SCAN_SLICES = 16  # of a volume that its statistics are measured and the routes adapted on
+SITE_PIXELS = 2**21  # of the slices that a site's statistics are measured on, one forward: 128 of 128 x 128
 SITE_SLICES = 128
-STATISTICS_SHARES = (0.0, 0.25, 0.5, 1.0)  # of a site's own statistics, among which its views choose
 
 
 class _Weights(dict[str, Tensor]):
@@ -75,15 +76,16 @@ class TestTimeRoutingInferer(StackInferer):
         output: "softmax" for exclusive classes, "sigmoid" for overlapping targets.
         flips: spatial axes of the network input along which the anatomy may be mirrored.
         rotations: whether quarter turns fit the anatomy.
-        scores: what the federation published (:func:`~shared_iopfl.models.files.load_scores`): the experts' Dice,
-            name -> [0, 1], for routes with `trust`, and the shift that is usual inside (else 0.1).
+        scores: what the federation published (:func:`~shared_iopfl.models.files.load_scores`); the usual shift among
+            it tells the review list which shift is large.
         slices, batch_size: as in `StackInferer`; with routes a volume or the scan's own statistics, prediction takes a
             scan whole, so that its mask does not depend on the batch size.
         seed: of routers and views.
 
     Attributes:
         reports: what was done for the last scans (at most 1024), oldest first; see :meth:`route_scan`. In mode "site",
-            what the views say of the mask, where there are views.
+            how far the predictions that were averaged agree.
+        usual_shift: inside the federation; 0 where it is unknown.
     """
 
     __test__ = False  # a name in the method's words, not a pytest class
@@ -113,10 +115,11 @@ class TestTimeRoutingInferer(StackInferer):
         self.mode: Mode = mode
         self.settings = settings or RoutingSettings()
         self.output: Output = output
-        self.views = ViewSampler(tuple(flips), rotations, self.settings.noise, self.settings.intensity)
+        self.views = ViewSampler(
+            tuple(flips), rotations, self.settings.objective.noise, self.settings.objective.intensity
+        )
         self.adaptation = Adaptation(self.settings, self.views, output, batch_size, seed)
-        self.scores = {name: score for name, score in (scores or {}).items() if name != USUAL_SHIFT}
-        self.usual_shift = self.settings.usual_shift * (scores or {}).get(USUAL_SHIFT, 0.1)
+        self.usual_shift = (scores or {}).get(USUAL_SHIFT, 0.0)
         self.seed = seed
         self.reports: deque[dict[str, Any]] = deque(maxlen=1024)
         self.site_network: nn.Module | None = None
@@ -149,7 +152,10 @@ class TestTimeRoutingInferer(StackInferer):
                     raise InputError("mode 'site' needs a network of the site: give site_model, or call fit() first.")
                 site = self.site_network.to(inputs.device)
                 known = {"decision": "site", **({} if self.site_shift is None else {"shift": self.site_shift})}
-                found = [self._predict(stack, site) for stack in self.stacks(inputs)]
+                found = [
+                    self._predict(stack, members_of(site), scan_slices(stack, SCAN_SLICES))
+                    for stack in self.stacks(inputs)
+                ]
                 served = [(logits, {**known, **agreed}) for logits, agreed in found]
             elif isinstance(network, nn.Module):
                 served = [self.route_scan(stack, network) for stack in self.stacks(inputs)]
@@ -167,17 +173,17 @@ class TestTimeRoutingInferer(StackInferer):
 
         Returns:
             Logits (N, C, *spatial), and a report: ``decision`` ("start" or "adapted"), ``reason``, ``experts``,
-            ``layers``, ``routes`` (layers x experts), ``statistics`` (the share of the scan's own), ``shift`` where it
-            was measured, ``seconds``, where it was averaged over views ``quality`` and ``areas`` (see
+            ``layers``, ``routes`` (layers x experts), ``statistics`` (the shares of the scan's own), ``shift`` where
+            it was measured, ``seconds``, ``areas`` and, where several predictions were averaged, ``quality`` (see
             :func:`~shared_iopfl.routing.objectives.view_agreement`), and where it was adapted ``objective_start``,
             ``objective_end``, ``agreement``.
         """
         began = time.perf_counter()
         with torch.inference_mode(False), torch.no_grad():
             stack = stack.clone()  # an inference tensor could not take part in adaptation
-            some = scan_slices(stack, self.settings.adapt_slices)
+            some = scan_slices(stack, SCAN_SLICES)
             routed, report = self._begin([some], network)
-            logits, agreed = self._predict(stack, self._settled(routed, some))
+            logits, agreed = self._predict(stack, self._networks(routed, some), some)
             report.update(agreed, routes=routed.last_routes().tolist())
             if self.settings.steps > 0:
                 logits = self._adapt_guarded(routed, some, stack, logits, report)
@@ -186,16 +192,15 @@ class TestTimeRoutingInferer(StackInferer):
         return logits, report
 
     def fit(self, scans: Iterable[Tensor], network: nn.Module) -> dict[str, Any]:
-        """Make one plain network for a site from its unlabelled scans, and serve it in mode "site".
+        """Make a network for a site from its unlabelled scans, and serve it in mode "site".
 
         Args:
             scans: batches (B, C_in, *spatial) of the site's scans.
             network: the global model.
 
         Returns:
-            A report as from :meth:`route_scan`, for the site as a whole, with the number of ``scans`` and, where the
-            views chose the share of statistics, how far they agreed with each: ``agreement_by_statistics``. The network
-            is :attr:`site_network`.
+            A report as from :meth:`route_scan`, for the site as a whole, with the number of ``scans``. The network is
+            :attr:`site_network`: a plain one, or with several shares of statistics a `MeanOfNetworks`.
 
         Raises:
             InputError: where the settings leave no plain network (routes a sample or a volume).
@@ -209,17 +214,19 @@ class TestTimeRoutingInferer(StackInferer):
         with self._lock, torch.inference_mode(False), torch.no_grad():
             began = time.perf_counter()
             stacks = [stack for batch in scans for stack in self.stacks(batch)]
-            samples = [scan_slices(stack, settings.adapt_slices).clone() for stack in stacks]
+            samples = [scan_slices(stack, SCAN_SLICES).clone() for stack in stacks]
             if not samples:
                 raise InputError("mode 'site' needs at least one scan of the site; got none.")
             routed, report = self._begin(samples, network)
             some = evenly(torch.cat(samples), bounded(SITE_SLICES, samples[0], SITE_PIXELS))
-            start, agreed = self._choose_statistics(routed, some, report)
-            report.update(agreed, routes=routed.last_routes().tolist(), scans=len(samples))
+            report["scans"] = len(samples)
             if settings.steps > 0:
+                start, _ = self._predict(some, self._networks(routed, some))
                 self._adapt_guarded(routed, some, some, start, report)
-            site = self._settled(routed, some)
-            self.site_network, self.site_shift = site, report.get("shift")
+            members = list(self._networks(routed, some))
+            report["routes"] = routed.last_routes().tolist()
+            self.site_network = members[0] if len(members) == 1 else MeanOfNetworks(members, self.output)
+            self.site_shift = report.get("shift")
             routed.reset()
             report["seconds"] = round(time.perf_counter() - began, 3)
         return report
@@ -227,51 +234,37 @@ class TestTimeRoutingInferer(StackInferer):
     def _begin(self, samples: Sequence[Tensor], network: nn.Module) -> tuple[RoutedNetwork, dict[str, Any]]:
         """The routed network at its start for some slices of a scan, or of each of a site's; and the report so far."""
         routed = self._routed(network, samples[0][len(samples[0]) // 2 :][:1])
-        start = find_start(
+        routes, shift = find_start(
             samples,
-            lambda some: self._distances(some, network),
-            routed.experts,
+            lambda some, models: self._distances(some, network, models),
+            self._space(network),
             self.settings,
-            self.scores,
-            self.usual_shift,
             bool(routed.tracked_norms),
         )
-        routed.start_from(start.routes)
-        routed.set_statistics(start.statistics)
+        routed.start_from(routes)
         report: dict[str, Any] = {
             "decision": "start",
             "reason": "no adaptation asked for",
             "experts": list(routed.experts),
             "layers": list(routed.layers),
-            **start.measured,
-            "statistics": round(start.statistics, 4),
+            **({} if shift is None else {"shift": round(shift, 4)}),
+            "statistics": list(self._shares(routed)),
         }
         return routed, report
 
-    def _choose_statistics(
-        self, routed: RoutedNetwork, some: Tensor, report: dict[str, Any]
-    ) -> tuple[Tensor, dict[str, Any]]:
-        """Set how much of the statistics a site uses: what its views agree on best, the least of equals.
+    def _distances(self, some: Tensor, network: nn.Module, models: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
+        """How far some slices of a scan are from each model (E,)."""
+        return scan_distances(network, models, some, self.batch_size)
 
-        Returns what :meth:`_predict` does, for the choice.
-        """
-        statistics = report["statistics"]
-        chooses = self.settings.choose_statistics and statistics > 0 and len(self._all_views(some)) > 1
-        tried = []
-        for share in STATISTICS_SHARES if chooses else (1.0,):
-            routed.set_statistics(share * statistics)
-            tried.append((share * statistics, *self._predict(some, self._settled(routed, some))))
-        finite = [one for one in tried if torch.isfinite(one[1]).all()]
-        chosen, logits, agreed = max(finite or tried, key=lambda one: one[2].get("quality", 0.0))
-        routed.set_statistics(chosen)
-        report["statistics"] = round(chosen, 4)
-        if chooses:
-            report["agreement_by_statistics"] = {f"{share:.4g}": of["quality"] for share, _, of in tried}
-        return logits, agreed
+    def _shares(self, routed: RoutedNetwork) -> tuple[float, ...]:
+        """The shares of own statistics; a network without running ones uses its own whatever the setting."""
+        return self.settings.shares if routed.tracked_norms else (0.0,)
 
-    def _distances(self, some: Tensor, network: nn.Module) -> Tensor:
-        """How far some slices of a scan are from each expert (E,)."""
-        return scan_distances(network, self._space(network), some, self.batch_size)
+    def _networks(self, routed: RoutedNetwork, some: Tensor) -> Iterator[nn.Module]:
+        """The network for each share of own statistics, each to be used before the next is asked for."""
+        for share in self._shares(routed):
+            routed.set_statistics(share)
+            yield self._settled(routed, some)
 
     def _settled(self, routed: RoutedNetwork, some: Tensor) -> nn.Module:
         """The plain network that a routed one is for a scan, known by some of its slices; plain speed, any batch size.
@@ -299,9 +292,7 @@ class TestTimeRoutingInferer(StackInferer):
             random=settings.start == "random",
             route_norms=settings.route_norms,
             affine=settings.affine,
-            dropout=settings.dropout,
             seed=self.seed,
-            statistics=settings.statistics,
             sample=sample,
         )
         kept = _Weights((key, tensor.clone()) for key, tensor in state.items())
@@ -326,33 +317,47 @@ class TestTimeRoutingInferer(StackInferer):
         together = isinstance(network, RoutedNetwork) and (self.settings.per == "volume" or network.blends)
         return [stack] if together else super()._batches(stack, network)
 
-    def _predict(self, stack: Tensor, network: Network) -> tuple[Tensor, dict[str, Any]]:
-        """Logits of a stack; averaged over views, they are the logarithm (or logit) of the mean probability.
+    def _predict(
+        self, stack: Tensor, networks: Iterable[Network], judged: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Logits of a stack; of several views and networks the logarithm (or logit) of the mean probability.
 
-        With it what the views' agreement says of the mask; of one view, the areas of its targets alone.
+        With it what the predictions' agreement says of the mask; of one alone, the areas of its targets.
+
+        Args:
+            stack: network inputs (N, C_in, *spatial).
+            networks: each is asked once before the next is taken.
+            judged: those of the inputs on which the views judge the mask, where they are not averaged.
         """
-        views = self._all_views(stack)
-        if len(views) < 2:
-            logits = self._forward(stack, network)
-            return logits, {"areas": target_areas(logits, self.output)}
-        seen = [view.undo(self._forward(view.apply(stack), network)) for view in views]
-        mean = mean_prediction(seen, self.output)
-        return mean if self.settings.average_views else seen[0], view_agreement(seen, mean, self.output)
+        views = self.views.all(is_square(stack))
+        averaged = views if self.settings.views == "average" else views[:1]
+        seen, alike = [], []
+        for network in networks:
+            seen += self._seen(stack, network, averaged)
+            if judged is not None and self.settings.views == "judge":
+                alike += self._seen(judged, network, views)
+        mean = seen[0] if len(seen) == 1 else mean_prediction(seen, self.output)
+        agreed: dict[str, Any] = {"areas": target_areas(mean, self.output)}
+        alike = alike if len(alike) > 1 else seen
+        if len(alike) > 1:
+            agreed["quality"] = view_agreement(alike, mean_prediction(alike, self.output), self.output)
+        return mean, agreed
 
-    def _all_views(self, stack: Tensor) -> list[View]:
-        """All that fit the anatomy, the stack as it is first; none where they are neither averaged nor judged by."""
-        settings = self.settings
-        return self.views.all(is_square(stack)) if settings.average_views or settings.judge_views else []
+    def _seen(self, stack: Tensor, network: Network, views: Sequence[View]) -> list[Tensor]:
+        """What a network makes of each view, back where the pixels came from."""
+        return [view.undo(self._forward(view.apply(stack), network)) for view in views]
 
     def _adapt_guarded(
         self, routed: RoutedNetwork, some: Tensor, stack: Tensor, start: Tensor, report: dict[str, Any]
     ) -> Tensor:
         """Adapt on some slices; return the logits of the stack, or those at the start where the guard says no."""
+        shares = self._shares(routed)
+        routed.set_statistics(sum(shares) / len(shares))
         batches = list(self._batches(some, routed))
         before = self.adaptation.value(routed, batches)
         self.adaptation.adapt(routed, some)
         after = self.adaptation.value(routed, batches)
-        logits, agreed = self._predict(stack, self._settled(routed, some))
+        logits, agreed = self._predict(stack, self._networks(routed, some), some)
         agreement = mask_agreement(start, logits, self.output)
         report.update(objective_start=before, objective_end=after, agreement=agreement)
         objection = objection_to(logits, before, after, agreement, self.settings)

@@ -83,10 +83,8 @@ class Adaptation:
         return total / (len(views) * sum(map(len, batches)))
 
     def _objective(self) -> RoutingObjective:
-        settings = self.settings
-        return RoutingObjective(
-            self.output, settings.consistency, settings.entropy, settings.shape, settings.window, self.views
-        )
+        terms = self.settings.objective
+        return RoutingObjective(self.output, terms.consistency, terms.entropy, terms.shape, terms.window, self.views)
 
 
 def mask_agreement(one: Tensor, other: Tensor, output: Output) -> float:

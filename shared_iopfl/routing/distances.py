@@ -16,7 +16,7 @@ through each expert once, and the statistics of each batch norm's *input* are he
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -134,34 +134,22 @@ def scan_distances(
     return distribution_distance(network, experts, slices.split(bounded(batch_size, slices))).mean(1)
 
 
-def distance_routes(
-    distances: Tensor, temperature: float = 1.0, scores: Sequence[float] | None = None, trust: float = 0.0
-) -> Tensor:
-    """Routes that lean on the nearest experts: ``softmax(-z / temperature + 100 * trust * score)``.
+def distance_routes(distances: Tensor, temperature: float = 1.0) -> Tensor:
+    """Routes that lean on the nearest experts: ``softmax(-z / temperature)``.
 
     ``z`` is the distance, averaged over the batch norms and standardised over the experts: its difference from their
     mean m, divided by ``sqrt(spread^2 + (0.03 m)^2)``, so that differences which are small beside the distances
-    themselves hardly move the routes, and equal distances not at all. The nearest expert must also
-    be a good one: `scores` lets each expert's published Dice on the *other* inside sites' validation cases temper it.
+    themselves hardly move the routes, and equal distances not at all.
 
     Args:
         distances: (E,) or (E, N), from :func:`distribution_distance`; for a site, the mean over its scans.
         temperature: small: the nearest expert alone; large: the uniform mixture.
-        scores: one Dice in [0, 1] an expert; None ignores them.
-        trust: weight of one Dice point (0.01).
 
     Returns:
-        Routes (E,) that sum to one; with equal distances and no scores, uniform.
+        Routes (E,) that sum to one; with equal distances, uniform.
     """
     mean = distances.reshape(len(distances), -1).mean(1)
     spread = mean.std(correction=0)
     unit = torch.hypot(spread, LEAST_SPREAD * mean.mean())
     z = (mean - mean.mean()) / unit if unit > 0 else torch.zeros_like(mean)
-    logits = -z / temperature
-    if scores is not None:
-        if len(scores) != len(mean):
-            raise InputError(f"expected one score an expert ({len(mean)}), got {len(scores)}.")
-        if not all(0 <= score <= 1 for score in scores):
-            raise InputError(f"scores are Dice, numbers from 0 to 1, but are {list(scores)}.")
-        logits = logits + 100 * trust * torch.as_tensor(list(scores), dtype=logits.dtype)
-    return torch.softmax(logits, dim=0)
+    return torch.softmax(-z / temperature, dim=0)

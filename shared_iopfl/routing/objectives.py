@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -144,7 +144,7 @@ def is_square(images: Tensor) -> bool:
     return images.shape[2] == images.shape[3]
 
 
-def view_agreement(logits: Sequence[Tensor], mean: Tensor, output: Output) -> dict[str, Any]:
+def view_agreement(logits: Sequence[Tensor], mean: Tensor, output: Output) -> float:
     """How far several predictions of one scan agree with their mean: without a label, the best sign of a bad mask.
 
     Args:
@@ -153,9 +153,8 @@ def view_agreement(logits: Sequence[Tensor], mean: Tensor, output: Output) -> di
         output: of the network.
 
     Returns:
-        ``quality``, in [0, 1]: the Dice of each prediction's mask with the mean's, averaged over predictions and
-        targets; 0 for a target that the mean's mask lacks, as nothing found is nothing to trust. ``areas``: the share
-        of the pixels that the mean's mask gives to each target.
+        The quality, in [0, 1]: the Dice of each prediction's mask with the mean's, averaged over predictions and
+        targets; 0 for a target that the mean's mask lacks, as nothing found is nothing to trust.
     """
     agreed = _masks(mean, output)
     axes = [axis for axis in range(agreed.ndim) if axis != 1]
@@ -165,7 +164,7 @@ def view_agreement(logits: Sequence[Tensor], mean: Tensor, output: Output) -> di
             for seen in (_masks(one, output) for one in logits)
         ]
     )
-    return {"quality": round(float(dice.mean()), 4), "areas": target_areas(mean, output)}
+    return round(float(dice.mean()), 4)
 
 
 def target_areas(logits: Tensor, output: Output) -> list[float]:

@@ -33,7 +33,7 @@ from shared_iopfl.evaluation.review import (
     review_rows,
 )
 from shared_iopfl.inferers.routing import TestTimeRoutingInferer
-from shared_iopfl.routing.objectives import mean_prediction, view_agreement
+from shared_iopfl.routing.objectives import mean_prediction, target_areas, view_agreement
 from shared_iopfl.routing.settings import preset
 from shared_iopfl.utils.tables import read_rows, write_rows
 
@@ -107,6 +107,7 @@ def test_the_list_of_a_site_s_own_network_needs_no_routes(tmp_path: Path) -> Non
 def test_scans_of_a_site_that_is_far_off_say_so(tmp_path: Path) -> None:
     """In mode "site" the shift is the site's; of a network that was fitted before it is not known."""
     inferer = routing("site")
+    inferer.usual_shift = 0.1
     inferer.fit([scan(5.0)[None]], Sided())
     inferer.site_shift = 3 * inferer.usual_shift
     rows = serve(tmp_path, {"firm": 5.0, "weak": 0.1}, inferer)
@@ -137,11 +138,11 @@ def test_quality_changes_no_mask_and_costs_no_forward(monkeypatch: pytest.Monkey
     inferer, plain = routing(), routing()
     FORWARDS.clear()
     found, cost = inferer(images, network), len(FORWARDS)
-    monkeypatch.setattr(shared_iopfl.inferers.routing, "view_agreement", lambda *_: {})
+    monkeypatch.setattr(shared_iopfl.inferers.routing, "view_agreement", lambda *_: 0.5)
     FORWARDS.clear()
     assert torch.equal(plain(images, network), found) and len(FORWARDS) == cost
     assert all("quality" in report for report in inferer.reports)
-    assert not any("quality" in report for report in plain.reports)
+    assert {report["quality"] for report in plain.reports} == {0.5}
     # equal experts: the routed network is the plain one
     seen = [network(images), network(images.flip(2)).flip(2)]
     torch.testing.assert_close(found, mean_prediction(seen, "softmax"), rtol=1e-4, atol=1e-5)
@@ -152,10 +153,11 @@ def test_agreement_is_the_mean_over_views_and_targets() -> None:
     both = torch.tensor([[1.0, 1, 1, 1], [-1, -1, -1, -1]])[None]
     half = torch.tensor([[1.0, 1, -1, -1], [1, -1, -1, -1]])[None]
     found = view_agreement([both, half], both, "sigmoid")
-    assert found["quality"] == pytest.approx((1 + 2 * 2 / 6 + 0 + 0) / 4, abs=1e-4)
-    assert found["areas"] == [1, 0]
+    assert found == pytest.approx((1 + 2 * 2 / 6 + 0 + 0) / 4, abs=1e-4)
+    assert target_areas(both, "sigmoid") == [1, 0]
     classes = torch.tensor([[0.0, 0, 9, 9], [1, 1, 0, 0], [0, 0, 1, 1]])[None]
-    assert view_agreement([classes], classes, "softmax") == {"quality": 0.5, "areas": [0.5, 0]}
+    assert view_agreement([classes], classes, "softmax") == 0.5
+    assert target_areas(classes, "softmax") == [0.5, 0]
 
 
 def test_equal_quality_is_ordered_by_name() -> None:

@@ -227,7 +227,7 @@ def test_methods_that_are_settings_are_settings_of_the_routing(name):
     assert torch.isfinite(serve(volume(2), unet())).all()
     (report,) = serve.reports
     assert ("objective_end" in report) == (name == "AdaMerging")
-    assert report["statistics"] == 0
+    assert report["statistics"] == [0.0]
 
 
 def test_labelled_routes_beat_the_soup_and_stay_within_the_experts():

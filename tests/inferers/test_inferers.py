@@ -22,6 +22,7 @@ from tiny_inferers import ADAPTING, LEARNT, harmful, routing
 from torch import Tensor, nn
 
 from shared_iopfl.inferers import routing as inferers
+from shared_iopfl.inferers.members import MeanOfNetworks, load_members
 from shared_iopfl.inferers.routing import TestTimeRoutingInferer
 from shared_iopfl.routing.distances import distance_routes, distribution_distance
 from shared_iopfl.routing.settings import PRESETS, RoutingSettings, preset
@@ -92,7 +93,7 @@ def test_presets_run_on_images_and_volumes(name, mode):
 @pytest.mark.parametrize("output", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("shape", [(1, 3, 32, 32), (1, 3, 64, 32)])
 def test_adapts_for_every_kind_of_routes_and_outputs(per, output, shape):
-    overrides = {"per": per, "shape": 0.1, "dropout": 0.2, "affine": True, **ADAPTING}
+    overrides = {"per": per, "objective": {"shape": 0.1}, "affine": True, **ADAPTING}
     inferer = routing(overrides=overrides, output=output, slices=None, rotations=True)
     assert torch.isfinite(inferer(images(*shape), unet())).all()
     report = inferer.reports[0]
@@ -134,7 +135,7 @@ def test_volumes_of_a_3d_network():
 @pytest.mark.parametrize("overrides", [{}, {**LEARNT, "affine": True}])
 def test_site_mode_serves_the_plain_network_that_fit_made(overrides):
     network, scans = unet(), [volume(3, seed=n) for n in range(3)]
-    inferer = routing(overrides={**overrides, "average_views": False}, mode="site")
+    inferer = routing(overrides={**overrides, "views": "none"}, mode="site")
     with untouched(network), torch.inference_mode():
         report = inferer.fit(scans, network)
     site = inferer.site_network
@@ -156,14 +157,15 @@ def test_site_routes_are_those_of_the_mean_distance():
     network, scans = unet(), [volume(3), 4 * volume(2, seed=1)]
     space = {"global": network.state_dict(), **experts(2)}
     distances = [distribution_distance(network, space, [to_stack(scan[0])]) for scan in scans]
-    report = routing(overrides={"usual_shift": 0.0}, mode="site").fit(scans, network)
+    report = routing(mode="site").fit(scans, network)
     expected = distance_routes(torch.stack(distances).mean(0))
     torch.testing.assert_close(torch.tensor(report["routes"][0]), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_site_adapts_on_slices_of_every_scan(monkeypatch):
-    """adapt_slices is a number a scan, not for the site."""
-    inferer = routing(overrides={**ADAPTING, "adapt_slices": 2}, mode="site")
+    """The number of slices is one per scan, not for the site."""
+    monkeypatch.setattr(inferers, "SCAN_SLICES", 2)
+    inferer = routing(overrides=ADAPTING, mode="site")
     seen: list[Tensor] = []
     monkeypatch.setattr(inferer.adaptation, "adapt", lambda routed, some: seen.append(some))
     inferer.fit([volume(5, seed=n) for n in range(3)], unet())
@@ -186,14 +188,35 @@ def test_refused_site_adaptation_leaves_the_start(monkeypatch):
 @torch.no_grad()
 def test_site_network_keeps_the_sites_statistics():
     """In mode "site" the blended statistics are baked in: a plain network, the same for every batch size."""
-    inferer = routing(overrides={"statistics": 1.0, "average_views": False}, mode="site")
-    report = inferer.fit([3 * volume(4), 3 * volume(3, seed=1)], unet())
-    assert 0 < report["statistics"] < 1
+    inferer = routing(overrides={"statistics": 1.0, "views": "none"}, mode="site")
+    assert inferer.fit([3 * volume(4), 3 * volume(3, seed=1)], unet())["statistics"] == [1.0]
     site = inferer.site_network
     assert site is not None
     assert set(site.state_dict()) == set(unet().state_dict())
     one = StackInferer(batch_size=1)(volume(5), site)
     torch.testing.assert_close(inferer(volume(5), unet()), one, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_site_is_served_by_one_network_a_share_of_its_statistics(tmp_path):
+    """The mean of plain networks, which its state_dict brings back; its mask is that of their mean probability."""
+    inferer, scan, network = (
+        routing(overrides={"statistics": [0.0, 0.5], "views": "none"}, mode="site"),
+        volume(3),
+        unet(),
+    )
+    inferer.fit([scan], network)
+    site = inferer.site_network
+    assert isinstance(site, MeanOfNetworks)
+    mean = torch.stack([StackInferer()(scan, one).softmax(1) for one in site.networks]).mean(0)
+    torch.testing.assert_close(inferer(scan, network).softmax(1), mean, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(StackInferer()(scan, site).softmax(1), mean, rtol=1e-4, atol=1e-5)
+    loaded = load_members(network, site.state_dict(), "softmax", "site.pt")
+    assert isinstance(loaded, MeanOfNetworks)
+    assert torch.equal(StackInferer()(scan, loaded), StackInferer()(scan, site))
+    assert type(load_members(network, network.state_dict(), "softmax", "site.pt")) is type(network)
+    with pytest.raises(InputError, match=r"site\.pt"):
+        load_members(network, {"networks.0.other": torch.zeros(1)}, "softmax", "site.pt")
 
 
 def test_site_mode_refuses_what_leaves_no_plain_network():
@@ -234,15 +257,18 @@ def test_unknown_names_list_the_known_ones():
         {"steps": 1.5},
         {"steps": "ten"},
         {"learning_rate": float("nan")},
-        {"dropout": 1.0},
-        {"adapt_slices": 0},
+        {"statistics": []},
+        {"statistics": [0.5, True]},
+        {"statistics": "0.5"},
         {"agreement": 2},
-        {"entropy": -1.0},
-        {"steps": 1, "consistency": 0.0, "entropy": 0.0},
+        {"objective": {"entropy": -1.0}},
+        {"objective": {"entropie": 1.0}},
+        {"objective": 1.0},
+        {"steps": 1, "objective": {"consistency": 0.0, "entropy": 0.0}},
     ],
 )
 def test_settings_out_of_range_are_refused(overrides):
-    with pytest.raises(InputError, match=next(iter(overrides))):
+    with pytest.raises(InputError, match=next(reversed(overrides))):
         preset("default", overrides)
 
 
@@ -252,6 +278,8 @@ def test_presets_are_what_they_say_and_overrides_change_that_alone():
     assert changed.steps == 3
     assert preset("paper", {"steps": PRESETS["paper"].steps}) == PRESETS["paper"]
     assert changed.per == "sample"
+    milder = preset("paper", {"objective": {"entropy": 1.0}}).objective
+    assert (milder.entropy, milder.shape) == (1.0, PRESETS["paper"].objective.shape)
 
 
 def test_expert_that_does_not_fit_is_named_when_the_scan_is_routed():

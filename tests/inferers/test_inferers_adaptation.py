@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from collections.abc import Iterable
 from typing import Any, cast
 
 import pytest
@@ -144,7 +145,7 @@ def test_experts_are_not_kept_in_touch_with_the_live_network():
 
 def test_adapted_router_is_what_predicts_under_autocast():
     """With half precision as without, what adaptation changed reaches the mask."""
-    overrides = {**LEARNT, "per": "sample", "average_views": False}
+    overrides = {**LEARNT, "per": "sample", "views": "none"}
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
         inferer = routing(overrides=overrides)
         adapted = inferer(volume(2), unet())
@@ -221,9 +222,10 @@ def test_adaptation_sees_new_views_and_dropout_masks_each_step_and_none_in_predi
         drawn.append(draw(*args))
         return drawn[-1]
 
-    def predict_and_note(stack: Tensor, routed: RoutedNetwork) -> Tensor:
+    def predict_and_note(stack: Tensor, networks: Iterable[RoutedNetwork]) -> Any:
+        (routed,) = networks
         generators.append(cast(Router, routed._routed[0].routes).generator)
-        return predict(stack, routed)
+        return predict(stack, [routed])
 
     monkeypatch.setattr(ViewSampler, "draw", draw_and_note)
     monkeypatch.setattr(inferer, "_predict", predict_and_note)
@@ -234,8 +236,9 @@ def test_adaptation_sees_new_views_and_dropout_masks_each_step_and_none_in_predi
 
 
 def test_adaptation_takes_evenly_spaced_slices(monkeypatch):
-    """At most adapt_slices of them, spread over the volume."""
-    inferer = routing(overrides={**ADAPTING, "adapt_slices": 3}, batch_size=2)
+    """At most so many of them, spread over the volume."""
+    monkeypatch.setattr(inferers, "SCAN_SLICES", 3)
+    inferer = routing(overrides=ADAPTING, batch_size=2)
     seen: list[Tensor] = []
     monkeypatch.setattr(inferer.adaptation, "adapt", lambda routed, some: seen.append(some))
     scan = torch.arange(9.0).expand(1, 1, 32, 32, 9)

@@ -166,11 +166,3 @@ def test_distances_that_hardly_differ_hardly_move_the_routes():
     apart = distance_routes(torch.tensor([0.3, 0.6]))
     torch.testing.assert_close(apart[0], torch.tensor(0.88), rtol=0.01, atol=0)
     torch.testing.assert_close(distance_routes(torch.tensor([3.0, 6.0])), apart)  # the unit does not matter
-
-
-def test_scores_temper_the_distance():
-    """With trust, one Dice point counts `trust`: log-odds of two equally near experts differ by just that."""
-    routes = distance_routes(torch.ones(2), scores=[0.90, 0.85], trust=0.2)
-    torch.testing.assert_close((routes[0] / routes[1]).log(), torch.tensor(0.2 * 5))
-    with pytest.raises(InputError, match="one score an expert"):
-        distance_routes(torch.ones(2), scores=[0.9])

@@ -156,8 +156,7 @@ def test_pictures_of_every_kind_get_their_mask(served: tuple[Path, Path]) -> Non
     _, output = served
     assert {path.name for path in output.iterdir()} == {
         *(f"{name}{ending}" for name in UPRIGHT for ending in (".png", "_overlay.png")),
-        "measures.csv", "review.csv", "routes.csv", "routes.json", "run.json", "site.pt",
-        "written.jsonl",
+        "measures.csv", "review.csv", "routes.csv", "routes.json", "run.json", "written.jsonl",
     }  # fmt: skip
     for name, shape in UPRIGHT.items():
         assert set(np.unique(check_mask(output / f"{name}.png", shape))) == {0, 1, 2}
@@ -250,20 +249,16 @@ def test_command_line_ends_a_truncated_jpeg_in_one_line(sites: Path, federated: 
 # ---- what a folder is taken for -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("count", "preset", "mode"), [(3, "default", "site"), (3, "paper", "episodic"), (1, "default", "episodic")]
-)
-def test_a_folder_of_photographs_is_one_site_unless_asked_otherwise(
+@pytest.mark.parametrize(("count", "preset", "mode"), [(3, "default", ""), (3, "paper", ""), (3, "default", "site")])
+def test_photographs_are_routed_one_by_one_unless_a_folder_is_to_be_one_site(
     count: int, preset: str, mode: str, sites: Path, federated: Path, tmp_path: Path, run_config: Run
 ) -> None:
-    """One network for it, kept; a picture alone, and presets that route each input, go scan by scan."""
     scans, masks = tmp_path / "scans", tmp_path / "masks"
     scans.mkdir()
     for image in sorted((sites / "E" / "images").iterdir())[:count]:
         (scans / image.name).write_bytes(image.read_bytes())
-    run_fundus(
-        run_config, "inference", dataset_dir=scans, ckpt_dir=federated / "models", output_dir=masks, preset=preset
-    )
+    common = {"dataset_dir": scans, "ckpt_dir": federated / "models", "output_dir": masks, "preset": preset}
+    run_fundus(run_config, "inference", **common, **({"mode": mode} if mode else {}))
     routed = json.loads((masks / "routes.json").read_text())["cases"]
     assert (masks / "site.pt").is_file() == (mode == "site")
     assert set(routed) == ({"site"} if mode == "site" else {image.stem for image in scans.iterdir()})
@@ -277,7 +272,7 @@ def test_a_site_is_measured_on_so_many_of_its_photographs(
     """However many a folder holds: evenly spaced, so that memory and time are bounded."""
     monkeypatch.setattr(records, "SITE_SCANS", 2)
     common = {"dataset_dir": sites / "E" / "images", "ckpt_dir": federated / "models", "output_dir": tmp_path}
-    run_fundus(run_config, "inference", **common)
+    run_fundus(run_config, "inference", mode="site", **common)
     assert json.loads((tmp_path / "routes.json").read_text())["cases"]["site"]["scans"] == 2
     assert len(rows(tmp_path / "review.csv")) == len(list((sites / "E" / "images").iterdir())) > 2
 

@@ -109,7 +109,7 @@ def test_the_model_of_a_site_serves_without_routing(
 ) -> None:
     """Mode "site" writes a plain network; served like any other, it gives the same masks, and not the global ones."""
     models, site_model = random_models(tmp_path / "models"), tmp_path / "model_of_E.pt"
-    common = {"dataset_dir": sites_dir / "E", "ckpt_dir": models, "routing": {"average_views": False}}
+    common = {"dataset_dir": sites_dir / "E", "ckpt_dir": models, "routing": {"views": "none"}}
     run_config("inference", mode="site", site_model=site_model, output_dir=tmp_path / "made", **common)
     assert weights(site_model).keys() == weights(models / "model.pt").keys()
     assert (tmp_path / "made" / "routes.json").is_file()
