@@ -114,8 +114,9 @@ def test_fast_paths_and_the_naive_loop_agree(per):
 def test_fast_inferer_and_the_naive_one_agree(settings):
     """Distances, statistics, kernels and views: each in batches and at once, and each slice, expert and view alone."""
     network = make_network(4, torch.device("cpu"))
+    scan = volume(20 if settings.per == "layer" else 16)  # routers see all slices at once, also those not measured on
     masks = [
-        kind(make_experts(network, 3), settings=settings, flips=(0,))(volume(20), network)
+        kind(make_experts(network, 3), settings=settings, flips=(0,))(scan, network)
         for kind in (TestTimeRoutingInferer, NaiveInferer)
     ]
     torch.testing.assert_close(*masks, atol=1e-4, rtol=1e-4)
@@ -141,9 +142,9 @@ def test_scans_of_large_slices_are_measured_on_fewer(monkeypatch):
     measured = []
 
     class Recording(TestTimeRoutingInferer):
-        def _distances(self, some, network):
+        def _distances(self, some, network, models):
             measured.append(len(some))
-            return super()._distances(some, network)
+            return super()._distances(some, network, models)
 
     network = make_network(4, torch.device("cpu"))
     inferer = Recording(make_experts(network, 1))

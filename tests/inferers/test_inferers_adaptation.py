@@ -59,11 +59,11 @@ def test_interrupted_adaptation_leaves_nothing_behind(monkeypatch):
     expected = inferer(scan, network)
     predict, calls = inferer._predict, []
 
-    def fail(stack: Tensor, routed: RoutedNetwork) -> Tensor:
+    def fail(*args: Any) -> Any:
         calls.append(1)
         if len(calls) == 2:
             raise RuntimeError("out of memory")
-        return predict(stack, routed)
+        return predict(*args)
 
     monkeypatch.setattr(inferer, "_predict", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
@@ -222,10 +222,10 @@ def test_adaptation_sees_new_views_and_dropout_masks_each_step_and_none_in_predi
         drawn.append(draw(*args))
         return drawn[-1]
 
-    def predict_and_note(stack: Tensor, networks: Iterable[RoutedNetwork]) -> Any:
+    def predict_and_note(stack: Tensor, networks: Iterable[RoutedNetwork], some: Tensor) -> Any:
         (routed,) = networks
         generators.append(cast(Router, routed._routed[0].routes).generator)
-        return predict(stack, [routed])
+        return predict(stack, [routed], some)
 
     monkeypatch.setattr(ViewSampler, "draw", draw_and_note)
     monkeypatch.setattr(inferer, "_predict", predict_and_note)
