@@ -299,7 +299,7 @@ def test_statistics_that_cannot_be_blended_are_refused_and_the_advice_works(buil
     """By the inferer at the first scan, whatever its shift; by hand once they would be kept."""
     network, scan = make(build, 0), images(2, 3, 9, 9)
     with pytest.raises(InputError) as error:
-        default(build)(scan, network)
+        default(build, statistics=0.5)(scan, network)
     one_line(error, "'middle", words, "statistics=0")
     assert torch.isfinite(default(build, statistics=0.0)(scan, network)).all()
 
