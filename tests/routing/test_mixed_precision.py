@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from shared_iopfl.routing import layers
 from shared_iopfl.routing.network import RoutedNetwork, route
 
+CPU = torch.device("cpu")
 HALF = (torch.bfloat16, torch.float16)
 NETWORKS = ("BasicUNet 2D", "UNet", "SegResNet", "DynUNet")
 Per = Literal["sample", "volume", "layer"]
@@ -44,7 +45,7 @@ def output_types(network: nn.Module, names: tuple[str, ...], scan: Tensor, half:
         network.get_submodule(name).register_forward_hook(lambda layer, inputs, output: seen.update([output.dtype]))
         for name in names
     ]
-    with torch.autocast("cpu", dtype=half):
+    with torch.autocast(scan.device.type, dtype=half):
         output = network(scan)
     for hook in hooks:
         hook.remove()
@@ -56,13 +57,16 @@ def moved(routed: RoutedNetwork) -> RoutedNetwork:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in routed.trainable():
-            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator).to(parameter))
     return routed
 
 
 @torch.no_grad()
-def check_types(name: str, per: Per, half: torch.dtype, but: tuple[type[nn.Module], ...] = ()) -> None:
+def check_types(
+    name: str, per: Per, half: torch.dtype, but: tuple[type[nn.Module], ...] = (), device: torch.device = CPU
+) -> None:
     network, space, scan = spread(name, 2)
+    network, scan = network.to(device), scan.to(device)
     routed = moved(route(network, space, per=per))
     counted = tuple(layer for layer in routed.layers if not isinstance(network.get_submodule(layer), but))
     expected, plain = output_types(network, counted, scan[:1], half)
@@ -136,3 +140,12 @@ def test_a_layer_with_a_forward_of_its_own_is_run_as_it_is() -> None:
     routed = route(network, dict.fromkeys("AB", network.state_dict()), per="sample")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         torch.testing.assert_close(routed(scan), network(scan))
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+@pytest.mark.parametrize("half", HALF, ids=str)
+@pytest.mark.parametrize("per", ["sample", "volume", "layer"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_as_many_on_an_accelerator(gpu: torch.device, name: str, per: Per, half: torch.dtype) -> None:
+    check_types(name, per, half, device=gpu)
