@@ -37,6 +37,7 @@ TINY = {
     "training": ["--image_size", "32", "--cases", "4"],
     "scaling": ["--slices", "2", "--image_size", "32", "--many", "5", "--few", "2"],
     "options": ["--slices", "2", "--image_size", "32", "--compiled", "False"],
+    "startup": ["--image_size", "32", "--experts", "3"],
 }
 
 
