@@ -19,6 +19,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from shared_iopfl.data.phantoms.sites import make_prostate_sites
+
 BUNDLES = Path(__file__).parents[2] / "bundles"
 # pictures, other formats, curves, federations, experiment tracking, torch's compiler
 HEAVY = ("matplotlib", "itk", "tensorboard", "nvflare", "mlflow", "torch._inductor", "torch._dynamo", "torch.onnx")
@@ -33,13 +35,14 @@ print(json.dumps(sorted(set(sys.modules) - before)))
 
 
 def test_an_inference_imports_nothing_that_a_mask_does_not_need(
-    tmp_path: Path, make_sites: Callable[[str, Path], Path], random_models: Callable[..., Path]
+    tmp_path: Path, random_models: Callable[..., Path]
 ) -> None:
     bundle = "prostate_iopfl"
+    make_prostate_sites(tmp_path / "sites", sites=("E",), cases=1, size=(32, 32, 8))
     options = {
         "config_file": str(BUNDLES / bundle / "configs" / "inference.json"),
         "bundle_root": str(BUNDLES / bundle),
-        "dataset_dir": str(make_sites(bundle, tmp_path / "sites") / "E"),
+        "dataset_dir": str(tmp_path / "sites" / "E"),
         "ckpt_dir": str(random_models(tmp_path / "models", bundle)),
         "output_dir": str(tmp_path / "masks"),
         **{"image_size": 32, "features": 4, "device": "cpu", "empty_masks": "allow", "overlays": False},
