@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""``python -m benchmarks routing|adaptation|training|scaling|accuracy|options``: prints one JSON object."""
+"""``python -m benchmarks routing|adaptation|training|scaling|accuracy|options|startup``: prints one JSON object."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from typing import Any
 
 import fire
 
-from benchmarks import accuracy, adaptation, options, routing, scaling, training
+from benchmarks import accuracy, adaptation, options, routing, scaling, startup, training
 from benchmarks.timing import use_clock
 
 BENCHMARKS: dict[str, Callable[..., dict[str, Any]]] = {
@@ -30,6 +30,7 @@ BENCHMARKS: dict[str, Callable[..., dict[str, Any]]] = {
     "scaling": scaling.measure,
     "accuracy": accuracy.measure,
     "options": options.measure,
+    "startup": startup.measure,
 }
 
 
@@ -37,7 +38,7 @@ def main(name: str, clock: str = "wall", **arguments: Any) -> None:
     """Run one benchmark.
 
     Args:
-        name: routing, adaptation, training, scaling, accuracy or options.
+        name: routing, adaptation, training, scaling, accuracy, options or startup.
         clock: see :func:`benchmarks.timing.use_clock`.
         arguments: --device cuda, --repeats, --features, --image_size and what else the benchmark's `measure` takes.
     """

@@ -25,7 +25,7 @@ from typing import Any
 import monai
 import torch
 
-__all__ = ["alternate", "machine", "now", "peak_memory", "print_peak", "spread", "use_clock"]
+__all__ = ["alternate", "clock", "machine", "now", "peak_memory", "print_peak", "spread", "use_clock"]
 
 
 CLOCKS = {"wall": time.perf_counter, "process": time.process_time}
@@ -43,6 +43,11 @@ def use_clock(name: str) -> None:
     _clock[0] = name
     if name == "process":
         torch.set_num_threads(1)
+
+
+def clock() -> str:
+    """The name of the chosen clock."""
+    return _clock[0]
 
 
 def now() -> float:

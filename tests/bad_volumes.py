@@ -213,6 +213,7 @@ VOLUMES: Corpus = {
     "axis_0.nii": (array(BODY[:, :0]), "axis of length 0"),
     "axis_negative.nii": (header(dim=[3, 18, -20, 4, 1, 1, 1, 1]), READ),
     "axes_huge.nii": (header(dim=[3, 30000, 30000, 30000, 1, 1, 1, 1]), "too many voxels"),
+    "axes_large.nii": (header(dim=[3, 1024, 1024, 129, 1, 1, 1, 1]), "too many voxels"),
     "axes_promised.nii": (header(dim=[3, 18, 20, 4000, 1, 1, 1, 1]), "cut short"),
     "axes_promised.nii.gz": (stored(header(dim=[3, 18, 20, 4000, 1, 1, 1, 1]), "g.nii", gzip.compress), "cut short"),
     "axes_huge.mha": (stored(itk_image(BODY.T), "g.mha", meta_header("DimSize = 30000 30000 9")), "too many voxels"),

@@ -21,7 +21,7 @@ import pytest
 import torch
 from networks import images, volume
 
-from benchmarks import accuracy
+from benchmarks import accuracy, gpu
 from benchmarks.networks import agree, make_experts, make_network, naive
 from benchmarks.reference import NaiveInferer
 from shared_iopfl.data.phantoms.sites import make_prostate_sites
@@ -37,6 +37,7 @@ TINY = {
     "training": ["--image_size", "32", "--cases", "4"],
     "scaling": ["--slices", "2", "--image_size", "32", "--many", "5", "--few", "2"],
     "options": ["--slices", "2", "--image_size", "32", "--compiled", "False"],
+    "startup": ["--image_size", "32", "--experts", "3"],
 }
 
 
@@ -78,6 +79,53 @@ def test_memory_of_a_federation_is_measured():
     found = run("training", "--memory", "--image_size", 32, "--features", 4)
     assert set(found["peak_memory_gib"]) == {"data", "round"}
     assert all(0 < peak < 8 for peak in found["peak_memory_gib"].values())
+
+
+@pytest.mark.slow
+def test_the_script_for_machines_with_cuda_trains_both_tasks(tmp_path):
+    """On a CPU and tiny networks; its tests and benchmarks are run by other tests."""
+    gpu.measure(str(tmp_path), device="cpu", rounds=1, only="training", quick=True)
+    found = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
+    for task in ("prostate", "fundus"):
+        assert found["training"][task]["status"] == 0
+        assert {"inside global", "outside routed"} <= set(found["training"][task]["scores"])
+        assert f"| {task} | " in (tmp_path / "gpu.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA")
+def test_the_script_for_machines_with_cuda_says_where_there_is_none(tmp_path):
+    with pytest.raises(SystemExit, match="no CUDA"):
+        gpu.measure(str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_benchmark_that_failed_is_named_on_the_page():
+    spread = {"median": 1.0, "min": 0.9, "max": 1.1}
+    found = {
+        "machine": {"device": "cuda", "cpu": "some", "gpu": "H100"},
+        "versions": {"torch": "2"},
+        "quick": False,
+        "tests": {
+            "status": 1,
+            "seconds": 3.0,
+            "log": "tests.log",
+            "tests": 9,
+            "failures": 1,
+            "errors": 0,
+            "skipped": 0,
+        },
+        "benchmarks": {
+            "routing": {"status": 0, "log": "routing.log", "ratios": {"sample": spread}, "seconds": {"plain": spread}},
+            "scaling": {"status": 1, "seconds": 2.0, "log": "scaling.log"},
+        },
+        "training": {"fundus": {"status": 1, "seconds": 2.0, "log": "federation_fundus.log"}},
+    }
+    written = gpu.page(found)
+    assert written.startswith("# Results on H100")
+    assert "9 tests, 1 failures" in written and "exit status 1" in written
+    assert "| routing | sample, ratios | 1.0 | 0.9 | 1.1 |" in written
+    assert "| scaling | failed, see scaling.log" in written
+    assert "| fundus | 2.0 | failed, see federation_fundus.log |" in written
 
 
 def test_nothing_is_timed_where_fast_and_naive_path_differ():

@@ -79,8 +79,8 @@ class Adaptation:
         batches = list(batches)
         objective, generator = self._objective(), torch.Generator().manual_seed(self.seed + 1)
         views = [self.views.draw(generator, is_square(batches[0])) for _ in range(2)]
-        total = sum(float(objective(routed, batch, view)) * len(batch) for view in views for batch in batches)
-        return total / (len(views) * sum(map(len, batches)))
+        values = [objective(routed, batch, view) * len(batch) for view in views for batch in batches]
+        return sum(torch.stack(values).tolist()) / (len(views) * sum(map(len, batches)))
 
     def _objective(self) -> RoutingObjective:
         terms = self.settings.objective
@@ -92,8 +92,8 @@ def mask_agreement(one: Tensor, other: Tensor, output: Output) -> float:
     masks = []
     for logits in (one, other):
         masks.append(logits.argmax(1) > 0 if output == "softmax" else foreground(logits, output) > 0)
-    total = int(masks[0].sum() + masks[1].sum())
-    return 2 * int((masks[0] & masks[1]).sum()) / total if total else 1.0
+    total, shared = torch.stack([masks[0].sum() + masks[1].sum(), (masks[0] & masks[1]).sum()]).tolist()
+    return 2 * shared / total if total else 1.0
 
 
 def objection_to(

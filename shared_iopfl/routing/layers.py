@@ -26,6 +26,16 @@ from shared_iopfl.utils.errors import InputError
 
 __all__ = ["RoutedBatchNorm", "RoutedLayer", "channel_statistics"]
 
+# grouped convolutions are slow there: half as fast as one sample after another
+WITHOUT_GROUPS = ("cpu",)
+# what autocast makes of torch's own layers on CUDA: vmap passes it by, so that it has to be done by hand
+IN_HALF_PRECISION = (
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+    *(nn.Linear, nn.PReLU),
+)
+IN_FULL_PRECISION = (nn.GroupNorm, nn.LayerNorm)
+IN_THE_INPUTS_PRECISION = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+
 
 class RoutedLayer(nn.Module):
     """One layer of a routed network: the frozen stack of the experts' weights and the module that gives its routes.
@@ -118,14 +128,30 @@ class RoutedLayer(nn.Module):
                 raise InputError(self._not_per_sample(f"gives a {type(output).__name__}, not a tensor"))
             return output[0]
 
-        if inputs.device.type == "cpu":
-            # grouped convolutions are slow there: half as fast as one sample after another
+        autocast = torch.is_autocast_enabled(inputs.device.type) and inputs.dtype != torch.float64
+        types = self._autocast_types(inputs) if autocast else None
+        if inputs.device.type in WITHOUT_GROUPS or (autocast and types is None):
             rows = [
                 {name: weight[min(i, len(weight) - 1)] for name, weight in weights.items()} for i in range(len(inputs))
             ]
             return torch.stack([one(row, sample) for row, sample in zip(rows, inputs)])
         # vmap turns a convolution with a kernel a sample into one grouped convolution
-        return vmap(one)(weights, inputs)
+        if types is None:
+            return vmap(one)(weights, inputs)
+        computed, given = types
+        with torch.autocast(inputs.device.type, enabled=False):
+            cast = {name: weight.to(computed) for name, weight in weights.items()}
+            return vmap(one)(cast, inputs.to(computed)).to(given)
+
+    def _autocast_types(self, inputs: Tensor) -> tuple[torch.dtype, torch.dtype] | None:
+        """The types that the layer computes in and gives under autocast; None where only its own forward knows."""
+        kind = type(self.layer)
+        if kind in IN_HALF_PRECISION:
+            half = torch.get_autocast_dtype(inputs.device.type)
+            return half, half
+        if kind in IN_FULL_PRECISION:
+            return torch.float32, torch.float32
+        return (torch.float32, inputs.dtype) if kind in IN_THE_INPUTS_PRECISION else None
 
     def _not_per_sample(self, why: str) -> str:
         return f"cannot route '{self.name}' ({type(self.layer).__name__}) per sample, as it {why}: use per='layer'."

@@ -170,7 +170,8 @@ def view_agreement(logits: Sequence[Tensor], mean: Tensor, output: Output) -> fl
 def target_areas(logits: Tensor, output: Output) -> list[float]:
     """The share of the pixels that the mask of a prediction (N, C, *spatial) gives to each target."""
     masks = _masks(logits, output).float()
-    return [round(float(area), 6) for area in masks.mean([axis for axis in range(masks.ndim) if axis != 1])]
+    areas = masks.mean([axis for axis in range(masks.ndim) if axis != 1])
+    return [round(area, 6) for area in areas.tolist()]
 
 
 def _masks(logits: Tensor, output: Output) -> Tensor:

@@ -294,13 +294,12 @@ def test_what_is_no_network_cannot_be_routed():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("name", PRESETS)
-def test_cuda_gives_the_masks_of_the_cpu(name):
+def test_cuda_gives_the_masks_of_the_cpu(gpu, name):
     """Logits within 1e-2 in full precision; under autocast finite, and the decision is reported."""
     network, scan = unet(), volume(3)
     expected = routing(name)(scan, network)
-    found = routing(name)(scan.cuda(), copy.deepcopy(network).cuda())
+    found = routing(name)(scan.to(gpu), copy.deepcopy(network).to(gpu))
     torch.testing.assert_close(found.cpu(), expected, rtol=1e-2, atol=1e-2)
-    with torch.autocast("cuda"), torch.no_grad():
-        assert torch.isfinite(routing(name)(scan.cuda(), copy.deepcopy(network).cuda())).all()
+    with torch.autocast(gpu.type), torch.no_grad():
+        assert torch.isfinite(routing(name)(scan.to(gpu), copy.deepcopy(network).to(gpu))).all()

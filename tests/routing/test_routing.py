@@ -259,11 +259,10 @@ def test_module_with_children_and_weights_is_refused_by_name():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_identity_on_cuda():
-    network, scan = unet().cuda(), images(2, 3, 32, 32).cuda()
+def test_identity_on_cuda(gpu):
+    network, scan = unet().to(gpu), images(2, 3, 32, 32).to(gpu)
     for per in PER:
         routed = route(network, dict.fromkeys("AB", network.state_dict()), per=per, random=True)
         torch.testing.assert_close(routed(scan), network(scan), rtol=1e-3, atol=1e-3)
-        with torch.autocast("cuda"):
+        with torch.autocast(gpu.type):
             torch.testing.assert_close(routed(scan).float(), network(scan).float(), rtol=5e-2, atol=5e-2)

@@ -33,6 +33,7 @@ FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "GIF", "PPM")
 MOVING = ("WEBP", "GIF")
 LOSSY = ("JPEG", "MPO")  # MPO: how Pillow calls a JPEG with a second picture behind it, as some cameras write
 SUFFIXES = tuple(ending[1:] for ending in PICTURES)
+MOST_PIXELS = 90 * 10**6  # more than any fundus camera's; 3.5 GB while it is prepared
 SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N", "I")  # "I": some 16-bit files in 32-bit integers
 
 
@@ -82,6 +83,8 @@ class _PictureReader(PILReader):
             with Image.open(name, formats=FORMATS) as img:
                 if isinstance(img, TiffImagePlugin.TiffImageFile):
                     _refuse_tiff(img, name)
+                if img.width * img.height > MOST_PIXELS:
+                    raise InputError(_too_large(name))
                 pictures = int(getattr(img, "n_frames", 1))
                 if img.format in MOVING and pictures > 1:
                     raise InputError(f"{pictures} pictures in {name}: save the one to be used as a file of its own")
@@ -91,8 +94,7 @@ class _PictureReader(PILReader):
         except FileNotFoundError as error:
             raise InputError(f"no such file: {name}") from error
         except Image.DecompressionBombError as error:
-            limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 10**6
-            raise InputError(f"more than {limit} megapixels in {name}: save it smaller") from error
+            raise InputError(_too_large(name)) from error
         except Image.UnidentifiedImageError as error:
             raise InputError(f"not a PNG, JPEG, TIFF or BMP (WebP, GIF, PNM) that can be read: {name}") from error
         except InputError:
@@ -110,6 +112,10 @@ class _PictureReader(PILReader):
     def _pixels(self, picture: Image.Image, file_format: str, name: str) -> np.ndarray:
         """The array of a decoded picture, (H, W) or (H, W, 3)."""
         raise NotImplementedError
+
+
+def _too_large(name: str) -> str:
+    return f"more than {MOST_PIXELS // 10**6} megapixels in {name}: save it smaller"
 
 
 def _refuse_tiff(img: TiffImagePlugin.TiffImageFile, name: str) -> None:

@@ -29,7 +29,7 @@ from shared_iopfl.utils.errors import InputError
 
 __all__ = ["check_header", "import_itk"]
 
-MOST_VOXELS = 2**28  # of a scan: 1024 x 1024 x 256; more than any of this kind has, less than fills a machine
+MOST_VOXELS = 2**27  # of a scan: 1024 x 1024 x 128; more than any of this kind has, and 3 GB while it is prepared
 SLACK = 2**20  # bytes that may follow the last voxel
 # of MHA and MHD, and of NRRD: where the voxels lie
 DATA_FILE = re.compile(rb"^\s*(?:ElementDataFile\s*[=:]|data ?file:)[ \t]*([^\r\n]*)", re.IGNORECASE | re.MULTILINE)

@@ -187,16 +187,3 @@ def test_resumed_is_as_undisturbed(
         for folder in (undisturbed, interrupted)
     ]
     assert kept[0] == kept[1]
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_whole_chain_on_cuda(sites_dir: Path, tmp_path: Path, run_config: Run) -> None:
-    """Federate, personalise, score and route on CUDA with mixed precision: the same files, with finite Dice."""
-    run_config(
-        "federate", dataset_dir=sites_dir, output_dir=tmp_path, outside_sites=["E"], **{**FEDERATE, "device": "cuda"}
-    )
-    scores = [row for row in rows(tmp_path / "metrics.csv") if row["metric"] == "dice"]
-    assert {row["model"] for row in scores} == {"global", "personalised", "soup", "routed"}
-    assert all(0 <= float(row["value"]) <= 1 for row in scores)
-    assert (tmp_path / "report.html").is_file()

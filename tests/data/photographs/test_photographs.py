@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from monai.transforms import LoadImage
-from PIL import Image
+from PIL import Image, ImageFile
 
+from shared_iopfl.data.photographs import reader
 from shared_iopfl.data.photographs.reader import CodedMaskReader, PhotographReader
 from shared_iopfl.utils.errors import InputError
 
@@ -107,7 +108,8 @@ def test_large_photographs_are_read_and_bombs_refused(tmp_path, monkeypatch):
     Image.new("RGB", (4000, 4000), (200, 100, 50)).save(tmp_path / "large.png")
     picture, _ = PhotographReader().get_data(PhotographReader().read(tmp_path / "large.png"))
     assert picture.shape == (4000, 4000, 3)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 7 * 10**6)
+    monkeypatch.setattr(reader, "MOST_PIXELS", 14 * 10**6)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", None)  # refused before its pixels are unpacked
     with pytest.raises(InputError, match=r"more than 14 megapixels in .*large\.png"):
         photograph(tmp_path / "large.png")
 
