@@ -24,6 +24,7 @@ from shared_iopfl.data.mask_values import mask_values
 from shared_iopfl.data.patients import AUTO
 from shared_iopfl.data.phantoms.sites import make_fundus_sites, make_prostate_sites
 from shared_iopfl.data.sites import find_cases, list_sites, site_cases
+from shared_iopfl.models.bundle_configs import write_configs
 from shared_iopfl.models.files import check_models
 from shared_iopfl.models.manifest import check_manifest
 from shared_iopfl.models.packaging import package, publish
@@ -32,7 +33,8 @@ from shared_iopfl.utils.checks import check_values
 from shared_iopfl.utils.errors import InputError, one_line_errors
 from shared_iopfl.utils.names import parse_names
 
-TEXT = {"dataset_dir", "output_dir", "models_dir", "from_dir", "to_dir", "terms", "bundle", "env", "sites", "patient"}
+TEXT = {"dataset_dir", "output_dir", "models_dir", "common_dir", "from_dir", "to_dir"}
+TEXT |= {"task", "terms", "bundle", "env", "sites", "patient"}
 
 
 def prepare(
@@ -76,6 +78,12 @@ def check(models_dir: str) -> None:
     print(f"terms: {manifest['terms']}")
 
 
+def configs(task: str, output_dir: str | None = None, common_dir: str | None = None) -> None:
+    """Generate the configs of a bundle from its ``task.json`` and the common configs (see docs/how-to/new_task.md)."""
+    for path in write_configs(task, output_dir, common_dir):
+        print(path)
+
+
 def flare(
     bundle: str, sites: Sequence[str], output_dir: str, env: str = "sim", rounds: int = 60, **options: Any
 ) -> None:
@@ -113,6 +121,7 @@ def main() -> None:
             "publish": _as_typed(publish),
             "check": _as_typed(check),
             "package": _as_typed(package),
+            "configs": _as_typed(configs),
             "flare": _as_typed(flare),
             "flare_publish": _as_typed(flare_publish),
         },
