@@ -113,6 +113,7 @@ SETTINGS = {
     "mode": "`episodic`: route each scan; `site`: one network for all scans of a folder; `off`: the global model",
     "preset": "routing settings by name: `default`, `paper`, `soup` or `adapted`",
     "routing": "dictionary of single routing settings that replace those of the preset",
+    "objective": "module that adaptation minimises; `null`: the objective of `routing`",
     "site_model": "file of a site's network: used if it exists, else written",
     "match_manifest": "`False`: allow settings that contradict `manifest.json`",
     "largest_component": "keep the largest connected component of each target",

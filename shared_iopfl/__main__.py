@@ -79,7 +79,7 @@ def check(models_dir: str) -> None:
 
 
 def configs(task: str, output_dir: str | None = None, common_dir: str | None = None) -> None:
-    """Generate the configs of a bundle from its ``task.json`` and the common configs (see docs/how-to/new_task.md)."""
+    """Generate the configs of a bundle from its ``task.json`` and the common configs (see docs/extending/task.md)."""
     for path in write_configs(task, output_dir, common_dir):
         print(path)
 

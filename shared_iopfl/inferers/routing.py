@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from shared_iopfl.inferers.start import find_start
 from shared_iopfl.models.files import USUAL_SHIFT
 from shared_iopfl.models.weights import equal_weights
-from shared_iopfl.routing.adaptation import Adaptation, mask_agreement, objection_to
+from shared_iopfl.routing.adaptation import Adaptation, Objective, mask_agreement, objection_to
 from shared_iopfl.routing.distances import scan_distances
 from shared_iopfl.routing.network import RoutedNetwork, collapse, route
 from shared_iopfl.routing.objectives import (
@@ -80,6 +80,8 @@ class TestTimeRoutingInferer(StackInferer):
         slices, batch_size: as in `StackInferer`; with routes a volume or the scan's own statistics, prediction takes a
             scan whole, so that its mask does not depend on the batch size.
         seed: of routers and views.
+        objective: what adaptation minimises, in place of the objective of the settings: a module or function of the
+            network, the images (N, C_in, *spatial) and a `View`, whose value is a scalar with gradient.
 
     Attributes:
         reports: what was done for the last scans (at most 1024), oldest first; see :meth:`route_scan`. In mode "site",
@@ -100,6 +102,7 @@ class TestTimeRoutingInferer(StackInferer):
         slices: int | None = 3,
         batch_size: int = 16,
         seed: int = 0,
+        objective: Objective | None = None,
     ) -> None:
         super().__init__(slices, batch_size)
         check_values({"seed": seed})
@@ -114,7 +117,7 @@ class TestTimeRoutingInferer(StackInferer):
         self.settings = settings or RoutingSettings()
         self.output: Output = output
         self.views = ViewSampler(tuple(flips), rotations, self.settings.noise, self.settings.intensity)
-        self.adaptation = Adaptation(self.settings, self.views, output, batch_size, seed)
+        self.adaptation = Adaptation(self.settings, self.views, output, batch_size, seed, objective)
         self.scores = {name: score for name, score in (scores or {}).items() if name != USUAL_SHIFT}
         self.usual_shift = self.settings.usual_shift * (scores or {}).get(USUAL_SHIFT, 0.1)
         self.seed = seed

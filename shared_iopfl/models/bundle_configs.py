@@ -50,7 +50,7 @@ def write_configs(task: str, output_dir: str | None = None, common_dir: str | No
     Args:
         task: the bundle's folder, or its ``task.json``.
         output_dir: folder of the configs; default: ``configs`` beside the ``task.json``.
-        common_dir: folder of the common configs; default: ``bundles/common`` of the repository.
+        common_dir: folder of the common configs; default: ``common`` beside the bundle, else that of the repository.
 
     Returns:
         The paths of the configs.
@@ -59,7 +59,9 @@ def write_configs(task: str, output_dir: str | None = None, common_dir: str | No
         InputError: where the task cannot be read, or lacks something that a common config asks for.
     """
     path = Path(task) / "task.json" if Path(task).is_dir() else Path(task)
-    texts = generate_configs(path, Path(common_dir) if common_dir else COMMON)
+    beside = path.absolute().parent.parent / "common"
+    common = Path(common_dir) if common_dir else beside if beside.is_dir() else COMMON
+    texts = generate_configs(path, common)
     target = Path(output_dir) if output_dir else path.parent / "configs"
     for name, text in texts.items():
         with whole_file(target / name) as temporary:

@@ -53,11 +53,12 @@ def test_the_checked_in_configs_are_generated(bundle: str, tmp_path: Path) -> No
 
 
 def test_the_command_writes_beside_the_task(tmp_path: Path) -> None:
-    common = common_of(tmp_path / "common", {"a": "%task#a"})
-    (tmp_path / "task.json").write_text('{"base": "pictures", "a": 1}')
-    command = [sys.executable, "-m", "shared_iopfl", "configs", str(tmp_path), "--common_dir", str(common)]
+    common_of(tmp_path / "common", {"a": "%task#a"})
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "task.json").write_text('{"base": "pictures", "a": 1}')
+    command = [sys.executable, "-m", "shared_iopfl", "configs", str(tmp_path / "own")]
     subprocess.run(command, check=True, cwd=BUNDLES.parent)
-    assert json.loads((tmp_path / "configs" / "train.json").read_text()) == {"a": 1}
+    assert json.loads((tmp_path / "own" / "configs" / "train.json").read_text()) == {"a": 1}
 
 
 def test_macros(tmp_path: Path) -> None:
