@@ -65,7 +65,7 @@ def test_a_task_by_json_alone(tmp_path: Path) -> None:
     assert (tmp_path / "OUT_TRAIN" / "models" / "model_clinic_a.pt").is_file()
     scores = rows(tmp_path / "OUT" / "metrics.csv")
     assert {row["site"] for row in scores} == {"clinic_a", "clinic_b", "clinic_c"}
-    assert {row["metric"] for row in scores if "dice" in row["metric"]} == {"dice_lesion"}
+    assert {row["metric"] for row in scores if "dice" in row["metric"]} == {"dice"}
     masks = sorted((tmp_path / "MASKS").glob("*.png"))
     assert len([path for path in masks if Image.open(path).mode == "L"]) == 5
     assert "clinic_c" in (tmp_path / "OUT" / "report.html").read_text(encoding="utf-8")
