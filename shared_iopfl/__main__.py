@@ -33,8 +33,7 @@ from shared_iopfl.utils.checks import check_values
 from shared_iopfl.utils.errors import InputError, one_line_errors
 from shared_iopfl.utils.names import parse_names
 
-TEXT = {"dataset_dir", "output_dir", "models_dir", "common_dir", "from_dir", "to_dir"}
-TEXT |= {"task", "terms", "bundle", "env", "sites", "patient"}
+TEXT = {"dataset_dir", "output_dir", "models_dir", "from_dir", "to_dir", "terms", "bundle", "env", "sites", "patient"}
 
 
 def prepare(
@@ -78,10 +77,13 @@ def check(models_dir: str) -> None:
     print(f"terms: {manifest['terms']}")
 
 
-def configs(task: str, output_dir: str | None = None, common_dir: str | None = None) -> None:
-    """Generate the configs of a bundle from its ``task.json`` and the common configs (see docs/extending/task.md)."""
-    for path in write_configs(task, output_dir, common_dir):
-        print(path)
+def configs(*tasks: str) -> None:
+    """Generate the configs of bundles, each named by its folder, from its ``task.json``; see docs/extending/task.md."""
+    if not tasks:
+        raise InputError("no bundle is named: give the folders of the bundles whose configs are to be generated.")
+    for task in tasks:
+        for path in write_configs(str(task)):
+            print(path)
 
 
 def flare(
@@ -121,7 +123,7 @@ def main() -> None:
             "publish": _as_typed(publish),
             "check": _as_typed(check),
             "package": _as_typed(package),
-            "configs": _as_typed(configs),
+            "configs": configs,
             "flare": _as_typed(flare),
             "flare_publish": _as_typed(flare_publish),
         },
