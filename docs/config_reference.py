@@ -152,7 +152,7 @@ COMPONENTS = {
     "loss": "loss",
     "optimizer": "optimiser",
     "lr_scheduler": "learning-rate schedule",
-    "round_state": "what is reset at the beginning of a round",
+    "round_state": "what a site keeps from round to round",
     "preprocessing_transforms": "transforms for training and validation",
     "preprocessing": "transforms before the network",
     "postprocessing": "transforms after the network",
