@@ -24,6 +24,7 @@ from shared_iopfl.data.mask_values import mask_values
 from shared_iopfl.data.patients import AUTO
 from shared_iopfl.data.phantoms.sites import make_fundus_sites, make_prostate_sites
 from shared_iopfl.data.sites import find_cases, list_sites, site_cases
+from shared_iopfl.models.bundle_configs import write_configs
 from shared_iopfl.models.files import check_models
 from shared_iopfl.models.manifest import check_manifest
 from shared_iopfl.models.packaging import package, publish
@@ -76,6 +77,15 @@ def check(models_dir: str) -> None:
     print(f"terms: {manifest['terms']}")
 
 
+def configs(*tasks: str) -> None:
+    """Generate the configs of bundles, each named by its folder, from its ``task.json``; see docs/extending/task.md."""
+    if not tasks:
+        raise InputError("no bundle is named: give the folders of the bundles whose configs are to be generated.")
+    for task in tasks:
+        for path in write_configs(str(task)):
+            print(path)
+
+
 def flare(
     bundle: str, sites: Sequence[str], output_dir: str, env: str = "sim", rounds: int = 60, **options: Any
 ) -> None:
@@ -113,6 +123,7 @@ def main() -> None:
             "publish": _as_typed(publish),
             "check": _as_typed(check),
             "package": _as_typed(package),
+            "configs": configs,
             "flare": _as_typed(flare),
             "flare_publish": _as_typed(flare_publish),
         },

@@ -32,7 +32,6 @@ from shared_iopfl.handlers.norm_statistics import batch_norms, with_own_statisti
 from shared_iopfl.models.files import GLOBAL
 from shared_iopfl.models.weights import copy_network, validated_interpolation
 from shared_iopfl.routing.distances import scan_distances
-from shared_iopfl.routing.settings import RoutingSettings
 from shared_iopfl.utils.config_values import as_values, is_data
 from shared_iopfl.utils.errors import InputError, root_input_error
 from shared_iopfl.utils.names import check_site
@@ -198,7 +197,7 @@ class SiteClient:
         network, stacks = self._measurable(weights)
         size, distances = cast(Any, self.algo.evaluator).inferer.batch_size if stacks else 0, []
         for stack in stacks:
-            some = scan_slices(stack, RoutingSettings.adapt_slices)
+            some = scan_slices(stack)
             distances.append(float(scan_distances(network, {GLOBAL: network.state_dict()}, some, size)))
         return fmean(distances) if distances else None
 

@@ -90,6 +90,8 @@ class LocalNormsHandler:
         network: the network that is trained.
     """
 
+    state_name = "local_norms"  # see `round_state`
+
     def __init__(self, network: nn.Module) -> None:
         self.network = network
         self.names = [
@@ -146,6 +148,8 @@ class DittoHandler:
     Attributes:
         model: the personal model.
     """
+
+    state_name = "ditto"  # see `round_state`
 
     def __init__(self, network: nn.Module, optimizer: torch.optim.Optimizer, pull: float) -> None:
         self.network = network

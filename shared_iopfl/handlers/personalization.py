@@ -16,7 +16,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,7 @@ from torch import nn
 from shared_iopfl.models.files import save_atomically
 from shared_iopfl.utils.errors import root_input_error
 
-__all__ = ["DecayThenTail", "OneLineStatsHandler", "PersonalizationHandler", "RoundHandler"]
+__all__ = ["DecayThenTail", "OneLineStatsHandler", "PersonalizationHandler", "RoundHandler", "round_state"]
 
 
 class DecayThenTail:
@@ -76,6 +76,8 @@ class PersonalizationHandler(EMAHandler):
         ema_model: the personalised model.
         count: how many local models the average holds.
     """
+
+    state_name = "personalization"  # see `round_state`
 
     def __init__(
         self,
@@ -173,3 +175,15 @@ class RoundHandler:
         """Forget the moments of the optimiser."""
         if self.optimizer is not None:
             self.optimizer.state.clear()
+
+
+def round_state(optimizer: Any, lr_scheduler: Any, handlers: Iterable[Any]) -> dict[str, Any]:
+    """What a site keeps from round to round, by name, for a federation to continue from after an interruption.
+
+    Args:
+        optimizer, lr_scheduler: of the trainer.
+        handlers: of the trainer. Those with a state to be kept have the attribute ``state_name``, and the methods
+            ``state_dict`` and ``load_state_dict``.
+    """
+    named = {handler.state_name: handler for handler in handlers if hasattr(handler, "state_name")}
+    return {"optimizer": optimizer, "lr_scheduler": lr_scheduler, **named}

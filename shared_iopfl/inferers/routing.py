@@ -27,7 +27,7 @@ from shared_iopfl.inferers.members import MeanOfNetworks, members_of
 from shared_iopfl.inferers.start import find_start
 from shared_iopfl.models.files import USUAL_SHIFT
 from shared_iopfl.models.weights import equal_weights
-from shared_iopfl.routing.adaptation import Adaptation, mask_agreement, objection_to
+from shared_iopfl.routing.adaptation import Adaptation, Objective, mask_agreement, objection_to
 from shared_iopfl.routing.distances import scan_distances
 from shared_iopfl.routing.network import RoutedNetwork, collapse, route
 from shared_iopfl.routing.objectives import (
@@ -42,13 +42,12 @@ from shared_iopfl.routing.objectives import (
 from shared_iopfl.routing.settings import RoutingSettings
 from shared_iopfl.utils.checks import check_values
 from shared_iopfl.utils.errors import InputError
-from shared_iopfl.utils.stacks import Network, StackInferer, bounded, evenly, scan_slices
+from shared_iopfl.utils.stacks import SCAN_SLICES, Network, StackInferer, bounded, evenly, scan_slices
 
 __all__ = ["TestTimeRoutingInferer"]
 
 logger = logging.getLogger(__name__)
 Mode = Literal["episodic", "site", "off"]
-SCAN_SLICES = 16  # of a volume that its statistics are measured and the routes adapted on
 SITE_PIXELS = 2**21  # of the slices that a site's statistics are measured on, one forward: 128 of 128 x 128
 SITE_SLICES = 128
 
@@ -81,6 +80,8 @@ class TestTimeRoutingInferer(StackInferer):
         slices, batch_size: as in `StackInferer`; with routes a volume or the scan's own statistics, prediction takes a
             scan whole, so that its mask does not depend on the batch size.
         seed: of routers and views.
+        objective: what adaptation minimises, in place of the objective of the settings: a module or function of the
+            network, the images (N, C_in, *spatial) and a `View`, whose value is a scalar with gradient.
 
     Attributes:
         reports: what was done for the last scans (at most 1024), oldest first; see :meth:`route_scan`. In mode "site",
@@ -102,6 +103,7 @@ class TestTimeRoutingInferer(StackInferer):
         slices: int | None = 3,
         batch_size: int = 16,
         seed: int = 0,
+        objective: Objective | None = None,
     ) -> None:
         super().__init__(slices, batch_size)
         check_values({"seed": seed})
@@ -118,7 +120,7 @@ class TestTimeRoutingInferer(StackInferer):
         self.views = ViewSampler(
             tuple(flips), rotations, self.settings.objective.noise, self.settings.objective.intensity
         )
-        self.adaptation = Adaptation(self.settings, self.views, output, batch_size, seed)
+        self.adaptation = Adaptation(self.settings, self.views, output, batch_size, seed, objective)
         self.usual_shift = (scores or {}).get(USUAL_SHIFT, 0.0)
         self.seed = seed
         self.reports: deque[dict[str, Any]] = deque(maxlen=1024)

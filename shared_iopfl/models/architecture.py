@@ -33,7 +33,7 @@ from shared_iopfl.utils.config_values import component
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.tables import write_json
 
-__all__ = ["check_architecture", "check_training", "describe_architecture", "write_architecture"]
+__all__ = ["check_architecture", "check_training", "describe_architecture", "unet_features", "write_architecture"]
 
 logger = logging.getLogger(__name__)
 NETWORK = "network_def"
@@ -41,6 +41,16 @@ NETWORK = "network_def"
 FREE = ("coding", "codings")
 # what is decided by each site's pictures contradicts nothing
 BY_SITE = "auto"
+WIDTHS = (1, 2, 4, 8, 16, 1)  # of the levels of a U-Net, in units of the first
+
+
+def unet_features(features: int | Sequence[int]) -> list[int]:
+    """The six widths of a `BasicUNet`: as they are given, or from the width of its first level.
+
+    Args:
+        features: the six widths; or the first, which doubles at each of the four levels below.
+    """
+    return [features * width for width in WIDTHS] if isinstance(features, int) else list(features)
 
 
 def describe_architecture(values: Mapping[str, Any], network_def: Mapping[str, Any] | None = None) -> dict[str, Any]:

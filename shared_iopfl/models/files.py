@@ -50,6 +50,7 @@ __all__ = [
     "load_weights",
     "model_path",
     "save_atomically",
+    "trained_files",
 ]
 
 GLOBAL = "global"
@@ -84,6 +85,18 @@ def model_path(ckpt_dir: str, model: str = GLOBAL, site: str = "") -> str:
     if model in (GLOBAL, "routed", *PRESET_NAMES):
         return str(Path(ckpt_dir) / "model.pt")
     return str(Path(ckpt_dir) / plain_name(f"model_{site if model == 'personalised' else model}.pt"))
+
+
+def trained_files(ckpt_dir: str, site: str, as_client: bool = False) -> list[str]:
+    """The files that training at a site writes: the model, the personalised one, and what a MONAI FL client adds.
+
+    Args:
+        ckpt_dir: the folder.
+        site: name of the site.
+        as_client: whether a MONAI FL client trains, which keeps its last model beside the best one.
+    """
+    names = [plain_name(f"model_{site}.pt")]
+    return [str(Path(ckpt_dir) / name) for name in ("model.pt", *names, *["model_final.pt"] * as_client)]
 
 
 def save_atomically(content: Any, path: str | os.PathLike, previous: str | os.PathLike | None = None) -> None:

@@ -13,19 +13,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from shared_iopfl.routing.network import RoutedNetwork
-from shared_iopfl.routing.objectives import Output, RoutingObjective, ViewSampler, foreground, is_square
+from shared_iopfl.routing.objectives import Output, RoutingObjective, View, ViewSampler, foreground, is_square
 from shared_iopfl.routing.settings import RoutingSettings
 from shared_iopfl.utils.stacks import bounded
 
-__all__ = ["Adaptation", "mask_agreement", "objection_to"]
+__all__ = ["Adaptation", "Objective", "mask_agreement", "objection_to"]
 
+# of the network, images (N, C_in, *spatial) and a view: a scalar with gradient
+Objective = Callable[[Callable[[Tensor], Tensor], Tensor, View], Tensor]
 STEP_PIXELS = 2**18  # a backward: 16 slices of 128 x 128, one of 384 x 384
 
 
@@ -39,6 +41,8 @@ class Adaptation:
         output: of the network.
         batch_size: network inputs a step.
         seed: of views and dropout.
+        objective: of the steps, in place of the `RoutingObjective` of the settings: a function of the network, the
+            images (N, C_in, *spatial) and a view, whose value is a scalar with gradient.
     """
 
     settings: RoutingSettings
@@ -46,6 +50,7 @@ class Adaptation:
     output: Output
     batch_size: int
     seed: int
+    objective: Objective | None = None
 
     def adapt(self, routed: RoutedNetwork, images: Tensor) -> None:
         """Take the steps on some network inputs (N, C_in, *spatial) of a scan; `routed` is changed."""
@@ -67,7 +72,7 @@ class Adaptation:
                     optimizer.zero_grad(set_to_none=True)
                     view = self.views.draw(generator, is_square(images))
                     for part in batch.split(bounded(len(batch), batch, STEP_PIXELS) if apart else len(batch)):
-                        for term in objective.terms(routed, part, view):
+                        for term in _terms(objective, routed, part, view):
                             (term * (len(part) / len(batch))).backward()
                     optimizer.step()
         finally:
@@ -82,9 +87,18 @@ class Adaptation:
         values = [objective(routed, batch, view) * len(batch) for view in views for batch in batches]
         return sum(torch.stack(values).tolist()) / (len(views) * sum(map(len, batches)))
 
-    def _objective(self) -> RoutingObjective:
+    def _objective(self) -> Objective:
+        if self.objective is not None:
+            return self.objective
         terms = self.settings.objective
         return RoutingObjective(self.output, terms.consistency, terms.entropy, terms.shape, terms.window, self.views)
+
+
+def _terms(objective: Objective, routed: RoutedNetwork, images: Tensor, view: View) -> Iterable[Tensor]:
+    """The summands of an objective, one at a time where it has them: each needs the memory of one forward."""
+    if isinstance(objective, RoutingObjective):
+        return objective.terms(routed, images, view)
+    return (objective(routed, images, view),)
 
 
 def mask_agreement(one: Tensor, other: Tensor, output: Output) -> float:

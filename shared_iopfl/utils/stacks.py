@@ -29,6 +29,7 @@ Network = Callable[[Tensor], Tensor]
 # makes come fresh from the system, page by page, which costs more than a larger batch gains
 FORWARD_PIXELS, CPU_PIXELS = 2**19, 2**17
 
+SCAN_SLICES = 16  # of a volume that its statistics are measured and the routes adapted on
 SCAN_PIXELS = 3 * 2**18  # of the slices that a scan is measured on, one forward: 12 of 256 x 256, five of 384 x 384
 
 
@@ -76,7 +77,7 @@ def bounded(count: int, stack: Tensor, pixels: int | None = None) -> int:
     return max(1, min(count, pixels // max(1, stack[0, 0].numel())))
 
 
-def scan_slices(stack: Tensor, count: int) -> Tensor:
+def scan_slices(stack: Tensor, count: int = SCAN_SLICES) -> Tensor:
     """The slices that a scan is measured and adapted on: `count`, evenly spaced, or fewer where they are large."""
     return evenly(stack, bounded(count, stack, SCAN_PIXELS))
 

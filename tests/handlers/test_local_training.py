@@ -26,7 +26,7 @@ from trained_sites import Site, State, _process_as_it_was, batches, equal  # noq
 
 from shared_iopfl.federation.simulation import weighted_average
 from shared_iopfl.handlers.methods import DittoHandler, LocalNormsHandler, ProximalHandler
-from shared_iopfl.handlers.personalization import RoundHandler
+from shared_iopfl.handlers.personalization import PersonalizationHandler, RoundHandler, round_state
 from shared_iopfl.models.weights import interpolate, validated_interpolation
 from shared_iopfl.utils.errors import InputError
 
@@ -256,3 +256,13 @@ def test_share_outside_its_range_is_refused():
     for share in (-0.1, 1.1, float("nan")):
         with pytest.raises(InputError, match="share"):
             interpolate({}, {}, share)
+
+
+def test_the_state_of_a_round_has_what_handlers_keep() -> None:
+    """Named by the handlers themselves; one without a state of its own is left out."""
+    network = unet()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    kept = [LocalNormsHandler(network), DittoHandler(network, optimizer, 0.1), PersonalizationHandler(network, 0.5)]
+    state = round_state(optimizer, None, [RoundHandler(optimizer), ProximalHandler(network, 0.1), *kept])
+    assert list(state) == ["optimizer", "lr_scheduler", "local_norms", "ditto", "personalization"]
+    assert list(state.values()) == [optimizer, None, *kept]

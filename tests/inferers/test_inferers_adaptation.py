@@ -27,7 +27,7 @@ from shared_iopfl.inferers import routing as inferers
 from shared_iopfl.inferers.routing import TestTimeRoutingInferer
 from shared_iopfl.routing.adaptation import mask_agreement
 from shared_iopfl.routing.network import RoutedNetwork
-from shared_iopfl.routing.objectives import RoutingObjective, View, ViewSampler
+from shared_iopfl.routing.objectives import RoutingObjective, View, ViewSampler, entropy, probabilities
 from shared_iopfl.routing.routers import Router
 from shared_iopfl.routing.settings import PRESETS, preset
 
@@ -244,3 +244,24 @@ def test_adaptation_takes_evenly_spaced_slices(monkeypatch):
     scan = torch.arange(9.0).expand(1, 1, 32, 32, 9)
     inferer(scan, unet())
     assert seen[0][:, 1, 0, 0].tolist() == [1, 4, 7]
+
+
+# ---- another objective ----------------------------------------------------------------------------------------------
+
+
+class Confidence(nn.Module):
+    """The entropy of the plain images: an objective that is no `RoutingObjective`."""
+
+    def forward(self, network, images, view):
+        return entropy(probabilities(network(images), "softmax"), "softmax")
+
+
+def test_a_module_is_minimised_in_place_of_the_settings_objective():
+    """The settings' objective with the same terms takes the same steps; with others, others."""
+    network, scan = unet(), volume(3)
+    given = routing("adapted", overrides={**LEARNT, "entropy": 0.0, "shape": 1.0}, objective=Confidence())
+    same = routing("adapted", overrides=LEARNT)
+    other = routing("adapted", overrides={**LEARNT, "entropy": 0.0, "shape": 1.0})
+    torch.testing.assert_close(given(scan, network), same(scan, network))
+    assert given.reports[0]["objective_end"] == pytest.approx(same.reports[0]["objective_end"])
+    assert not torch.allclose(given(scan, network), other(scan, network))

@@ -23,6 +23,7 @@ from shared_iopfl.models.architecture import (
     check_architecture,
     check_training,
     describe_architecture,
+    unet_features,
     write_architecture,
 )
 from shared_iopfl.models.manifest import check_manifest, read_manifest, setting, write_manifest
@@ -105,3 +106,8 @@ def test_a_published_set_keeps_its_manifest(tmp_path: Path) -> None:
     before = (tmp_path / "manifest.json").read_bytes()
     write_architecture(tmp_path, {"image_size": 96, "features": 4})
     assert (tmp_path / "manifest.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("features", [4, [4, 8, 16, 32, 64, 4], (4, 8, 16, 32, 64, 4)])
+def test_the_widths_of_a_unet(features: Any) -> None:
+    assert unet_features(features) == [4, 8, 16, 32, 64, 4]

@@ -31,6 +31,7 @@ from shared_iopfl.models.files import (
     load_weights,
     model_path,
     save_atomically,
+    trained_files,
 )
 from shared_iopfl.models.manifest import LIMIT
 from shared_iopfl.utils.errors import InputError
@@ -269,3 +270,10 @@ def test_checkpoint_loader_names_file_and_key_and_leaves_the_network(tmp_path):
     assert path in str(error.value)
     assert "model.2.conv.weight" in str(error.value)
     assert all(torch.equal(a, b) for a, b in zip(network.state_dict().values(), unet(0).state_dict().values()))
+
+
+def test_the_files_that_training_writes() -> None:
+    assert trained_files("models", "A") == ["models/model.pt", "models/model_A.pt"]
+    assert trained_files("models", "A", as_client=True)[2:] == ["models/model_final.pt"]
+    with pytest.raises(InputError):
+        trained_files("models", "../A")

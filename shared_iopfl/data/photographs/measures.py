@@ -21,7 +21,15 @@ from monai.metrics import CumulativeIterationMetric
 from monai.metrics.utils import do_metric_reduction
 from monai.utils import MetricReduction
 
-__all__ = ["VerticalRatio", "VerticalRatioMetric", "vertical_ratio"]
+__all__ = [
+    "VerticalRatio",
+    "VerticalRatioMetric",
+    "predicted_ratio",
+    "ratio_error",
+    "ratio_of_mask",
+    "reference_ratio",
+    "vertical_ratio",
+]
 
 QUANTITIES = ("predicted", "reference", "absolute_error")
 
@@ -43,6 +51,26 @@ def vertical_ratio(inner: torch.Tensor, outer: torch.Tensor, axis: int = -1) -> 
     """
     outer_extent = _extent(outer, axis)
     return _extent(inner, axis) / outer_extent if outer_extent else float("nan")
+
+
+def predicted_ratio(pred: torch.Tensor, label: torch.Tensor) -> float:
+    """`vertical_ratio` of a prediction (2, W, H), the outer target first; for `CaseRecorder`."""
+    return vertical_ratio(pred[1], pred[0])
+
+
+def reference_ratio(pred: torch.Tensor, label: torch.Tensor) -> float:
+    """`vertical_ratio` of a reference (2, W, H), the outer target first; for `CaseRecorder`."""
+    return vertical_ratio(label[1], label[0])
+
+
+def ratio_error(pred: torch.Tensor, label: torch.Tensor) -> float:
+    """The absolute difference of `predicted_ratio` and `reference_ratio`, NaN where one of them is."""
+    return abs(predicted_ratio(pred, label) - reference_ratio(pred, label))
+
+
+def ratio_of_mask(mask: torch.Tensor) -> float:
+    """`vertical_ratio` of a coded mask: 0 background, 1 the outer target alone, 2 also the inner one."""
+    return vertical_ratio(mask == 2, mask >= 1)
 
 
 def _extent(target: torch.Tensor, axis: int) -> int:

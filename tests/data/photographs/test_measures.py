@@ -18,7 +18,16 @@ import pytest
 import torch
 from ignite.engine import Engine
 
-from shared_iopfl.data.photographs.measures import QUANTITIES, VerticalRatio, VerticalRatioMetric, vertical_ratio
+from shared_iopfl.data.photographs.measures import (
+    QUANTITIES,
+    VerticalRatio,
+    VerticalRatioMetric,
+    predicted_ratio,
+    ratio_error,
+    ratio_of_mask,
+    reference_ratio,
+    vertical_ratio,
+)
 
 
 def nested(cup: int, disc: int) -> torch.Tensor:
@@ -85,3 +94,13 @@ def test_handler_records_the_mean_and_one_row_an_image():
 def test_shapes_that_differ_are_refused():
     with pytest.raises(ValueError, match="prediction"):
         VerticalRatioMetric()(torch.zeros(1, 2, 8, 8), torch.zeros(1, 2, 8, 9))
+
+
+def test_ratios_of_targets_and_of_coded_masks_agree():
+    """The prediction and the reference are not mixed up, and a coded mask has the ratio of its targets."""
+    pred, label = nested(cup=10, disc=40), nested(cup=30, disc=40)
+    assert predicted_ratio(pred, label) == pytest.approx(0.25)
+    assert reference_ratio(pred, label) == pytest.approx(0.75)
+    assert ratio_error(pred, label) == ratio_error(label, pred) == pytest.approx(0.5)
+    assert ratio_of_mask(pred.sum(0)) == pytest.approx(0.25)
+    assert math.isnan(ratio_error(pred, torch.zeros(2, 40, 60)))
