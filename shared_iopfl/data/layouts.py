@@ -26,7 +26,7 @@ from typing import Any
 
 from shared_iopfl.data.patients import AUTO, datalist_patient, patients_of
 from shared_iopfl.data.scan_files import MASK, PICTURES, VOLUMES, Case, case_name, entries, file_ending, unique_names
-from shared_iopfl.data.volumes.dicom import patient_id
+from shared_iopfl.data.volumes.dicom_headers import patient_id
 from shared_iopfl.utils.errors import InputError, warn_once
 from shared_iopfl.utils.names import check_site
 from shared_iopfl.utils.reading import read_json

@@ -18,12 +18,12 @@ import reprlib
 import sys
 from collections.abc import Callable, Mapping
 from numbers import Integral, Real
-from typing import Any, NamedTuple
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from shared_iopfl.utils.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = [
     "AUTO",
@@ -138,6 +138,8 @@ def is_patient_setting(value: Any) -> bool:
 
 
 def _works(device: Any) -> bool:
+    import torch  # here, so that commands which only list files do not wait for it
+
     try:
         return torch.empty(0, device=torch.device(device)).device.type != "meta"
     except Exception:  # whatever a backend raises where it has no hardware or no driver
