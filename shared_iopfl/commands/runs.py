@@ -30,6 +30,8 @@ from shared_iopfl.utils.names import parse_names
 __all__ = ["AMOUNTS", "parse_settings", "run_config"]
 
 AMOUNTS = ("quiet", "usual", "verbose")  # of text beside the result
+# they repeat an error with its traceback, or report what a user does not act on
+SILENCED = ("ignite.engine.engine", "monai.bundle.workflows", "monai.data.nvimgcodec_pydicom_plugin")
 
 
 def parse_settings(words: Sequence[str]) -> dict[str, Any]:
@@ -39,9 +41,9 @@ def parse_settings(words: Sequence[str]) -> dict[str, Any]:
     typed. A key without a value is ``True``.
 
     Raises:
-        InputError: for a word that belongs to no key, and for text that a config would evaluate.
+        InputError: for a word that belongs to no key.
     """
-    from shared_iopfl.utils.config_values import NAMES, PATHS, WORDS, is_data
+    from shared_iopfl.utils.config_values import NAMES, PATHS, WORDS
 
     settings: dict[str, Any] = {}
     rest = list(words)
@@ -59,11 +61,19 @@ def parse_settings(words: Sequence[str]) -> dict[str, Any]:
             settings[key] = text
         else:
             settings[key] = DefaultParseValue(text)
-            if not is_data(settings[key]):
-                raise InputError(
-                    f"--{key} {text!r:.80} is no plain value; expressions are for python -m monai.bundle run alone."
-                )
     return settings
+
+
+def _as_overrides(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings as MONAI has to get them, so that none is evaluated."""
+    from shared_iopfl.utils.config_values import NAMES, PATHS, WORDS, as_values, is_data
+
+    for key, value in settings.items():
+        if key not in (*NAMES, *PATHS, *WORDS) and isinstance(value, (str, list, tuple, dict)) and not is_data(value):
+            raise InputError(
+                f"{key} {value!r:.80} is no plain value; expressions are for python -m monai.bundle run alone."
+            )
+    return as_values(settings)
 
 
 def run_config(task: str, config: str, settings: Mapping[str, Any], amount: str = "usual") -> None:
@@ -77,13 +87,11 @@ def run_config(task: str, config: str, settings: Mapping[str, Any], amount: str 
             "verbose" shows all that `python -m monai.bundle run` does.
 
     Raises:
-        InputError: as the config's steps raise it.
+        InputError: as the config's steps raise it, and for text that the config would evaluate.
     """
     root = find_bundle(task)
     with _shown(amount):
         from monai.bundle import ConfigWorkflow
-
-        from shared_iopfl.utils.config_values import as_values
 
         path = root / "configs" / f"{config}.json"
         if not path.is_file():
@@ -91,7 +99,7 @@ def run_config(task: str, config: str, settings: Mapping[str, Any], amount: str 
         workflow = ConfigWorkflow(
             str(path),
             logging_file=None if amount == "verbose" else False,  # type: ignore[arg-type]
-            **as_values({"bundle_root": str(root), **settings}),
+            **_as_overrides({"bundle_root": str(root), **settings}),
         )
         try:
             workflow.initialize()
@@ -118,9 +126,8 @@ def _shown(amount: str) -> Iterator[None]:
 
 @contextmanager
 def _less_shown(amount: str) -> Iterator[None]:
-    root, engines = logging.getLogger(), logging.getLogger("ignite.engine.engine")
-    workflows, before = logging.getLogger("monai.bundle.workflows"), (root.level, list(root.handlers))
-    levels = [(logger, logger.level) for logger in (engines, workflows)]
+    root = logging.getLogger()
+    before, levels = (root.level, list(root.handlers)), {name: logging.getLogger(name).level for name in SILENCED}
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     handler.setLevel(logging.WARNING)
@@ -134,12 +141,12 @@ def _less_shown(amount: str) -> Iterator[None]:
             handler.setLevel(logging.CRITICAL)
         root.handlers[:] = [handler]
         root.setLevel(logging.WARNING)
-        engines.setLevel(logging.CRITICAL + 1)  # it repeats an error with its traceback
-        workflows.setLevel(logging.ERROR)
+        for name in SILENCED:
+            logging.getLogger(name).setLevel(logging.CRITICAL + 1)
         try:
             yield
         finally:
             root.setLevel(before[0])
             root.handlers[:] = before[1]
-            for logger, level in levels:
-                logger.setLevel(level)
+            for name, level in levels.items():
+                logging.getLogger(name).setLevel(level)

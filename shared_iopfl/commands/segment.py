@@ -119,10 +119,12 @@ def _is_mask(path: Path) -> bool:
 
 
 def _mask(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    from monai.data import PILReader
-    from monai.transforms import LoadImage
+    from PIL import Image
+
+    from shared_iopfl.data.loading import LoadCased
 
     if file_ending(path) in PICTURES:
-        return np.asarray(LoadImage(reader=PILReader(), dtype=np.uint8)(path)).T, None
-    loaded = LoadImage(dtype=np.uint8)(path)
-    return np.asarray(loaded), np.asarray(loaded.affine, dtype=np.float64)
+        with Image.open(path) as picture:
+            return np.asarray(picture), None
+    loaded = LoadCased("label")({"label": str(path)})["label"]
+    return np.asarray(loaded[0], dtype=np.uint8), np.asarray(loaded.affine, dtype=np.float64)
