@@ -125,14 +125,14 @@ def test_a_segmentation_ends_with_a_summary(scans, models, tmp_path, capsys):
     assert (out / "one.nii.gz").is_file()
 
 
-def test_quiet_prints_nothing_and_verbose_what_monai_logs(scans, models, tmp_path, capsys):
+def test_quiet_prints_nothing_and_verbose_uses_the_bundle_s_logging(scans, models, tmp_path, capsys):
     settings = ["--ckpt_dir", str(models), *TINY, "--overlays", "False"]
     (scans / "broken.nii.gz").unlink()
     main(["segment", "prostate", str(scans), str(tmp_path / "quiet"), "--quiet", *settings])
     said = capsys.readouterr()
     assert said.out == said.err == ""
     main(["segment", "--verbose", "prostate", str(scans), str(tmp_path / "verbose"), *settings])
-    assert "INFO" in capsys.readouterr().out
+    assert " - shared_iopfl.models.architecture - WARNING - " in capsys.readouterr().out
 
 
 def test_a_config_that_is_not_there_and_a_wrong_setting_are_one_line(scans, tmp_path):
