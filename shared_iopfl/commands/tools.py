@@ -14,9 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from shared_iopfl.commands.summary import has_results
 from shared_iopfl.data.patients import AUTO
 from shared_iopfl.data.scan_files import find_scans, not_taken
 from shared_iopfl.data.sites import find_cases, list_sites, site_cases
@@ -73,7 +75,12 @@ def _count(number: int, what: str) -> str:
 
 
 def report(output_dir: str) -> None:
-    """Write ``report.html`` of a run and print its table."""
+    """Write ``report.html`` of a run: of an inference its masks, else the scores, whose table is printed."""
+    if has_results(output_dir) and not (Path(output_dir) / "metrics.csv").is_file():
+        from shared_iopfl.report.inference.page import write_inference_report
+
+        print(write_inference_report(output_dir))
+        return
     from shared_iopfl.report.run import print_table, write_report
 
     print(write_report(output_dir))

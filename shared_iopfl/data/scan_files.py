@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,10 +31,12 @@ from shared_iopfl.data.scan_names import (
     entries,
     file_ending,
     is_dicom,
+    is_identifier,
     printable,
+    series_name,
     unique_names,
 )
-from shared_iopfl.data.volumes.dicom_headers import is_no_image
+from shared_iopfl.data.volumes.dicom_headers import is_no_image, series_description
 from shared_iopfl.data.volumes.label_maps import is_label_map
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.tables import write_rows
@@ -86,8 +88,20 @@ def find_scans(path: str | Path, pictures: bool = False) -> list[Case]:
         kinds = f"DICOM or {', '.join(ending[1:] for ending in VOLUMES + PICTURES)}"
         line = survey.line()
         raise InputError(f"no scan at {root}: expected {kinds}{'; ' * bool(line)}{line}")
-    names = unique_names(survey.scans, root if root.is_dir() else root.parent)
+    top = root if root.is_dir() else root.parent
+    names = unique_names(survey.scans, top, _series_names(survey.scans, top))
     return [{"image": str(scan), "case": names[scan]} for scan in survey.scans]
+
+
+def _series_names(scans: Sequence[Path], root: Path) -> dict[Path, str]:
+    """Names of DICOM series that lie as ``PATIENT/STUDY/SERIES`` or in a folder whose name is an identifier."""
+    names = {}
+    for scan in scans:
+        if scan.is_dir() and not file_ending(scan):
+            deep = scan != root and len(scan.relative_to(root).parts) >= 3
+            if deep or is_identifier(scan.name):
+                names[scan] = series_name(scan, root if scan != root else root.parent, series_description(scan))
+    return names
 
 
 def not_taken(path: str | Path, pictures: bool = False) -> str:

@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
+from PIL import Image
 from skimage.draw import polygon2mask
 from tiny_scans import SERIES, dicom_series, nifti
 
@@ -28,6 +30,7 @@ from shared_iopfl.data.volumes.dicom_masks import SaveDicomd
 from shared_iopfl.utils.errors import InputError
 
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
+LARGER = np.kron(SERIES, np.ones((1, 8, 8), SERIES.dtype))  # GDCM reads no RLE of a few bytes
 SEGMENTS = [{"label": "prostate", "code": ["41216001", "SCT", "Prostate"]}, {"label": "lesion"}]
 
 
@@ -37,10 +40,10 @@ def turned(angle: float) -> np.ndarray:
     return np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]]) @ np.array([[1, 0, 0], [0, c, -s], [0, s, c]])
 
 
-def exam(folder: Path, direction: np.ndarray) -> Path:
+def exam(folder: Path, direction: np.ndarray, array: np.ndarray = SERIES) -> Path:
     """A series whose slices are named against their order, with the tags that an archive has."""
     pydicom = pytest.importorskip("pydicom")
-    dicom_series(folder, SERIES, "1.2.826.0.1.3680043.8.498.1", direction=direction)
+    dicom_series(folder, array, "1.2.826.0.1.3680043.8.498.1", direction=direction)
     files = sorted(folder.iterdir())
     for number, file in enumerate(files):
         dataset = pydicom.dcmread(file)
@@ -170,3 +173,67 @@ def test_without_the_library_it_is_one_line_and_nothing_without_dicom(tmp_path, 
 def test_pseudonyms_and_dicom_exclude_each_other():
     with pytest.raises(InputError, match="names the patient"):
         SaveDicomd(formats=["nifti", "dicomseg"], pseudonyms="table.csv")
+
+
+# ---- ways in which archives store series ----------------------------------------------------------------------------
+
+
+def compressed(folder: Path, syntax: str) -> Path:
+    """The exam with its pixels compressed without loss."""
+    pydicom = pytest.importorskip("pydicom")
+    source = exam(folder, turned(0.4), LARGER)
+    for file in source.iterdir():
+        dataset = pydicom.dcmread(file)
+        if syntax == "JPEG2000Lossless":
+            dataset.PixelData = pydicom.encaps.encapsulate([jpeg2000(dataset.pixel_array)])
+            dataset.file_meta.TransferSyntaxUID = pydicom.uid.JPEG2000Lossless
+            dataset["PixelData"].VR = "OB"
+        else:
+            dataset.compress(getattr(pydicom.uid, syntax), generate_instance_uid=False)
+        dataset.save_as(file)
+    return source
+
+
+def jpeg2000(pixels: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(pixels.astype(np.uint16)).save(stream, "JPEG2000", no_jp2=True, irreversible=False)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("syntax", ["RLELossless", "JPEGLSLossless", "JPEG2000Lossless"])
+def test_compressed_series_are_served(syntax, tmp_path):
+    pytest.importorskip("highdicom")
+    plain, packed = (
+        case_of(source) for source in (exam(tmp_path / "a", turned(0.4), LARGER), compressed(tmp_path / "b", syntax))
+    )
+    assert torch.equal(plain["image"], packed["image"])
+    save(packed, tmp_path)
+    assert (tmp_path / "exam.seg.dcm").is_file()
+
+
+def test_an_enhanced_multi_frame_file_is_served_like_its_series(tmp_path):
+    """As MR scanners export it: one file, its frames referenced by number."""
+    hd, pydicom = pytest.importorskip("highdicom"), pytest.importorskip("pydicom")
+    single = exam(tmp_path / "series", turned(0.4))
+    datasets = [pydicom.dcmread(file) for file in sorted(single.iterdir())]
+    datasets.sort(key=lambda dataset: int(dataset.InstanceNumber))
+    for dataset in datasets:
+        dataset.ImageType = ["ORIGINAL", "PRIMARY", "OTHER"]
+        dataset.SOPClassUID = dataset.file_meta.MediaStorageSOPClassUID = pydicom.uid.MRImageStorage
+    whole = hd.legacy.LegacyConvertedEnhancedMRImage(datasets, "1.2.9", 5, "1.2.9.1", 1)
+    whole.save_as(tmp_path / "whole.dcm")
+    one, other = case_of(single), case_of(tmp_path / "whole.dcm")
+    assert torch.equal(one["image"], other["image"].flip(-1))  # its frames are stored the other way round
+    flip = np.diag([1, 1, -1, 1])
+    flip[2, 3] = len(datasets) - 1
+    assert np.allclose(one["image"].affine, np.asarray(other["image"].affine) @ flip, atol=1e-3)
+    save(other, tmp_path, "dicomseg,rtstruct")
+    read = hd.seg.segread(tmp_path / "exam.seg.dcm")
+    mask, affine = other["pred"][0].numpy(), np.asarray(other["image"].affine)
+    found = np.zeros_like(mask)
+    for frame, about in zip(read.pixel_array, read.PerFrameFunctionalGroupsSequence):
+        index = index_of(affine, about.PlanePositionSequence[0].ImagePositionPatient)
+        found[:, :, round(float(index[2]))][frame.T > 0] = about.SegmentIdentificationSequence[
+            0
+        ].ReferencedSegmentNumber
+    assert np.array_equal(found, mask)
