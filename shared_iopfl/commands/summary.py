@@ -49,7 +49,9 @@ def summary(output_dir: str | Path, seconds: float) -> str:
         lines += ["", _first(served)]
     lines += [f"failed: {shortened(row['case'], WIDEST)}: {row['reason']}" for row in failed[:SHOWN]]
     lines += [f"... and {len(failed) - SHOWN} more: see {out / 'failed.csv'}"] * (len(failed) > SHOWN)
-    lines += [f"{len(passed)} files were not taken for scans: see {out / 'not_taken.csv'}"] * bool(passed)
+    lines += [
+        f"{len(passed)} file{'s were' if len(passed) != 1 else ' was'} not taken for scans: see {out / 'not_taken.csv'}"
+    ] * bool(passed)
     page = out / "report.html"
     lines += [f"pictures of all masks: {page}"] * page.is_file()
     return "\n".join([*lines, "For research use only, not for diagnosis."])

@@ -119,7 +119,7 @@ def test_a_segmentation_ends_with_a_summary(scans, models, tmp_path, capsys):
     assert {lines[3].split()[0], lines[4].split()[0]} == {"one", "two"}
     assert any(line.startswith("check first") or line.startswith("nothing was noticed") for line in lines)
     assert any(line.startswith("failed: broken:") for line in lines)
-    assert any("1 files were not taken" in line for line in lines)
+    assert any("1 file was not taken" in line for line in lines)
     assert "_target_" not in said.out + said.err and "INFO" not in said.out + said.err
     assert (out / "not_taken.csv").read_text().splitlines() == ["file,reason", "notes.txt,files of other kinds"]
     assert (out / "one.nii.gz").is_file()

@@ -87,7 +87,7 @@ def write_inference_report(output_dir: str | os.PathLike, ckpt_dir: str | os.Pat
         raise InputError(f"{out} holds no inference: run the bundle's inference.json with this folder as output_dir.")
     noticed = sum(bool(scan.reasons) for scan in served)
     facts = f"{len(served)} mask{'s' * (len(served) != 1)} · {noticed} noticed · {len(failed)} failed"
-    facts += f" · {len(passed)} files passed over" * bool(passed)
+    facts += f" · {len(passed)} file{'s' * (len(passed) != 1)} passed over" * bool(passed)
     sections = (
         _masks(served, out),
         _measures(served, _published(ckpt_dir)),
@@ -111,7 +111,7 @@ def _masks(served: Sequence[ServedScan], out: Path) -> str:
         figures = [f"{_title(name)} {value:.4g}" for name, value in scan.measures.items()]
         figures += [f"quality {scan.quality:.2f}"] if scan.quality is not None else []
         used = max(scan.routes, key=lambda expert: scan.routes[expert], default="")
-        figures += [f"most of {used} ({scan.routes[used]:.2f})"] if used else []
+        figures += [f"largest weight: {used}, {scan.routes[used]:.2f}"] if used else []
         lines = "".join(f"<small>{escape(text)}</small>" for text in figures)
         why = f"<em>{escape(scan.reasons)}</em>" if scan.reasons else ""
         kind = ' class="noticed"' if scan.reasons else ""

@@ -65,6 +65,7 @@ def distribution_picture(values: Sequence[float], sites: Mapping[str, Sequence[f
     middle = float(np.median(values))
     axes.plot([middle, middle], [len(sites) - 0.42, len(sites) + 0.42], color="#1f2328", linewidth=1.5)
     axes.set_yticks(range(len(names)), [plain(name) for name in names])
+    axes.use_sticky_edges = False  # so that bars keep off the frame
     axes.set_ylim(len(sites) + 0.6, -0.6)
     axes.set_xlabel(plain(title))
     axes.spines[["top", "right"]].set_visible(False)

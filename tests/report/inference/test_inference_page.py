@@ -54,8 +54,8 @@ def test_masks_come_in_the_order_of_the_review_list_with_what_is_known_of_them(t
     shown = [page.index(f'alt="Case&lt;{number:03d}&gt;"') for number in reversed(range(8))]
     assert shown == sorted(shown)
     assert page.count('class="noticed"') == 2 and page.count("<em>views disagree</em>") == 2
-    assert "8 masks · 2 noticed · 1 failed · 1 files passed over" in page
-    assert "most of global (0.75)" in page and "Volume (ml) 30" in page
+    assert "8 masks · 2 noticed · 1 failed · 1 file passed over" in page
+    assert "largest weight: global, 0.75" in page and "Volume (ml) 30" in page
     assert "notes.txt" in page and "No distribution of the inside sites was published" in page
     assert "/home/doe" not in page and "<script" not in page and "http" not in page.replace("http://www.w3.org", "")
 
@@ -64,7 +64,9 @@ def test_published_quantiles_are_drawn_behind(tmp_path):
     models = tmp_path / "models"
     models.mkdir()
     measures = {"volume_ml": {"A": [20, 30, 40, 50, 80], "wrong": [1, 2]}}
-    (models / "manifest.json").write_text(json.dumps({"metrics": {"measures": measures}}))
+    (models / "manifest.json").write_text(
+        json.dumps({"format": 1, "architecture": {}, "metrics": {"measures": measures}})
+    )
     plain, behind = (
         write_inference_report(make_inference(tmp_path / name, 2), ckpt_dir).read_text(encoding="utf-8")
         for name, ckpt_dir in (("plain", None), ("behind", models))
