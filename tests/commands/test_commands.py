@@ -19,7 +19,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_scans import AFFINES, nifti
+from PIL import Image
+from tiny_scans import AFFINES, PICTURE, dicom_series, nifti
 
 from shared_iopfl.commands.main import RUNS, TOOLS, main
 from shared_iopfl.commands.runs import parse_settings, run_config
@@ -162,3 +163,35 @@ def test_an_installed_package_brings_its_bundles_and_its_command(tmp_path):
     assert len(folders) == 2 and all(folder.is_relative_to(tmp_path) for folder in folders), ran.stderr
     assert all((folder / "models" / "model.pt").is_file() for folder in folders)
     assert (tmp_path / "site" / "bin" / "iopfl").is_file()
+
+
+def test_a_dicom_export_gives_masks_in_all_formats(models, tmp_path):
+    """Named after the patient's folder; the table says which series is which, and the page is written."""
+    pydicom = pytest.importorskip("pydicom")
+    pytest.importorskip("highdicom")
+    uid = "1.2.826.0.1.3680043.8.498.10203040506070809"
+    array = np.random.RandomState(0).randint(0, 1000, (4, 24, 20)).astype(np.int16)
+    (tmp_path / "scans" / "P001" / uid).mkdir(parents=True)
+    series = dicom_series(tmp_path / "scans" / "P001" / uid / f"{uid}.1", array, f"{uid}.1")
+    for file in series.iterdir():
+        dataset = pydicom.dcmread(file)
+        dataset.FrameOfReferenceUID, dataset.SeriesDescription = f"{uid}.2", "t2 tra"
+        dataset.save_as(file)
+    out = tmp_path / "masks"
+    settings = ["--ckpt_dir", str(models), *TINY, "--output_format", "nifti,dicomseg,rtstruct"]
+    main(["segment", "prostate", str(tmp_path / "scans"), str(out), *settings])
+    written = {path.name for path in out.iterdir()}
+    assert {f"P001_t2_tra{ending}" for ending in (".nii.gz", ".seg.dcm", ".rtstruct.dcm", "_overlay.png")} <= written
+    assert (out / "scans.csv").read_text().splitlines() == ["case,file", f"P001_t2_tra,{uid}.1"]
+    assert "P001_t2_tra" in (out / "report.html").read_text(encoding="utf-8")
+
+
+def test_dicom_asked_of_a_picture_is_one_line_in_the_table_of_failures(fundus_models, tmp_path):
+    pytest.importorskip("highdicom")
+    (tmp_path / "photos").mkdir()
+    for name in ("a", "b"):
+        Image.fromarray(np.kron(PICTURE, np.ones((8, 8, 1), np.uint8))).save(tmp_path / "photos" / f"{name}.png")
+    settings = ["--ckpt_dir", str(fundus_models), *TINY, "--crop", "never", "--output_format", "dicomseg"]
+    with pytest.raises(InputError, match="2 of 2 scans failed"):
+        main(["segment", "fundus", str(tmp_path / "photos"), str(tmp_path / "out"), *settings])
+    assert "is no DICOM series, the input that dicomseg must have" in (tmp_path / "out" / "failed.csv").read_text()

@@ -94,7 +94,7 @@ class SaveDicomd(MapTransform):
     def _save(self, mask: np.ndarray, source: Path, affine: np.ndarray, case: str) -> None:
         files = _files(source)
         if not files:
-            raise InputError(f"{source} is no DICOM series, which {' and '.join(self.formats)} need as input.")
+            raise InputError(f"{source} is no DICOM series, the input that {' and '.join(self.formats)} must have.")
         import pydicom
 
         read = [pydicom.dcmread(file, stop_before_pixels=True) for file in files]

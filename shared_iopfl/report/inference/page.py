@@ -164,7 +164,10 @@ def _files(title: str, rows: Sequence[Mapping[str, str]], column: str) -> str:
         return ""
     lines = [f"<tr><th>{column}</th><th>reason</th></tr>"]
     for row in rows[:MOST_FILES]:
-        lines.append(f"<tr><th>{escape(row[column])}</th><td>{escape(without_path(row['reason']))}</td></tr>")
+        reason = row["reason"]
+        if column == "case" and row.get("file"):
+            reason = reason.replace(row["file"], row["case"])  # paths can name patients
+        lines.append(f"<tr><th>{escape(row[column])}</th><td>{escape(without_path(reason))}</td></tr>")
     more = len(rows) - MOST_FILES
     rest = f'<p class="caption">and {more} more</p>' if more > 0 else ""
     return f"<h2>{escape(title)}</h2>{table(lines, 'text')}{rest}"

@@ -57,6 +57,7 @@ def test_masks_come_in_the_order_of_the_review_list_with_what_is_known_of_them(t
     assert "8 masks · 2 noticed · 1 failed · 1 file passed over" in page
     assert "largest weight: global, 0.75" in page and "Volume (ml) 30" in page
     assert "notes.txt" in page and "No distribution of the inside sites was published" in page
+    assert "<td>bad is empty</td>" in page
     assert "/home/doe" not in page and "<script" not in page and "http" not in page.replace("http://www.w3.org", "")
 
 
