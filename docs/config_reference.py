@@ -117,6 +117,7 @@ SETTINGS = {
     "site_model": "file of a site's network: used if it exists, else written",
     "match_manifest": "`False`: allow settings that contradict `manifest.json`",
     "largest_component": "keep the largest connected component of each target",
+    "output_format": "`nifti`: masks in the format of the scan; for DICOM also `dicomseg` and `rtstruct` (a list)",
     "overlays": "write pictures with the outlines of the masks",
     "empty_masks": "`fail`: exit with an error status if a mask is empty; `allow`",
     "pseudonyms": "table by which scans are served under pseudonyms; it must not be in `output_dir`",

@@ -10,8 +10,10 @@
 # limitations under the License.
 """Inside-outside personalization for federated segmentation (IOP-FL): what the bundles' JSON refers to.
 
+``from shared_iopfl import segment`` segments a scan from Python.
+
 The folders, from the lowest to the highest: utils, data, models, routing, inferers, evaluation, report, handlers,
-federation, comparison. Each imports from those before it only; ``docs/architecture.md`` lists their files.
+federation, comparison, commands. Each imports from those before it only; ``docs/architecture.md`` lists their files.
 """
 
 import sys
@@ -76,3 +78,9 @@ class _MovedModules(MetaPathFinder, Loader):
 
 
 sys.meta_path.append(_MovedModules())
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("Segmentation", "segment"):  # imported when asked for: configs and lists of files do without it
+        return getattr(import_module("shared_iopfl.commands.segment"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -43,7 +43,7 @@ DOCUMENTS = [
     SITE,
     *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("bundles/*/docs/README.md")),
 ]
-PROGRAMS = ("python", "torchrun", "./")
+PROGRAMS = ("python", "torchrun", "iopfl", "./")
 BEGUN = re.compile("^(?:" + "|".join(map(re.escape, PROGRAMS)) + ")", re.MULTILINE)
 # too long for here: the file that runs it, and how it does
 ELSEWHERE = {
@@ -80,6 +80,8 @@ SMALLER = {
     "ckpt_export": NETWORK,
     "onnx_export": {**NETWORK, "input_shape": "[1,3,32,32]"},
     "configs/inference.json": {**TINY, "empty_masks": "allow"},  # after the exports, which name it too
+    "segment": {**TINY, "empty_masks": "allow"},
+    "federate": {**TINY, "rounds": "1", "own_rounds": "1", "shares": "[]", "passes": "1"},
     "flare": {**TINY, "rounds": "1", "passes": "1"},
 }
 SHIPPED = {"empty_masks": "allow"}  # an inference with the bundle's own weights, whose sizes are in their manifest
@@ -120,7 +122,7 @@ def elsewhere(command: list[str]) -> tuple[str, str] | None:
 def smaller(command: list[str]) -> list[str]:
     """The command with what it names made tiny: a setting that comes last counts."""
     for key, settings in SMALLER.items():
-        if key == "configs/inference.json" and "--ckpt_dir" not in command:
+        if key in ("configs/inference.json", "segment") and "--ckpt_dir" not in command:
             settings = SHIPPED
         if any(key in word for word in command) and "-c" not in command:
             return [*command, *(word for name, value in settings.items() for word in (f"--{name}", value))]
@@ -129,7 +131,7 @@ def smaller(command: list[str]) -> list[str]:
 
 def make_data(folder: Path, text: str) -> None:
     """Synthetic sites of all names that the text gives to sites, of the task it speaks of."""
-    names = re.findall(r"--(?:outside_)?sites \"\[(.*?)\]\"|--site (\w+)", text)
+    names = re.findall(r"--(?:outside_)?sites (?:\"\[(.*?)\]\"|([\w,]+))|--site (\w+)", text)
     sites = sorted(set(re.findall(r"[\w.]+", " ".join(part for pair in names for part in pair))))
     if not any(site.startswith("Domain") for site in sites):
         make_prostate_sites(folder / "DATA", sites=sites, cases=5, size=(32, 32, 8))
@@ -174,6 +176,8 @@ def test_commands_of(document: str, tmp_path: Path) -> None:
         folders = {**FOLDERS, "OUT": "OUT_FLARE"} if "flare" in command else FOLDERS  # it refuses another run's
         there = lambda found: str(tmp_path / folders.get(found[1], found[1]))  # noqa: E731, B023
         words = [re.sub(names, there, word) for word in smaller(command)]
+        if words[0] == "iopfl":  # also where the package is not installed
+            words[:1] = [sys.executable, "-m", "shared_iopfl"]
         cwd = here.parent if "-c" in command else here  # Python that names the bundle by its folder
         process = subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, timeout=900)
         assert process.returncode == 0, f"{shlex.join(command)}\n{process.stdout[-800:]}{process.stderr[-1500:]}"

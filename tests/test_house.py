@@ -28,7 +28,7 @@ PACKAGE = Path(__file__).parents[1] / "shared_iopfl"
 # a folder imports from itself and from the folders before it
 ORDER = (
     *("utils", "data", "models", "routing", "inferers"),
-    *("evaluation", "report", "handlers", "federation", "comparison"),
+    *("evaluation", "report", "handlers", "federation", "comparison", "commands"),
 )
 FOLDERS = sorted(path.parent for path in PACKAGE.rglob("__init__.py") if path.parent != PACKAGE)
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py" and path.parent != PACKAGE)

@@ -16,17 +16,23 @@ What lies in ``dataset_dir`` tells the layout, site by site:
    folders that it names hold its cases, and are no sites of their own.
 2. ``SITE/images/NAME.png`` and ``SITE/masks/NAME.png``.
 3. ``SITE/{train,test}/ROIs/{image,mask}/NAME.png``: the public four-domain fundus set (DoFE).
-4. ``SITE/NAME.nii.gz`` and ``SITE/NAME_segmentation.nii.gz``: the public six-site prostate set (SAML).
+4. ``SITE/NAME.nii.gz`` and ``SITE/NAME_segmentation.nii.gz``: the public six-site prostate set (SAML), and PROMISE12
+   with ``.mhd`` and ``.raw``.
+5. ``SITE/imagesTr`` and ``SITE/labelsTr``, ``SITE/image`` and ``SITE/mask``, and so on (`PAIRED`), also below
+   ``SITE/left`` and ``SITE/right``: the Medical Segmentation Decathlon, nnU-Net (``NAME_0000.nii.gz``) and others.
+6. ``SITE/CASE/t2.nii.gz`` and ``SITE/CASE/t2_anatomy_reader1.nii.gz``: a folder for each case, as Prostate158 has it.
+7. ``SITE/sub-01/**/NAME_T2w.nii.gz`` and ``SITE/derivatives/**/sub-01/**/NAME_dseg.nii.gz``: BIDS.
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from shared_iopfl.data.patients import AUTO, datalist_patient, patients_of
 from shared_iopfl.data.scan_files import MASK, PICTURES, VOLUMES, Case, case_name, entries, file_ending, unique_names
-from shared_iopfl.data.volumes.dicom import patient_id
+from shared_iopfl.data.volumes.dicom_headers import patient_id
 from shared_iopfl.utils.errors import InputError, warn_once
 from shared_iopfl.utils.names import check_site
 from shared_iopfl.utils.reading import read_json
@@ -34,6 +40,16 @@ from shared_iopfl.utils.reading import read_json
 __all__ = ["known_sites", "published_parts"]
 
 PARTS = ("train", "validation", "test")
+# folders of images and of masks, the first that are there; and folders that they may lie in
+PAIRED = (
+    *(("images", "masks"), ("image", "mask"), ("images", "labels"), ("image", "label")),
+    *(("imagesTr", "labelsTr"), ("images", "mask"), ("image", "masks")),
+)
+SIDES = ("left", "right")
+CHANNEL = re.compile(r"(.+)_(\d{4})")  # nnU-Net's names of images
+IMAGE_NAMES = ("t2", "t2w", "image", "img", "scan", "volume")  # in a folder of one case, the first that is there
+CASE_MASK = re.compile(r"(?:.*_)?(?:anatomy|seg|segmentation|mask|label|gt)(?:_reader1)?", re.IGNORECASE)
+BIDS_MASK = re.compile(r"(?P<case>sub-[^_]+(?:_ses-[^_]+)?)(?:_.+)?_(?:dseg|mask|seg|label)", re.IGNORECASE)
 DATALIST_KEYS = {"training": "train", "validation": "validation", "test": "test", "testing": "test"}
 
 
@@ -79,9 +95,52 @@ def _is_datalist(path: Path) -> bool:
 
 
 def _is_site_folder(folder: Path) -> bool:
-    if (folder / "images").is_dir() or any((folder / part / "ROIs").is_dir() for part in ("train", "test")):
+    if _paired_folders(folder) or any((folder / part / "ROIs").is_dir() for part in ("train", "test")):
         return True
-    return any(file_ending(entry) in VOLUMES and entry.is_file() for entry in entries(folder))
+    if any(file_ending(entry) in VOLUMES and entry.is_file() for entry in entries(folder)):
+        return True
+    return bool(_case_folders(folder) or _bids_pairs(folder))
+
+
+def _paired_folders(folder: Path) -> list[tuple[Path, Path]]:
+    """A site's folders of images with those of their masks; "images" needs no folder beside it to be one."""
+    found = []
+    for place in (folder, *(folder / side for side in SIDES)):
+        there = [(place / images, place / masks) for images, masks in PAIRED if (place / images).is_dir()]
+        whole = [pair for pair in there if pair[1].is_dir()] or [pair for pair in there if pair[0].name == "images"]
+        found += whole[:1]
+    return found
+
+
+def _case_folders(site: Path) -> list[tuple[Path, Path]]:
+    """An image and its mask from each folder of one case; none where no folder is like that."""
+    pairs = []
+    for folder in (entry for entry in entries(site) if entry.is_dir()):
+        volumes = {case_name(entry).lower(): entry for entry in entries(folder) if file_ending(entry) in VOLUMES}
+        image = next((name for name in IMAGE_NAMES if name in volumes), None)
+        if image is None:
+            continue
+        names = [name for name in volumes if name != image and CASE_MASK.fullmatch(name)]
+        own = [name for name in names if name.startswith(f"{image}_")] or [name for name in names if "_" not in name]
+        if len(own) != 1:
+            found = ", ".join(sorted(own)) or "none"
+            raise InputError(f"{volumes[image]} needs one mask in its folder, such as {image}_mask, but has {found}.")
+        pairs.append((volumes[image], volumes[own[0]]))
+    return pairs
+
+
+def _bids_pairs(site: Path) -> list[tuple[Path, Path]]:
+    """The T2-weighted images of a BIDS data set that have a mask among its derivatives, or beside them."""
+    masks: dict[str, Path] = {}
+    for path in [*site.glob("derivatives/**/sub-*/**/*.nii*"), *site.glob("sub-*/**/*.nii*")]:
+        named = BIDS_MASK.fullmatch(case_name(path))
+        if named and masks.setdefault(named["case"], path) != path:
+            raise InputError(f"{masks[named['case']]} and {path} are masks of one image: keep one.")
+    pairs = []
+    for image in sorted(site.glob("sub-*/**/*_T2w.nii*")):
+        case = "_".join(part for part in case_name(image).split("_") if part.startswith(("sub-", "ses-")))
+        pairs += [(image, masks[case])] if case in masks else []
+    return pairs
 
 
 def published_parts(root: Path, site: str, patient: str = AUTO) -> dict[str, list[Case]]:
@@ -101,13 +160,15 @@ def published_parts(root: Path, site: str, patient: str = AUTO) -> dict[str, lis
     patients: dict[Path, str] = {}
     if _is_there(datalist):
         pairs, patients = _read_datalist(datalist, root)
-    elif (folder / "images").is_dir():
-        pairs = {"train": _pair(folder / "images", folder / "masks")}
+    elif paired := _paired_folders(folder):
+        pairs = {"train": [pair for images, masks in paired for pair in _pair(images, masks)]}
     elif any((folder / part / "ROIs").is_dir() for part in ("train", "test")):
         published = [folder / part / "ROIs" for part in ("train", "test") if (folder / part / "ROIs").is_dir()]
         pairs = {rois.parent.name: _pair(rois / "image", rois / "mask") for rois in published}
-    else:
+    elif any(file_ending(entry) in VOLUMES and entry.is_file() for entry in entries(folder)):
         pairs = {"train": _pair(folder, folder)}
+    else:
+        pairs = {"train": _case_folders(folder) or _bids_pairs(folder) or _pair(folder, folder)}
 
     names = unique_names([image for part in pairs.values() for image, _ in part], root)
     official: dict[str, list[Case]] = {part: [] for part in PARTS}
@@ -148,6 +209,10 @@ def _pair(images: Path, masks: Path) -> list[tuple[Path, Path]]:
             name, found = case_name(entry), image_of
             if folder == masks and name.lower().endswith(suffix):
                 name, found = name[: len(name) - len(suffix)], mask_of
+            elif folder == images and images.name == "imagesTr" and (channel := CHANNEL.fullmatch(name)):
+                if channel[2] != "0000":
+                    raise InputError(f"{entry} is a second channel of {channel[1]}: keep _0000, the scan, alone.")
+                name = channel[1]
             if name in found:
                 raise InputError(f"two files for one case in {folder}: {found[name].name} and {entry.name}; keep one")
             found[name] = entry

@@ -13,11 +13,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-
-from ignite.engine import Engine, Events
+from typing import TYPE_CHECKING
 
 from shared_iopfl.data.scan_names import (
     ITK,
@@ -31,12 +31,18 @@ from shared_iopfl.data.scan_names import (
     entries,
     file_ending,
     is_dicom,
+    is_identifier,
     printable,
+    series_name,
     unique_names,
 )
-from shared_iopfl.data.volumes.dicom import is_no_image
+from shared_iopfl.data.volumes.dicom_headers import is_no_image, series_description
 from shared_iopfl.data.volumes.label_maps import is_label_map
 from shared_iopfl.utils.errors import InputError
+from shared_iopfl.utils.tables import write_rows
+
+if TYPE_CHECKING:
+    from ignite.engine import Engine
 
 __all__ = [
     "ITK",
@@ -57,6 +63,7 @@ __all__ = [
 
 Case = dict[str, str]
 logger = logging.getLogger(__name__)
+NOT_TAKEN = ("file", "reason")
 SHOWN = 3  # names a reason
 RUN = "run.json"  # in a folder that a run of this program wrote
 PARTS = (".raw", ".zraw", ".raw.gz", ".img")  # of a scan whose header is a file of its own
@@ -81,8 +88,20 @@ def find_scans(path: str | Path, pictures: bool = False) -> list[Case]:
         kinds = f"DICOM or {', '.join(ending[1:] for ending in VOLUMES + PICTURES)}"
         line = survey.line()
         raise InputError(f"no scan at {root}: expected {kinds}{'; ' * bool(line)}{line}")
-    names = unique_names(survey.scans, root if root.is_dir() else root.parent)
+    top = root if root.is_dir() else root.parent
+    names = unique_names(survey.scans, top, _series_names(survey.scans, top))
     return [{"image": str(scan), "case": names[scan]} for scan in survey.scans]
+
+
+def _series_names(scans: Sequence[Path], root: Path) -> dict[Path, str]:
+    """Names of DICOM series that lie as ``PATIENT/STUDY/SERIES`` or in a folder whose name is an identifier."""
+    names = {}
+    for scan in scans:
+        if scan.is_dir() and not file_ending(scan):
+            deep = scan != root and len(scan.relative_to(root).parts) >= 3
+            if deep or is_identifier(scan.name):
+                names[scan] = series_name(scan, root if scan != root else root.parent, series_description(scan))
+    return names
 
 
 def not_taken(path: str | Path, pictures: bool = False) -> str:
@@ -96,19 +115,29 @@ class NotTaken:
     Args:
         dataset_dir: as for `find_scans`. It is looked at when the handler is made, before a run writes anything.
         pictures: as for `find_scans`.
+        output_dir: where ``not_taken.csv`` lists all of them; None: no table, as their names may tell whose they are.
     """
 
-    def __init__(self, dataset_dir: str | Path, pictures: bool = False) -> None:
-        self.line = not_taken(dataset_dir, pictures) if Path(dataset_dir).is_dir() else ""
+    def __init__(
+        self, dataset_dir: str | Path, pictures: bool = False, output_dir: str | os.PathLike | None = None
+    ) -> None:
+        survey = _survey(Path(dataset_dir), pictures) if Path(dataset_dir).is_dir() else _Survey()
+        self.line = survey.line()
+        self.rows = [{"file": name, "reason": why} for why, names in survey.others.items() for name in sorted(names)]
+        self.output_dir = output_dir
 
     def attach(self, engine: Engine) -> None:
         """Register the handlers with an ignite engine."""
+        from ignite.engine import Events  # here, so that files are listed without torch
+
         engine.add_event_handler(Events.COMPLETED, self)
         engine.add_event_handler(Events.EXCEPTION_RAISED, self)
 
     def __call__(self, engine: Engine, error: BaseException | None = None) -> None:
         if self.line:
             logger.warning(self.line)
+        if self.line and self.output_dir is not None and error is None:
+            write_rows(Path(self.output_dir) / "not_taken.csv", NOT_TAKEN, self.rows)
         if error is not None:
             raise error
 

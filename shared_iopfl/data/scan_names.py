@@ -18,12 +18,22 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from shared_iopfl.utils.errors import InputError
 
-__all__ = ["base_of_mask", "case_name", "entries", "file_ending", "is_dicom", "printable", "unique_names"]
+__all__ = [
+    "base_of_mask",
+    "case_name",
+    "entries",
+    "file_ending",
+    "is_dicom",
+    "is_identifier",
+    "printable",
+    "series_name",
+    "unique_names",
+]
 
 NIFTI = (".nii.gz", ".nii")
 NIBABEL = (*NIFTI, ".mgz", ".mgh", ".hdr", ".img")  # the last two are one scan in two files
@@ -33,6 +43,7 @@ PICTURES = (
     *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".tif", ".tiff", ".bmp", ".webp", ".gif"),
     *(".ppm", ".pgm", ".pbm", ".pnm"),
 )  # fmt: skip
+LONGEST_DESCRIPTION = 60
 MASK = "_segmentation"  # compared without regard to case: the public sets write it both ways
 MASK_FOLDERS = (
     *("mask", "masks", "label", "labels", "labelstr", "labelsts", "labelsval", "seg", "segs", "segmentation"),
@@ -84,22 +95,54 @@ def printable(text: str) -> str:
     return "".join("_" if unicodedata.category(letter) in ("Cc", "Cs") else letter for letter in text)
 
 
-def unique_names(paths: Sequence[Path], root: Path) -> dict[Path, str]:
-    """A printable name for each path: its own, or where several share it, its way down from ``root`` and its ending."""
-    count = Counter(case_name(path) for path in paths)
+def unique_names(paths: Sequence[Path], root: Path, given: Mapping[Path, str] | None = None) -> dict[Path, str]:
+    """A printable name for each path: its own, or where several share it, its way down from ``root`` and its ending.
+
+    Args:
+        paths: to name.
+        root: above them.
+        given: names to take instead of a path's own; where several share one, they are numbered.
+    """
+    given = given or {}
+    count = Counter(given.get(path, case_name(path)) for path in paths)
     names: dict[Path, str] = {}
     taken: set[str] = set()
     for path in paths:
-        name = case_name(path)
-        if count[name] > 1:
+        name = own = given.get(path, case_name(path))
+        if count[name] > 1 and path not in given:
             name = "_".join(path.relative_to(root).parts or (name,)).replace(".", "_")
         name = base = printable(name)
         number = 2
-        while name in taken or (name != case_name(path) and name in count):
+        while name in taken or (name != own and name in count):
             name, number = f"{base}_{number}", number + 1
         taken.add(name)
         names[path] = name
     return names
+
+
+def series_name(folder: Path, root: Path, description: str) -> str:
+    """A name for a DICOM series from the folder of its patient and its description.
+
+    Archives export ``PATIENT/STUDY/SERIES``, often with identifiers of up to 64 digits as names of studies and series.
+
+    Args:
+        folder: of the series.
+        root: folder that was given; its name counts where only identifiers lie between the two.
+        description: of the series, from its files; "" where they have none.
+
+    Returns:
+        Such as ``P001_t2_tra``.
+    """
+    between = folder.relative_to(root).parts[:-1]
+    patient = next((part for part in (*between, root.name) if not is_identifier(part)), "")
+    own = "" if is_identifier(folder.name) else folder.name
+    series = re.sub(r"[^\w.+-]+", "_", description or own).strip("_.-")[:LONGEST_DESCRIPTION] or "series"
+    return f"{patient}_{series}" if patient else series
+
+
+def is_identifier(name: str) -> bool:
+    """Whether a folder's name is a DICOM UID or a long hexadecimal number, which nobody remembers."""
+    return re.fullmatch(r"[\d.]{16,}|[0-9a-fA-F-]{32,}", name) is not None
 
 
 def entries(folder: Path) -> list[Path]:

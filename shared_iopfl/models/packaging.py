@@ -22,6 +22,7 @@ from monai.bundle import ConfigParser
 from torch import Tensor
 
 from shared_iopfl.models.architecture import describe_architecture
+from shared_iopfl.models.bundles import METADATA, find_bundle
 from shared_iopfl.models.files import (
     GLOBAL,
     USUAL_SHIFT,
@@ -206,7 +207,7 @@ def package(bundle: str, output_dir: str = "dist") -> str:
         InputError: where there is no such bundle, a link in it leads out of it, its models differ from their manifest,
             or they were never published.
     """
-    root = _find_bundle(bundle)
+    root = Path(bundle).resolve() if (Path(bundle) / METADATA).is_file() else find_bundle(bundle)
     files = {path.relative_to(root).as_posix(): path.read_bytes() for path in _bundle_files(root)}
     for name in [name for name in files if name.startswith("configs/") and name.endswith(".json")]:
         # before the other imports, which it makes possible
@@ -226,14 +227,6 @@ def package(bundle: str, output_dir: str = "dist") -> str:
             entry.external_attr = 0o644 << 16
             packed.writestr(entry, files[name], zipfile.ZIP_DEFLATED)
     return str(archive)
-
-
-def _find_bundle(bundle: str) -> Path:
-    places = [Path(bundle), Path("bundles") / bundle, Path(__file__).parents[2] / "bundles" / bundle]
-    for place in places:
-        if (place / "configs" / "metadata.json").is_file():
-            return place.resolve()
-    raise InputError(f"no bundle {bundle!r}: give its folder, or the name of one in the folder bundles.")
 
 
 def _bundle_files(root: Path) -> list[Path]:

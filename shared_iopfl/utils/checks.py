@@ -18,12 +18,12 @@ import reprlib
 import sys
 from collections.abc import Callable, Mapping
 from numbers import Integral, Real
-from typing import Any, NamedTuple
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from shared_iopfl.utils.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = [
     "AUTO",
@@ -33,12 +33,14 @@ __all__ = [
     "has_negative_variance",
     "is_patient_setting",
     "number",
+    "output_formats",
     "switch",
     "whole",
     "word",
 ]
 
 AUTO = "auto"
+FORMATS = ("nifti", "dicomseg", "rtstruct")
 
 
 class Rule(NamedTuple):
@@ -70,6 +72,16 @@ def check_values(settings: Mapping[str, Any]) -> None:
 
 def _is_expression(value: Any) -> bool:
     return isinstance(value, str) and value.startswith(("$", "@", "%"))
+
+
+def output_formats(value: Any) -> list[str]:
+    """The formats in which a mask is written: of ``nifti,dicomseg`` or a list of such names."""
+    names = value.split(",") if isinstance(value, str) else list(value)
+    return [str(name).strip() for name in names]
+
+
+def _are_formats(value: Any) -> bool:
+    return isinstance(value, (str, list, tuple)) and bool(value) and {*output_formats(value)} <= {*FORMATS}
 
 
 def has_negative_variance(key: str, tensor: Tensor) -> bool:
@@ -138,6 +150,8 @@ def is_patient_setting(value: Any) -> bool:
 
 
 def _works(device: Any) -> bool:
+    import torch  # here, so that commands which only list files do not wait for it
+
     try:
         return torch.empty(0, device=torch.device(device)).device.type != "meta"
     except Exception:  # whatever a backend raises where it has no hardware or no driver
@@ -231,6 +245,7 @@ RULES: dict[str, Rule] = {
     "largest_component": switch,
     "overlays": switch,
     "empty_masks": word("fail", "allow"),
+    "output_format": Rule(f"one or several of {', '.join(FORMATS)}", _are_formats),
 }
 
 

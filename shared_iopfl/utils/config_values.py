@@ -55,7 +55,7 @@ __all__ = [
 PATHS = ("bundle_root", "dataset_dir", "output_dir", "ckpt_dir", "mask_dir", "ckpt", "site_model", "pseudonyms")
 WORDS = (
     *("site", "role", "model", "split", "mode", "preset", "filters", "run_name", "coding", "crop", "grey"),
-    *("norm_statistics", "averaging", "empty_masks", "patient"),
+    *("norm_statistics", "averaging", "empty_masks", "output_format", "patient"),
 )
 NAMES = ("sites", "outside_sites")  # lists
 STEPS = ("imports", "initialize", "run", "finalize")

@@ -23,7 +23,16 @@ from typing import Any
 
 from shared_iopfl.utils.errors import InputError
 
-__all__ = ["PRESET_NAMES", "RESERVED", "check_file_name", "check_site", "check_sites", "nearest", "parse_names"]
+__all__ = [
+    "PRESET_NAMES",
+    "RESERVED",
+    "check_file_name",
+    "check_site",
+    "check_sites",
+    "nearest",
+    "parse_names",
+    "shortened",
+]
 
 # names of models, of presets and in scores.json, which stand where sites' names do; and model_final.pt of a trainer
 PRESET_NAMES = ("adapted", "default", "paper", "soup")  # of `shared_iopfl.routing.settings`
@@ -91,6 +100,12 @@ def nearest(name: str, known: Sequence[str]) -> str:
     """A hint for a message: ``; did you mean 'rounds'?``, or nothing where no known name is like it."""
     close = difflib.get_close_matches(name, known, 1, 0.7)
     return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def shortened(text: str, longest: int) -> str:
+    """The text, or its beginning and end where it has more than so many characters."""
+    half = (longest - 3) // 2
+    return text if len(text) <= longest else f"{text[:half]}...{text[-half:]}"
 
 
 def _shown(name: Any) -> str:

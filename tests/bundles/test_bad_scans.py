@@ -117,7 +117,7 @@ def test_nothing_else_is_written(served: Served) -> None:
     """A mask for each that has not failed, the run's tables, no half files; every line is one line."""
     good = [name for name, (_, what) in served.corpus.items() if what is None]
     tables = {"run.json", "failed.csv", "routes.csv", "routes.json", "review.csv", "measures.csv", "site.pt"}
-    tables |= {"written.jsonl", ".run.lock"}
+    tables |= {"written.jsonl", ".run.lock", "scans.csv", "not_taken.csv", "report.html"}
     others = {path.name for path in served.output.iterdir()} - {path.name for path in served.masks().values()}
     assert others <= tables
     assert len(served.masks()) == len(good)

@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from site_folders import datalist, dofe, names, saml, touch
@@ -231,3 +232,64 @@ def test_datalist_of_windows_paths_elsewhere(tmp_path, path):
 def test_site_of_a_name_that_no_site_may_have(tmp_path, name):
     with pytest.raises(InputError, match="site "):
         published_parts(tmp_path, name)
+
+
+# ---- layouts of public data sets -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("files", "cases"),
+    [
+        (["Case00.mhd", "Case00.raw", "Case00_segmentation.mhd", "Case00_segmentation.raw"], ["Case00"]),
+        (["imagesTr/p_1.nii.gz", "labelsTr/p_1.nii.gz", "imagesTs/p_2.nii.gz", "dataset.json"], ["p_1"]),
+        (["imagesTr/p_1_0000.nii.gz", "labelsTr/p_1.nii.gz", "imagesTs/p_2_0000.nii.gz"], ["p_1_0000"]),
+        (["image/a.png", "mask/a.png"], ["a"]),
+        (["images/a.png", "labels/a.png"], ["a"]),
+        (["020/t2.nii.gz", "020/t2_anatomy_reader1.nii.gz", "020/adc.nii.gz", "020/adc_tumor_reader1.nii.gz"], ["t2"]),
+        (["P1/image.nii.gz", "P1/mask.nii.gz"], ["image"]),
+        (
+            [
+                "dataset_description.json",
+                "sub-01/anat/sub-01_T2w.nii.gz",
+                "sub-02/ses-1/anat/sub-02_ses-1_acq-tra_T2w.nii.gz",
+                "derivatives/manual/sub-01/anat/sub-01_label-prostate_dseg.nii.gz",
+                "derivatives/manual/sub-02/ses-1/anat/sub-02_ses-1_mask.nii.gz",
+                "sub-03/anat/sub-03_T2w.nii.gz",
+            ],
+            ["sub-01_T2w", "sub-02_ses-1_acq-tra_T2w"],
+        ),
+    ],
+    ids=["PROMISE12", "MSD", "nnU-Net", "singular", "labels", "Prostate158", "case-folders", "BIDS"],
+)
+def test_public_layouts(tmp_path, files, cases):
+    touch(tmp_path, *(f"S/{file}" for file in files), content=b"{}")
+    assert list_sites(tmp_path) == ["S"]
+    found = find_cases(tmp_path, "S")
+    assert names(found) == cases
+    assert all(Path(case["image"]).is_file() and Path(case["label"]).is_file() for case in found)
+    assert not {case["image"] for case in found} & {case["label"] for case in found}
+
+
+def test_left_and_right_eyes_are_cases_of_one_patient(tmp_path):
+    touch(
+        tmp_path,
+        *(f"S/{side}/{kind}/P{n}.png" for side in ("left", "right") for kind in ("images", "masks") for n in (1, 2)),
+    )
+    found = find_cases(tmp_path, "S")
+    assert len({case["case"] for case in found}) == 4
+    assert len({case["patient"] for case in found}) == 2
+
+
+def test_a_second_channel_and_a_second_mask_are_refused(tmp_path):
+    touch(tmp_path, "S/imagesTr/a_0000.nii.gz", "S/imagesTr/a_0001.nii.gz", "S/labelsTr/a.nii.gz")
+    with pytest.raises(InputError, match="second channel of a"):
+        find_cases(tmp_path, "S")
+    touch(tmp_path, "T/1/t2.nii.gz", "T/1/t2_mask.nii.gz", "T/1/t2_seg.nii.gz")
+    with pytest.raises(InputError, match="needs one mask in its folder"):
+        find_cases(tmp_path, "T")
+
+
+def test_case_folders_of_one_name_stay_apart(tmp_path):
+    touch(tmp_path, *(f"S/{n}/{name}.nii.gz" for n in ("020", "021") for name in ("t2", "t2_anatomy_reader1")))
+    found = find_cases(tmp_path, "S")
+    assert len({case["case"] for case in found}) == len({case["patient"] for case in found}) == 2

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 from site_folders import datalist, saml, touch
 
-from shared_iopfl.__main__ import prepare
+from shared_iopfl.commands.tools import prepare
 from shared_iopfl.data import layouts
 from shared_iopfl.data.sites import find_cases, fold_cases, site_cases, split_cases
 from shared_iopfl.utils.checks import check_values

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from ignite.engine import Engine
 from site_folders import names, touch
-from tiny_scans import AFFINES, MASK, VALUES, dicom_report, nifti
+from tiny_scans import AFFINES, MASK, SERIES, VALUES, dicom_report, dicom_series, nifti
 
 from shared_iopfl.data.scan_files import PICTURES, NotTaken, find_scans, not_taken
 from shared_iopfl.utils.errors import InputError
@@ -175,3 +175,41 @@ def test_find_scans_refuses_nothing_in_one_line(tmp_path):
         with pytest.raises(InputError) as error:
             find_scans(path)
         assert str(path) in str(error.value)
+
+
+# ---- names of DICOM series -----------------------------------------------------------------------------------------
+
+UID = "1.3.6.1.4.1.14519.5.2.1.7311.5101.160028252338004527274326500702"
+
+
+@pytest.mark.parametrize(
+    ("folders", "cases"),
+    [
+        ([f"P001/{UID}/{UID}1", f"P002/{UID}/{UID}2"], ["P001_t2_tse_tra", "P002_t2_tse_tra"]),
+        ([f"P001/{UID}/{UID}1", f"P001/{UID}/{UID}2"], ["P001_t2_tse_tra", "P001_t2_tse_tra_2"]),
+        ([f"{UID}/{UID}1"], ["scans_t2_tse_tra"]),
+        (["P001/2020-01-01/4.0-t2", "P002/2020-01-01/4.0-t2"], ["P001_t2_tse_tra", "P002_t2_tse_tra"]),
+        (["t2_tra", "t2_sag"], ["t2_sag", "t2_tra"]),
+    ],
+    ids=["patients", "two-series", "identifiers", "TCIA", "plain"],
+)
+def test_series_are_named_after_patient_folder_and_description(tmp_path, monkeypatch, folders, cases):
+    """Never after the patient's name or id in the files, nor after an identifier of 64 digits."""
+    asked = []
+    monkeypatch.setattr(
+        "shared_iopfl.data.scan_files.series_description", lambda path: asked.append(path) or "t2_tse/tra"
+    )
+    for folder in folders:
+        (tmp_path / "scans" / folder).mkdir(parents=True)
+        (tmp_path / "scans" / folder / "IM1.dcm").write_bytes(bytes(128) + b"DICM")
+    found = find_scans(tmp_path / "scans")
+    assert [scan["case"] for scan in found] == cases
+    assert len(asked) == (0 if "t2_tra" in folders else len(folders))
+
+
+def test_the_description_is_read_from_the_first_image(tmp_path):
+    itk = pytest.importorskip("itk")
+    assert itk
+    dicom_series(tmp_path / UID, SERIES)
+    (scan,) = find_scans(tmp_path)
+    assert scan["case"].endswith("_series") and "DOE" not in scan["case"] and "MRN" not in scan["case"]

@@ -22,7 +22,7 @@ import pytest
 from config_start import BUNDLES, start
 
 import shared_iopfl.utils.checks as checks
-from shared_iopfl.__main__ import prepare
+from shared_iopfl.commands.tools import prepare
 from shared_iopfl.utils.checks import RULES, check_values
 from shared_iopfl.utils.errors import InputError, root_input_error
 

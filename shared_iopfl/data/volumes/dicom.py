@@ -26,21 +26,17 @@ from monai.data import ITKReader
 from monai.utils import ensure_tuple
 
 from shared_iopfl.data.scan_names import is_dicom
+from shared_iopfl.data.volumes.dicom_headers import is_no_image
 from shared_iopfl.data.volumes.headers import import_itk
 from shared_iopfl.utils.errors import InputError
 
-__all__ = ["DicomReader", "is_no_image", "patient_id"]
+__all__ = ["DicomReader"]
 
 logger = logging.getLogger(__name__)
-PATIENT = "0010|0020"
 SERIES, SAMPLES, FRAMES = "0020|000e", "0028|0002", "0028|0008"
 SIZE = ("0028|0010", "0028|0011")
 POSITION, ORIENTATION, PIXELS = "0020|0032", "0020|0037", "0028|0030"
 PLACE = {POSITION: "image position", ORIENTATION: "image orientation", PIXELS: "pixel spacing"}
-# storage classes without a picture of the patient, below 1.2.840.10008.5.1.4.1.1: waveforms, presentation states, raw
-# data, registrations, segmentations, real-world values, measurements, reports and key objects, documents, radiotherapy
-NO_IMAGES = ("9.", "11.", "66", "67", "78.", "79.", "80.", "88.", "104.", "481.2", "481.3", "481.4", "481.5")
-STORAGE = "1.2.840.10008.5.1.4.1.1."
 TURNED = 0.01  # by which a direction cosine may differ from slice to slice
 UNEVEN = 0.1  # by which a gap between slices may differ from the others, relative
 
@@ -98,42 +94,6 @@ class DicomReader(ITKReader):
         names = [str(file) for file in files]
         # single precision: slices may differ in their rescaling, and the first one's type would cut the others' values
         return itk.imread(names[0] if len(names) == 1 else names, itk.F)
-
-
-def is_no_image(file: Path) -> bool:
-    """Whether a DICOM file says, at its start, that it is a report or another object without voxels."""
-    kind = _storage_class(file)
-    return kind.startswith(STORAGE) and kind.removeprefix(STORAGE).startswith(NO_IMAGES)
-
-
-def patient_id(path: Path) -> str:
-    """The PatientID of a DICOM file, or of the first file of a series; "" for other scans, and where there is none."""
-    files = [file for file in sorted(path.iterdir()) if is_dicom(file)] if path.is_dir() else [path] * is_dicom(path)
-    if not files:
-        return ""
-    try:
-        itk = import_itk(path)
-        io = itk.GDCMImageIO.New()
-        io.SetFileName(str(files[0]))
-        io.ReadImageInformation()
-        found = io.GetMetaDataDictionary()
-        return str(found[PATIENT]).strip() if found.HasKey(PATIENT) else ""
-    except Exception:  # whoever reads the scan says what is wrong with it
-        return ""
-
-
-def _storage_class(file: Path) -> str:
-    """The class of what a file stores, from its first elements, which are always explicit and little endian."""
-    try:
-        with open(file, "rb") as stream:
-            start = stream.read(1024)
-    except OSError:  # such as a link that leads nowhere: whoever reads it says so
-        return ""
-    at = start.find(b"\x02\x00\x02\x00UI")
-    if start[128:132] != b"DICM" or at < 0:
-        return ""
-    length = int.from_bytes(start[at + 6 : at + 8], "little")
-    return start[at + 8 : at + 8 + length].decode("ascii", errors="replace").strip("\0 ")
 
 
 def _images(folder: Path) -> list[Path]:

@@ -22,7 +22,7 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-from monai.data.utils import affine_to_spacing, to_affine_nd
+from nibabel.affines import voxel_sizes
 
 from shared_iopfl.utils.errors import InputError
 
@@ -37,12 +37,20 @@ def same_grid(first: Any, second: Any, shape: Sequence[int]) -> bool:
     return _moved(first, second, shape) < 0.5
 
 
+def _in_3d(affine: Any) -> np.ndarray:
+    """An affine of any dimension as that of a volume, (4, 4) in double precision."""
+    given, whole = np.asarray(affine, dtype=np.float64), np.eye(4)
+    axes = min(len(given) - 1, 3)
+    whole[:axes, :axes], whole[:axes, 3] = given[:axes, :axes], given[:axes, -1]
+    return whole
+
+
 def _moved(first: Any, second: Any, shape: Sequence[int]) -> float:
     """How far the corner that moves most is moved, in voxels of the first affine (their shortest side)."""
-    a, b = (to_affine_nd(3, np.asarray(affine, dtype=np.float64)) for affine in (first, second))
+    a, b = (_in_3d(affine) for affine in (first, second))
     size = (*shape, 1, 1)[:3]
     corners = np.array([(*corner, 1) for corner in np.ndindex(2, 2, 2)]) * (*(np.array(size) - 1), 1)
-    return float(np.linalg.norm(corners @ (a - b).T, axis=1).max() / affine_to_spacing(a).min())
+    return float(np.linalg.norm(corners @ (a - b).T, axis=1).max() / voxel_sizes(a).min())
 
 
 def check_affine(affine: np.ndarray, path: Path) -> None:
@@ -71,7 +79,7 @@ def check_forms(header: Any, shape: Sequence[int], path: Path) -> None:
         return
     check_affine(qform, path)
     check_affine(sform, path)
-    sizes = affine_to_spacing(to_affine_nd(3, qform)), affine_to_spacing(to_affine_nd(3, sform))
+    sizes = voxel_sizes(_in_3d(qform)), voxel_sizes(_in_3d(sform))
     if _moved(sform, qform, shape) > 1 or not np.allclose(*sizes, rtol=SPACING, atol=0):
         raise InputError(
             f"{path} lies in two places: its qform says {describe_grid(qform, shape)}, its sform "
@@ -108,11 +116,11 @@ def in_grid_of(label: np.ndarray, label_affine: Any, image_affine: Any, shape: S
 
 def describe_grid(affine: Any, shape: Sequence[int]) -> str:
     """A grid in a few words: ``18x20x4 voxels of 0.7x0.9x3 mm, axes LPS, from (5, -6, 7)``."""
-    affine = to_affine_nd(3, np.asarray(affine, dtype=np.float64))
+    affine = _in_3d(affine)
     size = "x".join(str(length) for length in shape)
     if len(shape) == 2:
         return f"{size} pixels"
-    spacing = "x".join(f"{length:.4g}" for length in affine_to_spacing(affine))
+    spacing = "x".join(f"{length:.4g}" for length in voxel_sizes(affine))
     axes = "".join(axis or "?" for axis in nib.orientations.aff2axcodes(affine))
     origin = ", ".join(f"{place:.4g}" for place in affine[:3, 3])
     turned = nib.affines.obliquity(affine).max()

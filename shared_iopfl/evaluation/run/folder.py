@@ -56,6 +56,7 @@ UNFINISHED = re.compile(r"\.[0-9a-f]{12}_.+")  # what a killed run was writing; 
 # at the top of a run's folder
 NAMES = {
     *(RUN, LIST, "failed.csv", "measures.csv", "review.csv", "routes.csv", "routes.json", "site.pt"),
+    *("not_taken.csv", "scans.csv"),
     *("cases.csv", "metrics.csv", "summary.csv", "report.html", "federation.pt", "federation_previous.pt"),
     *("failures.csv", "history.csv", "statistics.csv", "choices.json", "comparison.csv", "comparison.md"),
     "federations.json",

@@ -28,12 +28,13 @@ from ignite.engine import Engine, Events
 from monai.bundle import ConfigParser
 
 from shared_iopfl.data.patients import AUTO
-from shared_iopfl.data.scan_files import Case
+from shared_iopfl.data.scan_files import Case, printable
 from shared_iopfl.data.sites import find_cases, fingerprint
 from shared_iopfl.evaluation.run.folder import describe, finish
 from shared_iopfl.models.manifest import MODEL_FILE
 from shared_iopfl.utils.config_values import as_values
 from shared_iopfl.utils.errors import InputError
+from shared_iopfl.utils.tables import write_rows
 
 __all__ = ["InferenceRecorder", "report_to_nobody", "write_run"]
 
@@ -77,6 +78,8 @@ def write_run(
 class InferenceRecorder:
     """Writes ``run.json`` of an inference, which names no scan, once all scans have had their turn.
 
+    ``scans.csv`` tells which file or folder each case is, relative to what all have in common.
+
     Args:
         output_dir: of the run.
         settings: what was asked for, name -> value.
@@ -99,6 +102,13 @@ class InferenceRecorder:
         data = {"cases": len(self.scans), "fingerprint": fingerprint(there)[:16]}
         names = sorted(path.name for path in self.ckpt_dir.glob("*") if MODEL_FILE.fullmatch(path.name))
         models = {name: hashlib.sha256((self.ckpt_dir / name).read_bytes()).hexdigest() for name in names}
+        files = [os.path.abspath(scan["image"]) for scan in self.scans]
+        top = os.path.commonpath([os.path.dirname(file) for file in files]) if files else ""
+        rows = [
+            {"case": scan["case"], "file": printable(os.path.relpath(file, top))}
+            for scan, file in zip(self.scans, files)
+        ]
+        write_rows(Path(self.output_dir) / "scans.csv", ("case", "file"), rows)
         _write(self.output_dir, {"settings": self.settings, "scans": data, "models": models})
         finish(self.output_dir)
 

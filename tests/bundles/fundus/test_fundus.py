@@ -156,7 +156,8 @@ def test_pictures_of_every_kind_get_their_mask(served: tuple[Path, Path]) -> Non
     _, output = served
     assert {path.name for path in output.iterdir()} == {
         *(f"{name}{ending}" for name in UPRIGHT for ending in (".png", "_overlay.png")),
-        "measures.csv", "review.csv", "routes.csv", "routes.json", "run.json", "written.jsonl",
+        "measures.csv", "review.csv", "routes.csv", "routes.json", "run.json", "report.html", "scans.csv",
+        "written.jsonl",
     }  # fmt: skip
     for name, shape in UPRIGHT.items():
         assert set(np.unique(check_mask(output / f"{name}.png", shape))) == {0, 1, 2}

@@ -26,7 +26,7 @@ from flare_here import _dataset, _process_as_it_was, flare_run, run_here  # noqa
 from flare_runs import BUNDLE, OF_THE_FEDERATION, REPOSITORY, SITES, TINY, assert_same, figures, one_process
 from nvflare.apis.fl_constant import FLMetaKey
 
-from shared_iopfl import __main__ as command
+from shared_iopfl.commands import tools as command
 from shared_iopfl.federation.flare.run import federate, publish_sites
 from shared_iopfl.models.files import load_weights
 from shared_iopfl.utils.errors import InputError

@@ -1,0 +1,152 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Running a bundle's config with settings that were typed, and with as much or as little text as wanted."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from typing import Any
+
+from fire.parser import DefaultParseValue
+
+from shared_iopfl.models.bundles import find_bundle
+from shared_iopfl.utils.errors import InputError, root_input_error
+from shared_iopfl.utils.names import parse_names
+
+__all__ = ["AMOUNTS", "parse_settings", "run_config"]
+
+AMOUNTS = ("quiet", "usual", "verbose")  # of text beside the result
+# they repeat an error with its traceback, or report what a user does not act on
+SILENCED = ("ignite.engine.engine", "monai.bundle.workflows", "monai.data.nvimgcodec_pydicom_plugin")
+
+
+def parse_settings(words: Sequence[str]) -> dict[str, Any]:
+    """Settings as they are typed, ``--key value`` or ``--key=value``, as values: never as code.
+
+    Numbers, ``True``, ``None``, lists and dictionaries are read as such, but paths and names are kept as they are
+    typed. A key without a value is ``True``.
+
+    Raises:
+        InputError: for a word that belongs to no key.
+    """
+    from shared_iopfl.utils.config_values import NAMES, PATHS, WORDS
+
+    settings: dict[str, Any] = {}
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--") or word == "--":
+            raise InputError(f"{word!r} belongs to no setting: settings are given as --key value.")
+        key, equals, text = word[2:].partition("=")
+        key = key.replace("-", "_")
+        if not equals:
+            text = rest.pop(0) if rest and not rest[0].startswith("--") else "True"
+        if key in NAMES:
+            settings[key] = parse_names(text)
+        elif key in (*PATHS, *WORDS):
+            settings[key] = text
+        else:
+            settings[key] = DefaultParseValue(text)
+    return settings
+
+
+def _as_overrides(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings as MONAI has to get them, so that none is evaluated."""
+    from shared_iopfl.utils.config_values import NAMES, PATHS, WORDS, as_values, is_data
+
+    for key, value in settings.items():
+        if key not in (*NAMES, *PATHS, *WORDS) and isinstance(value, (str, list, tuple, dict)) and not is_data(value):
+            raise InputError(
+                f"{key} {value!r:.80} is no plain value; expressions are for python -m monai.bundle run alone."
+            )
+    return as_values(settings)
+
+
+def run_config(task: str, config: str, settings: Mapping[str, Any], amount: str = "usual") -> None:
+    """Run a config of a bundle from its ``initialize`` to its ``finalize``.
+
+    Args:
+        task: as for `find_bundle`.
+        config: such as ``inference``.
+        settings: values that replace those of the config; text among them stays text.
+        amount: of `AMOUNTS`. "quiet" shows errors alone; "usual" shows progress, warnings and what the config prints;
+            "verbose" shows all that `python -m monai.bundle run` does.
+
+    Raises:
+        InputError: as the config's steps raise it, and for text that the config would evaluate.
+    """
+    root = find_bundle(task)
+    with _shown(amount):
+        from monai.bundle import ConfigWorkflow
+
+        path = root / "configs" / f"{config}.json"
+        if not path.is_file():
+            raise InputError(f"the bundle {root.name} has no {config}.json.")
+        workflow = ConfigWorkflow(
+            str(path),
+            logging_file=None if amount == "verbose" else False,  # type: ignore[arg-type]
+            **_as_overrides({"bundle_root": str(root), **settings}),
+        )
+        try:
+            workflow.initialize()
+            workflow.run()
+        except Exception as error:  # MONAI wraps what an expression raises
+            cause = root_input_error(error)
+            if cause is None:
+                raise
+            raise InputError(str(cause)) from error
+        finally:
+            workflow.finalize()
+
+
+@contextmanager
+def _shown(amount: str) -> Iterator[None]:
+    """Show as much text as wanted, and leave logging, warnings and the reports of errors as they were."""
+    hooks = sys.excepthook, threading.excepthook
+    try:
+        with nullcontext() if amount == "verbose" else _less_shown(amount):
+            yield
+    finally:
+        sys.excepthook, threading.excepthook = hooks
+
+
+@contextmanager
+def _less_shown(amount: str) -> Iterator[None]:
+    root = logging.getLogger()
+    before, levels = (root.level, list(root.handlers)), {name: logging.getLogger(name).level for name in SILENCED}
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    handler.setLevel(logging.WARNING)
+    with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        if amount == "quiet":
+            nothing = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            stack.enter_context(redirect_stdout(nothing))
+            stack.enter_context(redirect_stderr(nothing))
+            handler.setLevel(logging.CRITICAL)
+        root.handlers[:] = [handler]
+        root.setLevel(logging.WARNING)
+        for name in SILENCED:
+            logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+        try:
+            yield
+        finally:
+            root.setLevel(before[0])
+            root.handlers[:] = before[1]
+            for name, level in levels.items():
+                logging.getLogger(name).setLevel(level)

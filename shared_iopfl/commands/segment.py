@@ -1,0 +1,130 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Segmentation of one scan from Python: a volume or a picture in memory, or a file, in; its mask and routes out."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shared_iopfl.commands.runs import run_config
+from shared_iopfl.data.scan_files import find_scans
+from shared_iopfl.data.scan_names import PICTURES, VOLUMES, file_ending
+from shared_iopfl.evaluation.run.results import read_served
+from shared_iopfl.utils.errors import InputError
+
+__all__ = ["Segmentation", "segment"]
+
+CASE = "scan"
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """What was found in one scan.
+
+    Attributes:
+        mask: uint8, 0 is background. Of a volume (X, Y, Z) in the axes of the array or file that was given; of a
+            picture (height, width).
+        affine: (4, 4), voxel indices to RAS in mm; None for a picture.
+        quality: agreement of the masks of several views, from 0 to 1; None where the preset computes none.
+        routes: the mean weight of each expert over the layers; empty for plain inference.
+        measures: such as ``volume_ml``.
+        reasons: why the mask should be checked; empty if nothing was noticed.
+    """
+
+    mask: np.ndarray
+    affine: np.ndarray | None = None
+    quality: float | None = None
+    routes: Mapping[str, float] = field(default_factory=dict)
+    measures: Mapping[str, float] = field(default_factory=dict)
+    reasons: str = ""
+
+
+def segment(
+    task: str, scan: str | Path | np.ndarray, affine: np.ndarray | None = None, amount: str = "quiet", **settings: Any
+) -> Segmentation:
+    """Segment one scan with the inference of a bundle.
+
+    Example::
+
+        from shared_iopfl import segment
+
+        result = segment("prostate", volume, affine)   # or segment("prostate", "exam.nii.gz")
+        print(result.quality, result.routes, result.mask.sum())
+
+    Args:
+        task: a task, such as "prostate" or "fundus", or the folder of a bundle.
+        scan: a file, the folder of a DICOM series, a volume (X, Y, Z), or an RGB picture (height, width, 3) of uint8.
+        affine: of a volume, (4, 4), voxel indices to RAS in mm.
+        amount: of text that is shown: "quiet", "usual" or "verbose".
+        settings: keys of the bundle's ``inference.json``, such as ``ckpt_dir`` or ``preset``.
+
+    Returns:
+        Mask, quality and routes. An empty mask is not an error here.
+
+    Raises:
+        InputError: when the scan cannot be read or segmented, a setting is not allowed, or a folder holds several
+            scans.
+    """
+    with tempfile.TemporaryDirectory(prefix="iopfl_") as folder:
+        out = Path(folder) / "masks"
+        source = Path(scan) if isinstance(scan, (str, Path)) else _written(np.asarray(scan), affine, Path(folder))
+        if source.is_dir() and (count := len(find_scans(source))) > 1:
+            raise InputError(f"{source} holds {count} scans: give one, or run iopfl segment on the folder.")
+        settings = {"overlays": False, "empty_masks": "allow", **settings}
+        run_config(task, "inference", {**settings, "dataset_dir": str(source), "output_dir": str(out)}, amount)
+        (one,) = read_served(out)
+        mask, mask_affine = _mask(next(path for path in sorted(out.iterdir()) if _is_mask(path)))
+    return Segmentation(mask, mask_affine, one.quality, one.routes, one.measures, one.reasons)
+
+
+def _written(array: np.ndarray, affine: np.ndarray | None, folder: Path) -> Path:
+    """A scan in memory as a file, which the bundle reads and checks as any other."""
+    if array.ndim != 3 or not np.issubdtype(array.dtype, np.number):
+        raise InputError(f"a scan is an array of numbers (X, Y, Z) or (height, width, 3), but this has {array.shape}.")
+    if affine is None:
+        if array.dtype != np.uint8 or array.shape[-1] != 3:
+            raise InputError(
+                f"a volume of {array.dtype} {array.shape} needs its affine: segment(task, volume, affine)."
+            )
+        from PIL import Image
+
+        path = folder / f"{CASE}.png"
+        Image.fromarray(array).save(path)
+        return path
+    if np.shape(affine) != (4, 4):
+        raise InputError(f"an affine has shape (4, 4), but this one has {np.shape(affine)}.")
+    import nibabel as nib
+
+    path = folder / f"{CASE}.nii"
+    nib.save(nib.Nifti1Image(array.astype(np.float32), np.asarray(affine, dtype=np.float64)), path)
+    return path
+
+
+def _is_mask(path: Path) -> bool:
+    return path.is_file() and file_ending(path) in (*VOLUMES, *PICTURES)
+
+
+def _mask(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    from PIL import Image
+
+    from shared_iopfl.data.loading import LoadCased
+
+    if file_ending(path) in PICTURES:
+        with Image.open(path) as picture:
+            return np.asarray(picture), None
+    loaded = LoadCased("label")({"label": str(path)})["label"]
+    return np.asarray(loaded[0], dtype=np.uint8), np.asarray(loaded.affine, dtype=np.float64)

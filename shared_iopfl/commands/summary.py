@@ -1,0 +1,96 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The summary of an inference at the end of a command: scans, seconds, measures, and what to check first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from shared_iopfl.evaluation.run.results import ServedScan, read_failed, read_passed_over, read_served
+from shared_iopfl.utils.names import shortened
+
+__all__ = ["has_results", "summary"]
+
+SHOWN = 10  # scans in the table
+WIDEST = 40  # characters of a case's name
+NAMES = {"vertical_cup_to_disc_ratio": "vCDR", "volume_ml": "volume (ml)"}
+DASH = "-"
+
+
+def has_results(output_dir: str | Path) -> bool:
+    """Whether a run has served scans or named some that failed."""
+    return any((Path(output_dir) / name).is_file() for name in ("measures.csv", "failed.csv"))
+
+
+def summary(output_dir: str | Path, seconds: float) -> str:
+    """What a run did, in at most some twenty lines.
+
+    Args:
+        output_dir: of the run.
+        seconds: that the run took.
+    """
+    out = Path(output_dir)
+    served, failed, passed = read_served(out), read_failed(out), read_passed_over(out)
+    count = len(served) + len(failed)
+    each = f", {seconds / count:.1f} s each" if count > 1 else ""
+    lines = [f"{count} scan{'s' * (count != 1)} in {seconds:.0f} s{each}; {len(served)} masks in {out}"]
+    if served:
+        lines += ["", *_table(served[:SHOWN])]
+        lines += [f"... and {len(served) - SHOWN} more: see {out / 'review.csv'}"] * (len(served) > SHOWN)
+        lines += ["", _first(served)]
+    lines += [f"failed: {shortened(row['case'], WIDEST)}: {row['reason']}" for row in failed[:SHOWN]]
+    lines += [f"... and {len(failed) - SHOWN} more: see {out / 'failed.csv'}"] * (len(failed) > SHOWN)
+    lines += [
+        f"{len(passed)} file{'s were' if len(passed) != 1 else ' was'} not taken for scans: see {out / 'not_taken.csv'}"
+    ] * bool(passed)
+    page = out / "report.html"
+    lines += [f"pictures of all masks: {page}"] * page.is_file()
+    return "\n".join([*lines, "For research use only, not for diagnosis."])
+
+
+def _table(served: Sequence[ServedScan]) -> list[str]:
+    """One line a scan."""
+    measures = list(dict.fromkeys(name for scan in served for name in scan.measures))
+    columns = ["case", *(NAMES.get(name, name) for name in measures), "quality", "seconds", "check because"]
+    rows = [
+        [
+            shortened(scan.case, WIDEST),
+            *(_figure(scan.measures.get(name), 2 if max(scan.measures.values()) <= 1 else 1) for name in measures),
+            _figure(scan.quality, 2),
+            _figure(scan.seconds, 1),
+            scan.reasons or DASH,
+        ]
+        for scan in served
+    ]
+    widths = [max(map(len, column)) for column in zip(columns, *rows)]
+    return [_line(cells, widths) for cells in (columns, *rows)]
+
+
+def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    first, *figures, last = cells
+    middle = [cell.rjust(width) for cell, width in zip(figures, widths[1:])]
+    return "  ".join([first.ljust(widths[0]), *middle, last]).rstrip()
+
+
+def _figure(value: float | None, digits: int) -> str:
+    return DASH if value is None else f"{value:.{digits}f}"
+
+
+def _first(served: Sequence[ServedScan]) -> str:
+    """What to check first, in one line."""
+    noticed = [scan for scan in served if scan.reasons]
+    if noticed:
+        named = ", ".join(shortened(scan.case, WIDEST) for scan in noticed[:3]) + ", ..." * (len(noticed) > 3)
+        return f"check first: {named} ({len(noticed)} of {len(served)} masks were noticed)"
+    if served[0].quality is not None and len(served) > 1:
+        return f"check first: {shortened(served[0].case, WIDEST)}, whose views agree least"
+    return "nothing was noticed; quality is the agreement of the views of a scan, no estimate of its Dice"

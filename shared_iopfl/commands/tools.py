@@ -1,0 +1,135 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Commands that need no bundle: lists of data, reports, published models, NVIDIA FLARE."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from shared_iopfl.commands.summary import has_results
+from shared_iopfl.data.patients import AUTO
+from shared_iopfl.data.scan_files import find_scans, not_taken
+from shared_iopfl.data.sites import find_cases, list_sites, site_cases
+from shared_iopfl.utils.checks import check_values
+from shared_iopfl.utils.errors import InputError
+
+__all__ = ["check", "configs", "flare", "flare_publish", "prepare", "report", "scans"]
+
+
+def prepare(
+    dataset_dir: str,
+    split_seed: int = 0,
+    patient: str = AUTO,
+    fold: int = 0,
+    folds: int = 1,
+    seed: int | None = None,
+    masks: bool = True,
+) -> None:
+    """List the sites of a folder, their cases and patients, how these would be split, and what values their masks hold.
+
+    Every mask is opened, unless --masks False is given. The other options are those of the bundles' configs; --seed is
+    an older name of --split_seed.
+    """
+    split_seed = split_seed if seed is None else seed
+    check_values({"split_seed": split_seed, "patient": patient, "fold": fold, "folds": folds})
+    for site in list_sites(dataset_dir):
+        parts = []
+        for part in ("train", "validation", "test"):
+            cases = site_cases(dataset_dir, site, part, split_seed, patient=patient, fold=fold, folds=folds)
+            parts.append(f"{len(cases)} {part} ({_count(len({case['patient'] for case in cases}), 'patient')})")
+        values = f"; {_mask_values(dataset_dir, site, patient)}" if masks else ""
+        print(f"{site}: {', '.join(parts)}{values}")
+
+
+def _mask_values(dataset_dir: str, site: str, patient: str) -> str:
+    from shared_iopfl.data.mask_values import mask_values
+
+    return mask_values(find_cases(dataset_dir, site, patient))
+
+
+def scans(dataset_dir: str, pictures: bool = False) -> None:
+    """List the scans of a folder that would be segmented, each with its name, and the files that would not.
+
+    --pictures True lists photographs and passes volumes over, as the fundus bundle does.
+    """
+    for scan in find_scans(dataset_dir, pictures):
+        print(f"{scan['case']}: {scan['image']}")
+    if line := not_taken(dataset_dir, pictures):
+        print(line)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
+def report(output_dir: str) -> None:
+    """Write ``report.html`` of a run: of an inference its masks, else the scores, whose table is printed."""
+    if has_results(output_dir) and not (Path(output_dir) / "metrics.csv").is_file():
+        from shared_iopfl.report.inference.page import write_inference_report
+
+        print(write_inference_report(output_dir))
+        return
+    from shared_iopfl.report.run import print_table, write_report
+
+    print(write_report(output_dir))
+    print_table(output_dir)
+
+
+def check(models_dir: str) -> None:
+    """Hold a published model set to its manifest, read what is in it, and say what it is."""
+    from shared_iopfl.models.files import check_models
+    from shared_iopfl.models.manifest import check_manifest
+
+    manifest = check_manifest(models_dir)
+    check_models(models_dir)
+    print(f"{len(manifest['files'])} files as published, of the sites {', '.join(manifest['sites']) or 'none'}")
+    print(f"terms: {manifest['terms']}")
+
+
+def configs(*tasks: str) -> None:
+    """Generate the configs of bundles, each named by its folder, from its ``task.json``; see docs/extending/task.md."""
+    from shared_iopfl.models.bundle_configs import write_configs
+
+    if not tasks:
+        raise InputError("no bundle is named: give the folders of the bundles whose configs are to be generated.")
+    for task in tasks:
+        for path in write_configs(str(task)):
+            print(path)
+
+
+def flare(
+    bundle: str, sites: Sequence[str], output_dir: str, env: str = "sim", rounds: int = 60, **options: Any
+) -> None:
+    """Federate with NVIDIA FLARE: --env sim or poc on this machine, prod over several (see docs/flare.md).
+
+    Further options: --dataset_dir, --min_sites, --round_timeout, --own_process; with --env prod also --startup_kit and
+    --username, to submit the job at once; and every key of the bundle's federate.json and train.json.
+    """
+    _flare().federate(env, bundle, sites, rounds, output_dir, **options)
+
+
+def flare_publish(output_dir: str, sites: Sequence[str]) -> None:
+    """Publish personalised models of a FLARE run: those of the named sites, and no others."""
+    for path in _flare().publish_sites(output_dir, sites):
+        print(path)
+
+
+def _flare() -> ModuleType:
+    try:
+        return import_module("shared_iopfl.federation.flare.run")
+    except ModuleNotFoundError as error:
+        if "nvflare" not in str(error.name):
+            raise
+        raise InputError("NVIDIA FLARE is not installed: pip install 'shared_iopfl[flare]'.") from error

@@ -1,0 +1,208 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Masks as DICOM SEG and RTSTRUCT beside the series that they were predicted from."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Hashable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from monai.config import KeysCollection
+from monai.transforms import MapTransform
+from monai.utils import ensure_tuple
+
+from shared_iopfl.data.scan_names import case_name, is_dicom
+from shared_iopfl.data.volumes.dicom_headers import is_no_image
+from shared_iopfl.data.volumes.rtstruct import Slice, structure_set
+from shared_iopfl.utils.checks import output_formats
+from shared_iopfl.utils.errors import InputError
+from shared_iopfl.utils.files import whole_file
+
+__all__ = ["SaveDicomd"]
+
+ENDINGS = {"dicomseg": ".seg.dcm", "rtstruct": ".rtstruct.dcm"}
+MAKER = "IOP-FL for MONAI"
+ANATOMY = ("123037004", "SCT", "Anatomical Structure")
+LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
+
+
+class SaveDicomd(MapTransform):
+    """Write ``<case>.seg.dcm`` and ``<case>.rtstruct.dcm`` for a mask of a DICOM series.
+
+    The objects belong to the patient and the study of the series, as their readers expect, and so hold the patient's
+    name and id as the series does. They reference its slices, and name the algorithm and its version. A segmentation
+    has one binary segment for each class; a structure set has one region for each class, whose contours follow the
+    borders between pixels, so that filling them gives the mask again.
+
+    Args:
+        keys: key of the mask, (1, *spatial) in the axes of the scan.
+        image_key: key of the image, whose metadata names the scan and has the affine with which it was read.
+        output_dir: folder to write to.
+        formats: as ``output_format`` of a bundle, such as "nifti,dicomseg"; nothing is done for "nifti" alone.
+        segments: one for each class from 1: ``{"label": "prostate", "code": ["41216001", "SCT", "Prostate"]}``;
+            without a code it is an anatomical structure.
+        algorithm: the name of the algorithm.
+        pseudonyms: of the run; refused together with DICOM.
+
+    Raises:
+        InputError: when the library is not installed, pseudonyms are asked for, or a scan is no DICOM series.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection = "pred",
+        image_key: str = "image",
+        output_dir: str | os.PathLike = ".",
+        formats: str | Sequence[str] = "nifti",
+        segments: Sequence[Mapping[str, Any]] = ({"label": "target"},),
+        algorithm: str = "IOP-FL",
+        pseudonyms: str = "",
+    ) -> None:
+        super().__init__(keys)
+        self.image_key = image_key
+        self.output_dir = Path(output_dir)
+        self.formats = [name for name in output_formats(formats) if name in ENDINGS]
+        self.segments = list(segments)
+        self.algorithm = algorithm
+        if self.formats and pseudonyms:
+            raise InputError("DICOM output names the patient of its series: leave out --output_format or --pseudonyms.")
+        if self.formats:
+            _import_highdicom()
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """The data as it came."""
+        d = dict(data)
+        for key in self.key_iterator(d) if self.formats else ():
+            meta = getattr(d.get(self.image_key), "meta", None) or d[key].meta
+            source = Path(ensure_tuple(meta["filename_or_obj"])[0])
+            case = str(d.get("case") or case_name(source))
+            self._save(np.asarray(d[key].detach().cpu())[0], source, np.asarray(meta["original_affine"]), case)
+        return d
+
+    def _save(self, mask: np.ndarray, source: Path, affine: np.ndarray, case: str) -> None:
+        files = _files(source)
+        if not files:
+            raise InputError(f"{source} is no DICOM series, the input that {' and '.join(self.formats)} must have.")
+        import pydicom
+
+        read = [pydicom.dcmread(file, stop_before_pixels=True) for file in files]
+        lacking = [name for name in ("FrameOfReferenceUID", "StudyInstanceUID") if not read[0].get(name)]
+        if lacking:
+            raise InputError(f"{source} has no {' and no '.join(lacking)}, to which DICOM output would belong.")
+        slices = _slices(read, affine, mask, source)
+        identity = [str(read[0].SeriesInstanceUID), self.algorithm, _own_version(), mask.tobytes().hex()]
+        for name in self.formats:
+            uids = [pydicom.uid.generate_uid(entropy_srcs=[*identity, name, kind]) for kind in ("series", "object")]
+            try:
+                if name == "dicomseg":
+                    made = self._segmentation(read, slices, uids)
+                else:
+                    labels = [segment["label"] for segment in self.segments]
+                    made = structure_set(read[0], slices, labels, uids, MAKER, self.algorithm, _own_version())
+            except (AttributeError, KeyError, TypeError, ValueError) as error:  # tags that the standard asks for
+                line = " ".join(str(error).split())
+                raise InputError(f"{source} cannot be referenced by {name} ({line:.160}): export it again") from error
+            with whole_file(self.output_dir / f"{case}{ENDINGS[name]}") as temporary:
+                made.save_as(temporary, enforce_file_format=True)
+
+    def _segmentation(self, read: Sequence[Any], slices: Sequence[Slice], uids: Sequence[str]) -> Any:
+        hd = _import_highdicom()
+        from pydicom.sr.codedict import codes
+
+        identification = hd.AlgorithmIdentificationSequence(
+            self.algorithm, codes.cid7162.ArtificialIntelligence, _own_version(), source=MAKER
+        )
+        descriptions = [
+            hd.seg.SegmentDescription(
+                number,
+                segment["label"],
+                hd.sr.CodedConcept(*ANATOMY),
+                hd.sr.CodedConcept(*segment.get("code", ANATOMY)),
+                hd.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
+                identification,
+            )
+            for number, segment in enumerate(self.segments, 1)
+        ]
+        return hd.seg.Segmentation(
+            list(read),
+            np.stack([one.mask for one in slices]),
+            hd.seg.SegmentationTypeValues.BINARY,
+            descriptions,
+            series_instance_uid=uids[0],
+            series_number=1000,
+            sop_instance_uid=uids[1],
+            instance_number=1,
+            manufacturer=MAKER,
+            manufacturer_model_name=self.algorithm,
+            software_versions=_own_version(),
+            device_serial_number="0",
+            content_label="SEGMENTATION",
+            omit_empty_frames=any(one.mask.any() for one in slices),
+        )
+
+
+def _import_highdicom() -> Any:
+    try:
+        import highdicom
+    except ImportError as error:
+        raise InputError("DICOM output needs highdicom: pip install 'shared_iopfl[dicom]'.") from error
+    return highdicom
+
+
+def _files(source: Path) -> list[Path]:
+    files = sorted(source.iterdir()) if source.is_dir() else [source]
+    return [file for file in files if not file.name.startswith(".") and is_dicom(file) and not is_no_image(file)]
+
+
+def _slices(read: Sequence[Any], affine: np.ndarray, mask: np.ndarray, source: Path) -> list[Slice]:
+    """The mask's slices in the order of the files, or of the frames of one file, each found by its position."""
+    places = []
+    for dataset in read:
+        frames: Any = dataset.get("PerFrameFunctionalGroupsSequence")
+        shared: Any = (dataset.get("SharedFunctionalGroupsSequence") or [None])[0]
+        for number, frame in enumerate(frames or [dataset], 1):
+            position = frame.PlanePositionSequence[0].ImagePositionPatient if frames else frame.ImagePositionPatient
+            if frames:
+                holder = frame if "PlaneOrientationSequence" in frame else shared
+                across = holder.PlaneOrientationSequence[0].ImageOrientationPatient
+                holder = frame if "PixelMeasuresSequence" in frame else shared
+                pixels = holder.PixelMeasuresSequence[0].PixelSpacing
+            else:
+                across, pixels = frame.ImageOrientationPatient, frame.PixelSpacing
+            places.append((dataset, number if frames else None, position, across, pixels))
+    to_index = np.linalg.inv(LPS @ affine)
+    slices = []
+    for dataset, frame, position, across, pixels in places:
+        origin = np.array(position, dtype=float)
+        rows, columns = (np.array(across[at : at + 3], dtype=float) for at in (0, 3))
+        step = np.stack(
+            [rows * float(pixels[1]), columns * float(pixels[0])]
+        )  # to the next pixel along a row, a column
+        ends = np.stack([origin, origin + step[0], origin + step[1]])
+        x, y, z = (to_index[:3, :3] @ ends.T + to_index[:3, 3:]).round(2)
+        number = round(float(z[0]))
+        if not (np.allclose(x, [0, 1, 0], atol=0.1) and np.allclose(y, [0, 0, 1], atol=0.1)) or not (
+            abs(z[0] - number) < 0.1 and 0 <= number < mask.shape[2]
+        ):
+            raise InputError(f"{source} was read in another grid than its slices have: DICOM output cannot lie on it.")
+        slices.append(Slice(mask[:, :, number].T.astype(np.uint8), origin, step, str(dataset.SOPInstanceUID), frame))
+    return slices
+
+
+def _own_version() -> str:
+    try:
+        return version("shared_iopfl")
+    except PackageNotFoundError:
+        return "0"

@@ -1,0 +1,61 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The folders of the bundles: in a checkout, in an installed package, or around the code in a packed bundle."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, files
+from pathlib import Path
+
+from shared_iopfl.utils.errors import InputError
+from shared_iopfl.utils.names import nearest
+
+__all__ = ["METADATA", "SUFFIX", "find_bundle", "own_bundles"]
+
+METADATA = Path("configs") / "metadata.json"
+SUFFIX = "_iopfl"  # of a bundle's folder; what comes before it is the task
+
+
+def own_bundles() -> dict[str, Path]:
+    """The bundles that come with the package, task -> folder."""
+    above = Path(__file__).parents
+    packed = [above[3]] if above[2].name == "scripts" else []  # a bundle that carries its code
+    found = [*packed, *sorted((above[2] / "bundles").glob(f"*{SUFFIX}"))] or _installed()
+    return {folder.name.removesuffix(SUFFIX): folder for folder in found if (folder / METADATA).is_file()}
+
+
+def _installed() -> list[Path]:
+    """Those that an installation put beside the package."""
+    try:
+        listed = files("shared_iopfl") or []
+    except PackageNotFoundError:
+        return []
+    return [Path(str(file.locate())).resolve().parents[1] for file in listed if file.parts[-2:] == METADATA.parts]
+
+
+def find_bundle(bundle: str | Path) -> Path:
+    """The folder of a bundle.
+
+    Args:
+        bundle: a task (``prostate``), the name of a bundle that comes with the package (``prostate_iopfl``), or the
+            folder of a bundle. Of a folder the configs are run as code, as of any bundle for MONAI.
+
+    Raises:
+        InputError: when there is none.
+    """
+    own = own_bundles()
+    name = str(bundle)
+    if (folder := own.get(name.removesuffix(SUFFIX))) is not None:
+        return folder
+    if (Path(bundle) / METADATA).is_file():
+        return Path(bundle).resolve()
+    tasks = ", ".join(own) or "none"
+    raise InputError(f"no bundle {name!r}{nearest(name, [*own])}; give a task ({tasks}) or the folder of a bundle.")

@@ -1,0 +1,190 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The page of an inference, ``report.html``: one file that shows all masks, the ones to check first on top.
+
+It reads ``review.csv``, ``measures.csv``, ``routes.json``, ``failed.csv``, ``not_taken.csv`` and the overlays; any of
+them may be missing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from ignite.engine import Engine, Events
+
+from shared_iopfl.evaluation.run.results import ServedScan, read_failed, read_passed_over, read_served
+from shared_iopfl.models.manifest import read_manifest
+from shared_iopfl.report.inference.pictures import distribution_picture, thumbnail
+from shared_iopfl.report.pages import breakable, page, picture, table, without_path
+from shared_iopfl.utils.errors import InputError
+from shared_iopfl.utils.files import write_text
+
+__all__ = ["ReportWriter", "write_inference_report"]
+
+MOST_FILES = 200  # rows of the tables of files
+TITLES = {"volume_ml": "Volume (ml)", "vertical_cup_to_disc_ratio": "Vertical cup-to-disc ratio"}
+STYLE = """<style>
+.masks { display: grid; grid-template-columns: repeat(auto-fill, minmax(13rem, 1fr)); gap: 1rem }
+.masks div { border: 1px solid #d5d9de; border-radius: 4px; padding: .5rem; font-size: .85rem; line-height: 1.35;
+  content-visibility: auto; contain-intrinsic-size: 13rem 16rem; overflow-wrap: anywhere }
+.masks div.noticed { border-color: #bc4c00; border-width: 2px }
+.masks img { width: 100%; aspect-ratio: 1; object-fit: contain; background: #f6f8fa; margin-bottom: .4rem }
+.masks small { color: #59636e; display: block } .masks em { color: #bc4c00; font-style: normal; display: block }
+td.weight { text-align: right } @media print { .masks div { break-inside: avoid; content-visibility: visible } }
+</style>"""
+
+
+class ReportWriter:
+    """Writes ``report.html`` of an inference, once all scans have had their turn.
+
+    Args:
+        output_dir: of the run.
+        ckpt_dir: of the models, whose manifest may hold the distribution of measures at the inside sites.
+    """
+
+    def __init__(self, output_dir: str | os.PathLike, ckpt_dir: str | os.PathLike | None = None) -> None:
+        self.output_dir = output_dir
+        self.ckpt_dir = ckpt_dir
+
+    def attach(self, engine: Engine) -> None:
+        """Register the handlers with an ignite engine."""
+        engine.add_event_handler(Events.COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        write_inference_report(self.output_dir, self.ckpt_dir)
+
+
+def write_inference_report(output_dir: str | os.PathLike, ckpt_dir: str | os.PathLike | None = None) -> Path:
+    """Write ``report.html`` of an inference into its folder.
+
+    Args:
+        output_dir: of the run.
+        ckpt_dir: of the models. Where ``metrics`` of their manifest has ``{"measures": {measure: {site: [5 %, 25 %,
+            50 %, 75 %, 95 %]}}}``, these quantiles are drawn behind the measures of the scans.
+
+    Returns:
+        Path of the report.
+
+    Raises:
+        InputError: when the folder holds no inference, or a table in it is not as a run writes it.
+    """
+    out = Path(output_dir)
+    served, failed, passed = read_served(out), read_failed(out), read_passed_over(out)
+    if not served and not failed:
+        raise InputError(f"{out} holds no inference: run the bundle's inference.json with this folder as output_dir.")
+    noticed = sum(bool(scan.reasons) for scan in served)
+    facts = f"{len(served)} mask{'s' * (len(served) != 1)} · {noticed} noticed · {len(failed)} failed"
+    facts += f" · {len(passed)} file{'s' * (len(passed) != 1)} passed over" * bool(passed)
+    sections = (
+        _masks(served, out),
+        _measures(served, _published(ckpt_dir)),
+        _experts(served),
+        _files("Scans that failed", failed, "case"),
+        _files("Files that were not taken for scans", passed, "file"),
+    )
+    body = f"""{STYLE}<p class="facts">{facts}</p>
+<p class="use">For research use only, not for diagnosis.</p>{"".join(sections)}"""
+    path = out / "report.html"
+    write_text(path, page("IOP-FL: segmentation of scans", body))
+    return path
+
+
+def _masks(served: Sequence[ServedScan], out: Path) -> str:
+    cards = []
+    for scan in served:
+        overlay = out / f"{scan.case}_overlay.png"
+        image = thumbnail(overlay)
+        shown = f'<a href="{quote(overlay.name)}"><img src="{image}" alt="{escape(scan.case)}"></a>' if image else ""
+        figures = [f"{_title(name)} {value:.4g}" for name, value in scan.measures.items()]
+        figures += [f"quality {scan.quality:.2f}"] if scan.quality is not None else []
+        used = max(scan.routes, key=lambda expert: scan.routes[expert], default="")
+        figures += [f"largest weight: {used}, {scan.routes[used]:.2f}"] if used else []
+        lines = "".join(f"<small>{escape(text)}</small>" for text in figures)
+        why = f"<em>{escape(scan.reasons)}</em>" if scan.reasons else ""
+        kind = ' class="noticed"' if scan.reasons else ""
+        cards.append(f"<div{kind}>{shown}<b>{breakable(scan.case)}</b>{why}{lines}</div>")
+    caption = (
+        "Sorted by the review list: the masks that should be checked first come first. Quality is the agreement of the "
+        "masks of several views of a scan; it ranks these scans and is no estimate of Dice. A picture links to the "
+        "overlay."
+    )
+    return f'<h2>Masks</h2><p class="caption">{caption}</p><div class="masks">{"".join(cards)}</div>' if cards else ""
+
+
+def _measures(served: Sequence[ServedScan], published: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
+    names = list(dict.fromkeys(name for scan in served for name in scan.measures))
+    html = ""
+    for name in names:
+        values = [scan.measures[name] for scan in served if name in scan.measures]
+        sites = published.get(name, {})
+        behind = (
+            "Above them the published distribution at each inside site: 5 % to 95 % light, 25 % to 75 % dark."
+            if sites
+            else "No distribution of the inside sites was published with the models."
+        )
+        caption = f"One dot for each of {len(values)} masks; the line is their median. {behind}"
+        html += f"<h3>{escape(_title(name))}</h3>" + picture(distribution_picture(values, sites, _title(name)), caption)
+    return html and f"<h2>Measures</h2>{html}"
+
+
+def _experts(served: Sequence[ServedScan]) -> str:
+    experts = list(dict.fromkeys(expert for scan in served for expert in scan.routes))
+    if not experts:
+        return ""
+    lines = ["<tr><th>case</th>" + "".join(f"<th>{breakable(expert)}</th>" for expert in experts) + "</tr>"]
+    for scan in served:
+        cells = []
+        for expert in experts:
+            weight = scan.routes.get(expert, 0.0)
+            shade = f"background:rgba(0,158,115,{min(max(weight, 0), 1) * 0.7:.2f})"
+            cells.append(f'<td class="weight" style="{shade}">{weight:.2f}</td>')
+        lines.append(f"<tr><th>{escape(scan.case)}</th>{''.join(cells)}</tr>")
+    caption = (
+        f"The weight of each expert in the routed network, as the mean over its layers; an even mixture gives each "
+        f"{1 / len(experts):.2f}. routes.csv has the weights by layer."
+    )
+    return f'<h2>Experts</h2><p class="caption">{caption}</p>{table(lines)}'
+
+
+def _files(title: str, rows: Sequence[Mapping[str, str]], column: str) -> str:
+    if not rows:
+        return ""
+    lines = [f"<tr><th>{column}</th><th>reason</th></tr>"]
+    for row in rows[:MOST_FILES]:
+        reason = row["reason"]
+        if column == "case" and row.get("file"):
+            reason = reason.replace(row["file"], row["case"])  # paths can name patients
+        lines.append(f"<tr><th>{escape(row[column])}</th><td>{escape(without_path(reason))}</td></tr>")
+    more = len(rows) - MOST_FILES
+    rest = f'<p class="caption">and {more} more</p>' if more > 0 else ""
+    return f"<h2>{escape(title)}</h2>{table(lines, 'text')}{rest}"
+
+
+def _published(ckpt_dir: str | os.PathLike | None) -> dict[str, dict[str, list[float]]]:
+    """Quantiles of measures at the inside sites, measure -> site -> five numbers; what has another form is left out."""
+    manifest: Any = read_manifest(ckpt_dir) if ckpt_dir is not None else None
+    metrics = (manifest or {}).get("metrics") or {}
+    measures = metrics.get("measures") if isinstance(metrics, dict) else None
+    found: dict[str, dict[str, list[float]]] = {}
+    for name, sites in measures.items() if isinstance(measures, dict) else ():
+        for site, values in sites.items() if isinstance(sites, dict) else ():
+            if isinstance(values, list) and len(values) == 5 and all(isinstance(v, (int, float)) for v in values):
+                found.setdefault(str(name), {})[str(site)] = sorted(map(float, values))
+    return found
+
+
+def _title(name: str) -> str:
+    return TITLES.get(name, name.replace("_", " "))
