@@ -51,12 +51,12 @@ class ObjectiveSettings:
 class RoutingSettings:
     """How a scan is routed.
 
-    By default the experts' weights are mixed by the distance of the scan's features from those of each expert, the scan
-    is segmented by the mixture in all views that fit the anatomy, and the probabilities are averaged. The rest is for
-    other methods, the paper's among them; :func:`preset` knows them.
+    By default the experts' weights are mixed in equal parts, the scan is segmented by the mixture in all views that fit
+    the anatomy, and the probabilities are averaged. The rest is for other methods, the paper's among them;
+    :func:`preset` knows them.
 
     Attributes:
-        start: where the routes begin: "distance" (the experts nearest by batch-norm statistics), "uniform" (the soup),
+        start: where the routes begin: "uniform" (the soup), "distance" (the experts nearest by batch-norm statistics),
             "global" (the global model, but for 0.001 an expert, so that adaptation can move) or "random" (the paper).
         temperature: of distance routes; small leans on the nearest expert alone.
         per: routes a "sample" (the paper), a "volume", or a "layer" without a router.
@@ -75,7 +75,7 @@ class RoutingSettings:
         objective: of adaptation; given as a dictionary, the values replace those of the preset.
     """
 
-    start: Literal["distance", "uniform", "global", "random"] = "distance"
+    start: Literal["uniform", "distance", "global", "random"] = "uniform"
     temperature: float = 1.0
     per: Literal["sample", "volume", "layer"] = "layer"
     activation: Activation = "softmax"
@@ -149,7 +149,7 @@ PRESETS: dict[str, RoutingSettings] = {
         objective=ObjectiveSettings(consistency=0.1, entropy=10.0, shape=0.01, noise=0.5, intensity=0.0),
     ),
     # the uniform mixture of the routing space as it stands
-    "soup": RoutingSettings(start="uniform", views="none"),
+    "soup": RoutingSettings(views="none"),
     # the default, then a careful refinement of the routes alone
     "adapted": RoutingSettings(steps=10),
 }

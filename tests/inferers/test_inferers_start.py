@@ -80,13 +80,13 @@ def test_mask_does_not_depend_on_the_batch_size(overrides):
 
 
 @torch.no_grad()
-def test_the_default_is_the_mean_over_views_of_the_mixture_by_distance():
+def test_the_default_is_the_mean_over_views_of_the_soup():
     network, scan = unet(), volume(3)
     inferer = TestTimeRoutingInferer(experts(2), settings=preset(), flips=[0])
     logits = inferer(scan, network)
     report = inferer.reports[0]
     plain = copy.deepcopy(network)
-    plain.load_state_dict(mixture([network.state_dict(), *experts(2).values()], torch.tensor(report["routes"][0])))  # type: ignore[list-item]
+    plain.load_state_dict(mixture([network.state_dict(), *experts(2).values()], [1 / 3] * 3))  # type: ignore[list-item]
     each = [StackInferer()(scan, plain), StackInferer()(scan.flip(2), plain).flip(2)]
     mean = torch.stack([one.softmax(1) for one in each]).mean(0)
     torch.testing.assert_close(logits.softmax(1), mean, rtol=1e-3, atol=1e-4)
