@@ -80,7 +80,7 @@ def test_a_method_outside(tmp_path: Path) -> None:
     make_prostate_sites(tmp_path / "DIR", sites=("A", "B", "E"), cases=4, size=(32, 32, 8))
     follow("outside_method.md", tmp_path)
     scores = {row["method"]: row for row in rows(tmp_path / "OUT" / "comparison.csv")}
-    assert set(scores) == {"global", "standardised"}
+    assert {"global", "standardised"} <= set(scores)
     assert "standardised" in (tmp_path / "OUT" / "comparison.md").read_text(encoding="utf-8")
     for task in ("prostate", "fundus"):
         baselines = tmp_path / "bundles" / f"{task}_iopfl" / "configs" / "baselines.json"
