@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Hashable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -102,7 +103,12 @@ class SaveDicomd(MapTransform):
         if lacking:
             raise InputError(f"{source} has no {' and no '.join(lacking)}, to which DICOM output would belong.")
         slices = _slices(read, affine, mask, source)
-        identity = [str(read[0].SeriesInstanceUID), self.algorithm, _own_version(), mask.tobytes().hex()]
+        identity = [
+            str(read[0].SeriesInstanceUID),
+            self.algorithm,
+            _own_version(),
+            hashlib.sha256(mask.tobytes()).hexdigest(),
+        ]
         for name in self.formats:
             uids = [pydicom.uid.generate_uid(entropy_srcs=[*identity, name, kind]) for kind in ("series", "object")]
             try:
