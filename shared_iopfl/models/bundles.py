@@ -28,7 +28,9 @@ def own_bundles() -> dict[str, Path]:
     """The bundles that come with the package, task -> folder."""
     above = Path(__file__).parents
     packed = [above[3]] if above[2].name == "scripts" else []  # a bundle that carries its code
-    found = [*packed, *sorted((above[2] / "bundles").glob(f"*{SUFFIX}"))] or _installed()
+    # a checkout, and what pip makes of an installation with --target
+    beside = [above[2] / "bundles", above[2] / "share" / "shared_iopfl" / "bundles"]
+    found = [*packed, *(folder for place in beside for folder in sorted(place.glob(f"*{SUFFIX}")))] or _installed()
     return {folder.name.removesuffix(SUFFIX): folder for folder in found if (folder / METADATA).is_file()}
 
 
