@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -85,7 +86,8 @@ def test_under_pseudonyms_nothing_names_a_scan(
     assert len(files) > 7
     for path in files:
         assert "doe" not in path.name.lower()
-        assert b"doe" not in path.read_bytes().lower(), path.name
+        told = re.sub(rb"base64,[^\"]*", b"", path.read_bytes())  # of pictures, whose letters are random
+        assert b"doe" not in told.lower(), path.name
     known = {Path(row["file"]).name: row["pseudonym"] for row in read_rows(table)}
     failed = {row["case"] for row in read_rows(output / "failed.csv")}
     assert failed == {known["Doe_Jane.nii"], known["Doe_Jim.nii.gz"]}

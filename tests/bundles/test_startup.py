@@ -25,9 +25,13 @@ BUNDLES = Path(__file__).parents[2] / "bundles"
 # pictures, other formats, curves, federations, experiment tracking, torch's compiler
 HEAVY = ("matplotlib", "itk", "tensorboard", "nvflare", "mlflow", "torch._inductor", "torch._dynamo", "torch.onnx")
 # MONAI imports some of them itself, as far as they are installed: only what comes on top is the bundle's doing
+# The page of an inference is drawn when all masks are written: it is left out here.
 CODE = """
-import json, sys
+import json, sys, types
 import monai.bundle
+page = types.ModuleType("page")
+page.write_inference_report = lambda *args: None
+sys.modules["shared_iopfl.report.inference.page"] = page
 before = set(sys.modules)
 monai.bundle.run(**json.loads(sys.argv[1]))
 print(json.dumps(sorted(set(sys.modules) - before)))

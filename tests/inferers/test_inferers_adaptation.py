@@ -20,7 +20,7 @@ from typing import Any, cast
 import pytest
 import torch
 from networks import experts, unet, volume
-from tiny_inferers import ADAPTING, LEARNT, harmful, routing
+from tiny_inferers import ADAPTING, ENTROPY, LEARNT, harmful, routing
 from torch import Tensor, nn
 
 from shared_iopfl.inferers import routing as inferers
@@ -259,9 +259,11 @@ class Confidence(nn.Module):
 def test_a_module_is_minimised_in_place_of_the_settings_objective():
     """The settings' objective with the same terms takes the same steps; with others, others."""
     network, scan = unet(), volume(3)
-    given = routing("adapted", overrides={**LEARNT, "entropy": 0.0, "shape": 1.0}, objective=Confidence())
+    given = routing(
+        "adapted", overrides={**LEARNT, "objective": {**ENTROPY, "entropy": 0.0, "shape": 1.0}}, objective=Confidence()
+    )
     same = routing("adapted", overrides=LEARNT)
-    other = routing("adapted", overrides={**LEARNT, "entropy": 0.0, "shape": 1.0})
+    other = routing("adapted", overrides={**LEARNT, "objective": {**ENTROPY, "entropy": 0.0, "shape": 1.0}})
     torch.testing.assert_close(given(scan, network), same(scan, network))
     assert given.reports[0]["objective_end"] == pytest.approx(same.reports[0]["objective_end"])
     assert not torch.allclose(given(scan, network), other(scan, network))

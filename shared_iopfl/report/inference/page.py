@@ -23,8 +23,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from ignite.engine import Engine, Events
-
 from shared_iopfl.evaluation.run.results import ServedScan, read_failed, read_passed_over, read_served
 from shared_iopfl.models.manifest import read_manifest
 from shared_iopfl.report.inference.pictures import distribution_picture, thumbnail
@@ -32,7 +30,7 @@ from shared_iopfl.report.pages import breakable, page, picture, table, without_p
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.files import write_text
 
-__all__ = ["ReportWriter", "write_inference_report"]
+__all__ = ["write_inference_report"]
 
 MOST_FILES = 200  # rows of the tables of files
 TITLES = {"volume_ml": "Volume (ml)", "vertical_cup_to_disc_ratio": "Vertical cup-to-disc ratio"}
@@ -45,26 +43,6 @@ STYLE = """<style>
 .masks small { color: #59636e; display: block } .masks em { color: #bc4c00; font-style: normal; display: block }
 td.weight { text-align: right } @media print { .masks div { break-inside: avoid; content-visibility: visible } }
 </style>"""
-
-
-class ReportWriter:
-    """Writes ``report.html`` of an inference, once all scans have had their turn.
-
-    Args:
-        output_dir: of the run.
-        ckpt_dir: of the models, whose manifest may hold the distribution of measures at the inside sites.
-    """
-
-    def __init__(self, output_dir: str | os.PathLike, ckpt_dir: str | os.PathLike | None = None) -> None:
-        self.output_dir = output_dir
-        self.ckpt_dir = ckpt_dir
-
-    def attach(self, engine: Engine) -> None:
-        """Register the handlers with an ignite engine."""
-        engine.add_event_handler(Events.COMPLETED, self)
-
-    def __call__(self, engine: Engine) -> None:
-        write_inference_report(self.output_dir, self.ckpt_dir)
 
 
 def write_inference_report(output_dir: str | os.PathLike, ckpt_dir: str | os.PathLike | None = None) -> Path:

@@ -1,0 +1,42 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The handler that writes the page of an inference once its scans are served."""
+
+from __future__ import annotations
+
+import os
+
+from ignite.engine import Engine, Events
+
+__all__ = ["ReportWriter"]
+
+
+class ReportWriter:
+    """Writes ``report.html`` of an inference, once all scans have had their turn.
+
+    Args:
+        output_dir: of the run.
+        ckpt_dir: of the models, whose manifest may hold the distribution of measures at the inside sites.
+    """
+
+    def __init__(self, output_dir: str | os.PathLike, ckpt_dir: str | os.PathLike | None = None) -> None:
+        self.output_dir = output_dir
+        self.ckpt_dir = ckpt_dir
+
+    def attach(self, engine: Engine) -> None:
+        """Register the handlers with an ignite engine."""
+        engine.add_event_handler(Events.COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        # what draws it is imported once all masks are written
+        from shared_iopfl.report.inference.page import write_inference_report
+
+        write_inference_report(self.output_dir, self.ckpt_dir)
