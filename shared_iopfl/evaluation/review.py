@@ -37,6 +37,7 @@ __all__ = ["ReviewQuality", "ReviewRecorder", "collect_review", "review_by_site"
 COLUMNS = ("rank", "case", "quality", "shift", "decision", "reasons")
 COLLECTED = ("seed", "fold", "site", "case", "quality", "dice")
 DISAGREEMENT = 0.9  # below this quality the views are said to disagree
+LARGE_SHIFT = 3  # times the usual one: single photographs of inside sites reach 2.7
 FEWEST = 3  # cases for a rank correlation
 
 
@@ -86,7 +87,7 @@ class ReviewRecorder:
     def write(self) -> None:
         """Write ``review.csv``, the masks to look at first on top."""
         usual = getattr(self.inferer, "usual_shift", 0)  # a method next to ours knows none
-        rows = review_rows(self.reports, 2 * usual or math.inf)
+        rows = review_rows(self.reports, LARGE_SHIFT * usual or math.inf)
         if rows:
             write_rows(self.output_dir / "review.csv", COLUMNS, rows)
 

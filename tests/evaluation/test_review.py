@@ -109,7 +109,7 @@ def test_scans_of_a_site_that_is_far_off_say_so(tmp_path: Path) -> None:
     inferer = routing("site")
     inferer.usual_shift = 0.1
     inferer.fit([scan(5.0)[None]], Sided())
-    inferer.site_shift = 3 * inferer.usual_shift
+    inferer.site_shift = 4 * inferer.usual_shift
     rows = serve(tmp_path, {"firm": 5.0, "weak": 0.1}, inferer)
     assert [row["reasons"] for row in rows] == ["views disagree; large shift", "large shift"]
     inferer.site_shift = None
