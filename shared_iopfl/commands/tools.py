@@ -75,7 +75,16 @@ def _count(number: int, what: str) -> str:
 
 
 def report(output_dir: str) -> None:
-    """Write ``report.html`` of a run: of an inference its masks, else the scores, whose table is printed."""
+    """Write ``report.html`` of a run: of an inference its masks, else the scores, whose table is printed.
+
+    A folder with a ``comparison.csv`` is a comparison: its tables are computed again from the scores of the cases.
+    """
+    if (Path(output_dir) / "comparison.csv").is_file():
+        from shared_iopfl.comparison.report import print_comparison, write_comparison
+
+        print(write_comparison(output_dir))
+        print_comparison(output_dir)
+        return
     if has_results(output_dir) and not (Path(output_dir) / "metrics.csv").is_file():
         from shared_iopfl.report.inference.page import write_inference_report
 

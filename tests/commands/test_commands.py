@@ -195,3 +195,17 @@ def test_dicom_asked_of_a_picture_is_one_line_in_the_table_of_failures(fundus_mo
     with pytest.raises(InputError, match="2 of 2 scans failed"):
         main(["segment", "fundus", str(tmp_path / "photos"), str(tmp_path / "out"), *settings])
     assert "is no DICOM series, the input that dicomseg must have" in (tmp_path / "out" / "failed.csv").read_text()
+
+
+def test_the_tables_of_a_comparison_follow_from_the_scores_of_its_cases(tmp_path, capsys):
+    columns = "seed,fold,site,role,method,case,metric,value\n"
+    rows = [
+        f"0,{site},{site},outside,{method},c{case},dice,{0.5 + 0.1 * (method == 'default') + case / 100}\n"
+        for site in "AB"
+        for method in ("global", "default")
+        for case in range(4)
+    ]
+    (tmp_path / "comparison.csv").write_text(columns + "".join(rows), encoding="utf-8")
+    main(["report", str(tmp_path)])
+    assert "+10.0" in (tmp_path / "comparison.md").read_text(encoding="utf-8")
+    assert "report.html" in capsys.readouterr().out
