@@ -58,6 +58,7 @@ ELSEWHERE_PAGES = {
     "global_model.md": "tests/bundles/test_compare.py",
     "robustness.md": "tests/federation/test_hostile_sites.py",
     "verdicts.md": "tests/test_benchmarks.py",
+    "trials.md": "tests/commands/test_commands.py",
     "extending/task.md": "tests/test_extending.py",
     "extending/inside_method.md": "tests/test_extending.py",
     "extending/outside_method.md": "tests/test_extending.py",
