@@ -333,11 +333,14 @@ class TestTimeRoutingInferer(StackInferer):
         """
         views = self.views.all(is_square(stack))
         averaged = views if self.settings.views == "average" else views[:1]
-        seen, alike = [], []
+        seen: list[Tensor] = []
+        alike: list[Tensor] = []
         for network in networks:
-            seen += self._seen(stack, network, averaged)
+            first, *others = self._seen(stack, network, averaged)
+            seen += [first, *others]
             if judged is not None and self.settings.views == "judge":
-                alike += self._seen(judged, network, views)
+                # the slices that are judged have been predicted as they are
+                alike += [evenly(first, len(judged)), *self._seen(judged, network, views[1:])]
         mean = seen[0] if len(seen) == 1 else mean_prediction(seen, self.output)
         agreed: dict[str, Any] = {"areas": target_areas(mean, self.output)}
         alike = alike if len(alike) > 1 else seen
