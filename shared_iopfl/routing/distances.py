@@ -91,7 +91,7 @@ def distribution_distance(
             "distance routes need batch norms with running statistics, and the network has none: use start='uniform'."
         )
     batches = list(batches)
-    rows = []
+    rows, finite, names = [], [], []
     for expert, state in experts.items():
         probe.load_state_dict(state)
         moments.update({name: _Moments(layer.num_features, batches[0].device) for name, layer in norms.items()})
@@ -102,19 +102,22 @@ def distribution_distance(
             if not moments[name].count:  # a branch that prediction leaves out
                 continue
             remembered = state[f"{name}.running_var" if name else "running_var"].to(batches[0].device).double()
-            ratio = torch.log(moments[name].variance() + layer.eps) - torch.log(remembered + layer.eps)
-            if not torch.isfinite(ratio).all():
-                raise InputError(
-                    f"the features of a scan at '{name}' cannot be compared with those of the expert '{expert}': they, "
-                    "or the variances that it remembers, are no finite numbers from 0."
-                )
+            seen = moments[name].variance()
+            squares = (torch.log(seen + layer.eps) - torch.log(remembered + layer.eps)) ** 2
             # a channel that is constant, in the scan or in what is remembered, counts as the farthest other one
-            alive = torch.minimum(moments[name].variance(), remembered) > layer.eps
-            squares = ratio**2
-            if alive.any():
-                squares = squares.clamp(max=squares[alive].max())
-            distances.append(squares.mean())
+            alive = torch.minimum(seen, remembered) > layer.eps
+            farthest = squares.masked_fill(~alive, 0).max()
+            distances.append(torch.where(alive.any(), squares.minimum(farthest), squares).mean())
+            finite.append(torch.isfinite(squares).all())
+            names.append((name, expert))
         rows.append(torch.stack(distances))
+    # asked once for all: each question lets an accelerator run dry
+    if not (answers := torch.stack(finite).cpu()).all():
+        name, expert = names[answers.tolist().index(False)]
+        raise InputError(
+            f"the features of a scan at '{name}' cannot be compared with those of the expert '{expert}': they, "
+            "or the variances that it remembers, are no finite numbers from 0."
+        )
     return torch.stack(rows).float().cpu()
 
 
