@@ -32,6 +32,7 @@ from shared_iopfl.utils.files import write_text
 
 __all__ = ["write_inference_report"]
 
+EVEN = 1.05  # times an equal share: up to here no expert is said to have the largest weight
 MOST_FILES = 200  # rows of the tables of files
 TITLES = {"volume_ml": "Volume (ml)", "vertical_cup_to_disc_ratio": "Vertical cup-to-disc ratio"}
 STYLE = """<style>
@@ -89,7 +90,8 @@ def _masks(served: Sequence[ServedScan], out: Path) -> str:
         figures = [f"{_title(name)} {value:.4g}" for name, value in scan.measures.items()]
         figures += [f"quality {scan.quality:.2f}"] if scan.quality is not None else []
         used = max(scan.routes, key=lambda expert: scan.routes[expert], default="")
-        figures += [f"largest weight: {used}, {scan.routes[used]:.2f}"] if used else []
+        if used and scan.routes[used] > EVEN / len(scan.routes):
+            figures.append(f"largest weight: {used}, {scan.routes[used]:.2f}")
         lines = "".join(f"<small>{escape(text)}</small>" for text in figures)
         why = f"<em>{escape(scan.reasons)}</em>" if scan.reasons else ""
         kind = ' class="noticed"' if scan.reasons else ""
