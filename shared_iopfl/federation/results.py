@@ -34,7 +34,7 @@ from shared_iopfl.utils.tables import write_json, write_rows
 if TYPE_CHECKING:
     from shared_iopfl.federation.simulation import Federation
 
-__all__ = ["compare_statistics", "publish", "settle", "trust_scores"]
+__all__ = ["compare_statistics", "publish", "settle", "cross_site_scores"]
 
 Weights = Mapping[str, Tensor]
 
@@ -51,7 +51,7 @@ def publish(run: Federation) -> None:
         path = model_path(str(folder), GLOBAL if name == GLOBAL else "personalised", name)
         save_atomically({key: tensor.cpu() for key, tensor in weights.items()}, path)
     judges = [site for site in present if site not in run.failures.of(run.round)]
-    write_json(folder / "scores.json", trust_scores(run, models, judges))
+    write_json(folder / "scores.json", cross_site_scores(run, models, judges))
     compare_statistics(run, judges)
     if absent := [site for site in run.sites if site not in delivered]:
         raise InputError(
@@ -77,8 +77,8 @@ def settle(run: Federation, sites: Sequence[str]) -> None:
         write_json(run.output_dir / "models" / "shares.json", shares)
 
 
-def trust_scores(run: Federation, models: Mapping[str, Weights], judges: Sequence[str]) -> dict[str, float | None]:
-    """How far each model can be trusted elsewhere: validation Dice, without a model's own site; the usual shift.
+def cross_site_scores(run: Federation, models: Mapping[str, Weights], judges: Sequence[str]) -> dict[str, float | None]:
+    """How well each model does at the other sites: validation Dice, without its own site; and the usual shift.
 
     As sites differ in difficulty, a personalised model is held against the global one at each of the other sites:
     its score is the global model's mean over all sites plus the mean of those differences. A site that fails at it

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from shared_iopfl.federation import results as federation_results
 from shared_iopfl.federation import simulation as federation
-from shared_iopfl.federation.results import trust_scores
+from shared_iopfl.federation.results import cross_site_scores
 from shared_iopfl.federation.simulation import Federation, weighted_average
 from shared_iopfl.models.files import load_weights
 from shared_iopfl.utils import files
@@ -265,7 +265,7 @@ def test_scores_tell_how_a_model_does_at_the_other_sites_against_the_global_one(
         return {"val_mean_dice": table[name][client.site]}
 
     monkeypatch.setattr(type(run.clients["A"]), "validate", validate)
-    scores = trust_scores(run, {"global": run.weights, "A": run.clients["A"].personalised}, run.sites)
+    scores = cross_site_scores(run, {"global": run.weights, "A": run.clients["A"].personalised}, run.sites)
     assert scores["global"] == pytest.approx(0.8)
     assert scores["A"] == pytest.approx(0.8 + (0.02 - 0.1) / 2)
     make(tmp_path / "alone", sites=["A"], rounds=1).run()

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from shared_iopfl.data.phantoms.sites import make_prostate_sites
 from shared_iopfl.data.sites import site_cases
-from shared_iopfl.federation.results import trust_scores
+from shared_iopfl.federation.results import cross_site_scores
 from shared_iopfl.federation.simulation import Federation
 from shared_iopfl.federation.updates import check_update, far_off
 from shared_iopfl.models.files import load_weights
@@ -235,7 +235,7 @@ def test_site_that_fails_when_the_models_are_judged_judges_none_and_is_named(ste
     run = make(tmp_path)
     run.run()
     models = {"global": run.weights, **{site: run.clients[site].personalised for site in SITES}}
-    expected = trust_scores(run, models, [site for site in SITES if site != "B"])
+    expected = cross_site_scores(run, models, [site for site in SITES if site != "B"])
     ours = getattr(FakeClient, step)
 
     def broken(self: FakeClient, weights: Mapping[str, Tensor]) -> Any:
@@ -244,7 +244,7 @@ def test_site_that_fails_when_the_models_are_judged_judges_none_and_is_named(ste
         return ours(self, weights)
 
     monkeypatch.setattr(FakeClient, step, broken)
-    assert trust_scores(run, models, SITES) == expected
+    assert cross_site_scores(run, models, SITES) == expected
     assert [row["site"] for row in read_rows(tmp_path / "failures.csv")] == ["B"]
 
 

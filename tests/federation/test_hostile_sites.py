@@ -25,7 +25,7 @@ from torch import Tensor
 
 from shared_iopfl.federation import updates
 from shared_iopfl.federation.averaging import AVERAGES, average_updates, weighted_average
-from shared_iopfl.federation.results import trust_scores
+from shared_iopfl.federation.results import cross_site_scores
 from shared_iopfl.federation.simulation import Federation
 from shared_iopfl.federation.updates import accepted_norms, check_update, far_off, update_norm
 from shared_iopfl.utils.errors import InputError
@@ -235,7 +235,7 @@ def test_scores_that_could_not_be_measured_are_unknown(tmp_path, monkeypatch):
     monkeypatch.setattr(FakeClient, "shift", lambda self, weights: float("nan"))
     run: Federation = make(tmp_path)
     run.start()
-    assert set(trust_scores(run, {"global": run.weights, "A": run.weights}, ["A", "B"]).values()) == {None}
+    assert set(cross_site_scores(run, {"global": run.weights, "A": run.weights}, ["A", "B"]).values()) == {None}
 
 
 @pytest.mark.usefixtures("fakes")
