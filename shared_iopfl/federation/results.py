@@ -34,7 +34,7 @@ from shared_iopfl.utils.tables import write_json, write_rows
 if TYPE_CHECKING:
     from shared_iopfl.federation.simulation import Federation
 
-__all__ = ["compare_statistics", "publish", "settle", "cross_site_scores"]
+__all__ = ["compare_statistics", "cross_site_scores", "publish", "settle"]
 
 Weights = Mapping[str, Tensor]
 
