@@ -47,29 +47,30 @@ class FundusStyle:
     blur: float  # standard deviation in disc radii
     noise: float  # standard deviation of the sensor's noise
     jpeg: float  # quality of the compression, 1 to 95
+    margin: float  # how far outside the cup the site's readers draw its outline, disc radii; inside if negative
 
 
 # E, the site left outside in the demo, lies between B and C.
 FUNDUS_STYLES: Mapping[str, FundusStyle] = {
     "A": FundusStyle(
         retina=(0.72, 0.40, 0.20), rim=(0.92, 0.62, 0.36), cup=(0.98, 0.86, 0.58), vessels=0.55, cup_to_disc=0.45,
-        atrophy=0.2, texture=0.10, vignette=0.2, gamma=0.9, haze=0.05, blur=0.02, noise=0.01, jpeg=92,
+        atrophy=0.2, texture=0.10, vignette=0.2, gamma=0.9, haze=0.05, blur=0.02, noise=0.01, jpeg=92, margin=0.05,
     ),
     "B": FundusStyle(
         retina=(0.34, 0.18, 0.07), rim=(0.66, 0.34, 0.08), cup=(0.74, 0.52, 0.12), vessels=0.50, cup_to_disc=0.65,
-        atrophy=0.1, texture=0.10, vignette=0.5, gamma=1.1, haze=0.0, blur=0.05, noise=0.02, jpeg=80,
+        atrophy=0.1, texture=0.10, vignette=0.5, gamma=1.1, haze=0.0, blur=0.05, noise=0.02, jpeg=80, margin=-0.05,
     ),
     "C": FundusStyle(
         retina=(0.30, 0.20, 0.13), rim=(0.62, 0.40, 0.28), cup=(0.78, 0.66, 0.46), vessels=0.65, cup_to_disc=0.50,
-        atrophy=0.6, texture=0.25, vignette=0.4, gamma=1.0, haze=0.0, blur=0.02, noise=0.03, jpeg=60,
+        atrophy=0.6, texture=0.25, vignette=0.4, gamma=1.0, haze=0.0, blur=0.02, noise=0.03, jpeg=60, margin=0.04,
     ),
     "D": FundusStyle(
         retina=(0.62, 0.36, 0.34), rim=(0.78, 0.56, 0.50), cup=(0.92, 0.80, 0.72), vessels=0.45, cup_to_disc=0.45,
-        atrophy=0.3, texture=0.18, vignette=0.3, gamma=1.0, haze=0.2, blur=0.06, noise=0.02, jpeg=75,
+        atrophy=0.3, texture=0.18, vignette=0.3, gamma=1.0, haze=0.2, blur=0.06, noise=0.02, jpeg=75, margin=-0.06,
     ),
     "E": FundusStyle(
         retina=(0.32, 0.19, 0.10), rim=(0.64, 0.37, 0.18), cup=(0.76, 0.60, 0.30), vessels=0.58, cup_to_disc=0.58,
-        atrophy=0.4, texture=0.18, vignette=0.45, gamma=1.05, haze=0.0, blur=0.035, noise=0.025, jpeg=70,
+        atrophy=0.4, texture=0.18, vignette=0.45, gamma=1.05, haze=0.0, blur=0.035, noise=0.025, jpeg=70, margin=0.0,
     ),
 }  # fmt: skip
 
@@ -206,7 +207,7 @@ def fundus_case(
     fundus.paint(cup, cup_colour * (1 + 0.06 * fundus.noise(0.12)[..., None]), 0.07)
     fundus.draw_vessels(style.vessels)
 
-    mask = np.where(cup < 0, 2, np.where(outline < 0, 1, 0)).astype(np.uint8)
+    mask = np.where(cup < style.margin, 2, np.where(outline < 0, 1, 0)).astype(np.uint8)
     return _photograph(fundus, style, photograph), mask
 
 

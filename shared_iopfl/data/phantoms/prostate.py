@@ -62,34 +62,36 @@ class ProstateStyle:
     ringing: float  # Gibbs ringing, 0 to 1
     noise: float  # standard deviation of the Rician noise
     units: float  # raw units of a signal of 1
+    margin: float  # how far outside the gland the site's readers draw its outline, mm; inside where it is negative
 
 
-# A and D have no endorectal coil, B and C have one. E, the site left outside in the demo, lies between B and C.
+# A and D have no endorectal coil, B and C have one. E, the site left outside in the demo, is like B and C but for a coil
+# and a contrast that none of the others has. Readers differ by a millimetre in where they draw the outline.
 PROSTATE_STYLES: Mapping[str, ProstateStyle] = {
     "A": ProstateStyle(
         fat=0.80, muscle=0.18, marrow=0.50, fluid=1.0, peripheral=0.72, central=0.45, lumen=0.05, rectum=13, press=2,
         hot_spot=0, gland=25, flatness=0.80, position=0, bias=0.05, gamma=1.0, blur=0.4, ringing=0.1, noise=0.02,
-        units=600,
+        units=600, margin=1.2,
     ),
     "B": ProstateStyle(
         fat=0.45, muscle=0.15, marrow=0.32, fluid=0.90, peripheral=0.90, central=0.58, lumen=0.05, rectum=18, press=4,
         hot_spot=2, gland=25, flatness=0.78, position=-4, bias=0.1, gamma=1.1, blur=0.5, ringing=0.2, noise=0.03,
-        units=1500,
+        units=1500, margin=-1.0,
     ),
     "C": ProstateStyle(
         fat=0.48, muscle=0.16, marrow=0.36, fluid=0.88, peripheral=0.84, central=0.58, lumen=0.35, rectum=17, press=4,
         hot_spot=1, gland=23, flatness=0.88, position=-3, bias=0.1, gamma=1.0, blur=0.7, ringing=0.3, noise=0.02,
-        units=900,
+        units=900, margin=1.0,
     ),
     "D": ProstateStyle(
         fat=0.50, muscle=0.25, marrow=0.36, fluid=0.95, peripheral=0.66, central=0.32, lumen=0.30, rectum=13, press=2,
         hot_spot=0, gland=24, flatness=0.85, position=2, bias=0.1, gamma=0.9, blur=1.1, ringing=0.4, noise=0.045,
-        units=200,
+        units=200, margin=-1.2,
     ),
     "E": ProstateStyle(
         fat=0.46, muscle=0.155, marrow=0.34, fluid=0.89, peripheral=0.88, central=0.58, lumen=0.18, rectum=18, press=4,
-        hot_spot=1.5, gland=24, flatness=0.82, position=-4, bias=0.1, gamma=1.06, blur=0.6, ringing=0.25, noise=0.03,
-        units=400,
+        hot_spot=8, gland=24, flatness=0.82, position=-4, bias=0.1, gamma=1.06, blur=0.6, ringing=0.25, noise=0.05,
+        units=400, margin=0,
     ),
 }  # fmt: skip
 
@@ -233,7 +235,7 @@ def _draw_organs(pelvis: Pelvis, style: ProstateStyle) -> tuple[np.ndarray, np.n
 
     prostate = np.maximum(pelvis.ellipsoid(centre, half) + 1.5 * pelvis.noise(7, 7, 4), wall + 1 - rectum)
     prostate[..., [0, -1]] = 10.0
-    label = KeepLargestConnectedComponent(is_onehot=False)((prostate < 0)[None].astype(np.uint8))[0]
+    label = KeepLargestConnectedComponent(is_onehot=False)((prostate < style.margin)[None].astype(np.uint8))[0]
     _draw_prostate(pelvis, style, prostate, centre, half)
     return rectum, np.asarray(label).astype(np.uint8)
 
