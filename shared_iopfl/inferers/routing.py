@@ -28,7 +28,7 @@ from shared_iopfl.inferers.start import find_start
 from shared_iopfl.models.files import USUAL_SHIFT
 from shared_iopfl.models.weights import equal_weights
 from shared_iopfl.routing.adaptation import Adaptation, Objective, mask_agreement, objection_to
-from shared_iopfl.routing.distances import scan_distances, share_of_shift
+from shared_iopfl.routing.distances import scan_distances
 from shared_iopfl.routing.network import RoutedNetwork, collapse, route
 from shared_iopfl.routing.objectives import (
     Output,
@@ -75,8 +75,8 @@ class TestTimeRoutingInferer(StackInferer):
         output: "softmax" for exclusive classes, "sigmoid" for overlapping targets.
         flips: spatial axes of the network input along which the anatomy may be mirrored.
         rotations: whether quarter turns fit the anatomy.
-        scores: what the federation published (:func:`~shared_iopfl.models.files.load_scores`), the usual shift among
-            it: what statistics "shift" are measured by, and the review list.
+        scores: what the federation published (:func:`~shared_iopfl.models.files.load_scores`); the usual shift among
+            it tells the review list which shift is large.
         slices, batch_size: as in `StackInferer`; with routes a volume or the scan's own statistics, prediction takes a
             scan whole, so that its mask does not depend on the batch size.
         seed: of routers and views.
@@ -86,7 +86,7 @@ class TestTimeRoutingInferer(StackInferer):
     Attributes:
         reports: what was done for the last scans (at most 1024), oldest first; see :meth:`route_scan`. In mode "site",
             how far the predictions that were averaged agree.
-        usual_shift: inside the federation; 0 where it is unknown, and statistics "shift" are then all of the scan's.
+        usual_shift: inside the federation; 0 where it is unknown.
     """
 
     __test__ = False  # a name in the method's words, not a pytest class
@@ -185,7 +185,7 @@ class TestTimeRoutingInferer(StackInferer):
             stack = stack.clone()  # an inference tensor could not take part in adaptation
             some = scan_slices(stack, SCAN_SLICES)
             routed, report = self._begin([some], network)
-            logits, agreed = self._predict(stack, self._networks(routed, report["statistics"], some), some)
+            logits, agreed = self._predict(stack, self._networks(routed, some), some)
             report.update(agreed, routes=routed.last_routes().tolist())
             if self.settings.steps > 0:
                 logits = self._adapt_guarded(routed, some, stack, logits, report)
@@ -223,9 +223,9 @@ class TestTimeRoutingInferer(StackInferer):
             some = evenly(torch.cat(samples), bounded(SITE_SLICES, samples[0], SITE_PIXELS))
             report["scans"] = len(samples)
             if settings.steps > 0:
-                start, _ = self._predict(some, self._networks(routed, report["statistics"], some))
+                start, _ = self._predict(some, self._networks(routed, some))
                 self._adapt_guarded(routed, some, some, start, report)
-            members = list(self._networks(routed, report["statistics"], some))
+            members = list(self._networks(routed, some))
             report["routes"] = routed.last_routes().tolist()
             self.site_network = members[0] if len(members) == 1 else MeanOfNetworks(members, self.output)
             self.site_shift = report.get("shift")
@@ -250,7 +250,7 @@ class TestTimeRoutingInferer(StackInferer):
             "experts": list(routed.experts),
             "layers": list(routed.layers),
             **({} if shift is None else {"shift": round(shift, 4)}),
-            "statistics": list(self._shares(routed, shift)),
+            "statistics": list(self._shares(routed)),
         }
         return routed, report
 
@@ -258,13 +258,13 @@ class TestTimeRoutingInferer(StackInferer):
         """How far some slices of a scan are from each model (E,)."""
         return scan_distances(network, models, some, self.batch_size)
 
-    def _shares(self, routed: RoutedNetwork, shift: float | None) -> tuple[float, ...]:
+    def _shares(self, routed: RoutedNetwork) -> tuple[float, ...]:
         """The shares of own statistics; a network without running ones uses its own whatever the setting."""
-        return self.settings.shares(share_of_shift(shift or 0.0, self.usual_shift)) if routed.tracked_norms else (0.0,)
+        return self.settings.shares if routed.tracked_norms else (0.0,)
 
-    def _networks(self, routed: RoutedNetwork, shares: Sequence[float], some: Tensor) -> Iterator[nn.Module]:
+    def _networks(self, routed: RoutedNetwork, some: Tensor) -> Iterator[nn.Module]:
         """The network for each share of own statistics, each to be used before the next is asked for."""
-        for share in shares:
+        for share in self._shares(routed):
             routed.set_statistics(share)
             yield self._settled(routed, some)
 
@@ -356,13 +356,13 @@ class TestTimeRoutingInferer(StackInferer):
         self, routed: RoutedNetwork, some: Tensor, stack: Tensor, start: Tensor, report: dict[str, Any]
     ) -> Tensor:
         """Adapt on some slices; return the logits of the stack, or those at the start where the guard says no."""
-        shares = report["statistics"]
+        shares = self._shares(routed)
         routed.set_statistics(sum(shares) / len(shares))
         batches = list(self._batches(some, routed))
         before = self.adaptation.value(routed, batches)
         self.adaptation.adapt(routed, some)
         after = self.adaptation.value(routed, batches)
-        logits, agreed = self._predict(stack, self._networks(routed, shares, some), some)
+        logits, agreed = self._predict(stack, self._networks(routed, some), some)
         agreement = mask_agreement(start, logits, self.output)
         report.update(objective_start=before, objective_end=after, agreement=agreement)
         objection = objection_to(logits, before, after, agreement, self.settings)

@@ -43,17 +43,16 @@ def find_start(
         has_statistics: whether the network has running statistics, which a distance needs.
 
     Returns:
-        Routes (E,); and the shift, the mean distance of the scans from the global model: how far they are from those
-        of the federation. None where it cannot be measured, and where no setting and no views ask for it: it costs a
-        forward of the global model.
+        Routes (E,); and the shift, the mean distance of the scans from the global model, which decides nothing and
+        tells a reader how far a scan is from those of the federation. None where it cannot be measured, and where
+        no views judge the mask: it costs a forward of the global model.
     """
     by_distance = settings.start == "distance"
     routes = torch.full((len(space),), 1 / len(space))
     if settings.start == "global":
         routes = torch.full((len(space),), 1e-3)
         routes[0] = 1 - 1e-3 * (len(space) - 1)
-    asked = by_distance or settings.measures_shift or settings.views != "none"
-    if not asked or not (by_distance or has_statistics):
+    if not by_distance and (settings.views == "none" or not has_statistics):
         return routes, None
     # only distance routes need a forward of every model
     measured = space if by_distance else dict([next(iter(space.items()))])

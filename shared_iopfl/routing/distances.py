@@ -26,7 +26,7 @@ from shared_iopfl.routing.network import channel_statistics
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.stacks import bounded
 
-__all__ = ["distance_routes", "distribution_distance", "scan_distances", "share_of_shift"]
+__all__ = ["distance_routes", "distribution_distance", "scan_distances"]
 
 LEAST_SPREAD = 0.03  # of the mean distance: on real sites the experts' distances spread by 0.09 of it and more
 
@@ -156,21 +156,3 @@ def distance_routes(distances: Tensor, temperature: float = 1.0) -> Tensor:
     unit = torch.hypot(spread, LEAST_SPREAD * mean.mean())
     z = (mean - mean.mean()) / unit if unit > 0 else torch.zeros_like(mean)
     return torch.softmax(-z / temperature, dim=0)
-
-
-def share_of_shift(shift: float, usual: float) -> float:
-    """The share of a scan's own statistics that its shift stands for: ``max(0, 1 - usual / shift)``.
-
-    The shift is a squared distance. Scans from inside the federation show the usual shift, from patient to patient and
-    because one scan is a small sample; only what exceeds it is put down to the scanner. This is the shrinkage of James
-    and Stein (1961): a scan as near as those inside keeps the running statistics, and one ten times as far is
-    normalised by nine tenths of its own.
-
-    Args:
-        shift: of the scan, or the mean over the scans of a site; see :func:`scan_distances`.
-        usual: the mean shift inside the federation; 0 where it is unknown, which makes the share 1.
-
-    Returns:
-        A share from 0 to 1.
-    """
-    return max(0.0, 1.0 - usual / shift) if shift > 0 else 0.0

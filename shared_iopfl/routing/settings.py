@@ -63,9 +63,9 @@ class RoutingSettings:
         activation: "softmax", or (the paper) "sigmoid"; normalised either way.
         route_norms: mix the norm layers as well; False keeps the global model's (the paper).
         statistics: share of the scan's own batch-norm statistics, the rest being the running ones; in mode "site",
-            those of all its scans. "shift": the share that the scan's shift stands for, see
-            :func:`~shared_iopfl.routing.distances.share_of_shift`. Of several shares the predictions are averaged
-            (InTEnt, Dong et al. 2024).
+            those of all its scans. A network that was trained with the statistics of its batches is used with those of
+            the scan (1), one that was trained with the global model's statistics with the running ones (0). Of several
+            shares the predictions are averaged (InTEnt, Dong et al. 2024).
         views: "average" the prediction over all views that fit the anatomy; "judge" the mask by how far they agree on
             the slices that the scan is measured on, and predict the scan as it is; or "none".
         affine: adaptation may shift the norm layers' weight and bias.
@@ -80,7 +80,7 @@ class RoutingSettings:
     per: Literal["sample", "volume", "layer"] = "layer"
     activation: Activation = "softmax"
     route_norms: bool = True
-    statistics: float | Sequence[float] | Literal["shift"] = 0.0
+    statistics: float | Sequence[float] = 0.0
     views: Literal["average", "judge", "none"] = "average"
     affine: bool = False
     steps: int = 0
@@ -97,10 +97,9 @@ class RoutingSettings:
             rule = switch if hint is bool else LIMITS.get(name)
             if rule is not None and not rule.holds(value):
                 raise InputError(f"routing setting {name} must be {rule.allowed}, but is {value!r:.80}.")
-        shares = self.shares(0.0)
-        if not shares or not all(SHARE.holds(share) for share in shares):
+        if not self.shares or not all(SHARE.holds(share) for share in self.shares):
             raise InputError(
-                f"routing setting statistics must be {SHARE.allowed}, a list of such numbers, or 'shift', but is "
+                f"routing setting statistics must be {SHARE.allowed}, or a list of such numbers, but is "
                 f"{self.statistics!r:.80}."
             )
         terms = self.objective
@@ -108,14 +107,8 @@ class RoutingSettings:
             raise InputError("adaptation needs an objective: give consistency, entropy or shape a weight, or steps=0.")
 
     @property
-    def measures_shift(self) -> bool:
-        """Whether the shift of the scan decides anything."""
-        return self.statistics == "shift"
-
-    def shares(self, of_shift: float) -> tuple[float, ...]:
-        """The shares of the scan's own statistics that predictions are made with; `of_shift` is what "shift" gives."""
-        if self.measures_shift:
-            return (of_shift,)
+    def shares(self) -> tuple[float, ...]:
+        """The shares of the scan's own statistics that predictions are made with."""
         shares = self.statistics
         return tuple(shares) if isinstance(shares, Sequence) and not isinstance(shares, str) else (shares,)  # type: ignore[return-value]
 

@@ -242,7 +242,7 @@ RULES: dict[str, Rule] = {
     # inference
     "mode": word("episodic", "site", "off"),
     "preset": word("default", "paper", "soup", "adapted"),
-    "largest_component": switch,
+    "one_component": switch,
     "overlays": switch,
     "empty_masks": word("fail", "allow"),
     "output_format": Rule(f"one or several of {', '.join(FORMATS)}", _are_formats),

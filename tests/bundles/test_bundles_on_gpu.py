@@ -127,7 +127,7 @@ def test_inference_gives_the_masks_of_the_cpu(
     for device in (torch.device("cpu"), gpu):
         folders.append(tmp_path / device.type)
         options = {"dataset_dir": data / "E", "ckpt_dir": models, "output_dir": folders[-1], "mode": mode}
-        options |= {"overlays": False, "largest_component": False, "amp": False, "device": str(device)}
+        options |= {"overlays": False, "one_component": False, "amp": False, "device": str(device)}
         run_config("inference", bundle, **options)
     masks = [sorted(path for path in folder.rglob("*") if path.suffix in (".gz", ".png")) for folder in folders]
     assert masks[0] and [path.name for path in masks[0]] == [path.name for path in masks[1]]

@@ -88,7 +88,7 @@ def test_settings_are_read_as_values():
         "sites": ["A", "1"],
         "overwrite": True,
         "routing": {"steps": 2},
-        "largest_component": False,
+        "one_component": False,
         "device": "cuda:1",
     }
     with pytest.raises(InputError, match="belongs to no setting"):

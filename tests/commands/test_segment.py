@@ -52,7 +52,7 @@ def test_a_flipped_volume_gives_a_flipped_mask(models):
 
 def test_a_picture_in_memory_gives_a_mask_of_its_height_and_width(fundus_models):
     picture = np.kron(PICTURE, np.ones((8, 8, 1), np.uint8))
-    settings = {**TINY, "crop": "never", "ckpt_dir": str(fundus_models), "largest_component": False}
+    settings = {**TINY, "crop": "never", "ckpt_dir": str(fundus_models), "one_component": False}
     result = segment("fundus", picture, **settings)
     assert result.mask.shape == picture.shape[:2] and result.mask.any() and result.affine is None
     assert "vertical_cup_to_disc_ratio" in result.measures or result.reasons

@@ -27,7 +27,7 @@ from PIL import Image
 from tiny_scans import AFFINES, PICTURE, RNG, SERIES, VALUES, dicom_series, nifti, rotation
 
 from shared_iopfl.data.loading import LoadCased
-from shared_iopfl.data.masks import SaveMaskd
+from shared_iopfl.data.masks import KeepCentralComponent, KeepCentralComponentd, SaveMaskd
 from shared_iopfl.data.scan_files import find_scans
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.files import check_writable
@@ -255,3 +255,44 @@ def test_no_room(tmp_path, kind, reason):
             SaveMaskd(output_dir=folder)(data)
     assert "\n" not in str(error.value)
     assert not folder.is_dir() or not list(folder.iterdir())
+
+
+# ---- one component --------------------------------------------------------------------------------------------------
+
+
+def organs(shape: tuple[int, ...] = (32, 32, 16)) -> tuple[torch.Tensor, torch.Tensor]:
+    """A gland in the middle of a volume, and a bladder twice its size in the last slices."""
+    gland, bladder = torch.zeros(1, *shape), torch.zeros(1, *shape)
+    gland[:, 12:20, 12:20, 6:10] = 1
+    bladder[:, 10:20, 10:22, 12:] = 1
+    return gland, bladder
+
+
+def test_a_larger_component_at_the_end_of_the_volume_is_not_kept():
+    gland, bladder = organs()
+    assert bladder.sum() > gland.sum()
+    assert torch.equal(KeepCentralComponent()(gland + bladder), gland)
+    turned = (gland + bladder).permute(0, 3, 1, 2).flip(1)  # whatever the axes of the file
+    assert torch.equal(KeepCentralComponent()(turned), gland.permute(0, 3, 1, 2).flip(1))
+
+
+def test_a_speck_in_the_middle_does_not_replace_the_organ():
+    gland, _ = organs()
+    mask = gland.roll(6, 1)
+    mask[:, 15, 15, 8] = 1
+    assert torch.equal(KeepCentralComponent()(mask), gland.roll(6, 1))
+
+
+def test_one_component_or_none_is_left_as_it_is():
+    _, bladder = organs()
+    for mask in (bladder, torch.zeros(1, 8, 8)):
+        assert torch.equal(KeepCentralComponent()(mask), mask)
+    diagonal = torch.eye(8)[None]  # voxels that touch by a corner belong together
+    assert torch.equal(KeepCentralComponent()(diagonal), diagonal)
+
+
+def test_a_kept_component_has_the_type_and_the_affine_of_the_mask():
+    gland, bladder = organs()
+    mask = MetaTensor((gland + bladder).to(torch.uint8), affine=2 * torch.eye(4))
+    kept = KeepCentralComponentd("pred")({"pred": mask})["pred"]
+    assert isinstance(kept, MetaTensor) and kept.dtype == torch.uint8 and torch.equal(kept.affine, mask.affine)

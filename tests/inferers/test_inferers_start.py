@@ -127,32 +127,6 @@ def test_the_shift_is_the_distance_from_the_global_model_and_changes_nothing(sta
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("views", ["judge", "none"])
-def test_statistics_by_the_shift_are_those_of_the_share_that_it_stands_for(views):
-    scan, network = volume(4), unet()
-    overrides = {"start": "uniform", "statistics": "shift", "views": views}
-    shift = float(distribution_distance(network, {"global": network.state_dict()}, [to_stack(scan[0])]).mean())
-    for usual, share in ((2 * shift, 0.0), (0.75 * shift, 0.25), (0.0, 1.0)):
-        inferer = routing(overrides=overrides, scores={"usual_shift": usual})
-        logits = inferer(scan, network)
-        assert inferer.reports[0]["statistics"] == [pytest.approx(share, abs=1e-4)]
-        fixed = routing(overrides={**overrides, "statistics": share}, scores={"usual_shift": usual})
-        torch.testing.assert_close(logits, fixed(scan, network), rtol=1e-3, atol=1e-4)
-
-
-@torch.no_grad()
-def test_a_site_has_the_share_of_the_mean_shift_of_its_scans():
-    scans, network = [volume(4), 3 * volume(4, seed=1)], unet()
-    overrides = {"start": "uniform", "statistics": "shift", "views": "none"}
-    each = [routing(overrides=overrides, scores={"usual_shift": 1e-3}) for _ in scans]
-    for inferer, scan in zip(each, scans):
-        inferer(scan, network)
-    shift = sum(inferer.reports[0]["shift"] for inferer in each) / len(scans)
-    site = routing(overrides=overrides, mode="site", scores={"usual_shift": shift / 4})
-    assert site.fit(scans, network)["statistics"] == [pytest.approx(0.75, abs=1e-3)]
-
-
-@torch.no_grad()
 def test_statistics_of_a_site_are_those_of_all_its_scans():
     near, far, network = volume(4), 10 * volume(4, seed=1), unet()
     overrides = {"statistics": 1.0, "views": "none"}

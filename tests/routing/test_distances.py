@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from networks import experts, images, unet, untouched
 from torch import Tensor, nn
 
-from shared_iopfl.routing.distances import distance_routes, distribution_distance, share_of_shift
+from shared_iopfl.routing.distances import distance_routes, distribution_distance
 from shared_iopfl.utils.errors import InputError
 
 SCALES = {"weak": 0.5, "plain": 1.0, "strong": 3.0}
@@ -166,11 +166,3 @@ def test_distances_that_hardly_differ_hardly_move_the_routes():
     apart = distance_routes(torch.tensor([0.3, 0.6]))
     torch.testing.assert_close(apart[0], torch.tensor(0.88), rtol=0.01, atol=0)
     torch.testing.assert_close(distance_routes(torch.tensor([3.0, 6.0])), apart)  # the unit does not matter
-
-
-def test_only_the_shift_beyond_the_usual_one_counts_for_the_share():
-    assert share_of_shift(0.0, 0.02) == share_of_shift(0.01, 0.02) == share_of_shift(0.02, 0.02) == 0.0
-    assert share_of_shift(0.04, 0.02) == pytest.approx(0.5)
-    assert share_of_shift(0.2, 0.02) == pytest.approx(0.9)
-    assert share_of_shift(0.2, 0.0) == 1.0  # unknown
-    assert share_of_shift(0.0, 0.0) == 0.0

@@ -175,7 +175,7 @@ def test_a_setting_that_nothing_reads_is_named_with_the_nearest(name: str, hint:
 
 
 def test_keys_that_another_config_brings_or_something_refers_to_are_known() -> None:
-    start(config="inference", largest="$True", largest_component="@largest")
+    start(config="inference", one="$True", one_component="@one")
     start(config="train", train={**json.loads((PROSTATE / "configs" / "train.json").read_text())["train"]})
 
 
