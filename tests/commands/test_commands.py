@@ -80,7 +80,7 @@ def test_help_and_lists_do_without_torch(words, tmp_path):
 
 def test_settings_are_read_as_values():
     words = ["--image_size", "64", "--preset=soup", "--ckpt_dir", "2024", "--sites", "A,1", "--overwrite"]
-    words += ["--routing", "{'steps': 2}", "--largest-component", "False", "--device=cuda:1"]
+    words += ["--routing", "{'steps': 2}", "--one-component", "False", "--device=cuda:1"]
     assert parse_settings(words) == {
         "image_size": 64,
         "preset": "soup",

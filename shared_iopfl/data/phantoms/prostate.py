@@ -65,8 +65,8 @@ class ProstateStyle:
     margin: float  # how far outside the gland the site's readers draw its outline, mm; inside where it is negative
 
 
-# A and D have no endorectal coil, B and C have one. E, the site left outside in the demo, is like B and C but for a coil
-# and a contrast that none of the others has. Readers differ by a millimetre in where they draw the outline.
+# A and D have no endorectal coil, B and C have one. E, the site left outside in the demo, has one that is far more
+# sensitive than theirs, and more noise. Readers differ by a millimetre or so in where they draw the outline.
 PROSTATE_STYLES: Mapping[str, ProstateStyle] = {
     "A": ProstateStyle(
         fat=0.80, muscle=0.18, marrow=0.50, fluid=1.0, peripheral=0.72, central=0.45, lumen=0.05, rectum=13, press=2,
