@@ -13,13 +13,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from networks import images, volume
+from typed import typed
 
 from benchmarks import accuracy, gpu
 from benchmarks.networks import agree, make_experts, make_network, naive
@@ -43,10 +41,7 @@ TINY = {
 
 def run(*arguments):
     """The object that a benchmark prints."""
-    command = [sys.executable, "-m", "benchmarks", *map(str, arguments)]
-    return json.loads(
-        subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[1]).stdout
-    )
+    return json.loads(typed("-m", "benchmarks", *map(str, arguments)).stdout)
 
 
 @pytest.mark.slow

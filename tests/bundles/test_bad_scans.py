@@ -15,10 +15,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +27,7 @@ import pytest
 from bad_scans import CORPORA, Corpus, make_corpus
 from monai.bundle import ConfigWorkflow
 from PIL import Image, ImageOps
+from typed import run_bundle
 
 from shared_iopfl.data.scan_files import find_scans, printable
 from shared_iopfl.utils.errors import root_input_error
@@ -215,14 +213,10 @@ def test_no_scan_is_let_off_in_training() -> None:
 def test_the_command_line(served: Served, tmp_path: Path) -> None:
     """With overlays and worker processes: one line, status 1, and every good scan has the mask that `served` has."""
     root = BUNDLES / served.bundle
-    options = {"bundle_root": root, "dataset_dir": served.scans, "ckpt_dir": served.models, "output_dir": tmp_path}
+    options = {"dataset_dir": served.scans, "ckpt_dir": served.models, "output_dir": tmp_path}
     options |= {"image_size": 32, "features": 4, "device": "cpu", "empty_masks": "allow"}
     options |= {"dataloader#num_workers": 2}
-    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(root / "configs" / "inference.json")]
-    process = subprocess.run(
-        [*command, *(part for key, value in options.items() for part in (f"--{key}", str(value)))],
-        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=600, check=False,
-    )  # fmt: skip
+    process = run_bundle(root, "inference", **options)
     assert process.returncode == 1
     assert [line for line in process.stderr.splitlines() if line.startswith("error: ")] == [
         f"error: {served.line.split(': see')[0]}: see {tmp_path / 'failed.csv'}"

@@ -13,9 +13,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,6 +36,7 @@ from fundus_runs import (
     vertical_ratio,
 )
 from PIL import Image
+from typed import run_bundle
 
 from shared_iopfl.data.sites import site_cases
 from shared_iopfl.evaluation import records
@@ -230,15 +228,8 @@ def test_command_line_ends_a_truncated_jpeg_in_one_line(sites: Path, federated: 
     bad = tmp_path / "bad.jpg"
     bad.write_bytes(first_of(sites / "E" / "images").read_bytes())
     cut_short(bad)
-    options = {
-        "bundle_root": BUNDLE, "dataset_dir": bad, "ckpt_dir": federated / "models", "output_dir": tmp_path / "masks",
-        "image_size": 32, "features": 4, "device": "cpu",
-    }  # fmt: skip
-    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(BUNDLE / "configs" / "inference.json")]
-    process = subprocess.run(
-        [*command, *(part for key, value in options.items() for part in (f"--{key}", str(value)))],
-        capture_output=True, text=True, timeout=120, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    given = {"dataset_dir": bad, "ckpt_dir": federated / "models", "output_dir": tmp_path / "masks"}
+    process = run_bundle(BUNDLE, "inference", **given, image_size=32, features=4, device="cpu")
     assert process.returncode == 1
     lines = (process.stdout + process.stderr).replace("\r", "\n").splitlines()
     (line,) = [line for line in lines if "error" in line.lower() or "Traceback" in line or line.startswith("  File")]
