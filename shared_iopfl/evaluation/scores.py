@@ -173,12 +173,15 @@ def print_table(output_dir: str | Path, metric: str = "dice") -> str:
 
     Returns:
         The text that was printed: sites inside and their mean, then sites outside and theirs. The mean counts every
-        site alike. ``n`` is the number of a site's cases, and a dash a value that is undefined or absent.
+        site alike. ``n`` is the number of a site's cases, and a dash a value that is undefined or absent. Nothing where
+        a federation had no test cases.
 
     Raises:
         InputError: when there is no ``metrics.csv``, or the metric is not in it.
     """
     found = read_scores(Path(output_dir))
+    if not found and (Path(output_dir) / "history.csv").exists():
+        return ""
     if metric not in found:
         what = (
             f"no metric {metric!r}: choose one of {', '.join(found)}" if found else "no scores: evaluate the run first"
