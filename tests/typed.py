@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -35,41 +35,65 @@ IMPORTED_ALREADY = (
     *("torch.utils.tensorboard", "torch.nn.parallel", "monai.bundle", "monai.engines", "monai.fl.client"),
     *("ignite.handlers", "nibabel", "PIL.Image", "scipy.ndimage", "skimage.measure", "matplotlib.figure"),
 )
-SECONDS = 600  # that a program may take
+SECONDS = 900  # that a program may take
 
 
-def typed(
-    *words: str | Path,
-    cwd: Path = ROOT,
-    environment: Mapping[str, str] | None = None,
-    stdin: str = "",
-) -> subprocess.CompletedProcess[str]:
-    """Run ``python WORDS``, as `subprocess.run` does with the text of its two outputs captured.
+class Programs:
+    """Runs programs as one interpreter does.
 
     Args:
-        words: ``-m MODULE``, ``-c CODE`` or the path of a script, and what the program is given.
-        cwd: the folder that it runs in.
-        environment: variables on top of this process's; the package and the tests' own modules can be imported anyway.
-        stdin: the text of its standard input.
+        python: the interpreter; of an environment of its own, it knows what is installed there.
+        paths: where modules are found besides.
     """
-    with tempfile.TemporaryDirectory() as name:
-        files = [Path(name) / stream for stream in ("stdin", "stdout", "stderr")]
-        files[0].write_text(stdin, encoding="utf-8")
-        paths = [*(environment or {}).get("PYTHONPATH", "").split(os.pathsep), str(ROOT), str(ROOT / "tests")]
-        given = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-        request = {
-            "words": [str(word) for word in words],
-            "cwd": str(cwd),
-            "environment": {**given, **(environment or {}), "PYTHONPATH": given["PYTHONPATH"]},
-            "files": [str(file) for file in files],
-        }
-        server = _server()
-        assert server.stdin is not None and server.stdout is not None
-        server.stdin.write(json.dumps(request) + "\n")
-        server.stdin.flush()
-        status = int(server.stdout.readline())
-        said, told = (file.read_text(encoding="utf-8") for file in files[1:])
-    return subprocess.CompletedProcess([sys.executable, *request["words"]], status, said, told)
+
+    def __init__(self, python: str | Path = sys.executable, paths: Sequence[Path] = (ROOT, ROOT / "tests")) -> None:
+        self.python = str(python)
+        self.paths = [str(path) for path in paths]
+
+    def run(
+        self,
+        *words: str | Path,
+        cwd: Path = ROOT,
+        environment: Mapping[str, str] | None = None,
+        stdin: str = "",
+    ) -> subprocess.CompletedProcess[str]:
+        """Run ``python WORDS``, as `subprocess.run` does with the text of its two outputs captured.
+
+        Args:
+            words: ``-m MODULE``, ``-c CODE`` or the path of a script, and what the program is given.
+            cwd: the folder that it runs in.
+            environment: variables on top of this process's; what ``PYTHONPATH`` names comes before `paths`.
+            stdin: the text of its standard input.
+        """
+        given = {**self._environment, **(environment or {})}
+        given["PYTHONPATH"] = os.pathsep.join(filter(None, [(environment or {}).get("PYTHONPATH"), *self.paths]))
+        with tempfile.TemporaryDirectory() as name:
+            files = [Path(name) / stream for stream in ("stdin", "stdout", "stderr")]
+            files[0].write_text(stdin, encoding="utf-8")
+            request = {"words": list(map(str, words)), "cwd": str(cwd), "environment": given}
+            request["files"] = [str(file) for file in files]
+            asked, answers = self._process.stdin, self._process.stdout
+            assert asked is not None and answers is not None
+            print(json.dumps(request), file=asked, flush=True)
+            status = int(answers.readline())
+            said, told = (file.read_text(encoding="utf-8") for file in files[1:])
+        return subprocess.CompletedProcess([self.python, *request["words"]], status, said, told)
+
+    @property
+    def _environment(self) -> dict[str, str]:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+        return {**kept, "OMP_NUM_THREADS": "1"}
+
+    @cached_property
+    def _process(self) -> subprocess.Popen[str]:
+        """The process that programs are copies of; it ends when this one does, as nobody writes to it any more."""
+        command = [self.python, __file__]
+        return subprocess.Popen(
+            command, env=self._environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+
+typed = Programs().run  # as a user of this environment and of a checkout types it
 
 
 def run_bundle(root: str | Path, config: str, **settings: Any) -> subprocess.CompletedProcess[str]:
@@ -81,14 +105,6 @@ def run_bundle(root: str | Path, config: str, **settings: Any) -> subprocess.Com
 def as_options(settings: Mapping[str, Any]) -> list[str]:
     """Settings as words of a command: ``--name value``."""
     return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
-
-
-@cache
-def _server() -> subprocess.Popen[str]:
-    """The process that programs are copies of; it ends when this one does, as nobody writes to it any more."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__]
-    return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 def _next_program() -> list[str]:
@@ -114,8 +130,8 @@ def _become(words: Sequence[str], cwd: str, environment: Mapping[str, str], file
     os.environ.clear()
     os.environ.update(environment)
     first = cwd if words[0].startswith("-") else str(Path(words[0]).parent)
-    given = environment["PYTHONPATH"].split(os.pathsep)
-    sys.path[:] = dict.fromkeys([first, *given, *sys.path[1:]])
+    given = [path for path in environment["PYTHONPATH"].split(os.pathsep) if path]
+    sys.path[:] = [first, *given, *sys.path[1:]]  # without the folder of this file
     sys.argv = list(words[1:] if words[0] in ("-m", "-c") else words)
 
 

@@ -13,11 +13,11 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 
 import pytest
 from monai.data import DataLoader, Dataset
 from monai.transforms import Compose
-from typed import typed
 
 from shared_iopfl.utils.errors import InputError, root_input_error
 
@@ -25,7 +25,7 @@ START = "from shared_iopfl.utils.errors import InputError, one_line_errors\none_
 
 
 def run(code: str) -> subprocess.CompletedProcess[str]:
-    return typed("-c", START + code)
+    return subprocess.run([sys.executable, "-c", START + code], capture_output=True, text=True, timeout=60)
 
 
 def test_chained_input_error_is_shown_once_in_one_line_with_status_1():
