@@ -39,7 +39,7 @@ from PIL import Image
 from typed import run_bundle
 
 from shared_iopfl.data.sites import site_cases
-from shared_iopfl.evaluation import records
+from shared_iopfl.evaluation.records import routes
 
 # enough for disc and cup to be learnt, in seconds
 LEARN: dict[str, Any] = {
@@ -262,7 +262,7 @@ def test_a_site_is_measured_on_so_many_of_its_photographs(
     sites: Path, federated: Path, tmp_path: Path, run_config: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However many a folder holds: evenly spaced, so that memory and time are bounded."""
-    monkeypatch.setattr(records, "SITE_SCANS", 2)
+    monkeypatch.setattr(routes, "SITE_SCANS", 2)
     common = {"dataset_dir": sites / "E" / "images", "ckpt_dir": federated / "models", "output_dir": tmp_path}
     run_fundus(run_config, "inference", mode="site", **common)
     assert json.loads((tmp_path / "routes.json").read_text())["cases"]["site"]["scans"] == 2
