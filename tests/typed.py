@@ -26,7 +26,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -67,16 +68,19 @@ class Programs:
         """
         given = {**self._environment, **(environment or {})}
         given["PYTHONPATH"] = os.pathsep.join(filter(None, [(environment or {}).get("PYTHONPATH"), *self.paths]))
-        with tempfile.TemporaryDirectory() as name:
+        with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(2) as readers:
             files = [Path(name) / stream for stream in ("stdin", "stdout", "stderr")]
             files[0].write_text(stdin, encoding="utf-8")
+            for file in files[1:]:
+                os.mkfifo(file)
+            texts = readers.map(partial(Path.read_text, encoding="utf-8"), files[1:])
             request = {"words": list(map(str, words)), "cwd": str(cwd), "environment": given}
             request["files"] = [str(file) for file in files]
             asked, answers = self._process.stdin, self._process.stdout
             assert asked is not None and answers is not None
             print(json.dumps(request), file=asked, flush=True)
             status = int(answers.readline())
-            said, told = (file.read_text(encoding="utf-8") for file in files[1:])
+            said, told = texts
         return subprocess.CompletedProcess([self.python, *request["words"]], status, said, told)
 
     @property
@@ -124,7 +128,7 @@ def _become(words: Sequence[str], cwd: str, environment: Mapping[str, str], file
     """Let this process be as ``python WORDS`` finds it."""
     signal.alarm(SECONDS)
     for number, (file, mode) in enumerate(zip(files, (os.O_RDONLY, os.O_WRONLY, os.O_WRONLY))):
-        os.dup2(os.open(file, mode | os.O_CREAT), number)
+        os.dup2(os.open(file, mode), number)
     sys.stdin = os.fdopen(0, encoding="utf-8")
     os.chdir(cwd)
     os.environ.clear()
