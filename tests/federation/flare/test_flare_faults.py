@@ -13,7 +13,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -73,20 +72,6 @@ def test_site_that_fails_is_left_out_of_the_round_and_comes_back_as_it_was(datas
         if row["metric"] == "train_loss"
     }
     assert losses == {("1", "A"): 1, ("1", "B"): 1, ("2", "B"): 0.5, ("3", "A"): 0.5, ("3", "B"): 1 / 3}
-
-
-def test_rounds_go_on_without_a_site_whose_scans_cannot_be_read(dataset, tmp_path):
-    """No round has it, and no word of its scans reaches the server."""
-    sites = shutil.copytree(dataset, tmp_path / "sites")
-    for path in (sites / "B").glob("*_segmentation.nii.gz"):
-        path.write_bytes(path.read_bytes()[:100])
-    run = flare_run(tmp_path / "flare", sites, settings=LENIENT)
-    rounds = run_here(run, tmp_path / "work")
-    run._finish(tmp_path / "work")
-    assert failed(tmp_path / "flare") == [("1", "B"), ("2", "B")]
-    reasons = [row["reason"] for row in read_rows(tmp_path / "flare" / "failures.csv")]
-    for said in (*reasons, *rounds.told, *(str((reply.meta, reply.metrics)) for _, _, reply in rounds.wire.answers)):
-        assert "segmentation" not in said
 
 
 def test_training_log_at_the_site_has_the_whole_error(dataset, tmp_path, fake, monkeypatch):

@@ -262,12 +262,24 @@ def test_rounds_go_on_without_a_site_that_raises_dies_hangs_or_sends_nan_and_it_
         assert f"Round {number}: site '{site}' is left out" in said
     assert "Case00" not in "".join(reasons.values()), "what an error says stays at the site"
     assert "Case00" in (tmp_path / "flare" / "out" / "sites" / "B" / "training.log").read_text()
-    for path in (tmp_path / "flare" / "out" / "flare").rglob("*log*"):
-        assert not path.is_file() or "Case00" not in path.read_text(), f"{path} names a scan"
     assert_same(load_weights(tmp_path / "flare" / "out" / "models" / "model.pt"), federation.weights)
     for site, client in federation.clients.items():
         own = load_weights(tmp_path / "flare" / "out" / "sites" / site / f"model_{site}.pt")
         assert_same(own, client.personalised)
+
+
+def test_simulation_goes_on_without_a_site_whose_scans_cannot_be_read(dataset, tmp_path):
+    shutil.copytree(dataset, tmp_path / "sites")
+    for path in (tmp_path / "sites" / "B").glob("*_segmentation.nii.gz"):
+        path.write_bytes(path.read_bytes()[:100])
+    given = words(tmp_path / "flare", "sim", 2, "--dataset_dir", str(tmp_path / "sites"), "--min_sites", "1")
+    run_command(given, tmp_path / "home")
+    rows = read_rows(tmp_path / "flare" / "failures.csv")
+    assert [(row["round"], row["site"]) for row in rows] == [("1", "B"), ("2", "B")]
+    log = (tmp_path / "flare" / "sites" / "B" / "training.log").read_text()
+    assert "_segmentation.nii.gz cannot be read" in log
+    for path in (tmp_path / "flare" / "flare").rglob("*log*"):
+        assert not path.is_file() or "_segmentation.nii.gz" not in path.read_text(), f"{path} names a scan"
 
 
 def test_processes_that_speak_over_loopback_give_the_run_of_one_process(dataset, whole, tmp_path, network_of_its_own):
