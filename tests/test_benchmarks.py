@@ -47,7 +47,7 @@ def run(*arguments):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TINY)
 def test_benchmark_prints_one_object_with_ratios_machine_and_versions(name):
-    found = run(name, "--features", 4, "--repeats", 2, *TINY[name])
+    found = run(name, "--features", 4, "--repeats", 1, *TINY[name])
     assert found["benchmark"] == name and found["machine"]["device"] == "cpu" and found["versions"]["torch"]
     assert all(difference <= 1e-4 for kind, difference in found["differences"].items() if kind != "bf16")
     for ratio in found["ratios"].values():
