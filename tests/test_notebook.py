@@ -36,8 +36,10 @@ def test_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MONAI_DATA_DIRECTORY", str(tmp_path))
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     (training,) = [cell for cell in notebook.cells if cell.source.startswith("SIZE = ")]
-    training.source, changes = re.subn(r'"(rounds|passes)": \d+', r'"\1": 2', training.source)  # minutes on two tasks
-    assert changes == 4
+    # minutes on two tasks; so briefly trained, all sites would keep the global model
+    shorter, changes = re.subn(r'"(rounds|passes)": \d+', r'"\1": 2', training.source)
+    training.source = shorter.replace("shares=[0.5, 1.0]", "shares=[]")
+    assert changes == 4 and training.source != shorter
     NotebookClient(notebook, timeout=1200, resources={"metadata": {"path": str(NOTEBOOK.parent)}}).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 6
