@@ -25,8 +25,8 @@ import argparse
 
 import numpy as np
 
-from shared_iopfl.comparison import scores as comparison_scores
 from shared_iopfl.comparison.scores import RoleScores, Site
+from shared_iopfl.evaluation import intervals
 
 SIZES = ((3, 2), (4, 2), (6, 2), (4, 3), (3, 5), (1, 6), (2, 8), (6, 10), (4, 30))
 CHUNK = 100  # comparisons that share an array
@@ -59,9 +59,9 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--draws", type=int, default=2000, help="comparisons a size")
-    parser.add_argument("--resamples", type=int, default=comparison_scores.RESAMPLES, help="of each interval")
+    parser.add_argument("--resamples", type=int, default=intervals.RESAMPLES, help="of each interval")
     options = parser.parse_args()
-    comparison_scores.RESAMPLES = options.resamples
+    intervals.RESAMPLES = options.resamples
     heads = [
         "sites x cases",
         "verdicts (%)",

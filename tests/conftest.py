@@ -8,7 +8,10 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The device of the tests marked `gpu`: CUDA, or with ``IOPFL_TEST_DEVICE=pretended`` one that behaves like it."""
+"""The order of the tests, and the device of those marked `gpu`.
+
+That is CUDA, or with ``IOPFL_TEST_DEVICE=pretended`` a device that behaves like it.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +23,15 @@ import pretended_device
 import pytest
 import torch
 
+LONGEST = ("test_pretended_device", "test_compare", "test_flare_processes", "test_documented_commands", "test_notebook")
 PRETENDED = os.environ.get("IOPFL_TEST_DEVICE") == pretended_device.NAME
 DEVICE = pretended_device.start() if PRETENDED else torch.device("cuda")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files of the longest tests first, so that the workers end together."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
 @pytest.fixture

@@ -16,13 +16,12 @@ A block after a line that ends in ``Write `FILE`:`` is the content of that file.
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
+
+from typed import typed
 
 ROOT = Path(__file__).parents[1]
 # what makes the commands of a page quick
@@ -66,9 +65,8 @@ def run(line: str, folder: Path) -> str:
     for config, settings in SMALLER.items():
         if any(config in word for word in words):
             words += [word for name, value in settings.items() for word in (f"--{name}", value)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(folder)])
-    process = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
+    assert words[0] == "python"
+    environment = {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(folder)}
+    process = typed(*words[1:], cwd=folder, environment=environment)
     assert process.returncode == 0, f"{shlex.join(words)}\n{process.stdout[-800:]}{process.stderr[-1500:]}"
     return process.stdout + process.stderr

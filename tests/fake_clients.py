@@ -22,6 +22,7 @@ from torch import Tensor
 
 from shared_iopfl.federation import simulation as federation
 from shared_iopfl.federation.simulation import Federation, weighted_average
+from shared_iopfl.models.files import save_atomically
 
 State = dict[str, Tensor]
 SITES = ["A", "B", "C", "D"]
@@ -50,7 +51,7 @@ class FakeClient:
         step = 0.1 * self.cases + 0.01 * self.epoch
         update = {key: tensor + step if tensor.is_floating_point() else tensor + 1 for key, tensor in weights.items()}
         self.personalised = {key: tensor.clone() for key, tensor in update.items()}
-        federation.save_atomically(self.personalised, self.file)
+        save_atomically(self.personalised, self.file)
         return update
 
     def metrics(self) -> dict[str, float]:

@@ -75,9 +75,10 @@ def dice(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def vertical_ratio(disc: np.ndarray, cup: np.ndarray) -> float:
-    """Rows that the cup extends over, for those of the disc, in (H, W)."""
-    heights = [np.ptp(np.flatnonzero(target.any(axis=1))) + 1 for target in (cup, disc)]
-    return float(heights[0] / heights[1])
+    """Rows that the cup extends over, for those of the disc, in (H, W); 0 without a cup, NaN without a disc."""
+    rows = [np.flatnonzero(target.any(axis=1)) for target in (cup, disc)]
+    heights = [np.ptp(of_target) + 1 if len(of_target) else 0 for of_target in rows]
+    return float(heights[0] / heights[1]) if heights[1] else float("nan")
 
 
 def as_dofe(source: Path, target: Path, held_out: int = 2) -> None:

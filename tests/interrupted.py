@@ -17,11 +17,12 @@ import json
 import os
 import resource
 import signal
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from typed import typed
 
 from shared_iopfl.data.phantoms.sites import make_prostate_sites
 from shared_iopfl.federation.simulation import Federation
@@ -87,9 +88,7 @@ class OneProcess:
             kill_after: it is killed so many seconds after its first round began.
         """
         options = {"stop_after": stop_after, "file_size": file_size, "kill_after": kill_after}
-        command = [sys.executable, __file__, str(tiny.dataset_dir), str(folder), json.dumps(options)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+        ended = typed(__file__, tiny.dataset_dir, folder, json.dumps(options))
         return Ended(ended.returncode, ended.stderr)
 
 

@@ -19,6 +19,7 @@ CUDA's own kernels it does not show. Built once, with a C++ compiler, beside tor
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import hashlib
 import os
@@ -74,15 +75,17 @@ def _build() -> Path:
     identity = hashlib.sha256(SOURCE.read_bytes() + f"{torch.__version__} {sys.platform}".encode()).hexdigest()[:16]
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
     library = root / f"pretended_device_{identity}.so"
-    if not library.exists():
-        root.mkdir(parents=True, exist_ok=True)
-        unfinished = library.with_suffix(f".{os.getpid()}.so")
-        command = [COMPILER, "-std=c++20", "-O0", "-fPIC", "-shared", "-w", str(SOURCE), "-o", str(unfinished)]
-        command += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
-        command += [f"-I{path}" for path in cpp_extension.include_paths()]
-        command += [f"-L{path}" for path in cpp_extension.library_paths()] + ["-lc10", "-ltorch_cpu", "-ltorch"]
-        subprocess.run(command, check=True)
-        unfinished.replace(library)
+    root.mkdir(parents=True, exist_ok=True)
+    with library.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two processes that start together build it once
+        if not library.exists():
+            unfinished = library.with_suffix(f".{os.getpid()}.so")
+            command = [COMPILER, "-std=c++20", "-O0", "-fPIC", "-shared", "-w", str(SOURCE), "-o", str(unfinished)]
+            command += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
+            command += [f"-I{path}" for path in cpp_extension.include_paths()]
+            command += [f"-L{path}" for path in cpp_extension.library_paths()] + ["-lc10", "-ltorch_cpu", "-ltorch"]
+            subprocess.run(command, check=True)
+            unfinished.replace(library)
     return library
 
 

@@ -13,13 +13,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from networks import images, volume
+from typed import typed
 
 from benchmarks import accuracy, gpu
 from benchmarks.networks import agree, make_experts, make_network, naive
@@ -43,16 +41,13 @@ TINY = {
 
 def run(*arguments):
     """The object that a benchmark prints."""
-    command = [sys.executable, "-m", "benchmarks", *map(str, arguments)]
-    return json.loads(
-        subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[1]).stdout
-    )
+    return json.loads(typed("-m", "benchmarks", *map(str, arguments)).stdout)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TINY)
 def test_benchmark_prints_one_object_with_ratios_machine_and_versions(name):
-    found = run(name, "--features", 4, "--repeats", 2, *TINY[name])
+    found = run(name, "--features", 4, "--repeats", 1, *TINY[name])
     assert found["benchmark"] == name and found["machine"]["device"] == "cpu" and found["versions"]["torch"]
     assert all(difference <= 1e-4 for kind, difference in found["differences"].items() if kind != "bf16")
     for ratio in found["ratios"].values():

@@ -16,18 +16,15 @@ placeholders become folders, the sites synthetic ones of the names in the text, 
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from typed import typed
 
 from shared_iopfl.data.phantoms.sites import make_fundus_sites, make_prostate_sites
 
@@ -50,6 +47,8 @@ ELSEWHERE = {
     "./demo.sh": (".ci/run", "./demo.sh prostate"),
     "./runtests.sh": (".ci/run", "./runtests.sh"),
     "venv": (".ci/venv.sh", '"$PYTHON" -m venv .venv'),
+    "flare": ("tests/federation/flare/test_flare_processes.py", 'given = ["flare", "--bundle"'),
+    "--nproc_per_node=2": ("tests/bundles/prostate/test_prostate.py", '"--nproc_per_node=2"'),
     "configs/compare.json": ("tests/bundles/test_compare.py", 'run_config(\n        "compare"'),
 }
 ELSEWHERE_PAGES = {
@@ -83,7 +82,6 @@ SMALLER = {
     "configs/inference.json": {**TINY, "empty_masks": "allow"},  # after the exports, which name it too
     "segment": {**TINY, "empty_masks": "allow"},
     "federate": {**TINY, "rounds": "1", "own_rounds": "1", "shares": "[]", "passes": "1"},
-    "flare": {**TINY, "rounds": "1", "passes": "1"},
 }
 SHIPPED = {"empty_masks": "allow"}  # an inference with the bundle's own weights, whose sizes are in their manifest
 DOFE = np.array([255, 128, 0], np.uint8)  # of the values 0, 1 and 2
@@ -165,22 +163,18 @@ def test_commands_of(document: str, tmp_path: Path) -> None:
     shutil.copytree(ROOT / "bundles", tmp_path / "bundles", ignore=ignored)
     bundle = ROOT / document
     here = tmp_path / bundle.parents[1].relative_to(ROOT) if bundle.parent.name == "docs" else tmp_path
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     for command in commands(text):
         if (place := elsewhere(command)) is not None:
             assert place[1] in (ROOT / place[0]).read_text(encoding="utf-8"), command
             continue
-        if "flare" in command and find_spec("nvflare") is None:
-            continue
         names = r"(?<![\w/.-])((?:DATA|DIR|OUT|OWN|SCANS|PHOTOS|MASKS|MODELS)(?:_[A-Z0-9]+)*)(?!\w)"
-        folders = {**FOLDERS, "OUT": "OUT_FLARE"} if "flare" in command else FOLDERS  # it refuses another run's
-        there = lambda found: str(tmp_path / folders.get(found[1], found[1]))  # noqa: E731, B023
+        there = lambda found: str(tmp_path / FOLDERS.get(found[1], found[1]))  # noqa: E731
         words = [re.sub(names, there, word) for word in smaller(command)]
         if words[0] == "iopfl":  # also where the package is not installed
-            words[:1] = [sys.executable, "-m", "shared_iopfl"]
+            words[:1] = ["python", "-m", "shared_iopfl"]
+        assert words[0] == "python"
         cwd = here.parent if "-c" in command else here  # Python that names the bundle by its folder
-        process = subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, timeout=900)
+        process = typed(*words[1:], cwd=cwd, environment={"CUDA_VISIBLE_DEVICES": ""})
         assert process.returncode == 0, f"{shlex.join(command)}\n{process.stdout[-800:]}{process.stderr[-1500:]}"
     assert (tmp_path / "MASKS" / "routes.csv").is_file()
     assert bool(list((here / "dist").glob("*.zip"))) == ("shared_iopfl package" in text)

@@ -23,13 +23,15 @@ import torch
 from torch import nn
 
 TESTS = Path(__file__).parent
+MARKED = [path for path in TESTS.rglob("test_*.py") if "mark.gpu" in path.read_text(encoding="utf-8")]
+TRAINING = TESTS / "bundles" / "test_bundles_on_gpu.py"  # takes as long as all others
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not pretended_device.can_be_built(), reason="needs a C++ compiler for the pretended device")
-def test_what_is_marked_gpu_passes_on_the_pretended_device() -> None:
+@pytest.mark.parametrize("files", [[TRAINING], sorted({*MARKED} - {TRAINING})], ids=["bundles", "others"])
+def test_what_is_marked_gpu_passes_on_the_pretended_device(files: list[Path]) -> None:
     environment = {**os.environ, "IOPFL_TEST_DEVICE": pretended_device.NAME, "OMP_NUM_THREADS": "1"}
-    files = sorted(str(path) for path in TESTS.rglob("test_*.py") if "mark.gpu" in path.read_text(encoding="utf-8"))
     command = [sys.executable, "-m", "pytest", *files, "-m", "gpu", "-p", "no:xdist", "-rs", "--durations", "10"]
     told = subprocess.run(command, cwd=TESTS.parent, env=environment, capture_output=True, text=True)
     assert told.returncode == 0, told.stdout[-10_000:] + told.stderr[-2_000:]

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,24 +27,21 @@ from typing import Any
 from torch import Tensor
 
 from shared_iopfl.comparison.fine_tuning import fine_tune
-from shared_iopfl.comparison.scores import COMPARED
+from shared_iopfl.comparison.runs import Runs, best_of
 from shared_iopfl.comparison.training import EXPERTS, POOLED, Trainings, keep_models
 from shared_iopfl.data.layouts import PARTS
-from shared_iopfl.evaluation.review import collect_review
 from shared_iopfl.evaluation.scores import finite_mean
-from shared_iopfl.evaluation.scoring import Scoring, raise_failures
-from shared_iopfl.evaluation.tolerant import Failure
+from shared_iopfl.evaluation.scoring import raise_failures
 from shared_iopfl.federation.simulation import Federation
 from shared_iopfl.models.files import GLOBAL, model_path, save_atomically
 from shared_iopfl.utils.config_values import Expression
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.names import check_file_name, check_sites
-from shared_iopfl.utils.tables import read_rows, write_json, write_rows
+from shared_iopfl.utils.tables import write_json
 
-__all__ = ["Comparison", "best_of"]
+__all__ = ["Comparison"]
 
 logger = logging.getLogger(__name__)
-COLUMNS = ("seed", "fold", "site", "role", "method", "case", "metric", "value")
 FEDAVG = "FedAvg"
 PERSONAL = ("average", "average, interpolated", "personalised")  # what a site makes of it for itself
 
@@ -123,8 +119,7 @@ class Comparison:
         self.seeds = list(seeds)
         self.folds = folds
         self.training = dict(training or {})
-        self.scoring = dict(scoring or {})
-        self.failures: list[Failure] = []
+        self.runs = Runs(bundle_root, dataset_dir, self.output_dir, scoring or {})
         self.inside_methods = dict(inside or {})
         self.own_rounds = own_rounds
         self.shares = tuple(shares)
@@ -173,7 +168,7 @@ class Comparison:
             test = {**tested, **_architecture(options)}
             own = [*PERSONAL, *(["fine-tuned"] if self.fine_tuning else [])]
             produced = [method, *own] if method == FEDAVG else [method]
-            if all(self._scored(run, site, name) for site in self.sites for name in produced):
+            if all(self.runs.scored(run, site, name) for site in self.sites for name in produced):
                 continue
             logger.info("seed %d, fold %d: %s", seed, fold, method)
             models = run / "models" / method
@@ -187,12 +182,12 @@ class Comparison:
                 if method == FEDAVG:
                     self._personal(federation, run, test)
             for site in self.sites:
-                self._score(run, site, method, model_path(str(models), "personalised", site), **test)
+                self.runs.score(run, site, method, model_path(str(models), "personalised", site), **test)
             self._score_virtual(run, method, models, test)
-        if self.pooled is not None and not all(self._scored(run, site, POOLED) for site in self.sites):
+        if self.pooled is not None and not all(self.runs.scored(run, site, POOLED) for site in self.sites):
             path = self.trainings.pool(self.sites, seed, run / "models" / POOLED, cases("train", "site"))
             for site in self.sites:
-                self._score(run, site, POOLED, path, **tested)
+                self.runs.score(run, site, POOLED, path, **tested)
             self._score_virtual(run, POOLED, Path(path).parent, tested)
 
     def _score_virtual(self, run: Path, method: str, models: Path, test: Mapping[str, Any]) -> None:
@@ -207,7 +202,7 @@ class Comparison:
                     "role": "virtual",
                     "acquisition": Expression(f"@virtual#{check_file_name(name, 'virtual scanner')}"),
                 }
-                self._score(folder, site, method, str(path), **options)
+                self.runs.score(folder, site, method, str(path), **options)
 
     def _personal(self, federation: Federation, run: Path, test: Mapping[str, Any]) -> None:
         """What each site makes of FedAvg for itself: the moving average, what it settles on, fine-tuning."""
@@ -224,7 +219,7 @@ class Comparison:
             for name, weights in made.items():
                 path = model_path(str(run / "models" / name), "personalised", site)
                 save_atomically(dict(weights), path)
-                self._score(run, site, name, path, **test)
+                self.runs.score(run, site, name, path, **test)
         write_json(run / "shares.json", {site: dict(zip(PERSONAL, chosen)) for site, chosen in shares.items()})
 
     # outside ---------------------------------------------------------------------------------------------------------
@@ -243,50 +238,31 @@ class Comparison:
                     chosen.append({"seed": seed, "fold": site, "choice": name, "candidates": means})
                     write_json(self.output_dir / "choices.json", chosen)
                     options = {"mode": "episodic", "preset": "default", "routing": self.candidates[name]}
-                    self._score(run, site, "chosen", model_path(models), **self._outside(models, **options))
+                    self.runs.score(run, site, "chosen", model_path(models), **self._outside(models, **options))
                 self.collect()
-        self._choose_federations()
-
-    def _choose_federations(self) -> None:
-        """For each site, which training the other sites would choose where each of them is left out."""
-        names = ["global", *self.federations]
-        rows = [row for row in read_rows(self.output_dir / "comparison.csv") if row["role"] == "outside"]
-        dice = {
-            (name, site): [
-                float(row["value"])
-                for row in rows
-                if (row["method"], row["site"], row["metric"]) == (name, site, "dice")
-            ]
-            for name in names
-            for site in self.sites
-        }
-        chosen = []
-        for site in self.sites if self.federations and len(self.sites) > 2 else ():
-            best, means = best_of({n: [finite_mean(dice[n, o]) for o in self.sites if o != site] for n in names})
-            chosen.append({"seed": "all", "fold": site, "choice": best, "candidates": means})
-        if chosen:
-            write_json(self.output_dir / "federations.json", chosen)
+        if self.federations and len(self.sites) > 2:
+            self.runs.choose_trainings(self.sites, [GLOBAL, *self.federations])
 
     def _outside_methods(self, run: Path, site: str, models: str, others: Sequence[str], seed: int) -> None:
         for method, options in self.outside_methods.items():
             logger.info("outside %s: %s", site, method)
-            self._score(run, site, method, model_path(models), **self._outside(models, **options))
+            self.runs.score(run, site, method, model_path(models), **self._outside(models, **options))
         for method, training in self.federations.items():
             path = model_path(self.trainings.experts(others, seed, method, training))
-            self._score(run, site, method, path, **self._outside(models, mode="off"), **_architecture(training))
+            self.runs.score(run, site, method, path, **self._outside(models, mode="off"), **_architecture(training))
         for expert in others:
             path = model_path(models, "personalised", expert)
-            self._score(run, site, f"expert {expert}", path, **self._outside(models, mode="off"))
-        if self.pooled is not None and not self._scored(run, site, POOLED):
+            self.runs.score(run, site, f"expert {expert}", path, **self._outside(models, mode="off"))
+        if self.pooled is not None and not self.runs.scored(run, site, POOLED):
             cases = (
                 f"sites.site_cases(@dataset_dir, site, 'train', seed={seed:d}, fractions={EXPERTS}, patient=@patient)"
             )
             path = self.trainings.pool(others, seed, run / "models" / POOLED, cases)
-            self._score(run, site, POOLED, path, **self._outside(models, mode="off"))
-        if self.labelled and not self._scored(run, site, "labelled routes"):
+            self.runs.score(run, site, POOLED, path, **self._outside(models, mode="off"))
+        if self.labelled and not self.runs.scored(run, site, "labelled routes"):
             path = str(run / "models" / "labelled.pt")
             save_atomically(self.trainings.fit_with_labels(site, models), path)
-            self._score(run, site, "labelled routes", path, **self._outside(models, mode="off"))
+            self.runs.score(run, site, "labelled routes", path, **self._outside(models, mode="off"))
 
     def _outside(self, models: str, **options: Any) -> dict[str, Any]:
         if "baseline" in options:
@@ -303,65 +279,18 @@ class Comparison:
             run = self.output_dir / f"seed{seed}" / ("inner_" + "+".join(sorted(others)))
             for name, routing in self.candidates.items():
                 options = {"mode": "episodic", "preset": "default", "routing": routing}
-                self._score(run, site, name, model_path(models), **self._outside(models, **options))
-                scores = [float(row["value"]) for row in self._rows(run, site, name) if row["metric"] == "dice"]
+                self.runs.score(run, site, name, model_path(models), **self._outside(models, **options))
+                scores = [float(row["value"]) for row in self.runs.rows(run, site, name) if row["metric"] == "dice"]
                 means[name].append(finite_mean(scores))
         return best_of(means)
 
-    # both ------------------------------------------------------------------------------------------------------------
-
-    def _score(self, run: Path, site: str, method: str, path: str, **options: Any) -> None:
-        if not self._scored(run, site, method):
-            common = {**self.scoring, "dataset_dir": self.dataset_dir, "ckpt": path}
-            scoring = Scoring(self.bundle_root, str(run), common, ("evaluate", "baselines", "virtual"))
-            scoring.score(site, method, **options)
-            self.failures += scoring.failures
+    def collect(self) -> None:
+        """Gather the scores so far; see :meth:`~shared_iopfl.comparison.runs.Runs.collect`."""
+        self.runs.collect()
 
     def finish(self) -> None:
         """Raise `InputError` where cases could not be scored."""
-        raise_failures(self.failures)
-
-    def _rows(self, run: Path, site: str, method: str) -> list[dict[str, str]]:
-        rows = read_rows(run / "metrics.csv") if (run / "metrics.csv").is_file() else []
-        return [row for row in rows if row["site"] == site and row["model"] == method]
-
-    def _scored(self, run: Path, site: str, method: str) -> bool:
-        return bool(self._rows(run, site, method))
-
-    def collect(self) -> None:
-        """Gather the runs' scores in ``comparison.csv``, and those of the review lists in ``review.csv``."""
-        rows = []
-        for path in sorted(self.output_dir.glob("seed*/*_*/metrics.csv")):
-            role, _, fold = path.parts[-2].partition("_")
-            if role not in COMPARED:
-                continue
-            scanner, _, fold = fold.rpartition("_") if role == "virtual" else ("", "", fold)
-            for row in read_rows(path):
-                row = {**row, "seed": path.parts[-3].removeprefix("seed"), "fold": fold, "method": row["model"]}
-                if scanner:  # the scanner is the site, its cases those of all sites
-                    row |= {"site": scanner, "case": f"{row['site']} {row['case']}"}
-                rows.append(row)
-        write_rows(self.output_dir / "comparison.csv", COLUMNS, [{key: row[key] for key in COLUMNS} for row in rows])
-        collect_review(self.output_dir)
-
-
-def best_of(means: Mapping[str, Sequence[float]]) -> tuple[str, dict[str, float]]:
-    """The candidate with the highest mean over sites, and all their means.
-
-    Args:
-        means: candidate -> at each site its mean Dice, over the cases where it is defined (a case with an empty
-            reference has none, whatever the candidate). A site where no case has one counts for no candidate.
-
-    Raises:
-        InputError: where no site has a defined Dice for all of them.
-    """
-    sites = [of_site for of_site in zip(*means.values()) if all(map(math.isfinite, of_site))]
-    if not sites:
-        raise InputError(
-            "nothing to choose by: at no site has every candidate a defined Dice; are all references empty?"
-        )
-    mean = {name: sum(values) / len(sites) for name, values in zip(means, zip(*sites))}
-    return max(mean, key=lambda name: mean[name]), mean
+        raise_failures(self.runs.failures)
 
 
 def _architecture(training: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,13 +24,12 @@ from pathlib import Path
 
 import numpy as np
 
-from shared_iopfl.evaluation.intervals import case_interval, site_interval
+from shared_iopfl.evaluation.intervals import case_interval, resampled_means, site_interval
 from shared_iopfl.evaluation.scores import ROLES, number, read_columns
 from shared_iopfl.utils.errors import InputError
 
-__all__ = ["BEST_EXPERT", "MEAN_EXPERT", "RESAMPLES", "Difference", "RoleScores", "Site", "read_comparison"]
+__all__ = ["BEST_EXPERT", "MEAN_EXPERT", "Difference", "RoleScores", "Site", "read_comparison"]
 
-RESAMPLES = 10_000
 WIN = 0.005  # Dice: what is less is a tie
 EXPERT = "expert "
 COMPARED = (*ROLES, "virtual")  # virtual: test cases inside, as another scanner would have taken them
@@ -124,17 +123,8 @@ class RoleScores:
 
     @cached_property
     def resampled(self) -> np.ndarray:
-        """Means of sites where each site's cases are drawn anew, ``(resample, method, site)``.
-
-        The same draws for every method: the difference between two of them is that of paired cases.
-        """
-        generator = np.random.default_rng(0)
-        means = []
-        for site in self.sites.values():
-            n = len(site.cases)
-            counts = generator.multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
-            means.append(counts @ site.by_case.T / n)
-        return np.stack(means, axis=2)
+        """Means of sites where each site's cases are drawn anew, ``(resample, method, site)``."""
+        return resampled_means([site.by_case for site in self.sites.values()])
 
     def at(self, method: str) -> int:
         """Where a method stands in the arrays."""
@@ -157,7 +147,7 @@ class RoleScores:
         cases = sum(len(self.sites[names[i]].cases) for i in chosen)
         gains = [self.sites[names[i]].by_case[one] - self.sites[names[i]].by_case[two] for i in chosen]
         low, high = case_interval(gains, (self.resampled[:, one] - self.resampled[:, two])[:, chosen])
-        new = site_interval(np.array([of_site.mean() for of_site in gains]), RESAMPLES)
+        new = site_interval(np.array([of_site.mean() for of_site in gains]))
         return Difference(_exact(mean), _exact(low), _exact(high), cases, *map(_exact, new))
 
     def wins_and_losses(self, method: str, other: str) -> tuple[int, int]:

@@ -20,8 +20,8 @@ from typing import Any, cast
 
 import numpy as np
 
-from shared_iopfl.comparison.scores import RESAMPLES, Difference, RoleScores
-from shared_iopfl.evaluation.intervals import FEWEST_CASES, FEWEST_PER_SITE, FEWEST_SITES
+from shared_iopfl.comparison.scores import Difference, RoleScores
+from shared_iopfl.evaluation.intervals import FEWEST_CASES, FEWEST_PER_SITE, FEWEST_SITES, RESAMPLES
 from shared_iopfl.evaluation.scores import DASH, MINUS, finite, heading, show
 from shared_iopfl.report import pictures
 from shared_iopfl.report.documents import Block, Row, Table, Text

@@ -27,7 +27,16 @@ from shared_iopfl.data.scan_files import Case, entries
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.names import check_sites
 
-__all__ = ["find_cases", "fingerprint", "fold_cases", "list_sites", "pooled", "site_cases", "split_cases"]
+__all__ = [
+    "find_cases",
+    "fingerprint",
+    "fold_cases",
+    "has_test_cases",
+    "list_sites",
+    "pooled",
+    "site_cases",
+    "split_cases",
+]
 
 FRACTIONS = (0.6, 0.15, 0.25)
 
@@ -102,6 +111,23 @@ def site_cases(
     if not official[split]:
         raise InputError(f"no {split} cases in {dataset_dir}/{site}: its list is empty or its fraction is 0")
     return _sorted(official[split])
+
+
+def has_test_cases(
+    dataset_dir: str | Path,
+    site: str,
+    fractions: Sequence[float] = FRACTIONS,
+    patient: str = AUTO,
+    folds: int = 1,
+) -> bool:
+    """Whether `site_cases` gives a site a test part: by folds, a fraction above 0, or a published list.
+
+    Args:
+        dataset_dir: folder of the sites.
+        site: name of the site.
+        fractions, patient, folds: as for `site_cases`.
+    """
+    return folds > 1 or _checked(fractions)[2] > 0 or bool(published_parts(Path(dataset_dir), site, patient)["test"])
 
 
 def split_cases(cases: Sequence[Case], seed: int = 0, fractions: Sequence[float] = FRACTIONS) -> dict[str, list[Case]]:

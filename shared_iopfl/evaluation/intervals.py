@@ -23,7 +23,18 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.stats import norm, t
 
-__all__ = ["FEWEST_CASES", "FEWEST_PER_SITE", "FEWEST_SITES", "case_interval", "enough_cases", "site_interval"]
+__all__ = [
+    "FEWEST_CASES",
+    "FEWEST_PER_SITE",
+    "FEWEST_SITES",
+    "RESAMPLES",
+    "case_interval",
+    "enough_cases",
+    "resampled_means",
+    "site_interval",
+]
+
+RESAMPLES = 10_000
 
 FEWEST_CASES = 5  # of all sites together; with fewer no interval is given
 FEWEST_PER_SITE = 2  # one case says nothing of how far its site's cases differ
@@ -37,12 +48,28 @@ def enough_cases(counts: Sequence[int]) -> bool:
     return sum(counts) >= FEWEST_CASES and min(counts) >= FEWEST_PER_SITE
 
 
+def resampled_means(sites: Sequence[np.ndarray]) -> np.ndarray:
+    """Means of sites where each site's cases are drawn anew, ``(resample, ..., site)``.
+
+    The same draws for whatever stands before the cases: a difference between two methods is that of paired cases.
+
+    Args:
+        sites: of each site its values, ``(..., case)``.
+    """
+    generator, means = np.random.default_rng(0), []
+    for values in sites:
+        n = values.shape[-1]
+        counts = generator.multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
+        means.append(counts @ values.T / n)
+    return np.stack(means, axis=-1)
+
+
 def case_interval(gains: Sequence[np.ndarray], drawn: np.ndarray) -> tuple[float, float]:
     """The 95% interval of the mean of sites over other cases of the same sites; NaN with too few cases.
 
     Args:
         gains: of each site its cases' differences, (case,).
-        drawn: means of sites where each site's cases are drawn anew, (resample, site).
+        drawn: their means where each site's cases are drawn anew, (resample, site); see :func:`resampled_means`.
     """
     counts = np.array([len(of_site) for of_site in gains])
     if not enough_cases(counts.tolist()):
@@ -55,7 +82,7 @@ def case_interval(gains: Sequence[np.ndarray], drawn: np.ndarray) -> tuple[float
     return _around(float(means.mean()), deviations, freedom)
 
 
-def site_interval(means: np.ndarray, resamples: int, seed: int = 0) -> tuple[float, float]:
+def site_interval(means: np.ndarray) -> tuple[float, float]:
     """The 95% interval of the mean of sites over other sites; NaN with fewer than `FEWEST_SITES`.
 
     Sites are drawn with replacement, each with all its cases: the spread of a site's cases is in its mean already, and
@@ -63,13 +90,11 @@ def site_interval(means: np.ndarray, resamples: int, seed: int = 0) -> tuple[flo
 
     Args:
         means: of each site, (site,).
-        resamples: how many.
-        seed: of the draws.
     """
     count = len(means)
     if count < FEWEST_SITES:
         return _NO_INTERVAL
-    drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=resamples) / count
+    drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=RESAMPLES) / count
     deviations = drawn @ (means - means.mean()) * np.sqrt(count / (count - 1))
     return _around(float(means.mean()), deviations, count - 1)
 

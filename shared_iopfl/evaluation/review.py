@@ -27,7 +27,7 @@ from typing import Any
 from ignite.engine import Engine, Events
 from scipy.stats import spearmanr
 
-from shared_iopfl.evaluation.records import reported_case
+from shared_iopfl.evaluation.records.routes import reported_case
 from shared_iopfl.evaluation.run.served import attach_served
 from shared_iopfl.inferers.routing import TestTimeRoutingInferer
 from shared_iopfl.utils.tables import read_rows, write_rows

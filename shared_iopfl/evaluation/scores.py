@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from shared_iopfl.evaluation.intervals import FEWEST_CASES, case_interval
+from shared_iopfl.evaluation.intervals import FEWEST_CASES, case_interval, resampled_means
 from shared_iopfl.utils import reading
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.tables import read_rows
@@ -28,7 +28,6 @@ __all__ = [
     "DASH",
     "FEWEST_CASES",
     "MINUS",
-    "RESAMPLES",
     "ROLES",
     "Scores",
     "count_cases",
@@ -49,7 +48,6 @@ __all__ = [
 DASH, MINUS = "\u2013", "\u2212"
 ROLES = ("inside", "outside")
 MODELS = ("global", "personalised", "soup", "routed")  # the columns that come first, in this order
-RESAMPLES = 2000
 SiteScores = Mapping[str, Mapping[str, float]]  # {model: {case: value}}, NaN where undefined
 # {(role, site): {model: {case: value}}}: sites inside first, models in the order of the columns
 Scores = dict[tuple[str, str], dict[str, dict[str, float]]]
@@ -158,9 +156,8 @@ def difference(sites: Sequence[SiteScores], model: str, other: str) -> tuple[flo
     if not len(values):
         return math.nan, math.nan, math.nan, 0
     weights = np.concatenate([np.full(len(p), 1 / len(p)) for p in paired])  # every site counts alike
-    generator = np.random.default_rng(0)
-    drawn = [np.array(p)[generator.integers(len(p), size=(RESAMPLES, len(p)))].mean(1) for p in paired]
-    low, high = case_interval([np.array(p) for p in paired], np.stack(drawn, axis=1))
+    gains = [np.array(differences) for differences in paired]
+    low, high = case_interval(gains, resampled_means(gains))
     return float(np.average(values, weights=weights)), low, high, len(values)
 
 
@@ -173,12 +170,15 @@ def print_table(output_dir: str | Path, metric: str = "dice") -> str:
 
     Returns:
         The text that was printed: sites inside and their mean, then sites outside and theirs. The mean counts every
-        site alike. ``n`` is the number of a site's cases, and a dash a value that is undefined or absent.
+        site alike. ``n`` is the number of a site's cases, and a dash a value that is undefined or absent. Nothing where
+        a federation had no test cases.
 
     Raises:
         InputError: when there is no ``metrics.csv``, or the metric is not in it.
     """
     found = read_scores(Path(output_dir))
+    if not found and (Path(output_dir) / "history.csv").exists():
+        return ""
     if metric not in found:
         what = (
             f"no metric {metric!r}: choose one of {', '.join(found)}" if found else "no scores: evaluate the run first"

@@ -18,6 +18,7 @@ from typing import Any
 
 from monai.bundle import ConfigWorkflow
 
+from shared_iopfl.data.sites import has_test_cases
 from shared_iopfl.evaluation.tolerant import Failure
 from shared_iopfl.utils.config_values import as_values
 from shared_iopfl.utils.errors import InputError
@@ -99,9 +100,17 @@ class Scoring:
         if both:
             raise InputError(f"site '{both[0]}' is both in sites and in outside_sites: leave it out of one.")
 
+    def tested(self, sites: Sequence[str]) -> list[str]:
+        """The inside sites that have test cases; those that have none are named in one line."""
+        names = {"dataset_dir", "fractions", "patient", "folds"} & set(self.overrides)
+        found = [site for site in sites if has_test_cases(site=site, **{name: self.overrides[name] for name in names})]
+        if untested := [site for site in sites if site not in found]:
+            print(f"no test cases to score at {', '.join(untested)}: the test fraction is 0")
+        return found
+
     def inside(self, sites: Sequence[str]) -> None:
-        """Every inside site's test cases, by the global model and by the site's own."""
-        for site in sites:
+        """Every inside site's test cases, by the global model and by the site's own; see :meth:`tested`."""
+        for site in self.tested(sites):
             for model in ("global", "personalised"):
                 self.score(site, model, role="inside", split="test", mode="off")
 

@@ -31,7 +31,7 @@ from monai.utils import CommonKeys, ensure_tuple
 
 from shared_iopfl.data.loading import reason
 from shared_iopfl.data.scan_files import case_name, printable
-from shared_iopfl.evaluation.records import OutputWriter
+from shared_iopfl.evaluation.records.outputs import OutputWriter
 from shared_iopfl.evaluation.run.served import ServedEvents
 from shared_iopfl.utils.checks import check_values
 from shared_iopfl.utils.errors import InputError, root_input_error

@@ -8,24 +8,88 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Reading the checkpoint of a federation: the newest valid one, checked against what a run writes."""
+"""The checkpoint of a federation: written after each round; to go on, the newest valid one is read and checked."""
 
 from __future__ import annotations
 
+import logging
 import math
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from shared_iopfl.models.files import save_atomically
 from shared_iopfl.utils.errors import InputError
+from shared_iopfl.utils.tables import write_rows
 
-__all__ = ["check_checkpoint", "check_state", "read_newest"]
+if TYPE_CHECKING:
+    from shared_iopfl.federation.simulation import Federation
 
+__all__ = ["HISTORY", "check_checkpoint", "check_settings", "check_state", "read_newest", "resume", "save"]
+
+logger = logging.getLogger(__name__)
+HISTORY = ("round", "site", "model", "metric", "value")
 FAILURES = ("round", "site", "reason")
+
+
+def save(run: Federation) -> None:
+    """Write tables and checkpoint of the rounds so far."""
+    # the history first: a run interrupted between the two does this round again, and writes it again
+    write_rows(run.output_dir / "history.csv", HISTORY, run.history)
+    run.failures.write(run.output_dir / "failures.csv")
+    save_atomically(
+        {
+            "settings": run.settings(),
+            "round": run.round,
+            "weights": run.weights,
+            "server": run.server.state_dict(),
+            "clients": {site: client.state_dict() for site, client in run.clients.items()},
+            "history": run.history,
+            "failures": run.failures.rows,
+        },
+        run.checkpoint,
+        run.previous if run.round > 1 else None,
+    )
+    if run.round == 1:
+        run.previous.unlink(missing_ok=True)  # another run's
+
+
+def resume(run: Federation) -> None:
+    """Go on from the newest checkpoint that can be read, if there is any."""
+    state, path, unreadable = read_newest((run.checkpoint, run.previous))
+    if state is None:
+        return
+    check_settings(state["settings"], run.settings(), str(path))
+    clients = {site: client.state_dict() for site, client in run.clients.items()}
+    check_checkpoint(state, path, run.rounds, run.weights, clients, HISTORY)
+    run.round, run.weights, run.history = state["round"], state["weights"], list(state["history"])
+    run.failures.resume(state["failures"])
+    run.server.load_state_dict(state["server"])
+    for site, client in run.clients.items():
+        client.load_state_dict(state["clients"][site])
+    if unreadable:
+        run.checkpoint.unlink()  # it must not take the place of the one that can be read
+        logger.warning("cannot read %s: going on from the round before", unreadable[0])
+    logger.info("resumed after round %d", run.round)
+
+
+def check_settings(begun: Mapping[str, Any], now: Mapping[str, Any], what: str) -> None:
+    """Raise `InputError` where a run would go on with other settings than it was begun with.
+
+    Args:
+        begun, now: the settings that have to be the same.
+        what: was begun, for the message.
+    """
+    for name, value in now.items():
+        if begun.get(name) != value:
+            raise InputError(
+                f"{what} was begun with {name} {begun.get(name)}, now it is {value}; resume with the same, or choose "
+                "another output folder."
+            )
 
 
 def read_newest(paths: Sequence[Path]) -> tuple[dict[str, Any] | None, Path, list[str]]:

@@ -34,22 +34,20 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from shared_iopfl.federation.averaging import Averaging, average_updates, weighted_average
-from shared_iopfl.federation.checkpoint import check_checkpoint, read_newest
+from shared_iopfl.federation.checkpoint import resume, save
 from shared_iopfl.federation.client import SiteClient, check_time_limit, time_limit
 from shared_iopfl.federation.results import publish
 from shared_iopfl.federation.server_momentum import ServerMomentum
 from shared_iopfl.federation.updates import UPDATE_NORM, Failures, accepted_norms, check_update, far_off, update_norm
-from shared_iopfl.models.files import model_path, save_atomically
+from shared_iopfl.models.files import model_path
 from shared_iopfl.utils.checks import check_values
 from shared_iopfl.utils.errors import InputError, root_input_error
 from shared_iopfl.utils.names import check_sites
-from shared_iopfl.utils.tables import write_rows
 
 __all__ = ["Federation", "SiteClient", "check_update", "weighted_average"]
 
 logger = logging.getLogger(__name__)
 Weights = Mapping[str, Tensor]
-HISTORY = ("round", "site", "model", "metric", "value")
 UNFINISHED = "." + 12 * "[0-9a-f]" + "_*"  # files that a run was writing when it was killed; see `whole_file`
 
 
@@ -187,7 +185,7 @@ class Federation:
             raise InputError("; ".join(dict.fromkeys(map(str, faults)))) from faults[0]
         self.weights = self.clients[self.sites[0]].weights
         if self.resume:
-            self._load()
+            resume(self)
 
     def run(self) -> dict[str, Tensor]:
         """Run the rounds that are left.
@@ -246,7 +244,7 @@ class Federation:
                     self._note(site, "personalised", self._validate(site, client.personalised))
                 except Exception as error:
                     self._leave_out(site, error, client.state_dict())
-        self._save()
+        save(self)
 
     def _validate(self, site: str, weights: Weights) -> dict[str, float]:
         with time_limit(site, self.site_timeout):
@@ -280,49 +278,6 @@ class Federation:
         }
         own = {"sites": self.sites, "rounds": self.rounds, "local_epochs": self.local_epochs, "seed": self.seed}
         return {**training, **own, "server_momentum": self.server.momentum, "averaging": self.averaging}
-
-    def _save(self) -> None:
-        # the history first: a run interrupted between the two does this round again, and writes it again
-        write_rows(self.output_dir / "history.csv", HISTORY, self.history)
-        self.failures.write(self.output_dir / "failures.csv")
-        save_atomically(
-            {
-                "settings": self.settings(),
-                "round": self.round,
-                "weights": self.weights,
-                "server": self.server.state_dict(),
-                "clients": {site: client.state_dict() for site, client in self.clients.items()},
-                "history": self.history,
-                "failures": self.failures.rows,
-            },
-            self.checkpoint,
-            self.previous if self.round > 1 else None,
-        )
-        if self.round == 1:
-            self.previous.unlink(missing_ok=True)  # another run's
-
-    def _load(self) -> None:
-        """Go on from the newest checkpoint that can be read, if there is any."""
-        state, path, unreadable = read_newest((self.checkpoint, self.previous))
-        if state is None:
-            return
-        for name, value in self.settings().items():
-            if state["settings"].get(name) != value:
-                raise InputError(
-                    f"{path} was begun with {name} {state['settings'].get(name)}, now it is {value}; "
-                    "resume with the same, or choose another output folder."
-                )
-        clients = {site: client.state_dict() for site, client in self.clients.items()}
-        check_checkpoint(state, path, self.rounds, self.weights, clients, HISTORY)
-        self.round, self.weights, self.history = state["round"], state["weights"], list(state["history"])
-        self.failures.resume(state["failures"])
-        self.server.load_state_dict(state["server"])
-        for site, client in self.clients.items():
-            client.load_state_dict(state["clients"][site])
-        if unreadable:
-            self.checkpoint.unlink()  # it must not take the place of the one that can be read
-            logger.warning("cannot read %s: going on from the round before", unreadable[0])
-        logger.info("resumed after round %d", self.round)
 
 
 @contextmanager

@@ -25,12 +25,12 @@ from typing import Any
 
 import numpy as np
 
+from shared_iopfl.evaluation.intervals import RESAMPLES
 from shared_iopfl.evaluation.personalised_verdict import personalised_verdict
 from shared_iopfl.evaluation.scores import (
     DASH,
     FEWEST_CASES,
     MINUS,
-    RESAMPLES,
     ROLES,
     Scores,
     count_cases,

@@ -21,12 +21,12 @@ from typing import Any
 
 import pytest
 import torch
+from fl_bundles import BUNDLES, NAMES
 from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.utils import set_determinism
 
 from shared_iopfl.data.phantoms.sites import make_fundus_sites, make_prostate_sites
 
-BUNDLES = Path(__file__).parents[2] / "bundles"
 TINY: dict[str, Any] = {"image_size": 32, "features": 4, "device": "cpu"}
 CASES = 4
 
@@ -124,6 +124,18 @@ def _make_sites() -> Callable[[str, Path], Path]:
 @pytest.fixture(scope="session")
 def sites_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_sites("prostate_iopfl", tmp_path_factory.mktemp("sites"))
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def name(request: pytest.FixtureRequest) -> str:
+    """Each bundle in turn."""
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def data(name: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its sites."""
+    return make_sites(name, tmp_path_factory.mktemp("data"))
 
 
 class OpenedFiles:

@@ -15,10 +15,8 @@ from __future__ import annotations
 import csv
 import gzip
 import json
-import os
 import re
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +28,7 @@ import pytest
 from bad_scans import CORPORA, Corpus, make_corpus
 from monai.bundle import ConfigWorkflow
 from PIL import Image, ImageOps
+from typed import run_bundle
 
 from shared_iopfl.data.scan_files import find_scans, printable
 from shared_iopfl.utils.errors import root_input_error
@@ -44,13 +43,13 @@ Run = Callable[..., ConfigWorkflow]
 
 @dataclass
 class Served:
-    """What a run over a whole corpus left behind."""
+    """What the command line, with overlays and worker processes, left of a whole corpus."""
 
     bundle: str
     scans: Path
     models: Path
     output: Path
-    line: str  # that the run ended in
+    process: subprocess.CompletedProcess[str]
     reasons: dict[str, str]  # of the failed ones, file name -> reason
 
     @property
@@ -83,15 +82,14 @@ def run_to_its_end(run_config: Run, bundle: str, **overrides: Any) -> str:
 
 
 @pytest.fixture(scope="module", params=CORPORA)
-def served(
-    request: Any, tmp_path_factory: pytest.TempPathFactory, run_config: Run, random_models: Callable[..., Path]
-) -> Served:
+def served(request: Any, tmp_path_factory: pytest.TempPathFactory, random_models: Callable[..., Path]) -> Served:
     bundle, root = request.param, tmp_path_factory.mktemp(request.param)
     scans = make_corpus(CORPORA[bundle], root / "scans")
     models, output = random_models(root / "models", bundle), root / "masks"
-    options = {"dataset_dir": scans, "ckpt_dir": models, "output_dir": output}
-    line = run_to_its_end(run_config, bundle, overlays=False, **options)
-    return Served(bundle, scans, models, output, line, failed(output))
+    options: dict[str, Any] = {"dataset_dir": scans, "ckpt_dir": models, "output_dir": output}
+    options |= {"image_size": 32, "features": 4, "device": "cpu", "empty_masks": "allow", "dataloader#num_workers": 2}
+    process = run_bundle(BUNDLES / bundle, "inference", **options)
+    return Served(bundle, scans, models, output, process, failed(output))
 
 
 def test_there_are_many_of_them() -> None:
@@ -114,12 +112,14 @@ def test_every_input_ends_in_a_mask_or_in_a_line_that_names_it(served: Served) -
 
 
 def test_nothing_else_is_written(served: Served) -> None:
-    """A mask for each that has not failed, the run's tables, no half files; every line is one line."""
+    """A mask and an overlay for each that has not failed, the run's tables, no half files; every line is one line."""
     good = [name for name, (_, what) in served.corpus.items() if what is None]
     tables = {"run.json", "failed.csv", "routes.csv", "routes.json", "review.csv", "measures.csv", "site.pt"}
     tables |= {"written.jsonl", ".run.lock", "scans.csv", "not_taken.csv", "report.html"}
+    overlays = {path.name for path in served.output.glob("*_overlay.png")}
+    assert len(overlays) >= len(good) - 6  # a scan of one row makes no picture, nor a name that is too long
     others = {path.name for path in served.output.iterdir()} - {path.name for path in served.masks().values()}
-    assert others <= tables
+    assert others - overlays <= tables
     assert len(served.masks()) == len(good)
     assert not any("\n" in reason for reason in served.reasons.values())
     routed = json.loads((served.output / "routes.json").read_text())["cases"]
@@ -127,8 +127,13 @@ def test_nothing_else_is_written(served: Served) -> None:
 
 
 def test_the_run_ends_in_a_line_that_counts_them(served: Served) -> None:
+    """With status 1, and nothing of the code in the text."""
     bad = sum(what is not None for _, what in served.corpus.values())
-    assert served.line == f"{bad} of {len(served.corpus)} scans failed: see {served.output / 'failed.csv'}"
+    assert served.process.returncode == 1
+    assert [line for line in served.process.stderr.splitlines() if line.startswith("error: ")] == [
+        f"error: {bad} of {len(served.corpus)} scans failed: see {served.output / 'failed.csv'}"
+    ]
+    assert "Traceback" not in served.process.stdout + served.process.stderr
 
 
 def test_masks_of_odd_scans_lie_on_them(served: Served) -> None:
@@ -209,27 +214,3 @@ def test_no_scan_is_let_off_in_training() -> None:
     for bundle in CORPORA:
         for config in ("train", "federate", "multi_gpu_train"):
             assert "Tolerant" not in (BUNDLES / bundle / "configs" / f"{config}.json").read_text()
-
-
-@pytest.mark.slow
-def test_the_command_line(served: Served, tmp_path: Path) -> None:
-    """With overlays and worker processes: one line, status 1, and every good scan has the mask that `served` has."""
-    root = BUNDLES / served.bundle
-    options = {"bundle_root": root, "dataset_dir": served.scans, "ckpt_dir": served.models, "output_dir": tmp_path}
-    options |= {"image_size": 32, "features": 4, "device": "cpu", "empty_masks": "allow"}
-    options |= {"dataloader#num_workers": 2}
-    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(root / "configs" / "inference.json")]
-    process = subprocess.run(
-        [*command, *(part for key, value in options.items() for part in (f"--{key}", str(value)))],
-        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=600, check=False,
-    )  # fmt: skip
-    assert process.returncode == 1
-    assert [line for line in process.stderr.splitlines() if line.startswith("error: ")] == [
-        f"error: {served.line.split(': see')[0]}: see {tmp_path / 'failed.csv'}"
-    ]
-    assert "Traceback" not in process.stdout + process.stderr
-    assert failed(tmp_path) == served.reasons
-    for mask in served.masks().values():
-        assert (tmp_path / mask.name).read_bytes() == mask.read_bytes(), mask.name
-    overlays = list(tmp_path.glob("*_overlay.png"))
-    assert len(overlays) >= len(served.masks()) - 6  # a scan of one row makes no picture, nor a name that is too long

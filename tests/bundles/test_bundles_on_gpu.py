@@ -25,7 +25,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from fl_bundles import BUNDLES, NAMES, exchange, weights_of
+from fl_bundles import BUNDLES, exchange, weights_of
 from monai.fl.client import MonaiAlgo
 from monai.fl.utils.constants import ExtraItems
 from PIL import Image
@@ -45,19 +45,9 @@ METHODS: dict[str, dict[str, Any]] = {
 Run = Callable[..., Any]
 
 
-@pytest.fixture(scope="module", params=NAMES)
-def bundle(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
 @pytest.fixture(scope="module")
-def data(bundle: str, tmp_path_factory: pytest.TempPathFactory, make_sites: Callable[[str, Path], Path]) -> Path:
-    return make_sites(bundle, tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def models(bundle: str, tmp_path_factory: pytest.TempPathFactory, random_models: Callable[..., Path]) -> Path:
-    return random_models(tmp_path_factory.mktemp("models"), bundle)
+def models(name: str, tmp_path_factory: pytest.TempPathFactory, random_models: Callable[..., Path]) -> Path:
+    return random_models(tmp_path_factory.mktemp("models"), name)
 
 
 def whole(path: Path) -> np.ndarray:
@@ -65,10 +55,10 @@ def whole(path: Path) -> np.ndarray:
     return np.asarray(nib.load(path).dataobj if path.name.endswith(".nii.gz") else Image.open(path))  # type: ignore[attr-defined]
 
 
-def trained(run: Run, bundle: str, data: Path, folder: Path, device: torch.device, **options: Any) -> dict[str, Tensor]:
+def trained(run: Run, name: str, data: Path, folder: Path, device: torch.device, **options: Any) -> dict[str, Tensor]:
     """The models that a site's training leaves, by "file name key"."""
     settings = {**SHORT, "dataset_dir": data, "site": "A", "output_dir": folder, "ckpt_dir": folder, "amp": False}
-    run("train", bundle, **{**settings, "verbose": False, "tensorboard": False, "device": str(device), **options})
+    run("train", name, **{**settings, "verbose": False, "tensorboard": False, "device": str(device), **options})
     files = ("model.pt", "model_A.pt")
     states = {name: torch.load(folder / name, map_location="cpu", weights_only=True) for name in files}
     return {f"{name} {key}": tensor for name, state in states.items() for key, tensor in state.items()}
@@ -81,30 +71,30 @@ def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_training_ends_where_the_cpus_does(
-    gpu: torch.device, bundle: str, data: Path, tmp_path: Path, run_config: Run, method: str
+    gpu: torch.device, name: str, data: Path, tmp_path: Path, run_config: Run, method: str
 ) -> None:
     options = METHODS[method]
-    start = trained(run_config, bundle, data, tmp_path / "start", torch.device("cpu"), learning_rate=1e-9)
-    expected = trained(run_config, bundle, data, tmp_path / "cpu", torch.device("cpu"), **options)
-    found = trained(run_config, bundle, data, tmp_path / "gpu", gpu, **options)
+    start = trained(run_config, name, data, tmp_path / "start", torch.device("cpu"), learning_rate=1e-9)
+    expected = trained(run_config, name, data, tmp_path / "cpu", torch.device("cpu"), **options)
+    found = trained(run_config, name, data, tmp_path / "gpu", gpu, **options)
     assert distance(start, expected) > 0
     assert distance(found, expected) <= UPDATE * distance(start, expected)
 
 
 @pytest.mark.parametrize("half", [{"amp": True}, {"bf16": True}], ids=["float16", "bfloat16"])
 def test_training_in_half_precision_stays_finite_and_moves_as_in_full(
-    gpu: torch.device, bundle: str, data: Path, tmp_path: Path, run_config: Run, half: dict[str, Any]
+    gpu: torch.device, name: str, data: Path, tmp_path: Path, run_config: Run, half: dict[str, Any]
 ) -> None:
-    start = trained(run_config, bundle, data, tmp_path / "start", gpu, learning_rate=1e-9)
-    full = trained(run_config, bundle, data, tmp_path / "full", gpu, ditto=0.1)
-    found = trained(run_config, bundle, data, tmp_path / "half", gpu, ditto=0.1, **half)
+    start = trained(run_config, name, data, tmp_path / "start", gpu, learning_rate=1e-9)
+    full = trained(run_config, name, data, tmp_path / "full", gpu, ditto=0.1)
+    found = trained(run_config, name, data, tmp_path / "half", gpu, ditto=0.1, **half)
     assert all(torch.isfinite(tensor).all() for tensor in found.values())
     assert distance(found, full) <= HALF_UPDATE * distance(start, full)
 
 
 def test_a_step_of_training_waits_seldom_for_the_device(
     gpu: torch.device,
-    bundle: str,
+    name: str,
     data: Path,
     tmp_path: Path,
     run_config: Run,
@@ -112,7 +102,7 @@ def test_a_step_of_training_waits_seldom_for_the_device(
 ) -> None:
     """Of two runs that differ in the number of steps alone, each step has the same share of the difference."""
     counted = [
-        waits(lambda: trained(run_config, bundle, data, tmp_path / str(passes), gpu, passes=passes))  # noqa: B023
+        waits(lambda: trained(run_config, name, data, tmp_path / str(passes), gpu, passes=passes))  # noqa: B023
         for passes in (2, 6)
     ]
     per_step = (counted[1] - counted[0]) / 8  # a site has two training cases: one step a pass, in two rounds
@@ -121,14 +111,14 @@ def test_a_step_of_training_waits_seldom_for_the_device(
 
 @pytest.mark.parametrize("mode", ["episodic", "site", "off"])
 def test_inference_gives_the_masks_of_the_cpu(
-    gpu: torch.device, bundle: str, data: Path, models: Path, tmp_path: Path, run_config: Run, mode: str
+    gpu: torch.device, name: str, data: Path, models: Path, tmp_path: Path, run_config: Run, mode: str
 ) -> None:
     folders = []
     for device in (torch.device("cpu"), gpu):
         folders.append(tmp_path / device.type)
         options = {"dataset_dir": data / "E", "ckpt_dir": models, "output_dir": folders[-1], "mode": mode}
         options |= {"overlays": False, "one_component": False, "amp": False, "device": str(device)}
-        run_config("inference", bundle, **options)
+        run_config("inference", name, **options)
     masks = [sorted(path for path in folder.rglob("*") if path.suffix in (".gz", ".png")) for folder in folders]
     assert masks[0] and [path.name for path in masks[0]] == [path.name for path in masks[1]]
     for one, other in zip(*masks):
@@ -136,7 +126,7 @@ def test_inference_gives_the_masks_of_the_cpu(
         assert differing <= 0.005, f"{one.name}: {differing:.4f} of the pixels differ"
 
 
-def test_a_whole_federation(gpu: torch.device, bundle: str, data: Path, tmp_path: Path, run_config: Run) -> None:
+def test_a_whole_federation(gpu: torch.device, name: str, data: Path, tmp_path: Path, run_config: Run) -> None:
     """Federate, personalise, score and route: the files of a run, with finite Dice."""
     options = {
         **SHORT,
@@ -147,7 +137,7 @@ def test_a_whole_federation(gpu: torch.device, bundle: str, data: Path, tmp_path
         "sites": ["A", "B"],
         "outside_sites": ["E"],
     }
-    run_config("federate", bundle, dataset_dir=data, output_dir=tmp_path, device=str(gpu), **options)
+    run_config("federate", name, dataset_dir=data, output_dir=tmp_path, device=str(gpu), **options)
     with open(tmp_path / "metrics.csv", encoding="utf-8", newline="") as file:
         scores = [row for row in csv.DictReader(file) if row["metric"].endswith("dice")]
     assert {row["model"] for row in scores} == {"global", "personalised", "soup", "routed"}
@@ -156,11 +146,11 @@ def test_a_whole_federation(gpu: torch.device, bundle: str, data: Path, tmp_path
 
 
 def test_a_client_of_monais_federated_learning(
-    gpu: torch.device, bundle: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    gpu: torch.device, name: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One round and one evaluation, from a copy of the bundle without published models."""
     monkeypatch.chdir(tmp_path)
-    root = shutil.copytree(BUNDLES / bundle, tmp_path / bundle, ignore=shutil.ignore_patterns("models", "eval"))
+    root = shutil.copytree(BUNDLES / name, tmp_path / name, ignore=shutil.ignore_patterns("models", "eval"))
     own = {"dataset_dir": str(data), "image_size": 32, "features": 4, "device": str(gpu), "passes": 1, "batch_size": 2}
     algo = MonaiAlgo(str(root), train_kwargs=dict(own), eval_kwargs=dict(own))
     algo.initialize({ExtraItems.CLIENT_NAME: "A"})

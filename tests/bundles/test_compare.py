@@ -21,7 +21,8 @@ from typing import Any
 import pytest
 from monai.bundle import ConfigParser, ConfigWorkflow
 
-from shared_iopfl.comparison.protocol import COLUMNS, PERSONAL, Comparison
+from shared_iopfl.comparison.protocol import PERSONAL, Comparison
+from shared_iopfl.comparison.runs import COLUMNS, Runs
 from shared_iopfl.data.sites import find_cases
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.tables import read_rows, write_rows
@@ -49,11 +50,14 @@ def small(bundle: str, sites_dir: Path, output_dir: Path, **options: Any) -> Com
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bundle", ["prostate_iopfl", "fundus_iopfl"])
+@pytest.mark.parametrize(("bundle", "choices"), [("prostate_iopfl", True), ("fundus_iopfl", False)])
 def test_one_command_compares_every_method_on_every_case(
-    bundle: str, make_sites: Callable, run_config: Callable[..., ConfigWorkflow], tmp_path: Path
+    bundle: str, choices: bool, make_sites: Callable, run_config: Callable[..., ConfigWorkflow], tmp_path: Path
 ) -> None:
-    """compare.json, with all its methods, ends in a table that holds each case once a method, and in a report."""
+    """compare.json, with all its methods, ends in a table that holds each case once a method, and in a report.
+
+    What the sites inside choose for one outside knows nothing of the task: one task makes choices.
+    """
     sites = make_sites(bundle, tmp_path / "sites")
     run_config(
         "compare",
@@ -66,12 +70,14 @@ def test_one_command_compares_every_method_on_every_case(
         own_rounds=1,
         fine_tuning=1,
         virtual=["blur"],
+        **({} if choices else {"candidates": {}, "federations": {}}),
     )
     rows = [row for row in read_rows(tmp_path / "out" / "comparison.csv") if row["metric"] == "dice"]
     config = json.loads((BUNDLES / bundle / "configs" / "compare.json").read_text(encoding="utf-8"))
     cases = {(site, case["case"]) for site in SITES for case in find_cases(sites, site)}
     inside = {*config["inside"], *PERSONAL, "fine-tuned", "pooled"}
-    outside = {*config["outside"], *config["federations"], "chosen", "labelled routes", "pooled"}
+    outside = {*config["outside"], "labelled routes", "pooled"}
+    outside |= {*config["federations"], "chosen"} if choices else set()
     for role, methods in (("inside", inside), ("outside", outside)):
         for method in methods:
             of_method = [row for row in rows if row["role"] == role and row["method"] == method]
@@ -81,8 +87,9 @@ def test_one_command_compares_every_method_on_every_case(
     assert {row["site"] for row in virtual} == {"blur"}, "a virtual scanner plays the site"
     assert {row["method"] for row in virtual} == {*config["inside"], "pooled"}
     assert len({row["case"] for row in virtual}) == len(cases)
-    choices = json.loads((tmp_path / "out" / "federations.json").read_text(encoding="utf-8"))
-    assert [choice["fold"] for choice in choices] == SITES
+    if choices:
+        chosen = json.loads((tmp_path / "out" / "federations.json").read_text(encoding="utf-8"))
+        assert [choice["fold"] for choice in chosen] == SITES
     assert (tmp_path / "out" / "comparison.md").is_file() and (tmp_path / "out" / "report.html").is_file()
 
 
@@ -122,7 +129,7 @@ def test_the_other_sites_choose_a_training(tmp_path: Path) -> None:
         for site, value in zip(SITES, values)
     ]
     write_rows(tmp_path / "comparison.csv", COLUMNS, rows)
-    Comparison("bundle", "data", str(tmp_path), SITES, rounds=1, federations={"other": {}})._choose_federations()
+    Runs("bundle", "data", tmp_path, {}).choose_trainings(SITES, ["global", "other"])
     choices = json.loads((tmp_path / "federations.json").read_text(encoding="utf-8"))
     assert {choice["fold"]: choice["choice"] for choice in choices} == {"A": "other", "B": "global", "E": "global"}
 

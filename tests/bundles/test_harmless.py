@@ -28,14 +28,15 @@ from PIL import Image
 from shared_iopfl.data.phantoms.fundus import fundus_case, fundus_style
 from shared_iopfl.data.phantoms.prostate import prostate_case, prostate_style
 
+ROOT = Path(__file__).parents[2]
 BUNDLES = ("prostate_iopfl", "fundus_iopfl")
 SIZE = 32
 # an adaptation as it is, as published, and one whose steps are far too large
-WAYS: dict[str, dict[str, Any]] = {
-    "default": {"preset": "default"},
-    "adapted": {"preset": "adapted"},
-    "paper": {"preset": "paper", "routing": {"steps": 4}},
-    "wild": {"preset": "adapted", "routing": {"learning_rate": 1000.0, "affine": True, "agreement": 0.0}},
+WAYS: dict[str, tuple[str, dict[str, Any]]] = {  # preset, and settings on top of the config's
+    "default": ("default", {}),
+    "adapted": ("adapted", {}),
+    "paper": ("paper", {"steps": 4}),
+    "wild": ("adapted", {"learning_rate": 1000.0, "affine": True, "agreement": 0.0}),
 }
 
 
@@ -68,57 +69,71 @@ def photographs() -> dict[str, np.ndarray]:
     }
 
 
+class Server:
+    """Serves a folder of scans with a bundle's models of random weights.
+
+    Attributes:
+        bundle: its name.
+        scans: the folder.
+    """
+
+    def __init__(self, bundle: str, folder: Path, run_config: Callable, random_models: Callable[..., Path]) -> None:
+        self.bundle, self.scans, self._folder, self._run_config = bundle, folder / "scans", folder, run_config
+        self.scans.mkdir()
+        self._options: dict[str, Any] = {
+            "dataset_dir": self.scans,
+            "ckpt_dir": random_models(folder / "models", bundle),
+        }
+        if bundle == "fundus_iopfl":
+            self._options.update(crop="never", grey="replicate")
+            for name, array in photographs().items():
+                Image.fromarray(array.astype(np.uint8)).save(self.scans / f"{name}.png")
+        else:
+            for name, array in volumes().items():
+                scan = nib.Nifti1Image(array.astype(np.float32), np.diag([-1.0, -1, 3, 1]))
+                nib.save(scan, self.scans / f"{name}.nii")
+
+    def masks(self, mode: str, preset: str, settings: dict[str, Any]) -> Path:
+        """The folder of their masks, made once for the same settings."""
+        folder = self._folder / f"{mode}_{preset}_{'_'.join(map(str, settings.items()))}"
+        if not folder.exists():
+            config = ConfigParser()
+            config.read_config(str(ROOT / "bundles" / self.bundle / "configs" / "inference.json"))
+            config.update({"preset": preset, "mode": mode})
+            routing = {**config.get_parsed_content("routing"), **settings}
+            options = {**self._options, "overlays": False, "mode": mode, "preset": preset, "routing": routing}
+            self._run_config("inference", self.bundle, output_dir=folder, **options)
+        return folder
+
+
 @pytest.fixture(scope="module", params=BUNDLES)
-def scans(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    folder = tmp_path_factory.mktemp(request.param)
-    if request.param == "fundus_iopfl":
-        for name, array in photographs().items():
-            Image.fromarray(array.astype(np.uint8)).save(folder / f"{name}.png")
-    else:
-        for name, array in volumes().items():
-            nib.save(nib.Nifti1Image(array.astype(np.float32), np.diag([-1.0, -1, 3, 1])), folder / f"{name}.nii")
-    return request.param, folder
+def server(
+    request: Any, tmp_path_factory: pytest.TempPathFactory, run_config: Callable, random_models: Callable[..., Path]
+) -> Server:
+    return Server(request.param, tmp_path_factory.mktemp(request.param), run_config, random_models)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("way", "mode"), [*((way, "episodic") for way in WAYS), ("adapted", "site"), ("wild", "site")])
-def test_what_is_served_is_never_worse_than_the_start(
-    way: str,
-    mode: str,
-    scans: tuple[str, Path],
-    tmp_path: Path,
-    run_config: Callable,
-    random_models: Callable[..., Path],
-) -> None:
+def test_what_is_served_is_never_worse_than_the_start(way: str, mode: str, server: Server) -> None:
     """No crash, no NaN; the guard's decision, the objective before and after, and the routes are in the output.
 
     Where the guard kept the start, the mask is the one of no step at all, to the byte.
     """
-    bundle, folder = scans
-    options: dict[str, Any] = {"dataset_dir": folder, "ckpt_dir": random_models(tmp_path / "models", bundle)}
-    options.update(overlays=False, mode=mode, **WAYS[way])
-    if bundle == "fundus_iopfl":
-        options.update(crop="never", grey="replicate")
-    run_config("inference", bundle, output_dir=tmp_path / "run", **options)
-    config = ConfigParser()
-    config.read_config(str(Path(__file__).parents[2] / "bundles" / bundle / "configs" / "inference.json"))
-    config.update({"preset": WAYS[way].get("preset", "default"), "mode": mode})
-    routing = WAYS[way].get("routing", config.get_parsed_content("routing"))
-    options["routing"] = {**routing, "steps": 0}
-    run_config("inference", bundle, output_dir=tmp_path / "start", **options)
-
-    routed = json.loads((tmp_path / "run" / "routes.json").read_text())["cases"]
-    with (tmp_path / "run" / "routes.csv").open(newline="") as file:
+    preset, settings = WAYS[way]
+    run = server.masks(mode, preset, settings)
+    routed = json.loads((run / "routes.json").read_text())["cases"]
+    with (run / "routes.csv").open(newline="") as file:
         weights = [(row["case"], row["layer"], float(row["weight"])) for row in csv.DictReader(file)]
-    ending = ".png" if bundle == "fundus_iopfl" else ".nii"
-    names = sorted(path.name.removesuffix(ending) for path in folder.iterdir())
+    ending = ".png" if server.bundle == "fundus_iopfl" else ".nii"
+    names = sorted(path.name.removesuffix(ending) for path in server.scans.iterdir())
     reported = names if mode == "episodic" else ["site"]  # one network for them all
     assert sorted(routed) == sorted({case for case, _, _ in weights}) == reported
     for case, layer in {(case, layer) for case, layer, _ in weights}:
         total = sum(weight for at, of, weight in weights if (at, of) == (case, layer))
         assert total == pytest.approx(1, abs=1e-4), f"routes of {case}, {layer}"
     for name in names:
-        report, mask = routed[name if mode == "episodic" else "site"], tmp_path / "run" / f"{name}{ending}"
+        report, mask = routed[name if mode == "episodic" else "site"], run / f"{name}{ending}"
         values = np.asarray(Image.open(mask)) if ending == ".png" else np.asarray(nib.load(mask).dataobj)  # type: ignore[attr-defined]
         assert set(np.unique(values)) <= {0, 1, 2}
         assert report["decision"] in ("start", "adapted") and report["reason"]
@@ -130,7 +145,8 @@ def test_what_is_served_is_never_worse_than_the_start(
         if report["decision"] == "adapted":
             assert math.isfinite(after) and after < before, name
         else:
-            assert mask.read_bytes() == (tmp_path / "start" / mask.name).read_bytes(), name
+            start = server.masks(mode, preset, {"steps": 0})
+            assert mask.read_bytes() == (start / mask.name).read_bytes(), name
     decisions = {report["decision"] for report in routed.values()}
     if (way, mode) == ("wild", "episodic"):
         assert "start" in decisions  # the guard had something to refuse

@@ -30,9 +30,9 @@ from shared_iopfl.evaluation.tolerant import TolerantEvaluator
 from shared_iopfl.federation.simulation import Federation
 from shared_iopfl.utils.errors import root_input_error
 
-ROUNDS, SCANS = 200, 500
+ROUNDS, SCANS = 100, 250
 SETTLED = 0.2  # of a run: caches are full by then
-GROWTH = 40  # MB in the rest of it: less than a network's copy a round, or a scan kept, would take
+GROWTH = 20  # MB in the rest of it: less than a network's copy a round, or a scan kept, would take
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts in /proc"),
@@ -105,6 +105,6 @@ def test_scans(
     options = {"dataset_dir": folder, "ckpt_dir": random_models(tmp_path / "models"), "output_dir": tmp_path / "masks"}
     with pytest.raises(RuntimeError) as raised:
         run_config("inference", overlays=False, **options)
-    assert "1 of 500 scans failed" in str(root_input_error(raised.value))
+    assert f"1 of {SCANS} scans failed" in str(root_input_error(raised.value))
     assert_no_growth(held, SCANS)
     assert len(list((tmp_path / "masks").glob("*.nii"))) == SCANS - 1

@@ -13,12 +13,10 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from typed import run_bundle
 
 from shared_iopfl.models.architecture import check_architecture
 from shared_iopfl.models.manifest import check_manifest
@@ -27,15 +25,6 @@ from shared_iopfl.utils.errors import InputError, root_input_error
 
 ROOT = Path(__file__).parents[2]
 SHORT = {"rounds": 1, "own_rounds": 0, "shares": [], "passes": 1, "val_interval": 0}
-
-
-def typed(config: str, bundle: str, *options: str) -> subprocess.CompletedProcess:
-    """``python -m monai.bundle run`` with these options, in a process of its own."""
-    root = f"bundles/{bundle}"
-    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", f"{root}/configs/{config}.json"]
-    command += ["--bundle_root", root, "--device", "cpu", *options]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.slow
@@ -50,14 +39,14 @@ def test_a_federation_s_models_run_as_they_were_trained(bundle, tmp_path, make_s
     assert (architecture["image_size"], architecture["features"], architecture["normalise"]) == (32, 4, False)
     assert architecture["network_def"]["features"] == [4, 8, 16, 32, 64, 4]
 
-    scans = ["--dataset_dir", str(sites / "E"), "--ckpt_dir", str(models), "--empty_masks", "allow"]
-    ran = typed("inference", bundle, *scans, "--output_dir", str(tmp_path / "masks"), "--overlays", "False")
+    root, scans = f"bundles/{bundle}", {"dataset_dir": sites / "E", "ckpt_dir": models, "empty_masks": "allow"}
+    ran = run_bundle(root, "inference", **scans, output_dir=tmp_path / "masks", overlays=False, device="cpu")
     assert ran.returncode == 0, ran.stderr[-800:]
     settings = json.loads((tmp_path / "masks" / "run.json").read_text())["settings"]
     assert {name: settings[name] for name in ("image_size", "features", "normalise")} == {
         name: architecture[name] for name in ("image_size", "features", "normalise")
     }
-    wrong = typed("inference", bundle, *scans, "--output_dir", str(tmp_path / "no"), "--image_size", "64")
+    wrong = run_bundle(root, "inference", **scans, output_dir=tmp_path / "no", image_size=64, device="cpu")
     line = wrong.stderr.strip().splitlines()[-1]
     assert wrong.returncode == 1
     assert line.startswith("error: --image_size 64 contradicts") and "trained with 32" in line
@@ -89,11 +78,11 @@ def test_models_without_a_manifest_run_with_explicit_flags(tmp_path, make_sites,
     bundle = "prostate_iopfl"
     sites = make_sites(bundle, tmp_path / "sites")
     models = random_models(tmp_path / "models", bundle)
-    scans = ["--dataset_dir", str(sites / "E"), "--ckpt_dir", str(models), "--empty_masks", "allow"]
-    scans += ["--output_dir", str(tmp_path / "masks"), "--overlays", "False"]
-    ran = typed("inference", bundle, *scans, "--image_size", "32", "--features", "4")
+    scans = {"dataset_dir": sites / "E", "ckpt_dir": models, "empty_masks": "allow", "overlays": False, "device": "cpu"}
+    given = {**scans, "output_dir": tmp_path / "masks", "image_size": 32}
+    ran = run_bundle(f"bundles/{bundle}", "inference", **given, features=4)
     assert ran.returncode == 0, ran.stderr[-800:]
     assert "has no manifest.json" in ran.stderr + ran.stdout
-    wrong = typed("inference", bundle, *scans, "--image_size", "32", "--output_dir", str(tmp_path / "other"))
+    wrong = run_bundle(f"bundles/{bundle}", "inference", **{**given, "output_dir": tmp_path / "other"})
     assert wrong.returncode == 1
     assert "give --features" in wrong.stderr.strip().splitlines()[-1]

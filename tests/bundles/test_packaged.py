@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import shutil
 import subprocess
 import sysconfig
@@ -24,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from typed import Programs
 
 from shared_iopfl.models.packaging import package, publish
 from shared_iopfl.utils.errors import root_input_error
@@ -146,17 +146,14 @@ class Machine:
 
     def __init__(self, folder: Path) -> None:
         venv.create(folder / "venv", symlinks=True)
-        self.python = folder / "venv" / "bin" / "python"
+        self.programs = Programs(folder / "venv" / "bin" / "python", paths=())
         (site_packages,) = (folder / "venv" / "lib").glob("python*/site-packages")
         paths = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
         (site_packages / "packages.pth").write_text("\n".join(paths))  # .pth files that lie there are not followed
         self.folder = folder
 
     def run(self, *command: str | Path, cwd: Path, path: Path | None = None) -> subprocess.CompletedProcess[str]:
-        environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
-        environment.update({"OMP_NUM_THREADS": "1"}, **({"PYTHONPATH": str(path)} if path else {}))
-        arguments = [str(self.python), *map(str, command)]
-        return subprocess.run(arguments, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+        return self.programs.run(*command, cwd=cwd, environment={"PYTHONPATH": str(path)} if path else {})
 
     def bundle(self, config: str, root: Path, *options: str | Path) -> subprocess.CompletedProcess[str]:
         """``python -m monai.bundle run`` in the bundle's folder."""

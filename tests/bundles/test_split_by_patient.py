@@ -13,24 +13,14 @@
 from __future__ import annotations
 
 import csv
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from typed import run_bundle, typed
 
 from shared_iopfl.data.sites import find_cases
 
-ROOT = Path(__file__).parents[2]
-BUNDLE = "bundles/fundus_iopfl"
-
-
-def typed(*command: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, "-m", *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
-    )
+PATTERN = "(.*)_(OD|OS|rechts|links)"
 
 
 @pytest.fixture
@@ -53,23 +43,20 @@ def eyes(tmp_path, make_sites) -> Path:
 @pytest.mark.slow
 def test_eyes_of_a_patient_stay_together(eyes, tmp_path):
     """Recognised and said at one site, declared by a pattern at both; by fold."""
-    told = typed("shared_iopfl", "prepare", str(eyes), "--split_seed", "3")
+    told = typed("-m", "shared_iopfl", "prepare", eyes, "--split_seed", "3")
     assert "'A': 6 files are taken for 4 patients" in told.stderr
     assert "(000_OD, 000_OS)" in told.stderr and "'B'" not in told.stderr
-    told = typed("shared_iopfl", "prepare", str(eyes), "--patient", "(.*)_(OD|OS|rechts|links)", "--folds", "2")
+    told = typed("-m", "shared_iopfl", "prepare", eyes, "--patient", PATTERN, "--folds", "2")
     assert told.returncode == 0, told.stderr
     (line,) = told.stderr.splitlines()  # the third site's files have no such names
     assert "fits no file of site 'E'" in line
     lines = told.stdout.splitlines()
     assert all("2 patients" in line and "masks of 0, 1, 2" in line for line in lines[:2])
 
-    run = ("monai.bundle", "run", "--config_file", f"{BUNDLE}/configs/federate.json", "--bundle_root", BUNDLE)
     tiny = {"image_size": 32, "features": 4, "rounds": 1, "own_rounds": 0, "passes": 1, "val_interval": 0, "shares": []}
-    options = [word for name, value in tiny.items() for word in (f"--{name}", str(value))]
-    places = {"dataset_dir": str(eyes), "output_dir": str(tmp_path / "out"), "sites": "['A','B']", "device": "cpu"}
-    options += [word for name, value in places.items() for word in (f"--{name}", value)]
-    pattern = ["--patient", "(.*)_(OD|OS|rechts|links)", "--folds", "2", "--fold", "1"]
-    done = typed(*run, *options, *pattern)
+    places = {"dataset_dir": eyes, "output_dir": tmp_path / "out", "sites": "['A','B']", "device": "cpu"}
+    by_patient = {"patient": PATTERN, "folds": 2, "fold": 1}
+    done = run_bundle("bundles/fundus_iopfl", "federate", **tiny, **places, **by_patient)
     assert done.returncode == 0, done.stderr[-800:]
     with (tmp_path / "out" / "cases.csv").open(newline="") as file:
         tested = {(row["site"], row["case"]) for row in csv.DictReader(file)}

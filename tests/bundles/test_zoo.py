@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +30,7 @@ from monai.bundle import (
     verify_metadata,
     verify_net_in_out,
 )
+from typed import as_options, typed
 
 from shared_iopfl.models.files import load_experts, load_weights
 from shared_iopfl.models.manifest import check_manifest
@@ -330,10 +329,7 @@ def test_commands_on_the_shipped_weights(name: str, tmp_path: Path, make_sites: 
         ("run", {"dataset_dir": make_sites(name, tmp_path / "sites") / "E", **serve}),
     ]
     for command, options in commands:
-        words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
-        process = subprocess.run(
-            [sys.executable, "-m", "monai.bundle", command, *words], cwd=tmp_path, capture_output=True, text=True
-        )
+        process = typed("-m", "monai.bundle", command, *as_options(options), cwd=tmp_path)
         assert process.returncode == 0, f"{command}: {process.stderr[-2000:]}"
 
     network = parser_of(name, "inference").get_parsed_content("network_def").eval()
@@ -359,8 +355,7 @@ def test_logging_is_quiet_where_progress_bars_run(name: str) -> None:
         "import logging.config, sys; logging.config.fileConfig(sys.argv[1]); "
         "print(*(logging.getLevelName(logging.getLogger(n).getEffectiveLevel()) for n in sys.argv[2:]))"
     )
-    command = [sys.executable, "-c", code, str(BUNDLES / name / "configs" / "logging.conf"), "StatsHandler", *quiet]
-    levels = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    levels = typed("-c", code, BUNDLES / name / "configs" / "logging.conf", "StatsHandler", *quiet).stdout.split()
     assert levels == ["INFO", "CRITICAL", "WARNING", "WARNING"]
 
 

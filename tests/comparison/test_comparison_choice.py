@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from shared_iopfl.comparison.protocol import COLUMNS, Comparison, best_of
+from shared_iopfl.comparison.runs import COLUMNS, Runs, best_of
 from shared_iopfl.evaluation.records import case_scores
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.tables import write_rows
@@ -57,6 +57,6 @@ def test_the_other_sites_choose_a_training_by_the_cases_that_have_a_dice(tmp_pat
         for case in ("c", "empty")
     ]
     write_rows(tmp_path / "comparison.csv", COLUMNS, rows)
-    Comparison("bundle", "data", str(tmp_path), list("ABC"), rounds=1, federations={"other": {}})._choose_federations()
+    Runs("bundle", "data", tmp_path, {}).choose_trainings("ABC", ["global", "other"])
     choices = json.loads((tmp_path / "federations.json").read_text(encoding="utf-8"))
     assert [choice["choice"] for choice in choices] == ["other"] * 3

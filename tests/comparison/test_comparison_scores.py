@@ -19,8 +19,8 @@ import pytest
 from comparisons import COLUMNS, dice, score_rows, write_scores
 from runs import write_csv
 
-from shared_iopfl.comparison import scores as comparison_scores
 from shared_iopfl.comparison.scores import BEST_EXPERT, MEAN_EXPERT, RoleScores, Site, read_comparison
+from shared_iopfl.evaluation import intervals
 from shared_iopfl.evaluation.intervals import case_interval, site_interval
 from shared_iopfl.utils.errors import InputError
 
@@ -68,7 +68,7 @@ def test_the_seeds_of_a_case_stay_together():
 
 def test_the_interval_holds_the_truth_as_often_as_it_says(monkeypatch):
     """Sites of different size and spread, 80 times over: about 95 in 100."""
-    monkeypatch.setattr(comparison_scores, "RESAMPLES", 1000)
+    monkeypatch.setattr(intervals, "RESAMPLES", 1000)
     rng, truth, held = np.random.RandomState(1), 0.01, 0
     for _ in range(80):
         sites = {}
@@ -101,14 +101,17 @@ def verdicts(scores: RoleScores, draws: int) -> float:
 @pytest.mark.parametrize("sites, cases", [(3, 2), (4, 3)])
 def test_a_comparison_of_equals_seldom_has_a_verdict(monkeypatch, sites, cases):
     """Plain percentiles give one in 28 % of the comparisons with two cases at each of three sites."""
-    monkeypatch.setattr(comparison_scores, "RESAMPLES", 1000)
+    monkeypatch.setattr(intervals, "RESAMPLES", 1000)
     assert verdicts(null(sites, cases, 400), 400) <= 0.07
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("unequal", [False, True])
 @pytest.mark.parametrize("sites, cases", [(3, 2), (6, 2), (4, 3), (3, 5), (2, 8), (1, 6), (6, 10)])
-def test_at_every_size_at_most_seven_in_a_hundred_comparisons_of_equals_have_a_verdict(sites, cases, unequal):
+def test_at_every_size_at_most_seven_in_a_hundred_comparisons_of_equals_have_a_verdict(
+    sites, cases, unequal, monkeypatch
+):
+    monkeypatch.setattr(intervals, "RESAMPLES", 2000)
     found = [verdicts(null(sites, cases, 200, seed, unequal), 200) for seed in range(10)]  # 2,000 draws
     assert np.mean(found) <= 0.07
 
@@ -126,15 +129,16 @@ def test_a_site_of_one_case_among_others_has_no_verdict():
     assert RoleScores(["one", "two"], ["0"], sites, 1).difference("one", "two").verdict == "too few cases"
 
 
-def test_the_interval_for_new_sites_covers_them_and_that_for_cases_does_not():
+def test_the_interval_for_new_sites_covers_them_and_that_for_cases_does_not(monkeypatch):
     """Sites that differ by a point: 400 comparisons of five sites with a true mean of 0 over all sites there are."""
+    monkeypatch.setattr(intervals, "RESAMPLES", 500)
     rng, held, narrow = np.random.default_rng(0), 0, 0
     for _ in range(400):
         gains = rng.normal(0, 0.01, (5, 1)) + rng.normal(0, 0.01, (5, 20))
         drawn = np.stack([g[rng.integers(20, size=(500, 20))].mean(1) for g in gains], axis=1)
         low, high = case_interval(list(gains), drawn)
         narrow += low <= 0 <= high
-        low, high = site_interval(gains.mean(1), 500)
+        low, high = site_interval(gains.mean(1))
         held += low <= 0 <= high
     assert 0.91 <= held / 400 <= 0.98
     assert narrow / 400 < 0.8

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from site_folders import dofe, names, saml
 
-from shared_iopfl.data.sites import find_cases, fingerprint, fold_cases, site_cases, split_cases
+from shared_iopfl.data.sites import find_cases, fingerprint, fold_cases, has_test_cases, site_cases, split_cases
 from shared_iopfl.utils.errors import InputError
 
 
@@ -81,6 +81,17 @@ def test_unknown_or_empty_part(tmp_path):
     with pytest.raises(InputError, match="no train cases"):
         site_cases(tmp_path, "D", "train")
     assert len(site_cases(tmp_path, "D", "test")) == 3
+
+
+def test_a_site_is_tested_by_its_fraction_its_published_list_or_by_folds(tmp_path):
+    saml(tmp_path, "A", 4)
+    dofe(tmp_path, train=3, test=1)
+    without = {"fractions": (0.7, 0.3, 0)}
+    assert has_test_cases(tmp_path, "A") and has_test_cases(tmp_path, "A", **without, folds=2)
+    assert has_test_cases(tmp_path, "D", **without)
+    assert not has_test_cases(tmp_path, "A", **without)
+    with pytest.raises(InputError, match="no test cases"):
+        site_cases(tmp_path, "A", "test", **without)
 
 
 def test_fingerprint_tells_names_and_sizes(tmp_path):

@@ -79,6 +79,6 @@ def test_interval_is_seeded_and_holds_the_mean():
     mean, low, high, n = difference([site], "routed", "global")
     assert n == 30
     assert mean == pytest.approx(values.mean())
-    # as wide as the normal approximation says, within what 2,000 resamples give
+    # as wide as the normal approximation says, within what the resamples give
     assert (low, high) == pytest.approx(values.mean() + np.array([-1, 1]) * 1.96 * values.std() / 30**0.5, abs=0.002)
     assert difference([site], "routed", "global") == (mean, low, high, n)

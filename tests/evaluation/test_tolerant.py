@@ -132,7 +132,7 @@ def test_a_scan_that_fails_at_any_stage_is_named_and_the_others_are_written(scan
 def test_a_failed_scans_report_is_not_taken_for_the_next_ones(scans, tmp_path, stage):
     output, kept = tmp_path / "out", {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("shared_iopfl.evaluation.records.write_routes", lambda cases, _: kept.update(cases))
+        patch.setattr("shared_iopfl.evaluation.records.routes.write_routes", lambda cases, _: kept.update(cases))
         with pytest.raises(InputError, match="1 of 4"):
             serve(scans, output, **{stage: fault("b", RuntimeError())})
     assert {case: report["of"] for case, report in kept.items()} == {name: name for name in "acd"}

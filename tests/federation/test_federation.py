@@ -29,6 +29,7 @@ from hypothesis import strategies as st
 from networks import images, unet, untouched
 from torch import Tensor, nn
 
+from shared_iopfl.federation import checkpoint
 from shared_iopfl.federation import results as federation_results
 from shared_iopfl.federation import simulation as federation
 from shared_iopfl.federation.results import cross_site_scores
@@ -188,7 +189,7 @@ def fakes(monkeypatch) -> None:
         return ticked
 
     monkeypatch.setattr(federation, "SiteClient", FakeClient)
-    for module in (federation, federation_results):  # whichever of them uses what may be interrupted
+    for module in (federation, checkpoint, federation_results):  # whichever of them uses what may be interrupted
         for name in ("save_atomically", "write_rows", "write_json"):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, ticking(getattr(module, name)))

@@ -41,6 +41,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
     return TinyRun.make(tmp_path_factory.mktemp("sites"))
 
 
+@pytest.fixture(scope="module")
+def whole(tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an undisturbed run."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    assert OneProcess().run(tiny, folder).code == 0
+    return folder
+
+
 @pytest.fixture
 def _process_as_it_was() -> Iterator[None]:
     yield
@@ -151,11 +159,9 @@ def digests(folder: Path) -> dict[str, str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("full_for", ["checkpoint", "model", "everything"])
-def test_full_disk_ends_the_run_in_one_line_and_the_last_round_stays(full_for, tiny, tmp_path):
+def test_full_disk_ends_the_run_in_one_line_and_the_last_round_stays(full_for, tiny, whole, tmp_path):
     """A process that may write no larger file: the line says where; nothing half written is left; it goes on."""
-    process = OneProcess()
-    whole, folder = tmp_path / "whole", tmp_path / "run"
-    assert process.run(tiny, whole).code == 0
+    process, folder = OneProcess(), tmp_path / "run"
     assert process.run(tiny, folder, stop_after=2).code != 0
     before = digests(folder)
     model, checkpoint = (folder / "models" / "model_A.pt").stat().st_size, (folder / "federation.pt").stat().st_size
@@ -177,11 +183,9 @@ def test_full_disk_ends_the_run_in_one_line_and_the_last_round_stays(full_for, t
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments_and_resumed_a_run_ends_as_an_undisturbed_one(tiny, tmp_path):
+def test_killed_at_random_moments_and_resumed_a_run_ends_as_an_undisturbed_one(tiny, whole, tmp_path):
     """A process that dies, again and again, at any instruction; then the same weights to the bit, and no litter."""
-    process, moments = OneProcess(), random.Random(0)
-    whole, folder = tmp_path / "whole", tmp_path / "run"
-    assert process.run(tiny, whole).code == 0
+    process, moments, folder = OneProcess(), random.Random(0), tmp_path / "run"
     killed = 0
     for _ in range(KILLS):
         ended = process.run(tiny, folder, kill_after=moments.uniform(0.05, 0.9))

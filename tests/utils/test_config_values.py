@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from config_start import BUNDLES, PROSTATE, start
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from monai.bundle import ConfigParser
+from typed import typed
 
 from shared_iopfl.data.sites import list_sites
 from shared_iopfl.evaluation.scoring import Scoring
@@ -249,7 +249,7 @@ def test_a_tracked_config_that_is_to_be_saved_evaluates_no_path(name: str) -> No
         f"ConfigWorkflow({str(PROSTATE / 'configs' / 'inference.json')!r}, logging_file=False, tracking='mlflow', "
         f"**{given!r}).initialize()"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = typed("-c", code)
     assert done.returncode == 1
     assert f"error: {name} " in done.stderr
     assert "begins with '$' and would be evaluated" in done.stderr

@@ -19,17 +19,15 @@ goes on with it, with ``resume``.
 from __future__ import annotations
 
 import atexit
-import json
 import os
-import re
 import socket
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from shared_iopfl.data.scan_names import file_ending, is_dicom
+from shared_iopfl.evaluation.run.found import RESUMED, RUN, SCORED, check_apart, make_room, read_run
 from shared_iopfl.evaluation.run.lock import FolderLock
 from shared_iopfl.evaluation.run.written import LIST, Written
 from shared_iopfl.utils import errors
@@ -39,29 +37,6 @@ from shared_iopfl.utils.reading import read_json
 from shared_iopfl.utils.tables import write_json
 
 __all__ = ["claim", "claim_training", "describe", "finish", "release"]
-
-RUN = "run.json"
-KINDS = {
-    "inference": "an inference",
-    "evaluate": "an evaluation",
-    "train": "a training",
-    "federate": "a federation",
-    "compare": "a comparison",
-    "flare": "a federation by FLARE",
-}
-RESUMED = ("federate", "compare", "flare")
-WITH_MODELS = ("inference", "evaluate")  # what a wrong model or setting ends before it has written anything
-SCORED = ("train", "federate", "flare")  # their folders may take an evaluation, too
-UNFINISHED = re.compile(r"\.[0-9a-f]{12}_.+")  # what a killed run was writing; see `whole_file`
-# at the top of a run's folder
-NAMES = {
-    *(RUN, LIST, "failed.csv", "measures.csv", "review.csv", "routes.csv", "routes.json", "site.pt"),
-    *("not_taken.csv", "scans.csv"),
-    *("cases.csv", "metrics.csv", "summary.csv", "report.html", "federation.pt", "federation_previous.pt"),
-    *("failures.csv", "history.csv", "statistics.csv", "choices.json", "comparison.csv", "comparison.md"),
-    "federations.json",
-}
-ANYWHERE = ("device", "dataset_dir", "output_dir", "verbose")  # settings that may change when a run goes on
 
 
 class RunFolder:
@@ -131,7 +106,7 @@ class RunFolder:
         """Say in ``run.json`` that the run has come to its end."""
         self.begin()
         self._note_events()
-        run = _read_run(self.folder)
+        run = read_run(self.folder)
         if run.get("kind") == self.kind:
             write_json(self.folder / RUN, {**run, "status": "finished"})
 
@@ -176,15 +151,15 @@ def claim(
     if overwrite and resume:
         raise InputError("overwrite and resume cannot both be True: start afresh, or go on.")
     if dataset_dir is not None:
-        _check_apart(folder, Path(dataset_dir))
+        check_apart(folder, Path(dataset_dir))
     check_writable(folder)
     _take_over(folder, output_dir)
     run = RunFolder(folder, kind, str(output_dir))
     try:
-        _make_room(run, str(output_dir), settings or {}, overwrite, resume, part)
+        make_room(run, str(output_dir), settings or {}, overwrite, resume, part)
         keepers.append(run)
         if part is None or not set(run.written.below(folder)) - {folder / RUN}:
-            begun = _read_run(folder) if resume else {}
+            begun = read_run(folder) if resume else {}
             run.described = {**begun, "kind": kind, "status": "unfinished", "settings": dict(settings or {})}
             if run.has_begun:
                 write_json(folder / RUN, run.described)
@@ -264,101 +239,3 @@ def _take_over(folder: Path, shown: str | os.PathLike) -> None:
         _held[folder] = earlier
         raise InputError(f"{shown} is in use by another run: wait for it, or choose another output_dir.")
     earlier.release()
-
-
-# ---- what is there ---------------------------------------------------------------------------------------------------
-
-
-def _check_apart(folder: Path, data: Path) -> None:
-    if not data.exists():
-        return
-    one, other = folder.resolve(), data.resolve()
-    if one == other:
-        where = "the same as"
-    elif one.is_relative_to(other):
-        where = "inside of"
-    elif other.is_relative_to(one):
-        where = "around"
-    else:
-        return
-    raise InputError(f"output_dir {folder} is {where} dataset_dir {data}: keep what a run writes apart from its data.")
-
-
-def _make_room(
-    run: RunFolder, shown: str, settings: Mapping[str, Any], overwrite: bool, resume: bool, part: Any
-) -> None:
-    """Raise unless the run may write into its folder; take away what it replaces."""
-    folder, written = run.folder, run.written
-    earlier = _read_run(folder) if (folder / RUN) in written else {}
-    if set(written.below(folder)) - {folder / RUN}:  # a run that ended at once leaves nothing to lose
-        kind = earlier.get("kind", run.kind)
-        found = (
-            f"{shown} holds {KINDS.get(kind, 'something else')} ({earlier.get('status', 'unfinished')}, "
-            f"{len(written.below(folder))} files)"
-        )
-        if kind != run.kind and not (part is not None and kind in SCORED):
-            raise InputError(f"{found}: choose another output_dir.")
-        if part is not None:
-            _make_room_for_part(run, Path(os.path.abspath(part)), overwrite)
-        elif resume:
-            _check_settings(earlier.get("settings"), settings, shown)
-        elif not overwrite:
-            go_on = ", or go on with it with --resume True" * (run.kind in RESUMED)
-            raise InputError(f"{found}: choose another output_dir, or replace it with --overwrite True{go_on}.")
-        else:
-            run.replace(folder)
-        if run.kind not in WITH_MODELS:
-            run.begin()
-        for path in [path for path in folder.rglob(".*") if UNFINISHED.fullmatch(path.name)]:
-            path.unlink(missing_ok=True)
-    stranger = next(_in_the_way(folder, written, run.kind), None)
-    if stranger is not None:
-        raise InputError(
-            f"{shown} holds {stranger.relative_to(folder)}, which no run is known to have written: choose an empty or "
-            "new output_dir."
-        )
-
-
-def _make_room_for_part(run: RunFolder, part: Path, overwrite: bool) -> None:
-    if part.is_relative_to(run.folder) and run.written.below(part):
-        if not overwrite:
-            raise InputError(
-                f"{part} holds an evaluation of this model at this site: choose another output_dir, or replace it with "
-                "--overwrite True."
-            )
-        run.replace(part)
-
-
-def _check_settings(begun: Any, settings: Mapping[str, Any], shown: str) -> None:
-    now = json.loads(json.dumps(dict(settings), default=str))
-    for name, value in now.items() if isinstance(begun, dict) else ():
-        if name in begun and name not in ANYWHERE and begun[name] != value:
-            raise InputError(
-                f"{shown} was begun with {name} {begun[name]}, now it is {value}; resume with the same, or choose "
-                "another output folder."
-            )
-
-
-def _in_the_way(folder: Path, written: Written, kind: str) -> Iterator[Path]:
-    """What nobody is known to have written and that the run could write over, or that would be mixed with its masks."""
-    for parent, folders, files in os.walk(folder):
-        here = Path(parent)
-        if here != folder and {RUN, LIST} <= {*files}:
-            folders.clear()  # another run's
-            continue
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for path in (here / name for name in sorted(files) if not name.startswith(".")):
-            if path in written or (here == folder and path.name == LIST and written.files):
-                continue
-            is_model = kind in ("federate", "flare") and path.suffix == ".pt" and here == folder / "models"
-            if is_model or (here == folder and path.name in NAMES) or file_ending(path) or is_dicom(path):
-                yield path
-
-
-def _read_run(folder: Path) -> dict[str, Any]:
-    if not (folder / RUN).is_file():
-        return {}
-    run = read_json(folder / RUN)
-    if not isinstance(run, dict) or not isinstance(run.get("kind", ""), str):
-        raise InputError(f"{folder / RUN} is not what a run leaves behind: choose another output_dir.")
-    return run

@@ -30,6 +30,7 @@ from nvflare.client.config import ExchangeFormat
 from torch import Tensor
 
 from shared_iopfl.evaluation.scoring import Scoring
+from shared_iopfl.federation.checkpoint import check_settings
 from shared_iopfl.federation.flare.client import JOB_FILE, bundle_fingerprint
 from shared_iopfl.federation.flare.server import CHECKPOINT, Rounds, ServerFiles
 from shared_iopfl.federation.server_momentum import ServerMomentum
@@ -179,12 +180,7 @@ def read_state(path: Path, federation: Federation) -> dict[str, Any]:
         was, run = dict(state["settings"]), state["run"]
     except Exception as error:
         raise InputError(f"cannot read {path} ({type(error).__name__}); remove it to start anew.") from error
-    for name, value in federation.settings().items():
-        if was.get(name) != value:
-            raise InputError(
-                f"{path} of run {run} was begun with {name} {was.get(name)}, now it is {value}; resume with the same, "
-                "or choose another output folder."
-            )
+    check_settings(was, federation.settings(), f"{path} of run {run}")
     return state
 
 

@@ -78,7 +78,7 @@ def score(scoring: Scoring, output_dir: Path, dataset_dir: Path, sites: Sequence
     """
     scoring.output_dir = str(output_dir)
     scoring.overrides |= {"dataset_dir": str(dataset_dir), **({"device": device} if device else {})}
-    for site in sites:
+    for site in scoring.tested(sites):
         folder = output_dir / "sites" / site
         if Path(model_path(str(folder), "personalised", site)).exists():
             common = {"role": "inside", "split": "test", "mode": "off"}

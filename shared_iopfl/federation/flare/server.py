@@ -35,9 +35,9 @@ from nvflare.fuel.utils import fobs
 from torch import Tensor
 
 from shared_iopfl.federation.averaging import Averaging, average_updates
+from shared_iopfl.federation.checkpoint import HISTORY
 from shared_iopfl.federation.flare.client import COUNTED, SETTLE
 from shared_iopfl.federation.server_momentum import ServerMomentum
-from shared_iopfl.federation.simulation import HISTORY
 from shared_iopfl.federation.updates import UPDATE_NORM, accepted_norms, check_update, far_off, update_norm
 from shared_iopfl.handlers.norm_statistics import STATISTICS
 from shared_iopfl.models.files import USUAL_SHIFT, model_path, save_atomically

@@ -13,9 +13,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,9 +36,10 @@ from fundus_runs import (
     vertical_ratio,
 )
 from PIL import Image
+from typed import run_bundle
 
 from shared_iopfl.data.sites import site_cases
-from shared_iopfl.evaluation import records
+from shared_iopfl.evaluation.records import routes
 
 # enough for disc and cup to be learnt, in seconds
 LEARN: dict[str, Any] = {
@@ -113,7 +111,7 @@ def test_federation_scores_both_targets_and_their_ratio(federated: Path, sites: 
         }
         expected["dice"] = (expected["dice_disc"] + expected["dice_cup"]) / 2
         expected["vcdr_error"] = abs(expected["vcdr"] - expected["vcdr_reference"])
-        assert scores[case["site"], case["model"], case["case"]] == pytest.approx(expected, abs=2e-6)
+        assert scores[case["site"], case["model"], case["case"]] == pytest.approx(expected, abs=2e-6, nan_ok=True)
 
 
 def test_federation_learns_disc_and_cup(federated: Path) -> None:
@@ -230,15 +228,8 @@ def test_command_line_ends_a_truncated_jpeg_in_one_line(sites: Path, federated: 
     bad = tmp_path / "bad.jpg"
     bad.write_bytes(first_of(sites / "E" / "images").read_bytes())
     cut_short(bad)
-    options = {
-        "bundle_root": BUNDLE, "dataset_dir": bad, "ckpt_dir": federated / "models", "output_dir": tmp_path / "masks",
-        "image_size": 32, "features": 4, "device": "cpu",
-    }  # fmt: skip
-    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(BUNDLE / "configs" / "inference.json")]
-    process = subprocess.run(
-        [*command, *(part for key, value in options.items() for part in (f"--{key}", str(value)))],
-        capture_output=True, text=True, timeout=120, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    given = {"dataset_dir": bad, "ckpt_dir": federated / "models", "output_dir": tmp_path / "masks"}
+    process = run_bundle(BUNDLE, "inference", **given, image_size=32, features=4, device="cpu")
     assert process.returncode == 1
     lines = (process.stdout + process.stderr).replace("\r", "\n").splitlines()
     (line,) = [line for line in lines if "error" in line.lower() or "Traceback" in line or line.startswith("  File")]
@@ -271,7 +262,7 @@ def test_a_site_is_measured_on_so_many_of_its_photographs(
     sites: Path, federated: Path, tmp_path: Path, run_config: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However many a folder holds: evenly spaced, so that memory and time are bounded."""
-    monkeypatch.setattr(records, "SITE_SCANS", 2)
+    monkeypatch.setattr(routes, "SITE_SCANS", 2)
     common = {"dataset_dir": sites / "E" / "images", "ckpt_dir": federated / "models", "output_dir": tmp_path}
     run_fundus(run_config, "inference", mode="site", **common)
     assert json.loads((tmp_path / "routes.json").read_text())["cases"]["site"]["scans"] == 2

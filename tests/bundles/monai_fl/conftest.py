@@ -18,19 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fl_bundles import BUNDLES, NAMES, TINY
+from fl_bundles import BUNDLES, TINY
 from monai.fl.client import MonaiAlgo
 from monai.fl.utils.constants import ExtraItems
-
-
-@pytest.fixture(scope="module", params=NAMES)
-def name(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def data(name: str, tmp_path_factory: pytest.TempPathFactory, make_sites: Callable[[str, Path], Path]) -> Path:
-    return make_sites(name, tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture

@@ -18,8 +18,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -40,6 +38,7 @@ from monai.bundle import ConfigWorkflow
 from monai.fl.client import MonaiAlgo, MonaiAlgoStats
 from monai.fl.utils.constants import ExtraItems, FlStatistics, ModelType, WeightType
 from torch import Tensor
+from typed import typed
 
 from shared_iopfl.data.sites import site_cases
 
@@ -183,11 +182,8 @@ def test_third_party_federation(name: str, data: Path, tmp_path: Path) -> None:
     script = Path(__file__).with_name("third_party_fl.py")
     assert "shared_iopfl" not in script.read_text()
     (tmp_path / "elsewhere").mkdir()
-    process = subprocess.run(
-        [sys.executable, str(script), str(BUNDLES / name), str(data), str(tmp_path), "A", "B"],
-        input=json.dumps(TINY), cwd=tmp_path / "elsewhere", env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+    where = {"cwd": tmp_path / "elsewhere", "stdin": json.dumps(TINY)}
+    process = typed(script, BUNDLES / name, data, tmp_path, "A", "B", **where)
     assert process.returncode == 0, process.stderr[-2000:]
     rounds = json.loads((tmp_path / "metrics.json").read_text())
     assert len(rounds) == 2

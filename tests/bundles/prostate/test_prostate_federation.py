@@ -156,6 +156,20 @@ def test_rounds_read_no_test_case_and_nothing_outside(federated: FederatedRun, s
     assert outside <= federated.read_after
 
 
+def test_without_test_cases_a_run_ends_well_and_reports_validation(
+    sites_dir: Path, tmp_path: Path, run_config: Run, capsys: pytest.CaptureFixture
+) -> None:
+    """A test fraction of 0, as for models to publish: one line says that there is nothing to score."""
+    run = {**FEDERATE, "rounds": 1, "own_rounds": 0, "fractions": [0.7, 0.3, 0.0]}
+    run_config("federate", dataset_dir=sites_dir, output_dir=tmp_path, **run)
+    said = [line for line in capsys.readouterr().out.splitlines() if "test cases" in line]
+    assert said == ["no test cases to score at A, B: the test fraction is 0"]
+    assert {path.name for path in (tmp_path / "models").glob("*.pt")} == {"model.pt", "model_A.pt", "model_B.pt"}
+    assert not (tmp_path / "metrics.csv").exists()
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "Learning curves" in page and "Dice by site and model" not in page
+
+
 def test_resumed_is_as_undisturbed(
     sites_dir: Path, tmp_path: Path, run_config: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,15 +12,14 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from prostate_runs import BUNDLE, FEDERATE, Run
+from typed import run_bundle
 
 from shared_iopfl.data.sites import site_cases
 from shared_iopfl.utils.errors import root_input_error
@@ -86,16 +85,6 @@ def test_a_wrong_word_is_named_in_one_line(
     assert "\n" not in str(cause)
 
 
-def command_line(config: str, **overrides: Any) -> subprocess.CompletedProcess:
-    options = [part for key, value in overrides.items() for part in (f"--{key}", str(value))]
-    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(BUNDLE / "configs" / f"{config}.json")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*command, "--bundle_root", str(BUNDLE), *options],
-        capture_output=True, text=True, env=environment, timeout=120, check=False,
-    )  # fmt: skip
-
-
 def errors_of(process: subprocess.CompletedProcess) -> list[str]:
     """The lines that speak of errors, of both streams; the traceback of an unmended one would be among them."""
     lines = (process.stdout + process.stderr).replace("\r", "\n").splitlines()
@@ -103,7 +92,7 @@ def errors_of(process: subprocess.CompletedProcess) -> list[str]:
 
 
 def test_command_line_ends_an_unknown_site_in_one_line(sites_dir: Path, tmp_path: Path) -> None:
-    process = command_line("federate", dataset_dir=sites_dir, sites="['A','Atlantis']", output_dir=tmp_path)
+    process = run_bundle(BUNDLE, "federate", dataset_dir=sites_dir, sites="['A','Atlantis']", output_dir=tmp_path)
     assert process.returncode == 1
     (line,) = errors_of(process)
     assert line.startswith("error: ")
@@ -115,10 +104,8 @@ def test_command_line_ends_a_bad_scan_in_one_line(
 ) -> None:
     scan = tmp_path / "scan.nii.gz"
     scan.write_bytes(training_file(sites_dir, "image").read_bytes()[:500])
-    process = command_line(
-        "inference", dataset_dir=scan, ckpt_dir=random_models(tmp_path / "models"), image_size=32, features=4,
-        output_dir=tmp_path / "masks",
-    )  # fmt: skip
+    given = {"dataset_dir": scan, "ckpt_dir": random_models(tmp_path / "models"), "output_dir": tmp_path / "masks"}
+    process = run_bundle(BUNDLE, "inference", **given, image_size=32, features=4)
     assert process.returncode == 1
     (line,) = errors_of(process)
     assert line.startswith("error: ")

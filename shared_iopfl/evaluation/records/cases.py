@@ -1,0 +1,150 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The scores of each case of an evaluation, its files, and their summary."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+from monai.data.meta_tensor import MetaTensor
+from monai.metrics import compute_average_surface_distance, compute_dice, compute_hausdorff_distance
+from torch import Tensor
+
+from shared_iopfl.utils.tables import replace_rows
+
+__all__ = ["CaseRecorder", "case_scores"]
+
+METRICS = ("site", "role", "case", "model", "metric", "value")
+CASES = ("site", "role", "case", "model", "image", "label", "mask")
+SUMMARY = ("site", "role", "model", "metric", "mean", "sd", "min", "max", "cases")
+
+
+def _spacing(scan: Tensor) -> list[float] | None:
+    """Voxel size in mm, or None where it is only nominal: pictures, and volumes that say exactly 1 mm each way."""
+    if not isinstance(scan, MetaTensor) or scan.ndim < 4:
+        return None
+    spacing = [float(size) for size in scan.pixdim]
+    return None if all(abs(size - 1) < 1e-6 for size in spacing) else spacing
+
+
+def case_scores(pred: Tensor, reference: Tensor, targets: Sequence[str]) -> dict[str, float]:
+    """Foreground Dice of one case, and HD95 and ASD in mm where the scan's voxel size is real.
+
+    Args:
+        pred: binary (T, *spatial), one channel a target.
+        reference: the same; its affine gives the voxel size.
+        targets: T names. With one, scores have plain names ("dice"); with more, one each and their mean ("dice_disc").
+
+    Returns:
+        metric -> value; distances are NaN where a mask is empty.
+    """
+    one, other = (mask.as_tensor() if isinstance(mask, MetaTensor) else mask for mask in (pred, reference))
+    one, other = one[None].float(), other[None].float()
+    columns = {"dice": compute_dice(one, other)[0]}
+    spacing = _spacing(reference)
+    if spacing is not None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of empty masks, whose NaN says it, and of MONAI's own calls
+            columns["hd95_mm"] = compute_hausdorff_distance(one, other, True, percentile=95, spacing=spacing)[0]
+            columns["asd_mm"] = compute_average_surface_distance(one, other, True, symmetric=True, spacing=spacing)[0]
+    scores = {}
+    for metric, values in columns.items():
+        finite = torch.where(torch.isfinite(values), values, torch.nan)
+        if len(targets) > 1:
+            scores.update({f"{metric}_{target}": float(value) for target, value in zip(targets, finite)})
+        scores[metric] = float(finite.mean())
+    return scores
+
+
+class CaseRecorder:
+    """Adds the scores of an evaluator's cases to ``metrics.csv``, their files to ``cases.csv``, and sums up.
+
+    ``summary.csv`` holds a row a site, model and metric: mean, standard deviation, least, greatest, number of cases.
+
+    Args:
+        output_dir: where the files are.
+        site, role, model: what to call the rows: role "inside" or "outside"; model "global", "personalised", "routed".
+        targets: names of the targets, in the order of the channels.
+        pred_key, reference_key: binary masks (T, *spatial) in the scan's own grid.
+        extras: further measures, name -> function of (pred, reference).
+    """
+
+    def __init__(
+        self,
+        output_dir: str,
+        site: str,
+        role: str,
+        model: str,
+        targets: Sequence[str],
+        pred_key: str = "pred",
+        reference_key: str = "label",
+        extras: Mapping[str, Callable[[Tensor, Tensor], float]] | None = None,
+    ) -> None:
+        self.output_dir = Path(output_dir)
+        self.labels = {"site": site, "role": role, "model": model}
+        self.targets = tuple(targets)
+        self.keys = (pred_key, reference_key)
+        self.extras = dict(extras or {})
+        self.metrics: list[dict[str, Any]] = []
+        self.cases: list[dict[str, Any]] = []
+
+    def attach(self, engine: Engine) -> None:
+        """Register the handlers with an ignite engine."""
+        engine.add_event_handler(Events.STARTED, self.start)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self.record)
+        engine.add_event_handler(Events.COMPLETED, self.write)
+
+    def start(self, engine: Engine) -> None:
+        """Forget the cases of an earlier run of the engine."""
+        self.metrics, self.cases = [], []
+
+    def record(self, engine: Engine) -> None:
+        """Score the case of this iteration."""
+        state: Any = engine.state  # decollated lists by now, which ignite's types do not know
+        for batch, output in zip(state.batch, state.output):
+            case = {**self.labels, "case": batch["case"]}
+            pred, reference = ({**batch, **output}[key] for key in self.keys)
+            scores = case_scores(pred, reference, self.targets)
+            scores.update({name: float(measure(pred, reference)) for name, measure in self.extras.items()})
+            self.metrics += [{**case, "metric": metric, "value": f"{value:.6f}"} for metric, value in scores.items()]
+            mask = output.get("pred_file", output.get("mask_file", ""))
+            self.cases.append(
+                {
+                    **case,
+                    "image": os.path.abspath(batch["image"].meta["filename_or_obj"]),
+                    "label": os.path.abspath(reference.meta["filename_or_obj"]),
+                    "mask": os.path.relpath(mask, self.output_dir) if mask else "",
+                }
+            )
+
+    def write(self, engine: Engine) -> None:
+        """Write the rows of all cases into ``metrics.csv`` and ``cases.csv``."""
+        same = ("site", "role", "model")
+        replace_rows(self.output_dir / "metrics.csv", METRICS, self.metrics, same)
+        replace_rows(self.output_dir / "cases.csv", CASES, self.cases, same)
+        replace_rows(self.output_dir / "summary.csv", SUMMARY, self.summary(), same)
+
+    def summary(self) -> list[dict[str, Any]]:
+        """One row a metric over the cases recorded so far, NaN (a distance to an empty mask) left out."""
+        rows = []
+        for metric in dict.fromkeys(row["metric"] for row in self.metrics):
+            values = torch.tensor([float(row["value"]) for row in self.metrics if row["metric"] == metric])
+            values = values[torch.isfinite(values)]
+            figures = [values.mean(), values.std(correction=0), values.min(), values.max()] if len(values) else []
+            named = {name: f"{float(value):.6f}" for name, value in zip(SUMMARY[4:8], figures)}
+            rows.append({**self.labels, "metric": metric, **named, "cases": len(values)})
+        return rows

@@ -1,0 +1,112 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What is written of each scan as it is served: its mask, its measures, and a step of the progress bar."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ignite.engine import Engine, Events
+from torch import Tensor
+from tqdm import tqdm
+
+from shared_iopfl.evaluation.run.served import GrowingFile, attach_served
+from shared_iopfl.utils.tables import csv_text
+
+__all__ = ["MeasureRecorder", "OutputWriter", "Progress"]
+
+
+class OutputWriter:
+    """Applies transforms that write files, such as `SaveMaskd`, to each of an evaluator's outputs.
+
+    As a handler, not as part of the bundle's postprocessing, so that a server that takes the postprocessing for itself
+    (MONAI Label) writes no files of ours.
+
+    Args:
+        transforms: applied in order to each case's batch and output; what they add goes to the output.
+    """
+
+    def __init__(self, transforms: Sequence[Callable[[dict], Mapping]]) -> None:
+        self.transforms = [transform for transform in transforms if transform is not None]  # None: disabled in a config
+
+    def attach(self, engine: Engine) -> None:
+        """Register the handlers with an ignite engine."""
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        state: Any = engine.state
+        for batch, output in zip(state.batch, state.output):
+            data = {**batch, **output}
+            for transform in self.transforms:
+                data = dict(transform(data))
+            output.update({key: value for key, value in data.items() if key not in batch})
+
+
+class MeasureRecorder:
+    """Writes ``measures.csv``, as scans are served: what a clinic reads off each mask, without any reference.
+
+    Args:
+        output_dir: where the file goes.
+        measures: name -> function of the binary mask (T, *spatial) in the scan's own grid.
+        pred_key: key of the mask.
+    """
+
+    def __init__(self, output_dir: str, measures: Mapping[str, Callable[[Tensor], float]], pred_key: str = "pred"):
+        self.output_dir = Path(output_dir)
+        self.measures = dict(measures)
+        self.pred_key = pred_key
+        self.columns = ("case", *self.measures)
+        self.file: GrowingFile
+
+    def attach(self, engine: Engine) -> None:
+        """Register the handlers with an ignite engine."""
+        engine.add_event_handler(Events.STARTED, self.start)
+        attach_served(engine, self.record, lambda: self.file.take_back())
+
+    def start(self, engine: Engine) -> None:
+        """Forget the rows of an earlier run of the engine."""
+        self.file = GrowingFile(self.output_dir / "measures.csv", csv_text(self.columns, []))
+
+    def record(self, engine: Engine) -> None:
+        """Measure the mask of this iteration."""
+        state: Any = engine.state
+        rows = []
+        for batch, output in zip(state.batch, state.output):
+            values = {name: f"{measure(output[self.pred_key]):.4f}" for name, measure in self.measures.items()}
+            rows.append({"case": batch["case"], **values})
+        self.file.add(csv_text(self.columns, rows, header=False))
+
+
+class Progress:
+    """A progress bar over the scans of an evaluator."""
+
+    def __init__(self, description: str) -> None:
+        self.description = description
+        self.bar: Any = None
+
+    def attach(self, engine: Engine) -> None:
+        """Register the handlers with an ignite engine."""
+        engine.add_event_handler(Events.STARTED, self.start)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, lambda _: self.bar.update())
+        engine.add_event_handler(Events.COMPLETED, lambda _: self.bar.close())
+        engine.add_event_handler(Events.EXCEPTION_RAISED, self.fail)
+
+    def start(self, engine: Engine) -> None:
+        """Show an empty bar."""
+        self.bar = tqdm(total=len(engine.state.dataloader), desc=self.description, unit="scan")  # type: ignore[arg-type]
+
+    def fail(self, engine: Engine, error: BaseException) -> None:
+        """Close the bar and raise the error."""
+        if self.bar is not None:
+            self.bar.close()  # so that the error gets a line of its own
+        raise error
