@@ -28,6 +28,7 @@ TITLES = {
     "federate": "Federate over the sites of a folder, in one process.",
     "inference": "Segment scans without labels.",
     "evaluate": "Score a model on the labelled cases of a site.",
+    "personalise": "Fit published models to a site with a few labelled cases.",
     "compare": "Compare methods inside and outside, site by site.",
     "multi_gpu_train": "An overlay of `train.json` for several GPUs.",
     "fl_filters": "Privacy filters of a federated client (`--filters fl_filters`).",
@@ -67,7 +68,7 @@ SETTINGS = {
     "split_seed": "seed of the split by patient",
     "fractions": "shares of training, validation and test patients; they sum to 1",
     "fold": "number of the cross-validation fold, from 0",
-    "folds": "number of folds; 1: no cross-validation",
+    "folds": "number of folds; 1: no cross-validation; in `personalise.json` at most one for each patient",
     "patient": "how files are assigned to patients: `auto`, a pattern with a group, or a table `FILE.csv`",
     # images
     "image_size": "side length in pixels that slices and photographs are resized to, from 16 to 2048",
@@ -82,7 +83,7 @@ SETTINGS = {
     "acquisition": "transform that changes the test images as another scanner would; set by `compare.json`",
     # network and training
     "features": "base width of the U-Net, or a list of six widths",
-    "rounds": "rounds of federated averaging",
+    "rounds": "rounds of federated averaging; in `personalise.json` of training at the site, at most",
     "local_epochs": "epochs that each site trains per round",
     "epochs": "epochs of the whole run",
     "passes": "how often each case is drawn per epoch",
