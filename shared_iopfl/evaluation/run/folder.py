@@ -61,7 +61,7 @@ NAMES = {
     *("not_taken.csv", "scans.csv"),
     *("cases.csv", "metrics.csv", "summary.csv", "report.html", "federation.pt", "federation_previous.pt"),
     *("failures.csv", "history.csv", "statistics.csv", "choices.json", "comparison.csv", "comparison.md"),
-    *("federations.json", "candidates.csv"),
+    *("federations.json", "candidates.csv", "cross_site.csv"),
 }
 ANYWHERE = ("device", "dataset_dir", "output_dir", "verbose")  # settings that may change when a run goes on
 
