@@ -97,7 +97,12 @@ def test_job_carries_settings_for_the_named_sites_and_nothing_of_the_machine(tmp
     assert server["workflows"][0]["args"] == rounds
     settings = json.loads((job / "app_A" / "custom" / "federation.json").read_text())
     assert settings["overrides"]["image_size"] == TINY["image_size"]
+    assert settings["tracking"] == "" and not any("Receiver" in part["path"] for part in server["components"])
     assert len((job / "app_A" / "custom" / "iopfl_site.py").read_text().split()) < 10
+    job = flare_run(tmp_path / "tracked", None, settings=TINY, tracking="mlflow").export()
+    server = json.loads((job / "app_server" / "config" / "config_fed_server.json").read_text())
+    assert any(part["path"].endswith("MLflowReceiver") for part in server["components"])
+    assert json.loads((job / "app_A" / "custom" / "federation.json").read_text())["tracking"] == "mlflow"
 
 
 @pytest.mark.parametrize(
@@ -115,6 +120,7 @@ def test_job_carries_settings_for_the_named_sites_and_nothing_of_the_machine(tmp
         ({"min_sites": -1}, "min_sites must be a whole number from 0"),
         ({"round_timeout": -1}, "round_timeout must be"),
         ({"env": "cloud"}, "unknown env 'cloud'"),
+        ({"tracking": "wandb"}, "tracking must be tensorboard or mlflow"),
         ({"dataset_dir": None}, "no dataset_dir"),
         ({"dataset_dir": "nowhere"}, "no such folder"),
         ({"bundle": "nowhere"}, "no bundle at"),
