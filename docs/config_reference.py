@@ -32,6 +32,7 @@ TITLES = {
     "compare": "Compare methods inside and outside, site by site.",
     "multi_gpu_train": "An overlay of `train.json` for several GPUs.",
     "fl_filters": "Privacy filters of a federated client (`--filters fl_filters`).",
+    "fl_svt": "NVIDIA FLARE's differential privacy filter at a federated client (`--filters fl_svt`).",
     "baselines": "Inferers that `compare.json` measures the method against.",
     "virtual": "Changes of contrast, blur and noise that `compare.json` can apply to test cases (`--virtual`).",
 }
@@ -107,7 +108,7 @@ SETTINGS = {
     "min_sites": "a round continues if at least so many sites deliver; 0: all must",
     "max_update_norm": "refuse updates that are more than so many times as long as usual; 0: no limit",
     "site_timeout": "seconds that a site may take per round; 0: no limit",
-    "filters": "name of a config with privacy filters, such as `fl_filters`; empty: none",
+    "filters": "name of a config with privacy filters, such as `fl_filters` or `fl_svt`; empty: none",
     "own_rounds": "rounds of local training after the last federated round",
     "shares": "shares of the personalised model, from which each site selects by validation Dice; `[]`: no selection",
     # inference
@@ -138,6 +139,11 @@ SETTINGS = {
     "percentile": "changes below this percentile are withheld",
     "clip": "changes above this percentile are clipped",
     "share": "fraction of the other changes that is sent",
+    "fraction": "fraction of the changes that is sent",
+    "epsilon": "privacy budget of selecting them",
+    "noise_var": "privacy budget of each change that is sent; smaller: more noise",
+    "gamma": "bound that changes are clipped to",
+    "tau": "changes below this are withheld, up to noise",
 }
 COMPONENTS = {
     "imports": "modules for expressions",
