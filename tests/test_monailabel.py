@@ -272,16 +272,14 @@ def test_training_on_two_labelled_cases_changes_what_is_served(server: Server) -
     for case in labelled:
         server.ask("label", case, str(server.masks / f"{case}{server.ending}"))
     assert json.loads(post(f"{server.url}/activelearning/review")[1])["id"] == scan, "the others are labelled"
-    post(f"{server.url}/scoring/dice?run_sync=true")
-    store = json.loads(urllib.request.urlopen(f"{server.url}/datastore/?output=all").read())
-    for case in labelled:
-        truth, mask = (
-            read(file)
-            for file in (server.masks / f"{case}{server.ending}", server.scratch / f"kept_{case}{server.ending}")
-        )
+    status, said = post(f"{server.url}/scoring/dice?run_sync=true")
+    assert status == 200 and set(json.loads(said)) == set(labelled), said
+    for case, found in json.loads(said).items():
+        files = (server.masks / f"{case}{server.ending}", server.scratch / f"kept_{case}{server.ending}")
+        truth, mask = (read(file) for file in files)
         values = [value for value in np.unique(truth) if value]
         dice = [2 * ((truth == v) & (mask == v)).sum() / ((truth == v).sum() + (mask == v).sum()) for v in values]
-        assert store["objects"][case]["image"]["info"]["dice"] == pytest.approx(np.mean(dice))
+        assert found == pytest.approx(np.mean(dice))
     server.ask("train", server.bundle, "--max_epochs", "2")
     assert digest(server.models / "model.pt") != old
     assert {site: digest(server.models / f"model_{site}.pt") for site in SITES} == experts

@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -81,7 +82,8 @@ def test_weights_counts_and_numbers_cross_the_wire_and_no_personalised_model(dat
 # ---- what is asked for, and what travels -----------------------------------------------------------------------------
 
 
-def test_job_carries_settings_for_the_named_sites_and_nothing_of_the_machine(tmp_path):
+def test_job_carries_settings_for_the_named_sites_and_nothing_of_the_machine(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_DISABLE_TELEMETRY", raising=False)
     job = flare_run(tmp_path / "flare", None, settings={**TINY, "min_sites": 1}, round_timeout=60).export()
     files = {str(path.relative_to(job)) for path in job.rglob("*") if path.is_file()}
     of_site = {"config/config_fed_client.json", "custom/federation.json", "custom/iopfl_site.py"}
@@ -102,6 +104,7 @@ def test_job_carries_settings_for_the_named_sites_and_nothing_of_the_machine(tmp
     job = flare_run(tmp_path / "tracked", None, settings=TINY, tracking="mlflow").export()
     server = json.loads((job / "app_server" / "config" / "config_fed_server.json").read_text())
     assert any(part["path"].endswith("MLflowReceiver") for part in server["components"])
+    assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "true", "its makers are told nothing"
     assert json.loads((job / "app_A" / "custom" / "federation.json").read_text())["tracking"] == "mlflow"
 
 

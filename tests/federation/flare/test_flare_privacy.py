@@ -16,6 +16,9 @@ from typing import Any
 
 import pytest
 import torch
+
+pytest.importorskip("nvflare", reason="NVIDIA FLARE is not installed: pip install '.[flare]'")
+
 from flare_runs import BUNDLE
 from monai.bundle import ConfigParser
 from monai.fl.utils.constants import WeightType
