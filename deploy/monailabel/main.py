@@ -152,6 +152,10 @@ def _known(kind: str, name: Any, names: Any) -> None:
 class App(sample.MyApp, MONAILabelApp):  # MONAI Label looks for the name of its class among the direct bases
     """MONAI Label's app for bundles, with the additions of this module."""
 
+    def __init__(self, app_dir: str, studies: str, conf: dict[str, str]) -> None:
+        super().__init__(app_dir, studies, conf)
+        self._auto_update_scoring = False  # else each label and each question for a scan starts a process that scores
+
     def init_strategies(self) -> dict[str, Strategy]:
         """By name; "review" besides MONAI Label's own."""
         return {**super().init_strategies(), "review": Review()}
