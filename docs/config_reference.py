@@ -28,9 +28,11 @@ TITLES = {
     "federate": "Federate over the sites of a folder, in one process.",
     "inference": "Segment scans without labels.",
     "evaluate": "Score a model on the labelled cases of a site.",
+    "personalise": "Fit published models to a site with a few labelled cases.",
     "compare": "Compare methods inside and outside, site by site.",
     "multi_gpu_train": "An overlay of `train.json` for several GPUs.",
     "fl_filters": "Privacy filters of a federated client (`--filters fl_filters`).",
+    "fl_svt": "NVIDIA FLARE's differential privacy filter at a federated client (`--filters fl_svt`).",
     "baselines": "Inferers that `compare.json` measures the method against.",
     "virtual": "Changes of contrast, blur and noise that `compare.json` can apply to test cases (`--virtual`).",
 }
@@ -67,7 +69,7 @@ SETTINGS = {
     "split_seed": "seed of the split by patient",
     "fractions": "shares of training, validation and test patients; they sum to 1",
     "fold": "number of the cross-validation fold, from 0",
-    "folds": "number of folds; 1: no cross-validation",
+    "folds": "number of folds; 1: no cross-validation; in `personalise.json` at most one for each patient",
     "patient": "how files are assigned to patients: `auto`, a pattern with a group, or a table `FILE.csv`",
     # images
     "image_size": "side length in pixels that slices and photographs are resized to, from 16 to 2048",
@@ -82,7 +84,7 @@ SETTINGS = {
     "acquisition": "transform that changes the test images as another scanner would; set by `compare.json`",
     # network and training
     "features": "base width of the U-Net, or a list of six widths",
-    "rounds": "rounds of federated averaging",
+    "rounds": "rounds of federated averaging; in `personalise.json` of training at the site, at most",
     "local_epochs": "epochs that each site trains per round",
     "epochs": "epochs of the whole run",
     "passes": "how often each case is drawn per epoch",
@@ -106,7 +108,7 @@ SETTINGS = {
     "min_sites": "a round continues if at least so many sites deliver; 0: all must",
     "max_update_norm": "refuse updates that are more than so many times as long as usual; 0: no limit",
     "site_timeout": "seconds that a site may take per round; 0: no limit",
-    "filters": "name of a config with privacy filters, such as `fl_filters`; empty: none",
+    "filters": "name of a config with privacy filters, such as `fl_filters` or `fl_svt`; empty: none",
     "own_rounds": "rounds of local training after the last federated round",
     "shares": "shares of the personalised model, from which each site selects by validation Dice; `[]`: no selection",
     # inference
@@ -137,6 +139,11 @@ SETTINGS = {
     "percentile": "changes below this percentile are withheld",
     "clip": "changes above this percentile are clipped",
     "share": "fraction of the other changes that is sent",
+    "fraction": "fraction of the changes that is sent",
+    "epsilon": "privacy budget of selecting them",
+    "noise_var": "privacy budget of each change that is sent; smaller: more noise",
+    "gamma": "bound that changes are clipped to",
+    "tau": "changes below this are withheld, up to noise",
 }
 COMPONENTS = {
     "imports": "modules for expressions",

@@ -115,9 +115,10 @@ def own_mask(root: Path, scan: Path, folder: Path, **overrides: Any) -> np.ndarr
         overrides: of the bundle's settings.
     """
     folder = folder / f"own{time.monotonic_ns()}"
-    folder.mkdir()
-    (folder / scan.name).symlink_to(scan)
-    options = {"dataset_dir": str(folder), "output_dir": str(folder / "out"), "overlays": False, "device": "cpu"}
+    own, out = folder / "scan", folder / "out"
+    own.mkdir(parents=True)
+    (own / scan.name).symlink_to(scan)
+    options = {"dataset_dir": str(own), "output_dir": str(out), "overlays": False, "device": "cpu"}
     hook, benchmark, threads = sys.excepthook, torch.backends.cudnn.benchmark, torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -135,7 +136,7 @@ def own_mask(root: Path, scan: Path, folder: Path, **overrides: Any) -> np.ndarr
         sys.excepthook, torch.backends.cudnn.benchmark = hook, benchmark
         torch.set_num_threads(threads)
         set_determinism(None)
-    return read(folder / "out" / scan.name)
+    return read(out / scan.name)
 
 
 def read(file: Path) -> np.ndarray:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import subprocess
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -90,6 +91,23 @@ class Server:
         """The mask that the bundle itself makes of a scan, with the server's models."""
         file = self.studies / f"{scan}{self.ending}"
         return own_mask(self.app / "model" / self.bundle, file, self.scratch, **overrides)
+
+
+def post(url: str, fields: dict[str, str] | None = None, file: Path | None = None) -> tuple[int, str]:
+    """Status and text of the answer to a form, which may send a file."""
+    edge, parts = "edge", []
+    for name, value in (fields or {}).items():
+        parts.append(f'Content-Disposition: form-data; name="{name}"\r\n\r\n{value}'.encode())
+    if file is not None:
+        head = f'Content-Disposition: form-data; name="file"; filename="{file.name}"\r\n\r\n'
+        parts.append(head.encode() + file.read_bytes())
+    body = b"".join(f"--{edge}\r\n".encode() + part + b"\r\n" for part in parts) + f"--{edge}--\r\n".encode()
+    headers = {"Content-Type": f"multipart/form-data; boundary={edge}"} if parts else {}
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, body if parts else b"", headers)) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
 
 
 def answer(client: subprocess.Popen[str]) -> str:
@@ -212,6 +230,40 @@ def test_batch_keeps_the_masks_that_single_requests_give(server: Server) -> None
         np.testing.assert_array_equal(read(kept), server.infer(scan))
 
 
+def test_what_is_wrong_with_a_request_is_answered_by_its_reason(server: Server, tmp_path: Path) -> None:
+    """A status of 400 to 499 and one line, not the server's error: unknown names, and files that are no scans."""
+    (tmp_path / f"broken{server.ending}").write_bytes(b"no scan")
+    (tmp_path / "notes.txt").write_text("none either")
+    for path, reason in {
+        f"infer/nothing?image={server.scans[0]}": "no model 'nothing': there is fundus_iopfl, prostate_iopfl.",
+        f"infer/{server.bundle}?image=nothing": "no scan 'nothing' at this server",
+        "activelearning/nothing": "no strategy 'nothing': there is first, random, review.",
+    }.items():
+        status, said = post(f"{server.url}/{path}")
+        assert status == 404 and reason in said
+    chosen = {"params": '{"model_filename": "model_nothing.pt"}'}
+    status, said = post(f"{server.url}/infer/{server.bundle}?image={server.scans[0]}", chosen)
+    assert status == 404 and "no model_filename 'model_nothing.pt': there is model.pt, " in said
+    for name in (f"broken{server.ending}", "notes.txt"):
+        status, said = post(f"{server.url}/infer/{server.bundle}", file=tmp_path / name)
+        assert status == 422 and "Traceback" not in said and len(said) > 20, said
+    assert server.infer(server.scans[0]).any(), "the server goes on"
+
+
+def test_the_scan_to_label_next_is_the_one_whose_mask_has_the_lowest_quality(server: Server) -> None:
+    """As the server's answers say; before a scan is segmented, nothing is known of it."""
+    quality = {}
+    for scan in server.scans:
+        file = server.scratch / f"quality_{scan}{server.ending}"
+        answer = json.loads(post(f"{server.url}/infer/{server.bundle}?image={scan}&output=json")[1])
+        quality[scan] = answer["quality"]
+        assert not file.exists() and 0 <= quality[scan] <= 1
+    status, said = post(f"{server.url}/activelearning/review")
+    lowest = min(quality, key=lambda scan: (quality[scan], scan))
+    assert status == 200 and json.loads(said)["id"] == lowest
+    assert lowest in server.ask("next")
+
+
 def test_training_on_two_labelled_cases_changes_what_is_served(server: Server) -> None:
     """With the server's own settings for validation. The new model serves at once; other sites' models stay."""
     *labelled, scan = server.scans
@@ -219,6 +271,15 @@ def test_training_on_two_labelled_cases_changes_what_is_served(server: Server) -
     old, before = digest(server.models / "model.pt"), server.infer(scan)
     for case in labelled:
         server.ask("label", case, str(server.masks / f"{case}{server.ending}"))
+    assert json.loads(post(f"{server.url}/activelearning/review")[1])["id"] == scan, "the others are labelled"
+    status, said = post(f"{server.url}/scoring/dice?run_sync=true")
+    assert status == 200 and set(json.loads(said)) == set(labelled), said
+    for case, found in json.loads(said).items():
+        files = (server.masks / f"{case}{server.ending}", server.scratch / f"kept_{case}{server.ending}")
+        truth, mask = (read(file) for file in files)
+        values = [value for value in np.unique(truth) if value]
+        dice = [2 * ((truth == v) & (mask == v)).sum() / ((truth == v).sum() + (mask == v).sum()) for v in values]
+        assert found == pytest.approx(np.mean(dice))
     server.ask("train", server.bundle, "--max_epochs", "2")
     assert digest(server.models / "model.pt") != old
     assert {site: digest(server.models / f"model_{site}.pt") for site in SITES} == experts

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Builds the folder that MONAI Label serves: its own app for bundles, and in it this repository's bundles.
+"""Builds the folder that MONAI Label serves: its own app for bundles, `main.py` of this folder, and the bundles.
 
 Configs are as in the repository each time; models are copied once, for training at the server writes them. Prints the
 names of the bundles that have models.
@@ -38,6 +38,8 @@ def build_app(app: Path, models: dict[str, Path]) -> list[str]:
         The names of the bundles that have models.
     """
     shutil.copytree(SAMPLE, app, dirs_exist_ok=True)
+    (app / "main.py").replace(app / "sample.py")
+    shutil.copyfile(Path(__file__).with_name("main.py"), app / "main.py")
     names = []
     for bundle in sorted(path.parents[1] for path in BUNDLES.glob("*/configs/metadata.json")):
         served, source = app / "model" / bundle.name, models.get(bundle.name, bundle / "models")

@@ -73,6 +73,15 @@ class Commands:
         shutil.move(mask, output)
         return {"mask": output, "labels": answer["label_names"], "seconds": answer["latencies"]["total"]}
 
+    def next(self, strategy: str = "review") -> dict[str, Any]:
+        """The scan to label next, and its quality where it was segmented.
+
+        Args:
+            strategy: "review": the lowest quality; "first"; "random".
+        """
+        scan = self._client.next_sample(strategy, {})
+        return {name: scan[name] for name in ("id", "quality") if name in scan}
+
     def batch(self, model: str, *scans: str, model_filename: str = "") -> dict[str, Any]:
         """Have the server's own scans segmented and the masks kept there, under the tag "original".
 

@@ -31,6 +31,7 @@ __all__ = ["main"]
 RUNS = {
     "segment": ("inference", ("SCANS", "OUT"), "segment scans without labels"),
     "federate": ("federate", ("DATA", "OUT"), "train over the sites of a folder, in one process"),
+    "personalise": ("personalise", ("DATA", "OUT"), "fit published models to a site with a few labelled cases"),
     "compare": ("compare", ("DATA", "OUT"), "compare methods inside and outside, site by site"),
 }
 EXAMPLES = {
@@ -43,6 +44,9 @@ EXAMPLES = {
   iopfl federate prostate DATA OUT --sites BIDMC,HK,UCL --outside_sites RUNMC
   iopfl federate fundus DATA OUT --rounds 20 --image_size 256 --device cuda:1
   iopfl federate prostate DATA OUT --resume""",
+    "personalise": """\
+  iopfl personalise prostate DATA OUT --ckpt_dir MODELS
+  iopfl personalise fundus DATA OUT --site CLINIC --rounds 4""",
     "compare": """\
   iopfl compare prostate DATA OUT --folds 2 --seeds [0,1,2]
   iopfl compare fundus DATA OUT --roles [outside]""",
@@ -66,6 +70,7 @@ usage: iopfl COMMAND ...        (python -m shared_iopfl is the same command)
 
   iopfl segment TASK SCANS OUT     segment scans without labels; OUT/report.html shows the masks
   iopfl federate TASK DATA OUT     train over the sites of a folder, in one process
+  iopfl personalise TASK DATA OUT  fit published models to a site with a few labelled cases
   iopfl compare TASK DATA OUT      compare methods inside and outside, site by site
   iopfl report OUT                 write the report of a run again
 

@@ -31,7 +31,11 @@ __all__ = ["AMOUNTS", "parse_settings", "run_config"]
 
 AMOUNTS = ("quiet", "usual", "verbose")  # of text beside the result
 # they repeat an error with its traceback, or report what a user does not act on
-SILENCED = ("ignite.engine.engine", "monai.bundle.workflows", "monai.data.nvimgcodec_pydicom_plugin")
+SILENCED = (
+    *("ignite.engine.engine", "monai.bundle.workflows", "monai.data.nvimgcodec_pydicom_plugin"),
+    # several lines a round and site; named before MONAI makes them, they get no handler of their own
+    *("monai.fl.client.monai_algo", "monai.networks.utils"),
+)
 
 
 def parse_settings(words: Sequence[str]) -> dict[str, Any]:

@@ -28,19 +28,18 @@ from monai.fl.utils.exchange_object import ExchangeObject
 from monai.utils.enums import CommonKeys
 from torch import Tensor
 
-from shared_iopfl.handlers.norm_statistics import batch_norms, with_own_statistics
+from shared_iopfl.handlers.norm_statistics import batch_norms, mixed_batches, with_own_statistics
 from shared_iopfl.models.files import GLOBAL
 from shared_iopfl.models.weights import copy_network, validated_interpolation
 from shared_iopfl.routing.distances import scan_distances
 from shared_iopfl.utils.config_values import as_values, is_data
 from shared_iopfl.utils.errors import InputError, root_input_error
 from shared_iopfl.utils.names import check_site
-from shared_iopfl.utils.stacks import evenly, scan_slices
+from shared_iopfl.utils.stacks import scan_slices
 
 __all__ = ["SiteClient", "check_time_limit", "time_limit"]
 
 Weights = Mapping[str, Tensor]
-MEASURED = 64  # network inputs that a site's own statistics are measured on
 
 
 class SiteClient:
@@ -178,13 +177,10 @@ class SiteClient:
         Returns:
             "global" and "own", in [0, 1]; nothing where it cannot be measured, as in :meth:`shift`.
         """
-        network, stacks = self._measurable(weights)
+        network, stacks = self.measurable(weights)
         if not stacks:
             return {}
-        inputs = evenly(torch.cat([evenly(stack, MEASURED // len(stacks) + 1) for stack in stacks]), MEASURED)
-        # in an order of its own, so that each batch holds slices of several cases
-        mixed = inputs[torch.randperm(len(inputs), generator=torch.Generator().manual_seed(0))]
-        own = with_own_statistics(network, mixed.split(MEASURED // 4))
+        own = with_own_statistics(network, mixed_batches(stacks))
         return {name: self.validate(w)["val_mean_dice"] for name, w in (("global", weights), ("own", own))}
 
     @torch.no_grad()
@@ -194,14 +190,14 @@ class SiteClient:
         What is usual inside, against which an outside scan's shift is held: a number a site, which tells of no case.
         None where it cannot be measured: no case, no batch norm, an inferer that does not say what a network input is.
         """
-        network, stacks = self._measurable(weights)
+        network, stacks = self.measurable(weights)
         size, distances = cast(Any, self.algo.evaluator).inferer.batch_size if stacks else 0, []
         for stack in stacks:
             some = scan_slices(stack)
             distances.append(float(scan_distances(network, {GLOBAL: network.state_dict()}, some, size)))
         return fmean(distances) if distances else None
 
-    def _measurable(self, weights: Weights) -> tuple[torch.nn.Module, list[Tensor]]:
+    def measurable(self, weights: Weights) -> tuple[torch.nn.Module, list[Tensor]]:
         """A copy of the network with these weights, and its inputs of each validation case; none where it has no batch
         norm, or the inferer does not say what a network input is."""
         evaluator = cast(Any, self.algo.evaluator)

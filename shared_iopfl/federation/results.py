@@ -10,8 +10,8 @@
 # limitations under the License.
 """The end of a federation: final models, their scores at other sites, and the usual shift.
 
-Writes ``models/``, ``scores.json``, ``shares.json`` and ``statistics.csv``. A site that fails here judges nothing; the
-others' figures stand.
+Writes ``models/``, ``scores.json``, ``shares.json``, ``cross_site.csv`` and ``statistics.csv``. A site that fails here
+judges nothing; the others' figures stand.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 __all__ = ["compare_statistics", "cross_site_scores", "publish", "settle"]
 
 Weights = Mapping[str, Tensor]
+CROSS_SITE, MATRIX = "cross_site.csv", ("model", "site", "dice")
 
 
 def publish(run: Federation) -> None:
@@ -82,7 +83,7 @@ def cross_site_scores(run: Federation, models: Mapping[str, Weights], judges: Se
 
     As sites differ in difficulty, a personalised model is held against the global one at each of the other sites:
     its score is the global model's mean over all sites plus the mean of those differences. A site that fails at it
-    judges nothing.
+    judges nothing. Each Dice stands in ``cross_site.csv``.
     """
     dice: dict[str, dict[str, float]] = {name: {} for name in models}
     shifts = []
@@ -100,6 +101,8 @@ def cross_site_scores(run: Federation, models: Mapping[str, Weights], judges: Se
         if shift is not None:
             shifts.append(shift)
     run.failures.write(run.output_dir / "failures.csv")
+    rows = [{"model": n, "site": site, "dice": value} for n, at in dice.items() for site, value in at.items()]
+    write_rows(run.output_dir / CROSS_SITE, MATRIX, rows)
     level = fmean(dice[GLOBAL].values()) if dice[GLOBAL] else None
     scores = {
         name: level + fmean(value - dice[GLOBAL][site] for site, value in at.items())

@@ -17,7 +17,7 @@ average of all sites' running statistics, which fit none of them: a pooled train
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -28,6 +28,7 @@ from torch.optim.swa_utils import update_bn
 
 from shared_iopfl.models.weights import copy_network
 from shared_iopfl.utils.errors import InputError
+from shared_iopfl.utils.stacks import evenly
 from shared_iopfl.utils.tables import read_rows
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "NormStatistics",
     "NormStatisticsHandler",
     "batch_norms",
+    "mixed_batches",
     "print_statistics",
     "with_own_statistics",
 ]
@@ -161,6 +163,19 @@ def with_own_statistics(network: nn.Module, batches: Iterable[Tensor]) -> dict[s
     probe = copy_network(network)
     update_bn(batches, probe)
     return probe.state_dict()
+
+
+def mixed_batches(stacks: Sequence[Tensor], count: int = 64, size: int = 16) -> Sequence[Tensor]:
+    """Batches for :func:`with_own_statistics` that hold inputs of several scans each.
+
+    Args:
+        stacks: the network inputs (N, C, *spatial) of each scan.
+        count: inputs in all, about as many of each scan.
+        size: of a batch.
+    """
+    inputs = evenly(torch.cat([evenly(stack, count // len(stacks) + 1) for stack in stacks]), count)
+    # in an order of its own, so that each batch holds slices of several cases
+    return inputs[torch.randperm(len(inputs), generator=torch.Generator().manual_seed(0))].split(size)
 
 
 def print_statistics(output_dir: str | Path) -> str:

@@ -10,8 +10,8 @@
 # limitations under the License.
 """The report of a run: an HTML file and a plain table, made from the files in its folder.
 
-It reads ``metrics.csv``, ``history.csv``, ``failures.csv``, ``cases.csv``, ``routes.csv`` with ``routes.json``, and
-``run.json``; any of them may be missing. Nothing is computed from scans or networks.
+It reads ``metrics.csv``, ``history.csv``, ``cross_site.csv``, ``failures.csv``, ``cases.csv``, ``routes.csv`` with
+``routes.json``, and ``run.json``; any of them may be missing. Nothing is computed from scans or networks.
 """
 
 from __future__ import annotations
@@ -167,6 +167,21 @@ def _rates(history: Sequence[Mapping[str, str]], path: Path, colour: Mapping[str
     return picture(charts.curves_picture(panels, colour, "learning rate"), caption) if panels else ""
 
 
+def _cross_site_section(path: Path) -> str:
+    """How each model does at the other sites: a row a model, a column a site."""
+    dice = {(row["model"], row["site"]): number(row["dice"], path) for row in read_columns(path, "model site dice")}
+    models, sites = (list(dict.fromkeys(names)) for names in zip(*dice)) if dice else ([], [])
+    if len(sites) < 2:
+        return ""
+    lines = ["<tr><th>model</th>" + "".join(f"<th>at {escape(site)}</th>" for site in sites) + "</tr>"]
+    for model in models:
+        cells = "".join(f"<td>{show('dice', dice.get((model, site), math.nan))}</td>" for site in sites)
+        lines.append(f"<tr><th>{escape(model)}</th>{cells}</tr>")
+    return f"""<h2>Models at other sites</h2>{table(lines)}
+<p class="caption">Dice in percent of each model, named after its site, on the validation cases of each site. A
+personalised model is not scored at its own site, whose validation cases it was chosen by.</p>"""
+
+
 def _failures_section(path: Path) -> str:
     """Which rounds went on without which site, and why."""
     rows = read_columns(path, "round site reason")
@@ -239,6 +254,7 @@ def write_report(output_dir: str | Path, title: str = "IOP-FL") -> Path:
     sections = (
         _scores_section(found, colour),
         _curves_section(history, history_path, colour),
+        _cross_site_section(output_dir / "cross_site.csv"),
         _failures_section(output_dir / "failures.csv"),
         routes_section(output_dir),
         overlays_section(output_dir, dice, colour),

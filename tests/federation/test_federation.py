@@ -269,6 +269,8 @@ def test_scores_tell_how_a_model_does_at_the_other_sites_against_the_global_one(
     scores = cross_site_scores(run, {"global": run.weights, "A": run.clients["A"].personalised}, run.sites)
     assert scores["global"] == pytest.approx(0.8)
     assert scores["A"] == pytest.approx(0.8 + (0.02 - 0.1) / 2)
+    told = {(row["model"], row["site"]): float(row["dice"]) for row in read_rows(tmp_path / "cross_site.csv")}
+    assert told == {(name, site): dice for name, at in table.items() for site, dice in at.items() if name != site}
     make(tmp_path / "alone", sites=["A"], rounds=1).run()
     assert json.loads((tmp_path / "alone" / "models" / "scores.json").read_text())["A"] is None
 

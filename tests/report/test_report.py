@@ -177,6 +177,18 @@ def test_rounds_that_went_on_without_a_site_are_told_with_the_reason_and_no_path
     assert "<td>C</td><td>NaN or infinite values in &#x27;w&#x27;</td>" in html
 
 
+def test_the_models_at_other_sites_are_a_matrix_with_a_dash_where_none_was_scored(tmp_path):
+    small_run(tmp_path, {"global": [0.8, 0.9]})
+    rows = [["global", "A", 0.8], ["global", "<B>", 0.7], ["A", "<B>", 0.6], ["<B>", "A", 0.5]]
+    write_csv(tmp_path / "cross_site.csv", "model,site,dice", rows)
+    html = report.write_report(tmp_path).read_text(encoding="utf-8")
+    assert "<tr><th>model</th><th>at A</th><th>at &lt;B&gt;</th></tr>" in html
+    assert "<tr><th>global</th><td>80.0</td><td>70.0</td></tr>" in html
+    assert f"<tr><th>A</th><td>{DASH}</td><td>60.0</td></tr>" in html
+    write_csv(tmp_path / "cross_site.csv", "model,site,dice", rows[:1])
+    assert "Models at other sites" not in report.write_report(tmp_path).read_text(encoding="utf-8")
+
+
 def test_nothing_to_report_is_an_error_that_names_the_folder(tmp_path):
     with pytest.raises(InputError, match=r"neither metrics\.csv nor history\.csv: run") as caught:
         report.write_report(tmp_path)

@@ -65,7 +65,7 @@ def test_a_wrong_value_is_named_with_its_range(name: str) -> None:
 CONFIGS = [
     pytest.param(path.parents[1], path.stem, id=f"{path.parents[1].name}-{path.stem}")
     for path in sorted(BUNDLES.glob("*_iopfl/configs/*.json"))
-    if path.stem in ("train", "evaluate", "inference", "federate", "compare")
+    if path.stem in ("train", "evaluate", "inference", "federate", "compare", "personalise")
 ]
 
 
@@ -82,7 +82,8 @@ def test_every_config_checks_every_hyper_parameter_that_it_has(
     monkeypatch.chdir(tmp_path)
     seen: set[str] = set()
     monkeypatch.setattr(checks, "check_values", lambda settings: seen.update(settings))
-    given = {"sites": ["A", "B"]} if config in ("federate", "compare") else {"dataset_dir": str(tmp_path / "none")}
+    sites = {"sites": ["A", "B"]} if config in ("federate", "compare") else {"dataset_dir": str(tmp_path / "none")}
+    given: dict[str, Any] = {**sites, **({"site": "A"} if config == "personalise" else {})}
     start(config, bundle=bundle, **given)
     keys = json.loads((bundle / "configs" / f"{config}.json").read_text()).keys()
     # derived from the device, which is checked, and from the scans

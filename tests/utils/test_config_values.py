@@ -92,7 +92,7 @@ def test_a_path_or_name_that_was_typed_is_no_expression(name: str, text: str) ->
     assert f"begins with '{text[0]}'" in line(**{name: text})
 
 
-@pytest.mark.parametrize("config", ["train", "evaluate", "federate", "compare"])
+@pytest.mark.parametrize("config", ["train", "evaluate", "federate", "compare", "personalise"])
 def test_every_config_looks_at_what_was_typed_first(config: str) -> None:
     assert "begins with '$'" in line(config=config, dataset_dir=EVIL)
     assert "begins with '$'" in line(config=config, bundle=BUNDLES / "fundus_iopfl", dataset_dir=EVIL)

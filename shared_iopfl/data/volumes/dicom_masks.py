@@ -141,7 +141,7 @@ class SaveDicomd(MapTransform):
             )
             for number, segment in enumerate(self.segments, 1)
         ]
-        return hd.seg.Segmentation(
+        written = hd.seg.Segmentation(
             list(read),
             np.stack([one.mask for one in slices]),
             hd.seg.SegmentationTypeValues.BINARY,
@@ -157,6 +157,8 @@ class SaveDicomd(MapTransform):
             content_label="SEGMENTATION",
             omit_empty_frames=any(one.mask.any() for one in slices),
         )
+        written.ContentCreatorName = ""  # the standard asks for it, empty where nobody is known
+        return written
 
 
 def _import_highdicom() -> Any:

@@ -37,10 +37,12 @@ KINDS = {
     "federate": "a federation",
     "compare": "a comparison",
     "flare": "a federation by FLARE",
+    "personalise": "a personalisation",
 }
 RESUMED = ("federate", "compare", "flare")
 WITH_MODELS = ("inference", "evaluate")  # what a wrong model or setting ends before it has written anything
 SCORED = ("train", "federate", "flare")  # their folders may take an evaluation, too
+MAKES_MODELS = ("federate", "flare", "personalise")  # in the folder `models` of theirs
 UNFINISHED = re.compile(r"\.[0-9a-f]{12}_.+")  # what a killed run was writing; see `whole_file`
 # at the top of a run's folder
 NAMES = {
@@ -48,7 +50,7 @@ NAMES = {
     *("not_taken.csv", "scans.csv"),
     *("cases.csv", "metrics.csv", "summary.csv", "report.html", "federation.pt", "federation_previous.pt"),
     *("failures.csv", "history.csv", "statistics.csv", "choices.json", "comparison.csv", "comparison.md"),
-    "federations.json",
+    *("federations.json", "candidates.csv", "cross_site.csv"),
 }
 ANYWHERE = ("device", "dataset_dir", "output_dir", "verbose")  # settings that may change when a run goes on
 
@@ -135,7 +137,7 @@ def _in_the_way(folder: Path, written: Written, kind: str) -> Iterator[Path]:
         for path in (here / name for name in sorted(files) if not name.startswith(".")):
             if path in written or (here == folder and path.name == LIST and written.files):
                 continue
-            is_model = kind in ("federate", "flare") and path.suffix == ".pt" and here == folder / "models"
+            is_model = kind in MAKES_MODELS and path.suffix == ".pt" and here == folder / "models"
             if is_model or (here == folder and path.name in NAMES) or file_ending(path) or is_dicom(path):
                 yield path
 

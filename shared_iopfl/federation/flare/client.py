@@ -22,7 +22,7 @@ import os
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ import nvflare.client as flare
 import torch
 from nvflare.apis.fl_constant import FLMetaKey
 from nvflare.app_common.abstract.fl_model import FLModel
+from nvflare.client.tracking import SummaryWriter
 from torch import Tensor
 
 from shared_iopfl.federation.client import SiteClient, time_limit
@@ -86,6 +87,8 @@ class Member:
         }
         self.folder = Path(self._path("output_dir")) / "sites" / site
         check_writable(self.folder)
+        # where each figure goes as soon as it is known, besides the answer: its name, value and round
+        self.stream: Callable[[str, float, int], object] | None = None
         self._client: SiteClient | None = None
         self._round = 0  # after which the client is as it is
 
@@ -185,9 +188,11 @@ class Member:
         update = client.train(received.params)
         seconds = time.perf_counter() - began
         self._keep(client, received.current_round + 1)  # FLARE counts from 0
+        metrics = {**client.metrics(), "seconds": seconds}
+        self._tell({f"local/{name}": value for name, value in metrics.items()}, received)
         return FLModel(
             params={key: tensor.contiguous() for key, tensor in update.items()},  # FLARE sends no other
-            metrics={**client.metrics(), "seconds": seconds},
+            metrics=metrics,
             meta={FLMetaKey.NUM_STEPS_CURRENT_ROUND: client.cases},
         )
 
@@ -195,13 +200,18 @@ class Member:
         """Figures of the global and the personalised model on the site's validation cases."""
         client = self.client(self._counted(received))
         models = {"global": received.params, "personalised": client.personalised}
-        return FLModel(
-            metrics={
-                f"{name}/{metric}": value
-                for name, weights in models.items()
-                for metric, value in client.validate(weights).items()
-            }
-        )
+        metrics = {
+            f"{name}/{metric}": value
+            for name, weights in models.items()
+            for metric, value in client.validate(weights).items()
+        }
+        self._tell(metrics, received)
+        return FLModel(metrics=metrics)
+
+    def _tell(self, metrics: Mapping[str, float], received: FLModel) -> None:
+        if self.stream is not None:
+            for name, value in metrics.items():
+                self.stream(name, float(value), received.current_round + 1)
 
     def settle(self, received: FLModel) -> FLModel:
         """Make the personalised model what the site keeps.
@@ -253,6 +263,8 @@ def run(script: str) -> None:
     """
     flare.init()
     member = Member(read_json(Path(script).with_name(JOB_FILE)), flare.get_site_name())
+    if member.job.get("tracking"):
+        member.stream = SummaryWriter().add_scalar
     with member.own_log():
         while flare.is_running():
             received = flare.receive()

@@ -192,6 +192,7 @@ def write_files(
     round_timeout: int = 0,
     device: str | None = None,
     machine: Mapping[str, str] | None = None,
+    tracking: str = "",
 ) -> None:
     """Write what a job carries.
 
@@ -203,6 +204,7 @@ def write_files(
         round_timeout: seconds that a site may take for a task; 0: no limit.
         device: that the sites train on; None: CUDA where there is some.
         machine: where bundle, dataset_dir and output_dir lie, if everything is on this machine; else each site says it.
+        tracking: what the server keeps the sites' figures in as they come; "": nothing.
     """
     job = {
         **dict.fromkeys(("bundle", "dataset_dir", "output_dir")),
@@ -215,6 +217,7 @@ def write_files(
         "round_timeout": round_timeout,
         "own_rounds": federation.own_rounds,
         "shares": list(federation.shares),
+        "tracking": tracking,
         "seed": federation.seed,
         "overrides": federation.overrides,
     }

@@ -27,6 +27,7 @@ from typing import Any
 
 from nvflare.fuel.flare_api.flare_api import new_secure_session
 from nvflare.recipe import PocEnv, ProdEnv, SimEnv
+from nvflare.recipe.utils import add_experiment_tracking
 
 from shared_iopfl.data.sites import site_cases
 from shared_iopfl.evaluation.personalised_verdict import print_personalised_verdict
@@ -53,6 +54,7 @@ from shared_iopfl.utils.tables import read_rows
 __all__ = ["FlareRun", "federate", "publish_sites"]
 
 ENVIRONMENTS = ("sim", "poc", "prod")
+TRACKING = ("", "tensorboard", "mlflow")  # of FLARE's receivers, those that send nothing elsewhere
 LOGIN = 30.0  # seconds to wait for the server
 
 
@@ -71,6 +73,7 @@ class FlareRun:
         round_timeout: seconds after which a round goes on without those who have not answered; 0: wait for all.
         own_process: a site does each task in a process of its own. That takes longer, but one that dies costs its site
             the round, where else FLARE ends the whole job; and one that hangs ends with the round's time.
+        tracking: "tensorboard" or "mlflow": the server keeps the figures as the sites tell them, by FLARE's receiver.
         settings: any other key of ``federate.json`` or ``train.json``; ``resume`` goes on from ``flare.pt``, and
             ``overwrite`` starts afresh in a folder that such a run has used.
 
@@ -88,6 +91,7 @@ class FlareRun:
         round_timeout: int = 0,
         own_process: bool = False,
         settings: Mapping[str, Any] | None = None,
+        tracking: str = "",
     ) -> None:
         self.bundle = Path(bundle).resolve()
         self.output_dir = Path(output_dir).resolve()
@@ -103,6 +107,9 @@ class FlareRun:
         self.own_process = own_process
         if not isinstance(round_timeout, int) or round_timeout < 0:
             raise InputError(f"round_timeout must be whole seconds, 0 for none, but is {round_timeout!r}.")
+        self.tracking = tracking
+        if tracking not in TRACKING:
+            raise InputError(f"tracking must be {' or '.join(TRACKING[1:])}, or empty for none, but is {tracking!r}.")
         self.state: dict[str, Any] = {}
 
     def simulate(self) -> Path:
@@ -228,11 +235,15 @@ class FlareRun:
         with tempfile.TemporaryDirectory() as folder:
             files = Path(folder)
             here = None if self.dataset_dir is None else machine
-            write_files(files, self.bundle, self.federation, self.state, self.round_timeout, self.device, here)
+            how = (self.round_timeout, self.device, here, self.tracking)
+            write_files(files, self.bundle, self.federation, self.state, *how)
             needed = len(self.sites) if all_there else self.min_sites
             python = sys.executable if here else "python3"  # elsewhere, the one that the site's FLARE runs in
             name = f"{self.bundle.name}_federation"
-            yield FederationRecipe(name, rounds, needed, python if self.own_process else "", files)
+            recipe = FederationRecipe(name, rounds, needed, python if self.own_process else "", files)
+            if self.tracking:
+                add_experiment_tracking(recipe, self.tracking)
+            yield recipe
 
     def _execute(self, env: Any) -> Any:
         with self._recipe(all_there=isinstance(env, PocEnv)) as recipe:
@@ -268,6 +279,7 @@ def federate(
     own_process: bool | None = None,
     startup_kit: str | None = None,
     username: str | None = None,
+    tracking: str = "",
     **settings: Any,
 ) -> None:
     """Run, export or submit a federation (see `FlareRun`) and say where it is.
@@ -279,7 +291,8 @@ def federate(
     if env not in ENVIRONMENTS:
         raise InputError(f"unknown env {env!r}: choose {', '.join(ENVIRONMENTS)}.")
     own_process = env == "prod" if own_process is None else own_process
-    run = FlareRun(str(bundle), sites, rounds, str(output_dir), dataset_dir, round_timeout, own_process, settings)
+    how = (round_timeout, own_process, settings, tracking)
+    run = FlareRun(str(bundle), sites, rounds, str(output_dir), dataset_dir, *how)
     if env == "prod" and dataset_dir is not None:
         raise InputError("in production each site names its own data (IOPFL_DATASET_DIR there): leave out dataset_dir.")
     if env == "prod" and startup_kit is None:

@@ -34,6 +34,7 @@ from nvflare.app_opt.pt.decomposers import TensorDecomposer
 from nvflare.fuel.utils import fobs
 from torch import Tensor
 
+from shared_iopfl.evaluation.run.provenance import report_to_nobody
 from shared_iopfl.federation.averaging import Averaging, average_updates
 from shared_iopfl.federation.checkpoint import HISTORY
 from shared_iopfl.federation.flare.client import COUNTED, SETTLE
@@ -175,6 +176,7 @@ class Rounds(ModelController):
         averaging: Averaging = "mean",
     ) -> None:
         super().__init__(persistor_id=persistor_id, ignore_result_error=True)
+        report_to_nobody()  # the receiver of a tracked job is MLflow's
         self.sites = sites
         self.rounds = rounds
         self.min_sites = min_sites

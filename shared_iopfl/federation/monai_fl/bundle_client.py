@@ -38,10 +38,11 @@ def own_site(dataset_dir: str | Path, run_name: str | None, default: str) -> str
     Args:
         dataset_dir: folder of the sites.
         run_name: ``<client>_<date>_<time>``, as `MonaiAlgo` sets it; anything else says nothing.
-        default: name of a site.
+        default: name of a site; "": there is none.
 
     Raises:
-        InputError: where a client finds several sites, and none of its name: it must not train on another's scans.
+        InputError: where a client finds several sites, and none of its name: it must not train on another's scans; and
+            where there is no only one and none by default.
     """
     sites = known_sites(Path(dataset_dir)) if Path(dataset_dir).is_dir() else []
     client = CLIENT.fullmatch(run_name or "")
@@ -54,6 +55,8 @@ def own_site(dataset_dir: str | Path, run_name: str | None, default: str) -> str
             f"client '{client[1]}' is none of the sites in {dataset_dir} ({', '.join(sites)}): name the client as its "
             "site, or say which with site."
         )
+    if not default:
+        raise InputError(f"{dataset_dir} holds {', '.join(sites) or 'no site'}: name yours with --site.")
     return default
 
 

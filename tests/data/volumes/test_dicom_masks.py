@@ -13,10 +13,13 @@
 from __future__ import annotations
 
 import io
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -90,6 +93,27 @@ def test_a_segmentation_is_read_back_voxel_by_voxel(direction, tmp_path):
     assert read.SegmentSequence[0].SegmentLabel == "prostate"
     algorithm = read.SegmentSequence[0].SegmentationAlgorithmIdentificationSequence[0]
     assert (algorithm.AlgorithmName, bool(algorithm.AlgorithmVersion)) == ("IOP-FL test", True)
+
+
+@pytest.mark.skipif(shutil.which("segimage2itkimage") is None, reason="needs dcmqi: pip install dcmqi")
+@pytest.mark.parametrize("direction", [np.eye(3), turned(0.4), turned(-2.0)], ids=["axial", "oblique", "far"])
+def test_dcmqi_reads_the_same_voxels(direction, tmp_path):
+    """The library behind 3D Slicer's reader: each voxel at its place in the patient, and no complaint."""
+    case = case_of(exam(tmp_path / "series", direction))
+    save(case, tmp_path, "dicomseg")
+    words = ["segimage2itkimage", "--inputDICOM", str(tmp_path / "exam.seg.dcm"), "--outputDirectory", str(tmp_path)]
+    words += ["--prefix", "read", "--outputType", "nii", "--mergeSegments"]
+    ran = subprocess.run(words, capture_output=True, text=True)
+    assert ran.returncode == 0 and "W: " not in ran.stdout + ran.stderr
+    (file,) = tmp_path.glob("read*.nii.gz")
+    image = nib.load(file)
+    values, affine = np.asarray(image.dataobj), np.asarray(case["image"].affine)
+    places = np.argwhere(values)
+    index = (np.linalg.inv(affine) @ image.affine @ np.c_[places, np.ones(len(places))].T)[:3].T
+    assert np.allclose(index, index.round(), atol=1e-3)
+    found = np.zeros_like(case["pred"][0].numpy())
+    found[tuple(index.round().astype(int).T)] = values[tuple(places.T)]
+    assert np.array_equal(found, case["pred"][0].numpy())
 
 
 @pytest.mark.parametrize("direction", [np.eye(3), turned(0.4), turned(-2.0)], ids=["axial", "oblique", "far"])

@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -81,7 +82,8 @@ def test_weights_counts_and_numbers_cross_the_wire_and_no_personalised_model(dat
 # ---- what is asked for, and what travels -----------------------------------------------------------------------------
 
 
-def test_job_carries_settings_for_the_named_sites_and_nothing_of_the_machine(tmp_path):
+def test_job_carries_settings_for_the_named_sites_and_nothing_of_the_machine(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_DISABLE_TELEMETRY", raising=False)
     job = flare_run(tmp_path / "flare", None, settings={**TINY, "min_sites": 1}, round_timeout=60).export()
     files = {str(path.relative_to(job)) for path in job.rglob("*") if path.is_file()}
     of_site = {"config/config_fed_client.json", "custom/federation.json", "custom/iopfl_site.py"}
@@ -97,7 +99,13 @@ def test_job_carries_settings_for_the_named_sites_and_nothing_of_the_machine(tmp
     assert server["workflows"][0]["args"] == rounds
     settings = json.loads((job / "app_A" / "custom" / "federation.json").read_text())
     assert settings["overrides"]["image_size"] == TINY["image_size"]
+    assert settings["tracking"] == "" and not any("Receiver" in part["path"] for part in server["components"])
     assert len((job / "app_A" / "custom" / "iopfl_site.py").read_text().split()) < 10
+    job = flare_run(tmp_path / "tracked", None, settings=TINY, tracking="mlflow").export()
+    server = json.loads((job / "app_server" / "config" / "config_fed_server.json").read_text())
+    assert any(part["path"].endswith("MLflowReceiver") for part in server["components"])
+    assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "true", "its makers are told nothing"
+    assert json.loads((job / "app_A" / "custom" / "federation.json").read_text())["tracking"] == "mlflow"
 
 
 @pytest.mark.parametrize(
@@ -115,6 +123,7 @@ def test_job_carries_settings_for_the_named_sites_and_nothing_of_the_machine(tmp
         ({"min_sites": -1}, "min_sites must be a whole number from 0"),
         ({"round_timeout": -1}, "round_timeout must be"),
         ({"env": "cloud"}, "unknown env 'cloud'"),
+        ({"tracking": "wandb"}, "tracking must be tensorboard or mlflow"),
         ({"dataset_dir": None}, "no dataset_dir"),
         ({"dataset_dir": "nowhere"}, "no such folder"),
         ({"bundle": "nowhere"}, "no bundle at"),

@@ -162,7 +162,7 @@ def assert_finished(output_dir: Path, whole: Path, one_machine: bool = True) -> 
         keys = SITES if name == "shares" else ["usual_shift"]
         assert found == pytest.approx({key: there[key] for key in keys}, rel=1e-5)
     ours = {f"models/model_{site}.pt" for site in SITES}  # they stay at the sites
-    expected = (files(whole) - ours - {"federation.pt", "federation_previous.pt"}) | {"flare.pt"}
+    expected = (files(whole) - ours - {"federation.pt", "federation_previous.pt", "cross_site.csv"}) | {"flare.pt"}
     if one_machine:
         for site in SITES:
             own = load_weights(output_dir / "sites" / site / f"model_{site}.pt")
@@ -186,8 +186,11 @@ def test_simulator_gives_the_run_of_one_process_and_its_server_receives_nothing_
     (tmp_path / "recorder" / "sitecustomize.py").write_text(RECORDER)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "recorder"))
     monkeypatch.setenv("RECORDED", str(tmp_path / "received"))
-    run_command(words(tmp_path / "out", "sim", 2, "--dataset_dir", str(dataset)), tmp_path / "home")
+    options = ("--dataset_dir", str(dataset), "--tracking", "tensorboard")
+    run_command(words(tmp_path / "out", "sim", 2, *options), tmp_path / "home")
     assert_finished(tmp_path / "out", whole)
+    streamed = {path.parent.name for path in (tmp_path / "out" / "flare").rglob("tb_events/*/events.*")}
+    assert streamed == set(SITES), "the server keeps the figures of each site as they come"
     received = b"".join(path.read_bytes() for path in (tmp_path / "received").iterdir())
     shared = load_weights(tmp_path / "out" / "models" / "model.pt")
     for site in SITES:

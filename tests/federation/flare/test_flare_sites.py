@@ -116,3 +116,15 @@ def test_site_scores_the_global_model_and_its_own(tmp_path, fake):
     assert figures == {"global/val_mean_dice": 7.0, "personalised/val_mean_dice": own}
     assert own != 7.0
     assert load_weights(tmp_path / "sites" / "A" / "model.pt")["w"].tolist() == [7, 7]
+
+
+def test_figures_are_told_as_they_come_if_the_job_asks_for_it(tmp_path, fake):
+    member = Member(JOB, "A", {"IOPFL_OUTPUT_DIR": str(tmp_path), "IOPFL_BUNDLE": str(BUNDLE)})
+    told: list[tuple[str, float, int]] = []
+    member.stream = lambda *figure: told.append(figure)
+    trained = member.answer("train", received({"w": torch.zeros(2)}, 0)).metrics
+    scored = member.answer("validate", received({"w": torch.ones(2)}, 0, counted=1)).metrics
+    assert told == [
+        *((f"local/{name}", value, 1) for name, value in trained.items()),
+        *((n, v, 1) for n, v in scored.items()),
+    ]
