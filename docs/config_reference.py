@@ -119,7 +119,7 @@ SETTINGS = {
     "objective": "module that adaptation minimises; `null`: the objective of `routing`",
     "site_model": "file of a site's network: used if it exists, else written",
     "match_manifest": "`False`: allow settings that contradict `manifest.json`",
-    "one_component": "keep one connected component of each target, the largest near the middle of the image",
+    "one_component": "keep one connected component of each target",
     "output_format": "`nifti`: masks in the format of the scan; for DICOM also `dicomseg` and `rtstruct` (a list)",
     "overlays": "write pictures with the outlines of the masks",
     "empty_masks": "`fail`: exit with an error status if a mask is empty; `allow`",

@@ -34,21 +34,23 @@ from shared_iopfl.data.volumes.headers import import_itk
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.files import whole_file
 
-__all__ = ["KeepCentralComponent", "KeepCentralComponentd", "SaveMaskd"]
+__all__ = ["KeepMiddleComponent", "KeepMiddleComponentd", "SaveMaskd"]
 
 EXIF_ORIENTATION = 0x0112
 logger = logging.getLogger(__name__)
 
 
-class KeepCentralComponent(Transform):
-    """Keep one connected component of a mask: the one with the largest volume near the middle of the image.
+class KeepMiddleComponent(Transform):
+    """Keep one connected component of a volume's mask: the largest one near the middle slice.
 
-    A scan is planned around the organ that it was taken for. Volume alone would choose a bladder that a network
-    mistakes for the prostate in the last slices, so that each voxel counts by how central it lies: by the product over
-    the axes of ``sin(pi (i + 1/2) / n)^2`` for index i of n (a Hann window).
+    The slices of a scan are planned from end to end of the organ, so that what lies in the last ones is something else.
+    Volume alone would choose a bladder there that a network mistakes for the prostate. Each voxel therefore counts by
+    its slice: slice i of n by ``sin(pi (i + 1/2) / n)^2`` (a Hann window). The place within a slice tells less: an
+    endorectal coil moves the prostate away from the middle.
 
     Args:
-        data: (1, *spatial), foreground above 0; components touch by faces, edges or corners.
+        data: (1, X, Y, Z), foreground above 0; voxels touch by faces, edges or corners. Slices follow each other along
+            the axis that runs from feet to head by the affine of a `MetaTensor`, else along the last axis.
 
     Returns:
         The mask with the voxels of the other components set to 0.
@@ -59,15 +61,16 @@ class KeepCentralComponent(Transform):
         components, number = ndimage.label(mask[0] > 0, np.ones((3,) * (mask.ndim - 1)))
         if number < 2:
             return data
-        weights = np.ones(())
-        for length in components.shape:
-            weights = weights[..., None] * np.sin(np.pi * (np.arange(length) + 0.5) / length) ** 2
-        kept = 1 + np.argmax(ndimage.sum_labels(weights, components, np.arange(1, number + 1)))
-        return convert_to_dst_type(mask * (components == kept), data)[0]
+        axis = int(data.affine[2, :3].abs().argmax()) if isinstance(data, MetaTensor) else components.ndim - 1
+        slices = components.shape[axis]
+        weights = np.sin(np.pi * (np.arange(slices) + 0.5) / slices) ** 2
+        along = weights.reshape([-1 if each == axis else 1 for each in range(components.ndim)])
+        sums = ndimage.sum_labels(np.broadcast_to(along, components.shape), components, np.arange(1, number + 1))
+        return convert_to_dst_type(mask * (components == 1 + np.argmax(sums)), data)[0]
 
 
-class KeepCentralComponentd(MapTransform):
-    """Dictionary-based `KeepCentralComponent`.
+class KeepMiddleComponentd(MapTransform):
+    """Dictionary-based `KeepMiddleComponent`.
 
     Args:
         keys: keys of the masks.
@@ -76,7 +79,7 @@ class KeepCentralComponentd(MapTransform):
 
     def __init__(self, keys: KeysCollection, allow_missing_keys: bool = False) -> None:
         super().__init__(keys, allow_missing_keys)
-        self.keep = KeepCentralComponent()
+        self.keep = KeepMiddleComponent()
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)

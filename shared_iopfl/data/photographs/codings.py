@@ -18,10 +18,9 @@ from itertools import pairwise
 import numpy as np
 import torch
 from monai.config import DtypeLike, KeysCollection, NdarrayOrTensor
-from monai.transforms import FillHoles, MapTransform, Transform
+from monai.transforms import FillHoles, KeepLargestConnectedComponent, MapTransform, Transform
 from monai.utils import convert_to_dst_type, convert_to_tensor, ensure_tuple_rep
 
-from shared_iopfl.data.masks import KeepCentralComponent
 from shared_iopfl.utils.errors import InputError
 
 __all__ = [
@@ -203,8 +202,7 @@ class EncodeMask(Transform):
     Args:
         order: the channels from the outermost target to the innermost; as they stand if None.
         threshold: a target holds the pixels whose probability is at least this.
-        one: whether each target keeps one component only, see `KeepCentralComponent`; one flag, or one a target in
-            `order`.
+        largest: whether each target keeps its largest connected component only; one flag, or one a target in `order`.
         fill: whether holes in each target are filled; one flag, or one a target in `order`.
         values: T + 1 file values, from the background to the innermost target; 0 ... T if None.
         dtype: of the coded mask.
@@ -214,17 +212,17 @@ class EncodeMask(Transform):
         self,
         order: Sequence[int] | None = None,
         threshold: float = 0.5,
-        one: bool | Sequence[bool] = False,
+        largest: bool | Sequence[bool] = False,
         fill: bool | Sequence[bool] = False,
         values: Sequence[int] | None = None,
         dtype: DtypeLike | torch.dtype = np.uint8,
     ) -> None:
         self.order = None if order is None else list(order)
         self.threshold = threshold
-        self.one, self.fill = one, fill
+        self.largest, self.fill = largest, fill
         self.values = None if values is None else list(values)
         self.dtype = dtype
-        self._keep_one = KeepCentralComponent()
+        self._keep_largest = KeepLargestConnectedComponent(is_onehot=False)
         self._fill_holes = FillHoles()
 
     def __call__(self, targets: NdarrayOrTensor) -> NdarrayOrTensor:
@@ -233,13 +231,13 @@ class EncodeMask(Transform):
         values = list(range(len(order) + 1)) if self.values is None else self.values
         if len(values) != len(order) + 1:
             raise InputError(f"{len(order)} targets need {len(order) + 1} mask values, got {values}")
-        one, fill = ensure_tuple_rep(self.one, len(order)), ensure_tuple_rep(self.fill, len(order))
+        largest, fill = ensure_tuple_rep(self.largest, len(order)), ensure_tuple_rep(self.fill, len(order))
         coded = torch.full_like(t[:1], values[0], dtype=torch.int64)
         outer = torch.ones_like(t[:1], dtype=torch.bool)
         for step, channel in enumerate(order):
             inner = outer & (t[channel : channel + 1] >= self.threshold)
-            if one[step] and inner.any():
-                inner = convert_to_tensor(self._keep_one(inner.to(torch.uint8)), track_meta=False) > 0
+            if largest[step] and inner.any():
+                inner = convert_to_tensor(self._keep_largest(inner.to(torch.uint8)), track_meta=False) > 0
             if fill[step]:
                 # a hole of the inner target may be a hole of the outer one that was to stay: hence nest again
                 inner = outer & (convert_to_tensor(self._fill_holes(inner.to(torch.uint8)), track_meta=False) > 0)
@@ -255,8 +253,7 @@ class EncodeMaskd(MapTransform):
         keys: the probabilities or binary targets.
         order: the channels from the outermost target to the innermost; as they stand if None.
         threshold: a target holds the pixels whose probability is at least this.
-        one: whether each target keeps one component only, see `KeepCentralComponent`; one flag, or one a target in
-            `order`.
+        largest: whether each target keeps its largest connected component only; one flag, or one a target in `order`.
         fill: whether holes in each target are filled; one flag, or one a target in `order`.
         values: T + 1 file values, from the background to the innermost target; 0 ... T if None.
         dtype: of the coded mask.
@@ -268,14 +265,14 @@ class EncodeMaskd(MapTransform):
         keys: KeysCollection,
         order: Sequence[int] | None = None,
         threshold: float = 0.5,
-        one: bool | Sequence[bool] = False,
+        largest: bool | Sequence[bool] = False,
         fill: bool | Sequence[bool] = False,
         values: Sequence[int] | None = None,
         dtype: DtypeLike | torch.dtype = np.uint8,
         allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
-        self.encode = EncodeMask(order, threshold, one, fill, values, dtype)
+        self.encode = EncodeMask(order, threshold, largest, fill, values, dtype)
 
     def __call__(self, data: Mapping[Hashable, NdarrayOrTensor]) -> dict[Hashable, NdarrayOrTensor]:
         d = dict(data)

@@ -132,14 +132,14 @@ def test_nesting_commutes_with_the_threshold_and_changes_nothing_nested():
     assert torch.equal(EnforceNesting(order=[2, 1, 0])(probabilities.flip(0)), nested.flip(0))
 
 
-def test_one_component_and_holes_per_target():
+def test_largest_component_and_holes_per_target():
     targets = torch.zeros(2, 20, 20)
     targets[0, 2:14, 2:14] = 1
     targets[0, 5, 5] = 0  # a hole in the disc
     targets[0, 17:19, 17:19] = 1  # and an island
     targets[1, 8:12, 8:12] = 1
     targets[1, 17, 17] = 1  # a cup on the island goes with it
-    cleaned = EncodeMask(one=True, fill=[True, False])(targets)[0]
+    cleaned = EncodeMask(largest=True, fill=[True, False])(targets)[0]
     expected = torch.zeros(20, 20, dtype=torch.uint8)
     expected[2:14, 2:14], expected[8:12, 8:12] = 1, 2
     assert torch.equal(cleaned, expected)
@@ -148,7 +148,7 @@ def test_one_component_and_holes_per_target():
 
 
 def test_empty_prediction_encodes_to_background():
-    assert EncodeMask(one=True, fill=True)(torch.zeros(2, 6, 6)).sum() == 0
+    assert EncodeMask(largest=True, fill=True)(torch.zeros(2, 6, 6)).sum() == 0
 
 
 def test_wrong_order_or_number_of_values_is_refused():
