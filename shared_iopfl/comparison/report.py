@@ -41,7 +41,7 @@ BOUNDS = ("labelled routes", POOLED)
 _USE = "Figures are foreground Dice of held-out patients. For research use only, not for diagnosis."
 
 _SHIFT = (
-    "The shift is the scan's distance from the experts, as the method measures it without labels. Routing that works "
+    "The shift is the scan's distance from the global model, measured without labels. Routing that works "
     "gains where the shift is large, and changes nothing where there is none."
 )
 
