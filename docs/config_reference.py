@@ -73,6 +73,7 @@ SETTINGS = {
     "patient": "how files are assigned to patients: `auto`, a pattern with a group, or a table `FILE.csv`",
     # images
     "image_size": "side length in pixels that slices and photographs are resized to, from 16 to 2048",
+    "field_of_view": "side in millimetres that slices are cropped or padded to before they are resized; 0: as they are",
     "normalise": "normalise intensities",
     "soft_labels": "training targets are the share of a pixel that the label covers; false: the nearest label",
     "augment": "augment the training images",

@@ -19,6 +19,7 @@ published is read as it is.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -210,10 +211,14 @@ def setting(models_dir: str | os.PathLike, name: str, default: T) -> T:
 
     Raises:
         InputError: where the manifest has something else than the default is: positive whole numbers of sensible size,
-            a truth value, a dictionary, or text (which may be a dictionary, one text a site).
+            a number from 0, a truth value, a dictionary, or text (which may be a dictionary, one text a site).
     """
     value = ((read_manifest(models_dir) or {}).get("architecture") or {}).get(name, default)
     path = Path(models_dir) / MANIFEST
+    if isinstance(default, float):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+            raise InputError(f"{path} has {name} {value!r:.80}, not a number from 0; {AGAIN}")
+        return value  # type: ignore[return-value]
     if not isinstance(default, (bool, str, dict)):
         return check_setting(name, value, path)
     if not isinstance(value, (str, dict) if isinstance(default, str) else type(default)):

@@ -189,6 +189,7 @@ RULES: dict[str, Rule] = {
     "folds": whole(1),
     "patient": Rule("'auto', a table FILE.csv, or a pattern with a group, such as (.*)_(OD|OS)", is_patient_setting),
     "image_size": whole(16, 2048),
+    "field_of_view": number(0, 2000),
     "normalise": switch,
     "match_manifest": switch,
     "soft_labels": switch,

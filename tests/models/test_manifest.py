@@ -203,6 +203,15 @@ def test_settings_that_are_no_sizes_are_refused(models: Path, value: Any) -> Non
     refused(lambda: setting(models, "features", 32), "manifest.json", "features")
 
 
+@pytest.mark.parametrize("value", [-1, True, "90", None, [90], float("inf")])
+def test_a_measure_that_is_no_number_from_0_is_refused(models: Path, value: Any) -> None:
+    assert setting(models, "field_of_view", 0.0) == 0.0
+    change_manifest(models, lambda manifest: manifest["architecture"].update(field_of_view=90))
+    assert setting(models, "field_of_view", 0.0) == 90
+    change_manifest(models, lambda manifest: manifest["architecture"].update(field_of_view=value))
+    refused(lambda: setting(models, "field_of_view", 0.0), "manifest.json")
+
+
 def test_training_may_take_over_the_files_it_writes(models: Path) -> None:
     """And only those: the others are still held to what was published."""
     release(models, ["model.pt", "model_NEW.pt"])

@@ -8,17 +8,25 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Measures of a mask in a volume, such as its size in millilitres."""
+"""Physical sizes in volumes: a field of view in millimetres, and the millilitres of a mask."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable, Mapping
+from typing import Any
 
+import numpy as np
 import torch
+from monai.config import KeysCollection
 from monai.data import MetaTensor
+from monai.transforms import InvertibleTransform, MapTransform, ResizeWithPadOrCrop
+from nibabel.affines import voxel_sizes
 from torch import Tensor
 
-__all__ = ["volume_ml"]
+from shared_iopfl.utils.errors import InputError
+
+__all__ = ["FieldOfView", "FieldOfViewd", "volume_ml"]
 
 
 def volume_ml(mask: Tensor) -> float:
@@ -33,3 +41,52 @@ def volume_ml(mask: Tensor) -> float:
     if not isinstance(mask, MetaTensor):
         return math.nan
     return float(torch.count_nonzero(mask >= 1)) * float(torch.linalg.det(mask.affine[:3, :3].double()).abs()) / 1000
+
+
+class FieldOfView(ResizeWithPadOrCrop):
+    """Crop or pad the first two axes of a volume around their middle to a side in millimetres.
+
+    Resized to a fixed number of pixels afterwards, every scan has the same pixel size, whatever its own field of view.
+    Padding has the least value of the volume.
+
+    Args:
+        side: in millimetres.
+    """
+
+    def __init__(self, side: float) -> None:
+        super().__init__((-1, -1, -1))
+        self.side = side
+
+    def __call__(self, img: torch.Tensor, mode: str | None = None, lazy: bool | None = None, **kwargs: Any) -> Any:
+        """The volume (C, X, Y, Z) with other X and Y.
+
+        Raises:
+            InputError: for an image without an affine.
+        """
+        if not isinstance(img, MetaTensor):
+            raise InputError("field_of_view needs images with an affine, which tells the size of a pixel: set it to 0.")
+        # the same objects for each scan, as the inverse finds by them what was done
+        size = [max(1, round(self.side / spacing)) for spacing in voxel_sizes(np.asarray(img.affine))[:2]] + [-1]
+        self.padder.spatial_size = self.cropper.roi_size = size
+        return super().__call__(img, mode, lazy, **{"value": float(img.min()), **kwargs})
+
+
+class FieldOfViewd(MapTransform, InvertibleTransform):
+    """Dictionary-based `FieldOfView`.
+
+    Args:
+        keys: keys of the volumes.
+        side: in millimetres.
+        allow_missing_keys: don't raise when a key is missing.
+    """
+
+    def __init__(self, keys: KeysCollection, side: float, allow_missing_keys: bool = False) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.fit = FieldOfView(side)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        return {**data, **{key: self.fit(data[key]) for key in self.key_iterator(dict(data))}}
+
+    def inverse(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Back in the field of view of the scan, with zeros where nothing was predicted."""
+        return {**data, **{key: self.fit.inverse(data[key]) for key in self.key_iterator(dict(data))}}
