@@ -57,7 +57,9 @@ class FieldOfView(ResizeWithPadOrCrop):
         super().__init__((-1, -1, -1))
         self.side = side
 
-    def __call__(self, img: torch.Tensor, mode: str | None = None, lazy: bool | None = None, **kwargs: Any) -> Any:
+    def __call__(  # type: ignore[override]
+        self, img: torch.Tensor, mode: str | None = None, lazy: bool | None = None, **kwargs: Any
+    ) -> torch.Tensor:
         """The volume (C, X, Y, Z) with other X and Y.
 
         Raises:
