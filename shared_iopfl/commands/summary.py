@@ -42,9 +42,10 @@ def summary(output_dir: str | Path, seconds: float) -> str:
     served, failed, passed = read_served(out), read_failed(out), read_passed_over(out)
     count = len(served) + len(failed)
     each = f", {seconds / count:.1f} s each" if count > 1 else ""
-    lines = [
-        f"{count} scan{'s' * (count != 1)} in {seconds:.0f} s{each}; {len(served)} mask{'s' * (len(served) != 1)} in {out}"
-    ]
+    scans, masks = (
+        f"{number} {what}{'s' * (number != 1)}" for number, what in ((count, "scan"), (len(served), "mask"))
+    )
+    lines = [f"{scans} in {seconds:.0f} s{each}; {masks} in {out}"]
     if served:
         lines += ["", *_table(served[:SHOWN])]
         lines += [f"... and {len(served) - SHOWN} more: see {out / 'review.csv'}"] * (len(served) > SHOWN)
