@@ -45,7 +45,8 @@ QUALITY = "quality"
 def _sample() -> Any:
     """MONAI Label's app for bundles, whatever the working folder."""
     spec = importlib.util.spec_from_file_location("monaibundle_sample", Path(__file__).with_name("sample.py"))
-    assert spec is not None and spec.loader is not None
+    if spec is None or spec.loader is None:
+        raise ImportError("sample.py, MONAI Label's own app for bundles, is not beside this file")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -19,7 +19,6 @@ published is read as it is.
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from shared_iopfl import __version__
+from shared_iopfl.utils import checks
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.names import check_site
 from shared_iopfl.utils.reading import parse_json, read_bounded
@@ -216,9 +216,9 @@ def setting(models_dir: str | os.PathLike, name: str, default: T) -> T:
     value = ((read_manifest(models_dir) or {}).get("architecture") or {}).get(name, default)
     path = Path(models_dir) / MANIFEST
     if isinstance(default, float):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-            raise InputError(f"{path} has {name} {value!r:.80}, not a number from 0; {AGAIN}")
-        return value  # type: ignore[return-value]
+        if not (rule := checks.number(0)).holds(value):
+            raise InputError(f"{path} has {name} {value!r:.80}, not {rule.allowed}; {AGAIN}")
+        return value
     if not isinstance(default, (bool, str, dict)):
         return check_setting(name, value, path)
     if not isinstance(value, (str, dict) if isinstance(default, str) else type(default)):
