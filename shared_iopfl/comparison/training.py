@@ -74,7 +74,7 @@ class Trainings:
         self, sites: Sequence[str], seed: int, run: Path, overrides: Mapping[str, Any], **options: Any
     ) -> Federation:
         """Run a federation over some sites, or what is left of it, and return it."""
-        server = {"server_momentum": self.server_momentum, "averaging": "mean"}
+        server: dict[str, Any] = {"server_momentum": self.server_momentum, "averaging": "mean"}
         server |= {key: overrides[key] for key in server if key in overrides}
         overrides = {key: value for key, value in overrides.items() if key not in server}
         federation = Federation(
