@@ -20,13 +20,15 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from shared_iopfl.inferers.views import check_output
 from shared_iopfl.models.files import GLOBAL
 from shared_iopfl.models.weights import check_experts, copy_network
+from shared_iopfl.routing.adaptation import descend
 from shared_iopfl.routing.network import RoutedNetwork, collapse, route
 from shared_iopfl.routing.objectives import Output, ViewSampler, entropy, is_square, mean_prediction, probabilities
 from shared_iopfl.utils.errors import InputError
@@ -65,9 +67,7 @@ class ScanInferer(StackInferer):
 
     def __init__(self, output: Output = "softmax", slices: int | None = 3, batch_size: int = 16) -> None:
         super().__init__(slices, batch_size)
-        if output not in get_args(Output):
-            raise InputError(f"unknown output '{output}': choose one of {', '.join(get_args(Output))}.")
-        self.output: Output = output
+        self.output = check_output(output)
         self.mode = "off"  # what the recorders of an evaluation ask of an inferer: nothing is routed,
         self.reports: deque[dict[str, Any]] = deque()  # nothing to report
         self._checked: weakref.ref[nn.Module] | None = None
@@ -219,15 +219,10 @@ class TentInferer(BatchStatisticsInferer):
         self.learning_rate = learning_rate
 
     def _learn(self, routed: RoutedNetwork, images: Tensor) -> None:
-        optimizer = torch.optim.Adam(routed.trainable(), lr=self.learning_rate)
-        # full precision: half-precision gradients of a mean over a volume vanish
-        with torch.enable_grad(), torch.autocast(images.device.type, enabled=False):
-            for step in range(self.steps):
-                # rolled, hence copied: an inference tensor could take no part in adaptation
-                batch = images.roll(-(step * self.batch_size % len(images)), 0)[: self.batch_size]
-                optimizer.zero_grad()
-                entropy(probabilities(routed(batch), self.output), self.output).backward()
-                optimizer.step()
+        def step(batch: Tensor) -> None:
+            entropy(probabilities(routed(batch), self.output), self.output).backward()
+
+        descend(routed, images, step, self.steps, self.batch_size, self.learning_rate)
 
 
 def labelled_routes(
