@@ -12,15 +12,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
 from monai.config import DtypeLike, KeysCollection, NdarrayOrTensor
-from monai.transforms import FillHoles, KeepLargestConnectedComponent, MapTransform, Transform
+from monai.transforms import FillHoles, KeepLargestConnectedComponent, Transform
 from monai.utils import convert_to_dst_type, convert_to_tensor, ensure_tuple_rep
 
+from shared_iopfl.data.masks import EachKey
 from shared_iopfl.utils.errors import InputError
 
 __all__ = [
@@ -118,35 +120,17 @@ class DecodeMask(Transform):
         return f"coding {' or '.join(map(repr, fitting))} would fit" if fitting else "correct the mask or the coding"
 
 
-class DecodeMaskd(MapTransform):
+class DecodeMaskd(EachKey):
     """Dictionary-based `DecodeMask`: (1, ...) of file values -> (T, ...) of binary targets.
 
     Args:
         keys: the coded masks.
-        coding: the coding, or the name of one of `known`.
-        known: codings by name, for `coding` to name and for messages to suggest.
-        names: the targets wanted, in the order of the channels; as in the coding if None.
-        needs_background: whether a mask without background is refused.
+        args, kwargs: as for `DecodeMask`.
         allow_missing_keys: don't raise when a key is missing, as in a case without a mask.
     """
 
-    def __init__(
-        self,
-        keys: KeysCollection,
-        coding: Coding | str,
-        known: Mapping[str, Coding] | None = None,
-        names: Sequence[str] | None = None,
-        needs_background: bool = True,
-        allow_missing_keys: bool = False,
-    ) -> None:
-        super().__init__(keys, allow_missing_keys)
-        self.decode = DecodeMask(coding, known, names, needs_background)
-
-    def __call__(self, data: Mapping[Hashable, NdarrayOrTensor]) -> dict[Hashable, NdarrayOrTensor]:
-        d = dict(data)
-        for key in self.key_iterator(d):
-            d[key] = self.decode(d[key])
-        return d
+    def __init__(self, keys: KeysCollection, *args: Any, allow_missing_keys: bool = False, **kwargs: Any) -> None:
+        super().__init__(keys, DecodeMask(*args, **kwargs), allow_missing_keys)
 
 
 class EnforceNesting(Transform):
@@ -171,7 +155,7 @@ class EnforceNesting(Transform):
         return convert_to_dst_type(nested, targets)[0]
 
 
-class EnforceNestingd(MapTransform):
+class EnforceNestingd(EachKey):
     """Dictionary-based `EnforceNesting`: (T, ...) -> (T, ...), each target inside the one before it.
 
     Args:
@@ -183,14 +167,7 @@ class EnforceNestingd(MapTransform):
     def __init__(
         self, keys: KeysCollection, order: Sequence[int] | None = None, allow_missing_keys: bool = False
     ) -> None:
-        super().__init__(keys, allow_missing_keys)
-        self.nest = EnforceNesting(order)
-
-    def __call__(self, data: Mapping[Hashable, NdarrayOrTensor]) -> dict[Hashable, NdarrayOrTensor]:
-        d = dict(data)
-        for key in self.key_iterator(d):
-            d[key] = self.nest(d[key])
-        return d
+        super().__init__(keys, EnforceNesting(order), allow_missing_keys)
 
 
 class EncodeMask(Transform):
@@ -246,39 +223,17 @@ class EncodeMask(Transform):
         return convert_to_dst_type(coded, targets, dtype=self.dtype)[0]
 
 
-class EncodeMaskd(MapTransform):
+class EncodeMaskd(EachKey):
     """Dictionary-based `EncodeMask`: (T, ...) nested targets -> (1, ...) coded mask.
 
     Args:
         keys: the probabilities or binary targets.
-        order: the channels from the outermost target to the innermost; as they stand if None.
-        threshold: a target holds the pixels whose probability is at least this.
-        largest: whether each target keeps its largest connected component only; one flag, or one a target in `order`.
-        fill: whether holes in each target are filled; one flag, or one a target in `order`.
-        values: T + 1 file values, from the background to the innermost target; 0 ... T if None.
-        dtype: of the coded mask.
+        args, kwargs: as for `EncodeMask`.
         allow_missing_keys: don't raise when a key is missing.
     """
 
-    def __init__(
-        self,
-        keys: KeysCollection,
-        order: Sequence[int] | None = None,
-        threshold: float = 0.5,
-        largest: bool | Sequence[bool] = False,
-        fill: bool | Sequence[bool] = False,
-        values: Sequence[int] | None = None,
-        dtype: DtypeLike | torch.dtype = np.uint8,
-        allow_missing_keys: bool = False,
-    ) -> None:
-        super().__init__(keys, allow_missing_keys)
-        self.encode = EncodeMask(order, threshold, largest, fill, values, dtype)
-
-    def __call__(self, data: Mapping[Hashable, NdarrayOrTensor]) -> dict[Hashable, NdarrayOrTensor]:
-        d = dict(data)
-        for key in self.key_iterator(d):
-            d[key] = self.encode(d[key])
-        return d
+    def __init__(self, keys: KeysCollection, *args: Any, allow_missing_keys: bool = False, **kwargs: Any) -> None:
+        super().__init__(keys, EncodeMask(*args, **kwargs), allow_missing_keys)
 
 
 def _check(coding: Coding) -> None:
