@@ -105,7 +105,7 @@ SETTINGS = {
     "personalised_metrics": "for MONAI FL: also validate the site's personalised model",
     # federation
     "server_momentum": "momentum of the server's step, from 0 to below 1; 0: plain averaging",
-    "averaging": "`mean`, `median` or `trimmed_mean` of the sites' weights",
+    "averaging": "`mean` of the sites' weights in proportion to their cases, `equal_mean`, `median` or `trimmed_mean`",
     "min_sites": "a round continues if at least so many sites deliver; 0: all must",
     "max_update_norm": "refuse updates that are more than so many times as long as usual; 0: no limit",
     "site_timeout": "seconds that a site may take per round; 0: no limit",

@@ -28,7 +28,8 @@ from torch import Tensor
 
 from shared_iopfl.comparison.fine_tuning import fine_tune
 from shared_iopfl.comparison.runs import Runs, best_of
-from shared_iopfl.comparison.training import EXPERTS, POOLED, Trainings, keep_models
+from shared_iopfl.comparison.tables import LABELLED, POOLED
+from shared_iopfl.comparison.training import EXPERTS, Trainings, keep_models
 from shared_iopfl.data.layouts import PARTS
 from shared_iopfl.evaluation.scores import finite_mean
 from shared_iopfl.evaluation.scoring import raise_failures
@@ -43,6 +44,7 @@ __all__ = ["Comparison"]
 
 logger = logging.getLogger(__name__)
 FEDAVG = "FedAvg"
+CHOSEN = "chosen"
 PERSONAL = ("average", "average, interpolated", "personalised")  # what a site makes of it for itself
 
 
@@ -60,7 +62,8 @@ class Comparison:
         rounds: of every federation.
         seeds: of networks, augmentation and splits; the whole protocol is run once with each.
         folds: inside, 1: the published split; more: cross-validation by patient.
-        server_momentum: of every federation, as in :class:`Federation`; a method's overrides may hold another one.
+        server_momentum: of every federation, as in :class:`Federation`; a method's overrides may hold another one
+            (and an ``averaging``).
         training: overrides of the training config, for all methods alike.
         scoring: overrides of the evaluation config.
         inside: method -> overrides of the training config. A key "model" says which of the run's models it is:
@@ -128,6 +131,8 @@ class Comparison:
         self.candidates = dict(candidates or {})
         self.pooled = pooled
         self.federations = dict(federations or {})
+        for name in {GLOBAL, CHOSEN, LABELLED, POOLED, *self.outside_methods} & set(self.federations):
+            raise InputError(f"federations: '{name}' is another method's name already: choose a different one.")
         self.virtual = list(virtual)
         self.labelled = labelled
         self.trainings = Trainings(
@@ -238,7 +243,7 @@ class Comparison:
                     chosen.append({"seed": seed, "fold": site, "choice": name, "candidates": means})
                     write_json(self.output_dir / "choices.json", chosen)
                     options = {"mode": "episodic", "preset": "default", "routing": self.candidates[name]}
-                    self.runs.score(run, site, "chosen", model_path(models), **self._outside(models, **options))
+                    self.runs.score(run, site, CHOSEN, model_path(models), **self._outside(models, **options))
                 self.collect()
         if self.federations and len(self.sites) > 2:
             self.runs.choose_trainings(self.sites, [GLOBAL, *self.federations])
@@ -259,10 +264,10 @@ class Comparison:
             )
             path = self.trainings.pool(others, seed, run / "models" / POOLED, cases)
             self.runs.score(run, site, POOLED, path, **self._outside(models, mode="off"))
-        if self.labelled and not self.runs.scored(run, site, "labelled routes"):
+        if self.labelled and not self.runs.scored(run, site, LABELLED):
             path = str(run / "models" / "labelled.pt")
             save_atomically(self.trainings.fit_with_labels(site, models), path)
-            self.runs.score(run, site, "labelled routes", path, **self._outside(models, mode="off"))
+            self.runs.score(run, site, LABELLED, path, **self._outside(models, mode="off"))
 
     def _outside(self, models: str, **options: Any) -> dict[str, Any]:
         if "baseline" in options:

@@ -24,7 +24,7 @@ import numpy as np
 
 from shared_iopfl.comparison.cases import Shifts, cases_section, read_shifts
 from shared_iopfl.comparison.scores import BEST_EXPERT, read_comparison
-from shared_iopfl.comparison.tables import POOLED, Contest, choices_table, facts, interval, reading_notes
+from shared_iopfl.comparison.tables import LABELLED, POOLED, Contest, choices_table, facts, interval, reading_notes
 from shared_iopfl.evaluation.scores import DASH, read_json, show
 from shared_iopfl.report import charts
 from shared_iopfl.report.documents import Block, Bullets, Heading, Text, markdown, to_html
@@ -37,7 +37,7 @@ __all__ = ["print_comparison", "write_comparison"]
 
 REFERENCE = {"inside": "FedAvg", "outside": "global", "virtual": "FedAvg"}
 OWN = {"inside": "personalised", "outside": "default"}
-BOUNDS = ("labelled routes", POOLED)
+BOUNDS = (LABELLED, POOLED)
 _USE = "Figures are foreground Dice of held-out patients. For research use only, not for diagnosis."
 
 _SHIFT = (

@@ -23,6 +23,7 @@ import torch
 from monai.bundle import ConfigParser
 from torch import Tensor, nn
 
+from shared_iopfl.comparison.tables import POOLED
 from shared_iopfl.data.photographs.codings import coding_of
 from shared_iopfl.federation.client import SiteClient
 from shared_iopfl.federation.simulation import Federation
@@ -32,9 +33,8 @@ from shared_iopfl.utils.config_values import Expression, as_values
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.stacks import to_stack
 
-__all__ = ["EXPERTS", "POOLED", "Trainings", "keep_models"]
+__all__ = ["EXPERTS", "Trainings", "keep_models"]
 
-POOLED = "pooled"
 EXPERTS = (0.8, 0.2, 0.0)  # where a site is left out, those inside need no test cases
 
 
@@ -74,7 +74,8 @@ class Trainings:
         self, sites: Sequence[str], seed: int, run: Path, overrides: Mapping[str, Any], **options: Any
     ) -> Federation:
         """Run a federation over some sites, or what is left of it, and return it."""
-        server = {"server_momentum": overrides.get("server_momentum", self.server_momentum)}
+        server: dict[str, Any] = {"server_momentum": self.server_momentum, "averaging": "mean"}
+        server |= {key: overrides[key] for key in server if key in overrides}
         overrides = {key: value for key, value in overrides.items() if key not in server}
         federation = Federation(
             self.bundle_root,

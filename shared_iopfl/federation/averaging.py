@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The average of the sites' updates: mean, coordinate-wise median or trimmed mean."""
+"""The average of the sites' updates: mean by cases or by sites, coordinate-wise median or trimmed mean."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ from shared_iopfl.utils.errors import InputError
 
 __all__ = ["AVERAGES", "Averaging", "average_updates", "weighted_average"]
 
-Averaging = Literal["mean", "median", "trimmed_mean"]
+Averaging = Literal["mean", "equal_mean", "median", "trimmed_mean"]
 AVERAGES: tuple[str, ...] = get_args(Averaging)
+ROBUST = ("median", "trimmed_mean")
 TRIMMED = 0.2  # of the sites, the share that the trimmed mean leaves out at each end
 
 
@@ -46,9 +47,10 @@ def average_updates(
     Args:
         updates: site -> state_dict.
         counts: site -> positive number, its training cases.
-        averaging: "mean": FedAvg, each site weighed by its number of cases. "median": of an even number of sites, the
-            mean of the two in the middle. "trimmed_mean": the mean of what is left once a fifth of the sites, at least
-            one, is left out at each end.
+        averaging: "mean": FedAvg, each site weighed by its number of cases. "equal_mean": every site counts alike, so
+            that the one with most cases does not decide for all. "median": of an even number of sites, the mean of the
+            two in the middle. "trimmed_mean": the mean of what is left once a fifth of the sites, at least one, is left
+            out at each end.
         reference: the global weights that the round began with, whose types the result has; None: the first site's.
 
     Raises:
@@ -65,13 +67,13 @@ def average_updates(
     whose = "the global model" if reference is not None else f"'{first}'"
     like = updates[first] if reference is None else reference
     checked = {site: check_update(site, update, like, whose) for site, update in updates.items()}
+    shares = [1 / len(checked) if averaging == "equal_mean" else counts[site] / total for site in checked]
     average = {}
     for key, of_first in checked[first].items():
         if of_first.is_floating_point() or of_first.is_complex():
             wide = torch.complex128 if of_first.is_complex() else torch.float64
             values = [update[key].to(wide) for update in checked.values()]
-            shares = [counts[site] / total for site in checked]
-            middle = _mean(values, shares) if averaging == "mean" else _trimmed(values, averaging)
+            middle = _trimmed(values, averaging) if averaging in ROBUST else _mean(values, shares)
             average[key] = middle.to(of_first.dtype)
         else:
             average[key] = of_first.clone()

@@ -232,7 +232,7 @@ RULES: dict[str, Rule] = {
     "min_sites": whole(0),
     "max_update_norm": number(0),
     "server_momentum": number(0, 1, below=True),
-    "averaging": word("mean", "median", "trimmed_mean"),
+    "averaging": word("mean", "equal_mean", "median", "trimmed_mean"),
     "site_timeout": number(0),
     "own_rounds": whole(0),
     "shares": several("a list of numbers from 0 to 1", number(0, 1)),

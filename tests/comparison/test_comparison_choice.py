@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from shared_iopfl.comparison.protocol import Comparison
 from shared_iopfl.comparison.runs import COLUMNS, Runs, best_of
 from shared_iopfl.evaluation.records import case_scores
 from shared_iopfl.utils.errors import InputError
@@ -60,3 +61,10 @@ def test_the_other_sites_choose_a_training_by_the_cases_that_have_a_dice(tmp_pat
     Runs("bundle", "data", tmp_path, {}).choose_trainings("ABC", ["global", "other"])
     choices = json.loads((tmp_path / "federations.json").read_text(encoding="utf-8"))
     assert [choice["choice"] for choice in choices] == ["other"] * 3
+
+
+@pytest.mark.parametrize("name", ["global", "pooled", "views"])
+def test_a_training_by_the_name_of_another_method_is_refused(name, tmp_path):
+    """Its scores would be taken for those of the other one."""
+    with pytest.raises(InputError, match=f"federations: '{name}' is another method's name"):
+        Comparison("b", "d", str(tmp_path), ["A", "B"], 1, outside={"views": {}}, federations={name: {}})

@@ -208,15 +208,21 @@ def test_averages_agree_where_all_sites_do():
         assert average(same, averaging) == pytest.approx(same[0])
 
 
+def test_a_site_counts_by_its_cases_or_like_any_other():
+    values = [[1.0], [4.0], [10.0]]  # of sites with one, two and three cases
+    assert average(values, "mean") == pytest.approx([(1 + 2 * 4 + 3 * 10) / 6])
+    assert average(values, "equal_mean") == pytest.approx([5.0])
+
+
 def test_unknown_average_is_refused_by_name():
-    with pytest.raises(InputError, match="averaging must be one of mean, median, trimmed_mean, but is 'krum'"):
+    with pytest.raises(InputError, match="averaging must be one of mean, equal_mean, median, trimmed_mean, but is 'k"):
         average([[1.0]], "krum")
     with pytest.raises(InputError, match="averaging must be"):
         make(Path("nowhere"), averaging="krum")
 
 
 @pytest.mark.usefixtures("fakes")
-@pytest.mark.parametrize("averaging", ["median", "trimmed_mean"])
+@pytest.mark.parametrize("averaging", ["equal_mean", "median", "trimmed_mean"])
 def test_a_federation_averages_as_it_is_told_and_resumes_with_nothing_else(averaging, tmp_path):
     run = make(tmp_path, rounds=1, averaging=averaging)
     weights = run.run()
