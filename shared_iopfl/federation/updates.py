@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from shared_iopfl.models.weights import is_weight
 from shared_iopfl.utils.checks import has_negative_variance
 from shared_iopfl.utils.errors import InputError, root_input_error
 from shared_iopfl.utils.tables import write_rows
@@ -138,7 +139,7 @@ def update_norm(update: Weights, reference: Weights | None = None) -> float:
     squares = (
         float((_wide(tensor) - (_wide(reference[key]) if reference is not None else 0)).abs().square().sum())
         for key, tensor in update.items()
-        if tensor.is_floating_point() or tensor.is_complex()
+        if is_weight(tensor)
     )
     return math.sqrt(math.fsum(squares))
 
