@@ -11,8 +11,8 @@
 """Inferers of the other outside methods: views, ensemble, batch statistics, TENT, DaWin; routes from labels.
 
 Outside, without labels, as inferers that are called as `StackInferer` is: views, ensemble, batch-norm statistics, TENT,
-DaWin; and with labels, as a bound, :func:`labelled_routes`. Some are nothing but settings of the routing: see
-:data:`ROUTING`. The methods inside are in :mod:`shared_iopfl.handlers.methods`.
+DaWin; and with labels, as a bound, :func:`labelled_routes`. Others (soup, AdaMerging) are settings of
+`TestTimeRoutingInferer`, in ``compare.json``. The methods inside are in :mod:`shared_iopfl.handlers.methods`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.stacks import Network, StackInferer, evenly
 
 __all__ = [
-    "ROUTING",
     "BatchStatisticsInferer",
     "DaWinInferer",
     "EnsembleInferer",
@@ -45,16 +44,6 @@ __all__ = [
 ]
 
 States = Mapping[str, Mapping[str, Tensor]]
-
-# methods that are settings of `TestTimeRoutingInferer` (overrides of the preset "soup") and need no code
-ROUTING: dict[str, dict[str, Any]] = {
-    # Wortsman et al. 2022: the mean of all weights
-    "soup": {},
-    "soup and views": {"views": "average"},
-    # Yang et al. 2023: a coefficient a layer and expert, trained by entropy alone, from the uniform mixture;
-    # here the coefficients sum to one, are trained on the scan alone, and kept where they lowered its entropy
-    "AdaMerging": {"steps": 10, "objective": {"entropy": 1.0, "consistency": 0.0}, "agreement": 0.0},
-}
 
 
 class ScanInferer(StackInferer):
