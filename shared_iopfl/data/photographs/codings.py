@@ -138,19 +138,12 @@ class EnforceNesting(Transform):
 
     For probabilities (T, ...) this is the running minimum along the channels, for binary targets the intersection; and
     thresholding before it or after it gives the same.
-
-    Args:
-        order: the channels from the outermost target to the innermost; as they stand if None.
     """
-
-    def __init__(self, order: Sequence[int] | None = None) -> None:
-        self.order = None if order is None else list(order)
 
     def __call__(self, targets: NdarrayOrTensor) -> NdarrayOrTensor:
         t: torch.Tensor = convert_to_tensor(targets, track_meta=False)
-        order = _order(self.order, t)
         nested = t.clone()
-        for outer, inner in pairwise(order):
+        for outer, inner in pairwise(range(len(t))):
             nested[inner] = torch.minimum(nested[inner], nested[outer])
         return convert_to_dst_type(nested, targets)[0]
 
@@ -160,41 +153,35 @@ class EnforceNestingd(EachKey):
 
     Args:
         keys: the probabilities or binary targets.
-        order: the channels from the outermost target to the innermost; as they stand if None.
         allow_missing_keys: don't raise when a key is missing.
     """
 
-    def __init__(
-        self, keys: KeysCollection, order: Sequence[int] | None = None, allow_missing_keys: bool = False
-    ) -> None:
-        super().__init__(keys, EnforceNesting(order), allow_missing_keys)
+    def __init__(self, keys: KeysCollection, allow_missing_keys: bool = False) -> None:
+        super().__init__(keys, EnforceNesting(), allow_missing_keys)
 
 
 class EncodeMask(Transform):
-    """Turn nested targets (T, ...), probabilities or binary, into one coded mask (1, ...).
+    """Turn nested targets (T, ...), probabilities or binary, the outermost first, into one coded mask (1, ...).
 
     A pixel's value tells how many of the nested targets hold it: 0 background, 1 only the outermost one (the rim of
     the disc), T the innermost one (the cup); `values` replaces these by a file's own, as in ``[255, 128, 0]``.
 
     Args:
-        order: the channels from the outermost target to the innermost; as they stand if None.
         threshold: a target holds the pixels whose probability is at least this.
-        largest: whether each target keeps its largest connected component only; one flag, or one a target in `order`.
-        fill: whether holes in each target are filled; one flag, or one a target in `order`.
+        largest: whether each target keeps its largest connected component only; one flag, or one a target.
+        fill: whether holes in each target are filled; one flag, or one a target.
         values: T + 1 file values, from the background to the innermost target; 0 ... T if None.
         dtype: of the coded mask.
     """
 
     def __init__(
         self,
-        order: Sequence[int] | None = None,
         threshold: float = 0.5,
         largest: bool | Sequence[bool] = False,
         fill: bool | Sequence[bool] = False,
         values: Sequence[int] | None = None,
         dtype: DtypeLike | torch.dtype = np.uint8,
     ) -> None:
-        self.order = None if order is None else list(order)
         self.threshold = threshold
         self.largest, self.fill = largest, fill
         self.values = None if values is None else list(values)
@@ -204,15 +191,14 @@ class EncodeMask(Transform):
 
     def __call__(self, targets: NdarrayOrTensor) -> NdarrayOrTensor:
         t: torch.Tensor = convert_to_tensor(targets, track_meta=False)
-        order = _order(self.order, t)
-        values = list(range(len(order) + 1)) if self.values is None else self.values
-        if len(values) != len(order) + 1:
-            raise InputError(f"{len(order)} targets need {len(order) + 1} mask values, got {values}")
-        largest, fill = ensure_tuple_rep(self.largest, len(order)), ensure_tuple_rep(self.fill, len(order))
+        values = list(range(len(t) + 1)) if self.values is None else self.values
+        if len(values) != len(t) + 1:
+            raise InputError(f"{len(t)} targets need {len(t) + 1} mask values, got {values}")
+        largest, fill = ensure_tuple_rep(self.largest, len(t)), ensure_tuple_rep(self.fill, len(t))
         coded = torch.full_like(t[:1], values[0], dtype=torch.int64)
         outer = torch.ones_like(t[:1], dtype=torch.bool)
-        for step, channel in enumerate(order):
-            inner = outer & (t[channel : channel + 1] >= self.threshold)
+        for step, target in enumerate(t):
+            inner = outer & (target[None] >= self.threshold)
             if largest[step] and inner.any():
                 inner = convert_to_tensor(self._keep_largest(inner.to(torch.uint8)), track_meta=False) > 0
             if fill[step]:
@@ -262,13 +248,3 @@ def _text(coding: Coding) -> str:
 
 def _file(mask: NdarrayOrTensor) -> str:
     return str(getattr(mask, "meta", {}).get("filename_or_obj", "a mask without a file name"))
-
-
-def _order(order: list[int] | None, targets: torch.Tensor) -> list[int]:
-    """The channels from the outermost target to the innermost, checked against the targets at hand."""
-    channels = list(range(targets.shape[0]))
-    if order is None:
-        return channels
-    if sorted(order) != channels:
-        raise InputError(f"order {order} does not list each of the {len(channels)} channels once")
-    return order
