@@ -15,6 +15,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from config_start import PROSTATE
+from monai.bundle import ConfigParser
 from prostate_runs import FEDERATE, Run, mask_of
 
 from shared_iopfl.models.manifest import read_manifest
@@ -22,8 +24,7 @@ from shared_iopfl.utils.errors import root_input_error
 
 
 def test_models_know_the_field_of_view_they_were_trained_with(sites_dir: Path, tmp_path: Path, run_config: Run) -> None:
-    training = {"field_of_view": 90.0}
-    run = {"dataset_dir": sites_dir, "output_dir": tmp_path / "run", "rounds": 1, "training": training}
+    run = {"dataset_dir": sites_dir, "output_dir": tmp_path / "run", "rounds": 1, "field_of_view": 90.0}
     run_config("federate", **{**FEDERATE, **run})
     models = tmp_path / "run" / "models"
     manifest = read_manifest(models)
@@ -41,3 +42,8 @@ def test_models_know_the_field_of_view_they_were_trained_with(sites_dir: Path, t
     with pytest.raises(Exception) as caught:
         run_config("inference", **given, output_dir=tmp_path / "other", field_of_view=0.0)
     assert "--field_of_view 0.0 contradicts" in str(root_input_error(caught.value))
+
+    config = ConfigParser()
+    config.read_config(str(PROSTATE / "configs" / "personalise.json"))
+    config["ckpt_dir"] = str(models)
+    assert config.get_parsed_content("field_of_view") == 90.0, "a model that is trained further keeps its field of view"
