@@ -22,8 +22,6 @@ from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from monai.utils import ensure_tuple
-
 from shared_iopfl.utils.errors import InputError
 
 __all__ = [
@@ -94,7 +92,8 @@ def source_of(data: Mapping[Hashable, Any], image_key: str, key: Hashable) -> tu
         key: key of the mask.
     """
     meta = getattr(data.get(image_key), "meta", None) or data[key].meta
-    return Path(ensure_tuple(meta["filename_or_obj"])[0]), meta
+    files = meta["filename_or_obj"]
+    return Path(files[0] if isinstance(files, (list, tuple)) else files), meta
 
 
 def file_ending(path: str | Path) -> str:
