@@ -32,8 +32,9 @@ from torch import Tensor
 
 from shared_iopfl.federation.flare import client as flare_client
 from shared_iopfl.federation.flare.client import COUNTED, Member
+from shared_iopfl.federation.flare.persistor import ServerFiles
 from shared_iopfl.federation.flare.run import FlareRun
-from shared_iopfl.federation.flare.server import Rounds, ServerFiles
+from shared_iopfl.federation.flare.server import Rounds
 
 
 @pytest.fixture(scope="module", name="dataset")

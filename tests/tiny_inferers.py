@@ -12,7 +12,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +28,13 @@ from shared_iopfl.routing.settings import preset
 ADAPTING = {"steps": 2, "agreement": 0.0}
 # an adaptation that improves its objective on any network, so that the guard lets it pass
 ENTROPY = {"consistency": 0.0, "entropy": 1.0, "shape": 0.0}
+COMPARE = Path(__file__).parents[1] / "bundles" / "common" / "compare.json"
+# methods of a comparison that are settings of the preset soup
+SOUPS: dict[str, dict[str, Any]] = {
+    name: method["routing"]
+    for name, method in json.loads(COMPARE.read_text(encoding="utf-8"))["outside"].items()
+    if method.get("preset") == "soup" and isinstance(method["routing"], dict)
+}
 LEARNT = {"steps": 3, "learning_rate": 0.1, "agreement": 0.0, "objective": ENTROPY}
 
 

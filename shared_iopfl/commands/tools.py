@@ -27,6 +27,8 @@ from shared_iopfl.utils.errors import InputError
 
 __all__ = ["check", "configs", "flare", "flare_publish", "prepare", "report", "scans"]
 
+ENVIRONMENTS = ("sim", "poc", "prod")
+
 
 def prepare(
     dataset_dir: str,
@@ -119,14 +121,56 @@ def configs(*tasks: str) -> None:
 
 
 def flare(
-    bundle: str, sites: Sequence[str], output_dir: str, env: str = "sim", rounds: int = 60, **options: Any
+    bundle: str,
+    sites: Sequence[str],
+    output_dir: str,
+    env: str = "sim",
+    rounds: int = 60,
+    dataset_dir: str | None = None,
+    round_timeout: int = 0,
+    own_process: bool | None = None,
+    startup_kit: str | None = None,
+    username: str | None = None,
+    tracking: str = "",
+    **settings: Any,
 ) -> None:
-    """Federate with NVIDIA FLARE: --env sim or poc on this machine, prod over several (see docs/flare.md).
+    """Federate with NVIDIA FLARE; see docs/flare.md.
 
-    Further options: --dataset_dir, --min_sites, --round_timeout, --own_process; with --env prod also --startup_kit and
-    --username, to submit the job at once; and every key of the bundle's federate.json and train.json.
+    Further options are every key of the bundle's federate.json and train.json, such as --min_sites.
+
+    Args:
+        bundle: the bundle's folder.
+        sites: names of the inside sites.
+        output_dir: where the files go.
+        env: "sim" or "poc" on this machine, "prod" over several: the job is exported, or submitted with a startup kit.
+        rounds: number of rounds.
+        dataset_dir: folder of the sites; in production each site names its own.
+        round_timeout: seconds after which a round goes on without those who have not answered; 0: wait for all.
+        own_process: a site does each task in a process of its own; by default in production.
+        startup_kit: folder of the FLARE admin who submits the job.
+        username: the admin's name; by default the folder's.
+        tracking: "tensorboard" or "mlflow": the server keeps the figures as the sites tell them.
+        settings: every other key of the config.
     """
-    _flare().federate(env, bundle, sites, rounds, output_dir, **options)
+    from shared_iopfl.evaluation.personalised_verdict import print_personalised_verdict
+    from shared_iopfl.evaluation.scores import print_table
+
+    if env not in ENVIRONMENTS:
+        raise InputError(f"unknown env {env!r}: choose {', '.join(ENVIRONMENTS)}.")
+    own_process = env == "prod" if own_process is None else own_process
+    how = (round_timeout, own_process, settings, tracking)
+    run = _flare().FlareRun(str(bundle), sites, rounds, str(output_dir), dataset_dir, *how)
+    if env == "prod" and dataset_dir is not None:
+        raise InputError("in production each site names its own data (IOPFL_DATASET_DIR there): leave out dataset_dir.")
+    if env == "prod" and startup_kit is None:
+        job = run.export()
+        print(f"job: {job}\nsubmit it: nvflare job submit -j {job}")
+    elif env == "prod":
+        print("global model:", run.submit(str(startup_kit), username))
+    else:
+        print("global model:", run.simulate() if env == "sim" else run.prove())
+        print_table(output_dir)
+        print_personalised_verdict(output_dir)
 
 
 def flare_publish(output_dir: str, sites: Sequence[str]) -> None:

@@ -16,7 +16,7 @@ left out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
@@ -46,20 +46,12 @@ _SHIFT = (
 )
 
 
-def write_comparison(
-    output_dir: str | Path,
-    reference: Mapping[str, str] = REFERENCE,
-    own: Mapping[str, str] = OWN,
-    bounds: Sequence[str] = BOUNDS,
-    title: str = "Comparison",
-) -> Path:
+def write_comparison(output_dir: str | Path, bounds: Sequence[str] = BOUNDS, title: str = "Comparison") -> Path:
     """Write ``comparison.md`` and ``report.html`` of a comparison into its folder.
 
     Args:
         output_dir: folder with ``comparison.csv`` and, if there are any, ``choices.json``, ``run.json`` and the runs'
             ``seed<k>/<role>_<fold>/``, from whose ``cases.csv`` and ``masks/`` cases are shown.
-        reference: role -> the method that differences are taken to.
-        own: role -> the method that is held to the targets; where it was not run, nothing is said about it.
         bounds: methods that used labels or hindsight: shown in italics, never among the winners.
         title: heading of both.
 
@@ -71,7 +63,7 @@ def write_comparison(
             the reference is not among the methods.
     """
     output_dir = Path(output_dir)
-    contests = _contests(output_dir, reference, own, bounds)
+    contests = _contests(output_dir, bounds)
     shifts = [read_shifts(output_dir, contest) for contest in contests]
     items = [item for c, s in zip(contests, shifts) for item in [*c.in_short(), *(s.in_short() if s else [])]]
     short: list[Block] = [Heading("In short"), Bullets(items)] if items else []
@@ -97,20 +89,18 @@ def write_comparison(
     return output_dir / "report.html"
 
 
-def _contests(
-    output_dir: Path, reference: Mapping[str, str], own: Mapping[str, str], bounds: Sequence[str]
-) -> list[Contest]:
+def _contests(output_dir: Path, bounds: Sequence[str]) -> list[Contest]:
     contests = []
     for role, metrics in read_comparison(output_dir).items():
         methods = metrics["dice"].methods
-        if reference.get(role) not in methods:
+        if REFERENCE[role] not in methods:
             raise InputError(
-                f"{output_dir / 'comparison.csv'} has no method '{reference.get(role)}' {role}: choose reference among "
-                + ", ".join(methods)
+                f"{output_dir / 'comparison.csv'} has no method '{REFERENCE[role]}' {role}, to which the others are "
+                f"compared: run it too; there are {', '.join(methods)}"
             )
-        ours = own.get(role)
+        ours = OWN.get(role)
         unreachable = frozenset({*bounds, BEST_EXPERT})
-        contests.append(Contest(role, metrics, reference[role], ours if ours in methods else None, unreachable))
+        contests.append(Contest(role, metrics, REFERENCE[role], ours if ours in methods else None, unreachable))
     return contests
 
 
@@ -178,21 +168,16 @@ def _forests(contest: Contest) -> str:
     return html
 
 
-def print_comparison(
-    output_dir: str | Path,
-    reference: Mapping[str, str] = REFERENCE,
-    own: Mapping[str, str] = OWN,
-    bounds: Sequence[str] = BOUNDS,
-) -> str:
+def print_comparison(output_dir: str | Path) -> str:
     """Print each method's mean Dice over sites and its difference to the reference with its interval, in percent.
 
-    Args and errors are those of `write_comparison`. Our own method is marked with ">", a bound stands in brackets.
+    Errors are those of `write_comparison`. Our own method is marked with ">", a bound stands in brackets.
 
     Returns:
         The text that was printed.
     """
     blocks = []
-    for contest in _contests(Path(output_dir), reference, own, bounds):
+    for contest in _contests(Path(output_dir), BOUNDS):
         lines = [(f"  {contest.role}", "Dice (%)", f"against {contest.reference} [95% interval]")]
         for method in contest.dice.ranked(contest.bounds):
             name = f"({method})" if method in contest.bounds else method

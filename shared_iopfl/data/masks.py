@@ -24,20 +24,37 @@ import torch
 from monai.config import DtypeLike, KeysCollection, NdarrayOrTensor
 from monai.data import MetaTensor
 from monai.transforms import MapTransform, Transform
-from monai.utils import convert_data_type, convert_to_dst_type, ensure_tuple
+from monai.utils import convert_data_type, convert_to_dst_type
 from PIL import Image
 from scipy import ndimage
 
 from shared_iopfl.data.loading import reason, same_grid
-from shared_iopfl.data.scan_files import ITK, NIFTI, PICTURES, case_name, file_ending
+from shared_iopfl.data.scan_names import ITK, NIFTI, PICTURES, case_name, file_ending, source_of
 from shared_iopfl.data.volumes.headers import import_itk
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.files import whole_file
 
-__all__ = ["KeepMiddleComponent", "KeepMiddleComponentd", "SaveMaskd"]
+__all__ = ["EachKey", "KeepMiddleComponent", "KeepMiddleComponentd", "SaveMaskd"]
 
 EXIF_ORIENTATION = 0x0112
 logger = logging.getLogger(__name__)
+
+
+class EachKey(MapTransform):
+    """A transform of one array, applied to several keys of a case.
+
+    Args:
+        keys: keys of the arrays.
+        transform: of one array.
+        allow_missing_keys: don't raise when a key is missing.
+    """
+
+    def __init__(self, keys: KeysCollection, transform: Transform, allow_missing_keys: bool = False) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.transform = transform
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        return {**data, **{key: self.transform(data[key]) for key in self.key_iterator(data)}}
 
 
 class KeepMiddleComponent(Transform):
@@ -69,7 +86,7 @@ class KeepMiddleComponent(Transform):
         return convert_to_dst_type(mask * (components == 1 + np.argmax(sums)), data)[0]
 
 
-class KeepMiddleComponentd(MapTransform):
+class KeepMiddleComponentd(EachKey):
     """Dictionary-based `KeepMiddleComponent`.
 
     Args:
@@ -78,14 +95,7 @@ class KeepMiddleComponentd(MapTransform):
     """
 
     def __init__(self, keys: KeysCollection, allow_missing_keys: bool = False) -> None:
-        super().__init__(keys, allow_missing_keys)
-        self.keep = KeepMiddleComponent()
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        d = dict(data)
-        for key in self.key_iterator(d):
-            d[key] = self.keep(d[key])
-        return d
+        super().__init__(keys, KeepMiddleComponent(), allow_missing_keys)
 
 
 class SaveMaskd(MapTransform):
@@ -131,8 +141,7 @@ class SaveMaskd(MapTransform):
         """The data with, under ``<key>_file``, the path that was written."""
         d = dict(data)
         for key in self.key_iterator(d):
-            meta = getattr(d.get(self.image_key), "meta", None) or d[key].meta
-            source = Path(ensure_tuple(meta["filename_or_obj"])[0])
+            source, meta = source_of(d, self.image_key, key)
             array = self._array(d[key], source)
             original = meta.get("original_affine")
             if isinstance(d[key], MetaTensor) and original is not None:

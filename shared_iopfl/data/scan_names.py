@@ -18,8 +18,9 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from shared_iopfl.utils.errors import InputError
 
@@ -32,6 +33,7 @@ __all__ = [
     "is_identifier",
     "printable",
     "series_name",
+    "source_of",
     "unique_names",
 ]
 
@@ -79,6 +81,19 @@ def case_name(path: str | Path) -> str:
     """A scan's file name without its ending: ``Case03`` of ``BIDMC/Case03.nii.gz``; a series' folder name."""
     name = Path(path).name or Path(path).resolve().name
     return name[: len(name) - len(file_ending(name))]
+
+
+def source_of(data: Mapping[Hashable, Any], image_key: str, key: Hashable) -> tuple[Path, Mapping[str, Any]]:
+    """The file of the scan that a mask was predicted from, and the metadata that name it: the image's, or the mask's.
+
+    Args:
+        data: of a case.
+        image_key: key of the scan.
+        key: key of the mask.
+    """
+    meta = getattr(data.get(image_key), "meta", None) or data[key].meta
+    files = meta["filename_or_obj"]
+    return Path(files[0] if isinstance(files, (list, tuple)) else files), meta
 
 
 def file_ending(path: str | Path) -> str:

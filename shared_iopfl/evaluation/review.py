@@ -24,11 +24,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from ignite.engine import Engine, Events
+from ignite.engine import Engine
 from scipy.stats import spearmanr
 
 from shared_iopfl.evaluation.records.routes import reported_case
-from shared_iopfl.evaluation.run.served import attach_served
+from shared_iopfl.evaluation.run.served import ServedRecorder, served_scans
 from shared_iopfl.inferers.routing import TestTimeRoutingInferer
 from shared_iopfl.utils.tables import read_rows, write_rows
 
@@ -41,7 +41,7 @@ LARGE_SHIFT = 3  # times the usual one: single photographs of inside sites reach
 FEWEST = 3  # cases for a rank correlation
 
 
-class ReviewRecorder:
+class ReviewRecorder(ServedRecorder):
     """Writes ``review.csv``, as scans are served: the worst masks first, and what speaks against each.
 
     Prediction from a single view (the presets soup and paper) knows no quality: the list then has those first against
@@ -58,16 +58,14 @@ class ReviewRecorder:
         self.reports: dict[str, Mapping[str, Any]] = {}
         self.newest: list[str] = []  # the cases of this iteration
 
-    def attach(self, engine: Engine) -> None:
-        """Register the handlers with an ignite engine."""
-        engine.add_event_handler(Events.STARTED, lambda _: self.reports.clear())
-        attach_served(engine, self.record, self.take_back)
+    def start(self, engine: Engine) -> None:
+        """Forget the reports of an earlier run of the engine."""
+        self.reports.clear()
 
     def record(self, engine: Engine) -> None:
         """Note the quality of the mask of this iteration."""
-        state: Any = engine.state
         self.newest = []
-        for batch, output in zip(state.batch, state.output):
+        for batch, output in served_scans(engine):
             if "report" in output:
                 remarks = getattr(batch.get("image"), "meta", {}).get("remarks", "")
                 self.reports[reported_case(batch)] = {**output["report"], "remarks": remarks}

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from shared_iopfl.federation.updates import FAILED, HISTORY
 from shared_iopfl.models.files import save_atomically
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.tables import write_rows
@@ -29,18 +30,16 @@ from shared_iopfl.utils.tables import write_rows
 if TYPE_CHECKING:
     from shared_iopfl.federation.simulation import Federation
 
-__all__ = ["HISTORY", "check_checkpoint", "check_settings", "check_state", "read_newest", "resume", "save"]
+__all__ = ["check_checkpoint", "check_settings", "check_state", "read_newest", "resume", "save"]
 
 logger = logging.getLogger(__name__)
-HISTORY = ("round", "site", "model", "metric", "value")
-FAILURES = ("round", "site", "reason")
 
 
 def save(run: Federation) -> None:
     """Write tables and checkpoint of the rounds so far."""
     # the history first: a run interrupted between the two does this round again, and writes it again
     write_rows(run.output_dir / "history.csv", HISTORY, run.history)
-    run.failures.write(run.output_dir / "failures.csv")
+    run.failures.write(run.output_dir)
     save_atomically(
         {
             "settings": run.settings(),
@@ -65,7 +64,7 @@ def resume(run: Federation) -> None:
         return
     check_settings(state["settings"], run.settings(), str(path))
     clients = {site: client.state_dict() for site, client in run.clients.items()}
-    check_checkpoint(state, path, run.rounds, run.weights, clients, HISTORY)
+    check_checkpoint(state, path, run.rounds, run.weights, clients)
     run.round, run.weights, run.history = state["round"], state["weights"], list(state["history"])
     run.failures.resume(state["failures"])
     run.server.load_state_dict(state["server"])
@@ -119,7 +118,6 @@ def check_checkpoint(
     rounds: int,
     weights: Mapping[str, Tensor],
     clients: Mapping[str, Any],
-    columns: Sequence[str],
 ) -> None:
     """Raise `InputError`, naming file and field, for what no run wrote: a checkpoint that was altered.
 
@@ -128,7 +126,6 @@ def check_checkpoint(
         path: of the file.
         rounds: of the whole run.
         weights, clients: global weights, and the clients' states, of a run that begins.
-        columns: of its history.
     """
     count, history = state["round"], state["history"]
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= rounds:
@@ -140,7 +137,7 @@ def check_checkpoint(
     check_state(state["clients"], clients, path, "clients")
     velocity = {name: tensor for name, tensor in weights.items() if name in state["server"]["velocity"]}
     check_state(state["server"], {"velocity": velocity}, path, "server")
-    for field, rows, named in (("history", history, columns), ("failures", state["failures"], FAILURES)):
+    for field, rows, named in (("history", history, HISTORY), ("failures", state["failures"], FAILED)):
         known = isinstance(rows, list) and all(isinstance(row, Mapping) and {*named} <= {*row} for row in rows)
         numbers = {"round": int, "value": float}
         if not known or any(not isinstance(r[c], kind) for r in rows for c, kind in numbers.items() if c in r):

@@ -26,6 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from shared_iopfl.federation.client import time_limit
+from shared_iopfl.federation.updates import FAILURES, last_rounds
 from shared_iopfl.handlers.norm_statistics import STATISTICS
 from shared_iopfl.models.files import GLOBAL, USUAL_SHIFT, model_path, save_atomically
 from shared_iopfl.utils.errors import InputError
@@ -43,7 +44,7 @@ CROSS_SITE, MATRIX = "cross_site.csv", ("model", "site", "dice")
 def publish(run: Federation) -> None:
     """Write the models, and how each of them does at the inside sites it was not made for."""
     folder = run.output_dir / "models"
-    delivered = {row["site"] for row in run.history if row["model"] == "local" and row["metric"] != "failed"}
+    delivered = last_rounds(run.history)
     present = [site for site in run.sites if site in delivered]
     if run.own_rounds or run.shares:
         settle(run, present)
@@ -57,7 +58,7 @@ def publish(run: Federation) -> None:
     if absent := [site for site in run.sites if site not in delivered]:
         raise InputError(
             f"site '{absent[0]}' failed all {run.rounds} rounds and has no personalised model; {folder} holds "
-            f"the others', and {run.output_dir / 'failures.csv'} says why."
+            f"the others', and {run.output_dir / FAILURES} says why."
         )
 
 
@@ -73,7 +74,7 @@ def settle(run: Federation, sites: Sequence[str]) -> None:
         except Exception as error:
             client.load_state_dict(before)
             run.failures.add(run.round, site, error)
-    run.failures.write(run.output_dir / "failures.csv")
+    run.failures.write(run.output_dir)
     if run.shares:
         write_json(run.output_dir / "models" / "shares.json", shares)
 
@@ -100,7 +101,7 @@ def cross_site_scores(run: Federation, models: Mapping[str, Weights], judges: Se
             dice[name][site] = value
         if shift is not None:
             shifts.append(shift)
-    run.failures.write(run.output_dir / "failures.csv")
+    run.failures.write(run.output_dir)
     rows = [{"model": n, "site": site, "dice": value} for n, at in dice.items() for site, value in at.items()]
     write_rows(run.output_dir / CROSS_SITE, MATRIX, rows)
     level = fmean(dice[GLOBAL].values()) if dice[GLOBAL] else None
@@ -126,5 +127,5 @@ def compare_statistics(run: Federation, judges: Sequence[str]) -> None:
                     rows.append({"site": site, **dice})
         except Exception as error:
             run.failures.add(run.round, site, error)
-    run.failures.write(run.output_dir / "failures.csv")
+    run.failures.write(run.output_dir)
     write_rows(run.output_dir / STATISTICS, ("site", "global", "own"), rows)

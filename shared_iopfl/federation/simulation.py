@@ -38,7 +38,16 @@ from shared_iopfl.federation.checkpoint import resume, save
 from shared_iopfl.federation.client import SiteClient, check_time_limit, time_limit
 from shared_iopfl.federation.results import publish
 from shared_iopfl.federation.server_momentum import ServerMomentum
-from shared_iopfl.federation.updates import UPDATE_NORM, Failures, accepted_norms, check_update, far_off, update_norm
+from shared_iopfl.federation.updates import (
+    UPDATE_NORM,
+    Failures,
+    accepted_norms,
+    check_update,
+    draw,
+    far_off,
+    figures,
+    update_norm,
+)
 from shared_iopfl.models.files import model_path
 from shared_iopfl.utils.checks import check_values
 from shared_iopfl.utils.errors import InputError, root_input_error
@@ -201,7 +210,7 @@ class Federation:
             while self.round < self.rounds:
                 self.run_round(bar)
                 try:
-                    self._draw(board)
+                    draw(board, (row for row in self.history if row["round"] == self.round))
                 except OSError as error:
                     raise InputError(f"cannot write to {self.output_dir} ({error}): free space, then resume") from error
                 bar.update()
@@ -258,16 +267,8 @@ class Federation:
         # what the refused round has left there; the site's next round, or the end of the run, writes it anew
         Path(model_path(str(self.output_dir / "models"), "personalised", site)).unlink(missing_ok=True)
 
-    def _draw(self, board: SummaryWriter) -> None:
-        for row in self.history:
-            if row["round"] == self.round:
-                board.add_scalar(f"{row['metric']}/{row['model']}_{row['site']}", row["value"], self.round)
-        board.flush()
-
     def _note(self, site: str, model: str, metrics: Mapping[str, float]) -> None:
-        for metric, value in metrics.items():
-            row = {"round": self.round, "site": site, "model": model, "metric": metric, "value": float(value)}
-            self.history.append(row)
+        self.history += figures(self.round, site, model, metrics)
 
     def settings(self) -> dict[str, Any]:
         """What has to be the same when a run is resumed; folders and the device may change."""

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Checks of the sites' updates, and the list of the sites that failed in a round."""
+"""Checks of the sites' updates, and what is noted of a run: figures of each round, and the sites that failed it."""
 
 from __future__ import annotations
 
@@ -17,20 +17,39 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from shared_iopfl.models.weights import is_weight
 from shared_iopfl.utils.checks import has_negative_variance
 from shared_iopfl.utils.errors import InputError, root_input_error
 from shared_iopfl.utils.tables import write_rows
 
-__all__ = ["UPDATE_NORM", "Failures", "accepted_norms", "check_update", "far_off", "update_norm"]
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+__all__ = [
+    "FAILED",
+    "FAILURES",
+    "HISTORY",
+    "UPDATE_NORM",
+    "Failures",
+    "accepted_norms",
+    "check_update",
+    "draw",
+    "far_off",
+    "figures",
+    "last_rounds",
+    "update_norm",
+]
 
 logger = logging.getLogger(__name__)
 Weights = Mapping[str, Tensor]
 PROGRAM_FAULTS = (TypeError, AttributeError, NameError)  # no site is left out for what is wrong with the code
+HISTORY = ("round", "site", "model", "metric", "value")  # columns of history.csv
+FAILURES, FAILED = "failures.csv", ("round", "site", "reason")  # the file and its columns
 UPDATE_NORM = "update_norm"  # in the history: how far an accepted update moved the global model
 
 
@@ -120,13 +139,31 @@ def update_norm(update: Weights, reference: Weights | None = None) -> float:
     squares = (
         float((_wide(tensor) - (_wide(reference[key]) if reference is not None else 0)).abs().square().sum())
         for key, tensor in update.items()
-        if tensor.is_floating_point() or tensor.is_complex()
+        if is_weight(tensor)
     )
     return math.sqrt(math.fsum(squares))
 
 
 def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
+
+
+def figures(number: int, site: str, model: str, metrics: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Rows of a run's history: what a site tells of round `number`; `model` is "local", "global" or "personalised"."""
+    row = {"round": number, "site": site, "model": model}
+    return [{**row, "metric": metric, "value": float(value)} for metric, value in metrics.items()]
+
+
+def last_rounds(history: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    """The last round in which a site's update was averaged, site -> round; of sites that have delivered one."""
+    return {row["site"]: row["round"] for row in history if row["model"] == "local" and row["metric"] != "failed"}
+
+
+def draw(board: SummaryWriter, history: Iterable[Mapping[str, Any]]) -> None:
+    """TensorBoard events of rows of a history."""
+    for row in history:
+        board.add_scalar(f"{row['metric']}/{row['model']}_{row['site']}", float(row["value"]), int(row["round"]))
+    board.flush()
 
 
 def accepted_norms(history: Iterable[Mapping[str, Any]]) -> list[float]:
@@ -181,7 +218,8 @@ class Failures:
         """Take over the failures of a checkpoint."""
         self.rows = [dict(row) for row in rows]
 
-    def write(self, path: Path) -> None:
+    def write(self, folder: Path) -> None:
         """Write the table, once there is a failure; what lies there from an earlier run does not stay."""
+        path = folder / FAILURES
         if self.rows or path.exists():
-            write_rows(path, ("round", "site", "reason"), self.rows)
+            write_rows(path, FAILED, self.rows)

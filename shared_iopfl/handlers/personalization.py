@@ -28,6 +28,7 @@ from monai.handlers import StatsHandler
 from torch import nn
 
 from shared_iopfl.models.files import save_atomically
+from shared_iopfl.models.weights import is_weight
 from shared_iopfl.utils.errors import root_input_error
 
 __all__ = ["DecayThenTail", "OneLineStatsHandler", "PersonalizationHandler", "RoundHandler", "round_state"]
@@ -115,7 +116,7 @@ class PersonalizationHandler(EMAHandler):
         setattr(engine.state, name, momentum)
         local = self.model.state_dict()
         for key, averaged in self.ema_model.state_dict().items():
-            if averaged.is_floating_point() or averaged.is_complex():
+            if is_weight(averaged):
                 averaged.lerp_(local[key], momentum)
             else:
                 averaged.copy_(local[key])

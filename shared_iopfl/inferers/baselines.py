@@ -11,8 +11,8 @@
 """Inferers of the other outside methods: views, ensemble, batch statistics, TENT, DaWin; routes from labels.
 
 Outside, without labels, as inferers that are called as `StackInferer` is: views, ensemble, batch-norm statistics, TENT,
-DaWin; and with labels, as a bound, :func:`labelled_routes`. Some are nothing but settings of the routing: see
-:data:`ROUTING`. The methods inside are in :mod:`shared_iopfl.handlers.methods`.
+DaWin; and with labels, as a bound, :func:`labelled_routes`. Others (soup, AdaMerging) are settings of
+`TestTimeRoutingInferer`, in ``compare.json``. The methods inside are in :mod:`shared_iopfl.handlers.methods`.
 """
 
 from __future__ import annotations
@@ -20,20 +20,21 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from shared_iopfl.inferers.views import check_output
 from shared_iopfl.models.files import GLOBAL
 from shared_iopfl.models.weights import check_experts, copy_network
+from shared_iopfl.routing.adaptation import descend
 from shared_iopfl.routing.network import RoutedNetwork, collapse, route
 from shared_iopfl.routing.objectives import Output, ViewSampler, entropy, is_square, mean_prediction, probabilities
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.stacks import Network, StackInferer, evenly
 
 __all__ = [
-    "ROUTING",
     "BatchStatisticsInferer",
     "DaWinInferer",
     "EnsembleInferer",
@@ -43,16 +44,6 @@ __all__ = [
 ]
 
 States = Mapping[str, Mapping[str, Tensor]]
-
-# methods that are settings of `TestTimeRoutingInferer` (overrides of the preset "soup") and need no code
-ROUTING: dict[str, dict[str, Any]] = {
-    # Wortsman et al. 2022: the mean of all weights
-    "soup": {},
-    "soup and views": {"views": "average"},
-    # Yang et al. 2023: a coefficient a layer and expert, trained by entropy alone, from the uniform mixture;
-    # here the coefficients sum to one, are trained on the scan alone, and kept where they lowered its entropy
-    "AdaMerging": {"steps": 10, "objective": {"entropy": 1.0, "consistency": 0.0}, "agreement": 0.0},
-}
 
 
 class ScanInferer(StackInferer):
@@ -65,9 +56,7 @@ class ScanInferer(StackInferer):
 
     def __init__(self, output: Output = "softmax", slices: int | None = 3, batch_size: int = 16) -> None:
         super().__init__(slices, batch_size)
-        if output not in get_args(Output):
-            raise InputError(f"unknown output '{output}': choose one of {', '.join(get_args(Output))}.")
-        self.output: Output = output
+        self.output = check_output(output)
         self.mode = "off"  # what the recorders of an evaluation ask of an inferer: nothing is routed,
         self.reports: deque[dict[str, Any]] = deque()  # nothing to report
         self._checked: weakref.ref[nn.Module] | None = None
@@ -219,15 +208,10 @@ class TentInferer(BatchStatisticsInferer):
         self.learning_rate = learning_rate
 
     def _learn(self, routed: RoutedNetwork, images: Tensor) -> None:
-        optimizer = torch.optim.Adam(routed.trainable(), lr=self.learning_rate)
-        # full precision: half-precision gradients of a mean over a volume vanish
-        with torch.enable_grad(), torch.autocast(images.device.type, enabled=False):
-            for step in range(self.steps):
-                # rolled, hence copied: an inference tensor could take no part in adaptation
-                batch = images.roll(-(step * self.batch_size % len(images)), 0)[: self.batch_size]
-                optimizer.zero_grad()
-                entropy(probabilities(routed(batch), self.output), self.output).backward()
-                optimizer.step()
+        def step(batch: Tensor) -> None:
+            entropy(probabilities(routed(batch), self.output), self.output).backward()
+
+        descend(routed, images, step, self.steps, self.batch_size, self.learning_rate)
 
 
 def labelled_routes(

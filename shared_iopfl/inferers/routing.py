@@ -15,7 +15,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
@@ -24,25 +23,17 @@ import torch
 from torch import Tensor, nn
 
 from shared_iopfl.inferers.members import MeanOfNetworks, members_of
-from shared_iopfl.inferers.start import find_start
-from shared_iopfl.models.files import USUAL_SHIFT
-from shared_iopfl.models.weights import equal_weights
+from shared_iopfl.inferers.start import BriefWeights, RoutedCopy, expert_of, find_start
+from shared_iopfl.inferers.views import ViewsOfScans
+from shared_iopfl.models.files import GLOBAL, USUAL_SHIFT
 from shared_iopfl.routing.adaptation import Adaptation, Objective, mask_agreement, objection_to
 from shared_iopfl.routing.distances import scan_distances
-from shared_iopfl.routing.network import RoutedNetwork, collapse, route
-from shared_iopfl.routing.objectives import (
-    Output,
-    View,
-    ViewSampler,
-    is_square,
-    mean_prediction,
-    target_areas,
-    view_agreement,
-)
+from shared_iopfl.routing.network import RoutedNetwork, collapse
+from shared_iopfl.routing.objectives import Output
 from shared_iopfl.routing.settings import RoutingSettings
 from shared_iopfl.utils.checks import check_values
 from shared_iopfl.utils.errors import InputError
-from shared_iopfl.utils.stacks import SCAN_SLICES, Network, StackInferer, bounded, evenly, scan_slices
+from shared_iopfl.utils.stacks import SCAN_SLICES, Network, bounded, evenly, scan_slices
 
 __all__ = ["TestTimeRoutingInferer"]
 
@@ -52,14 +43,7 @@ SITE_PIXELS = 2**21  # of the slices that a site's statistics are measured on, o
 SITE_SLICES = 128
 
 
-class _Weights(dict[str, Tensor]):
-    """A state_dict of few words: MONAI Label writes an inferer's attributes into its log at every request."""
-
-    def __repr__(self) -> str:
-        return f"{len(self)} tensors"
-
-
-class TestTimeRoutingInferer(StackInferer):
+class TestTimeRoutingInferer(ViewsOfScans):
     """Routes each scan through the space of the experts; see `RoutingSettings` for how.
 
     The network it is called with is the global model and stays untouched, as does the global random state; what a scan
@@ -105,30 +89,22 @@ class TestTimeRoutingInferer(StackInferer):
         seed: int = 0,
         objective: Objective | None = None,
     ) -> None:
-        super().__init__(slices, batch_size)
+        super().__init__(settings or RoutingSettings(), output, flips, rotations, slices, batch_size)
         check_values({"seed": seed})
         if mode not in get_args(Mode):
             raise InputError(f"unknown mode '{mode}': choose one of {', '.join(get_args(Mode))}.")
-        if output not in get_args(Output):
-            raise InputError(f"unknown output '{output}': choose one of {', '.join(get_args(Output))}.")
-        self.experts: dict[str, Mapping[str, Tensor]] = {
-            name: _Weights(state) for name, state in (experts or {}).items()
-        }
         self.mode: Mode = mode
-        self.settings = settings or RoutingSettings()
-        self.output: Output = output
-        self.views = ViewSampler(
-            tuple(flips), rotations, self.settings.objective.noise, self.settings.objective.intensity
-        )
+        self.experts: dict[str, Mapping[str, Tensor]] = {
+            name: BriefWeights(state) for name, state in (experts or {}).items()
+        }
+        self.routed_copy = RoutedCopy(self.settings, seed)
         self.adaptation = Adaptation(self.settings, self.views, output, batch_size, seed, objective)
         self.usual_shift = (scores or {}).get(USUAL_SHIFT, 0.0)
-        self.seed = seed
         self.reports: deque[dict[str, Any]] = deque(maxlen=1024)
         self.site_network: nn.Module | None = None
         self.site_shift: float | None = None  # of the site as a whole, where `fit` measured it
         self._lock = threading.RLock()
         self._said: set[str] = set()  # the experts that were served as they are, each said once
-        self._built: tuple[weakref.ref[nn.Module], dict[str, Tensor], RoutedNetwork] | None = None
 
     def __call__(self, inputs: Tensor, network: Network, *args: Any, **kwargs: Any) -> Tensor:
         """Logits (B, C, *spatial) of scans (B, C_in, *spatial); each scan of the batch is routed on its own.
@@ -141,7 +117,7 @@ class TestTimeRoutingInferer(StackInferer):
         """
         if self.mode == "off" or not self.experts:
             return super().__call__(inputs, network)
-        if self.mode == "episodic" and (name := self._is_expert(network)):
+        if self.mode == "episodic" and (name := expert_of(network, self.experts)):
             if name not in self._said:
                 logger.warning(
                     "the network is the model of '%s', an expert: plain inference by it, nothing is routed", name
@@ -235,11 +211,12 @@ class TestTimeRoutingInferer(StackInferer):
 
     def _begin(self, samples: Sequence[Tensor], network: nn.Module) -> tuple[RoutedNetwork, dict[str, Any]]:
         """The routed network at its start for some slices of a scan, or of each of a site's; and the report so far."""
-        routed = self._routed(network, samples[0][len(samples[0]) // 2 :][:1])
+        space = {GLOBAL: network.state_dict(), **self.experts}
+        routed = self.routed_copy.of(network, space, samples[0][len(samples[0]) // 2 :][:1])
         routes, shift = find_start(
             samples,
             lambda some, models: self._distances(some, network, models),
-            self._space(network),
+            space,
             self.settings,
             bool(routed.tracked_norms),
         )
@@ -278,79 +255,6 @@ class TestTimeRoutingInferer(StackInferer):
         if routed.blends:
             routed(some)
         return collapse(routed).eval()
-
-    def _routed(self, network: nn.Module, sample: Tensor | None = None) -> RoutedNetwork:
-        """The routed copy of `network`, built and checked once and again only when its weights have changed."""
-        state = network.state_dict()
-        # compared by value, which costs little next to a scan and misses no way of changing a network
-        if self._built is not None and self._built[0]() is network and equal_weights(self._built[1], state):
-            return self._built[2]
-        settings = self.settings
-        routed = route(
-            network,
-            self._space(network),
-            per=settings.per,
-            activation=settings.activation,
-            random=settings.start == "random",
-            route_norms=settings.route_norms,
-            affine=settings.affine,
-            seed=self.seed,
-            sample=sample,
-        )
-        kept = _Weights((key, tensor.clone()) for key, tensor in state.items())
-        self._built = (weakref.ref(network), kept, routed)
-        return routed
-
-    def _space(self, network: nn.Module) -> dict[str, Mapping[str, Tensor]]:
-        return {"global": network.state_dict(), **self.experts}
-
-    def _is_expert(self, network: Network) -> str | None:
-        """The expert that a network is, by value, among others; None where it is none of them."""
-        if not isinstance(network, nn.Module) or len(self.experts) < 2:
-            return None
-        state = network.state_dict()
-        for name, expert in self.experts.items():
-            if state.keys() == expert.keys() and all(torch.equal(state[key].cpu(), expert[key].cpu()) for key in state):
-                return name
-        return None
-
-    def _batches(self, stack: Tensor, network: Network) -> Iterable[Tensor]:
-        """As in `StackInferer`; but where slices look at each other, the scan goes in whole."""
-        together = isinstance(network, RoutedNetwork) and (self.settings.per == "volume" or network.blends)
-        return [stack] if together else super()._batches(stack, network)
-
-    def _predict(
-        self, stack: Tensor, networks: Iterable[Network], judged: Tensor | None = None
-    ) -> tuple[Tensor, dict[str, Any]]:
-        """Logits of a stack; of several views and networks the logarithm (or logit) of the mean probability.
-
-        With it what the predictions' agreement says of the mask; of one alone, the areas of its targets.
-
-        Args:
-            stack: network inputs (N, C_in, *spatial).
-            networks: each is asked once before the next is taken.
-            judged: those of the inputs on which the views judge the mask, where they are not averaged.
-        """
-        views = self.views.all(is_square(stack))
-        averaged = views if self.settings.views == "average" else views[:1]
-        seen: list[Tensor] = []
-        alike: list[Tensor] = []
-        for network in networks:
-            first, *others = self._seen(stack, network, averaged)
-            seen += [first, *others]
-            if judged is not None and self.settings.views == "judge":
-                # the slices that are judged have been predicted as they are
-                alike += [evenly(first, len(judged)), *self._seen(judged, network, views[1:])]
-        mean = seen[0] if len(seen) == 1 else mean_prediction(seen, self.output)
-        agreed: dict[str, Any] = {"areas": target_areas(mean, self.output)}
-        alike = alike if len(alike) > 1 else seen
-        if len(alike) > 1:
-            agreed["quality"] = view_agreement(alike, mean_prediction(alike, self.output), self.output)
-        return mean, agreed
-
-    def _seen(self, stack: Tensor, network: Network, views: Sequence[View]) -> list[Tensor]:
-        """What a network makes of each view, back where the pixels came from."""
-        return [view.undo(self._forward(view.apply(stack), network)) for view in views]
 
     def _adapt_guarded(
         self, routed: RoutedNetwork, some: Tensor, stack: Tensor, start: Tensor, report: dict[str, Any]

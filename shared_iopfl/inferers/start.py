@@ -8,21 +8,78 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Where the routing of a scan starts: the routes, and how far the scan is from what the models were trained on."""
+"""Where the routing of a scan starts: the routed network, its routes, and how far the scan is from the models' data."""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from shared_iopfl.models.weights import equal_weights
 from shared_iopfl.routing.distances import distance_routes
+from shared_iopfl.routing.network import RoutedNetwork, route
 from shared_iopfl.routing.settings import RoutingSettings
 
-__all__ = ["find_start"]
+__all__ = ["BriefWeights", "RoutedCopy", "expert_of", "find_start"]
 
 States = Mapping[str, Mapping[str, Tensor]]
+
+
+class BriefWeights(dict[str, Tensor]):
+    """A state_dict of few words: MONAI Label writes an inferer's attributes into its log at every request."""
+
+    def __repr__(self) -> str:
+        return f"{len(self)} tensors"
+
+
+class RoutedCopy:
+    """The routed copy of a network, built and checked once and again only when the network's weights have changed.
+
+    Args:
+        settings: see `RoutingSettings`.
+        seed: of routers.
+    """
+
+    def __init__(self, settings: RoutingSettings, seed: int) -> None:
+        self.settings = settings
+        self.seed = seed
+        self._built: tuple[weakref.ref[nn.Module], dict[str, Tensor], RoutedNetwork] | None = None
+
+    def of(self, network: nn.Module, space: States, sample: Tensor | None = None) -> RoutedNetwork:
+        """The routed copy of the network, of the models in the space; one network input is what it is checked on."""
+        state = network.state_dict()
+        # compared by value, which costs little next to a scan and misses no way of changing a network
+        if self._built is not None and self._built[0]() is network and equal_weights(self._built[1], state):
+            return self._built[2]
+        settings = self.settings
+        routed = route(
+            network,
+            space,
+            per=settings.per,
+            activation=settings.activation,
+            random=settings.start == "random",
+            route_norms=settings.route_norms,
+            affine=settings.affine,
+            seed=self.seed,
+            sample=sample,
+        )
+        kept = BriefWeights((key, tensor.clone()) for key, tensor in state.items())
+        self._built = (weakref.ref(network), kept, routed)
+        return routed
+
+
+def expert_of(network: object, experts: States) -> str | None:
+    """The expert that a network is, by value, among several; None where it is none of them."""
+    if not isinstance(network, nn.Module) or len(experts) < 2:
+        return None
+    state = network.state_dict()
+    for name, expert in experts.items():
+        if state.keys() == expert.keys() and all(torch.equal(state[key].cpu(), expert[key].cpu()) for key in state):
+            return name
+    return None
 
 
 def find_start(

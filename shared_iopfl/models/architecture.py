@@ -26,14 +26,22 @@ from typing import Any
 
 import monai
 import torch
+from monai.bundle import ConfigComponent, ConfigParser
 
 from shared_iopfl import __version__
 from shared_iopfl.models.manifest import FORMAT, MANIFEST, MODEL_FILE, published_files, read_manifest
-from shared_iopfl.utils.config_values import component
+from shared_iopfl.utils.config_values import STEPS, running_workflow
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.tables import write_json
 
-__all__ = ["check_architecture", "check_training", "describe_architecture", "unet_features", "write_architecture"]
+__all__ = [
+    "check_architecture",
+    "check_training",
+    "describe_architecture",
+    "network_of",
+    "unet_features",
+    "write_architecture",
+]
 
 logger = logging.getLogger(__name__)
 NETWORK = "network_def"
@@ -60,9 +68,20 @@ def describe_architecture(values: Mapping[str, Any], network_def: Mapping[str, A
         values: such as ``image_size``, ``features``, ``normalise``.
         network_def: how the network is built; None: as in the config in which this is evaluated.
     """
-    network = component(NETWORK) if network_def is None else dict(network_def)
+    if network_def is None:
+        workflow: Any = running_workflow()
+        network_def = network_of(workflow.parser.config) if workflow is not None else {}
+    network = dict(network_def)
     whole = {**({NETWORK: network} if network else {}), **values}
     return json.loads(json.dumps(whole, default=str))
+
+
+def network_of(config: Any) -> dict[str, Any]:
+    """How the network of a config would be built, references as values; none where it has no ``network_def``."""
+    # a parser of its own: one that has resolved a component without building it would never build it
+    parser = ConfigParser({key: value for key, value in config.items() if key not in STEPS or key == "imports"})
+    item = parser.get_parsed_content(NETWORK, instantiate=False) if NETWORK in parser else None
+    return dict(item.get_config()) if isinstance(item, ConfigComponent) else {}
 
 
 def write_architecture(ckpt_dir: str | os.PathLike, architecture: Mapping[str, Any]) -> None:

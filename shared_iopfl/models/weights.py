@@ -97,9 +97,7 @@ def interpolate(global_state: State, personalised_state: State, share: float) ->
     if not 0 <= share <= 1:
         raise InputError(f"the share of the personalised model must be from 0 to 1, but is {share}.")
     return {
-        key: torch.lerp(tensor, personalised_state[key].to(tensor), share)
-        if tensor.is_floating_point() or tensor.is_complex()
-        else tensor.clone()
+        key: torch.lerp(tensor, personalised_state[key].to(tensor), share) if is_weight(tensor) else tensor.clone()
         for key, tensor in global_state.items()
     }
 

@@ -20,9 +20,8 @@ from typing import Any
 
 from monai.config import KeysCollection
 from monai.transforms import MapTransform
-from monai.utils import ensure_tuple
 
-from shared_iopfl.data.scan_files import case_name
+from shared_iopfl.data.scan_names import case_name, source_of
 from shared_iopfl.report import pictures
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.files import whole_file
@@ -77,8 +76,7 @@ class SaveOverlayd(MapTransform):
         """The data as it came."""
         d = dict(data)
         for key in self.key_iterator(d):
-            meta = getattr(d.get(self.image_key), "meta", None) or d[key].meta
-            self._save(Path(ensure_tuple(meta["filename_or_obj"])[0]), Path(d[f"{key}_file"]))
+            self._save(source_of(d, self.image_key, key)[0], Path(d[f"{key}_file"]))
         return d
 
     def _save(self, scan: Path, mask: Path) -> None:

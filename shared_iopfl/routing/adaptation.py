@@ -24,7 +24,7 @@ from shared_iopfl.routing.objectives import Output, RoutingObjective, View, View
 from shared_iopfl.routing.settings import RoutingSettings
 from shared_iopfl.utils.stacks import bounded
 
-__all__ = ["Adaptation", "Objective", "mask_agreement", "objection_to"]
+__all__ = ["Adaptation", "Objective", "descend", "mask_agreement", "objection_to"]
 
 # of the network, images (N, C_in, *spatial) and a view: a scalar with gradient
 Objective = Callable[[Callable[[Tensor], Tensor], Tensor, View], Tensor]
@@ -55,7 +55,6 @@ class Adaptation:
     def adapt(self, routed: RoutedNetwork, images: Tensor) -> None:
         """Take the steps on some network inputs (N, C_in, *spatial) of a scan; `routed` is changed."""
         objective, generator = self._objective(), torch.Generator().manual_seed(self.seed)
-        optimizer = torch.optim.Adam(routed.trainable(), lr=self.settings.learning_rate)
         routed.set_dropout(generator)
         # With routes a layer, slices meet in the statistics alone. Those of the scan at the start are kept, so
         # that a step needs the memory of a few slices, not of all.
@@ -63,18 +62,15 @@ class Adaptation:
         if apart and routed.blends:
             routed(images)
             routed.freeze_statistics(True)
+
+        def backward(batch: Tensor) -> None:
+            view = self.views.draw(generator, is_square(batch))
+            for part in batch.split(bounded(len(batch), batch, STEP_PIXELS) if apart else len(batch)):
+                for term in _terms(objective, routed, part, view):
+                    (term * (len(part) / len(batch))).backward()
+
         try:
-            # full precision: half-precision gradients of a mean over a volume vanish
-            with torch.enable_grad(), torch.autocast(images.device.type, enabled=False):
-                for step in range(self.settings.steps):
-                    start = step * self.batch_size % len(images)
-                    batch = images.roll(-start, 0)[: self.batch_size]
-                    optimizer.zero_grad(set_to_none=True)
-                    view = self.views.draw(generator, is_square(images))
-                    for part in batch.split(bounded(len(batch), batch, STEP_PIXELS) if apart else len(batch)):
-                        for term in _terms(objective, routed, part, view):
-                            (term * (len(part) / len(batch))).backward()
-                    optimizer.step()
+            descend(routed, images, backward, self.settings.steps, self.batch_size, self.settings.learning_rate)
         finally:
             routed.freeze_statistics(False)
             routed.set_dropout(None)
@@ -92,6 +88,35 @@ class Adaptation:
             return self.objective
         terms = self.settings.objective
         return RoutingObjective(self.output, terms.consistency, terms.entropy, terms.shape, terms.window, self.views)
+
+
+def descend(
+    routed: RoutedNetwork,
+    images: Tensor,
+    backward: Callable[[Tensor], None],
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+) -> None:
+    """Steps of Adam on all that a routed network can learn from a scan.
+
+    Args:
+        routed: is changed.
+        images: network inputs (N, C_in, *spatial), of which each step takes the next batch.
+        backward: adds the gradient of the objective on a batch.
+        steps: how many.
+        batch_size: network inputs a step.
+        learning_rate: of Adam.
+    """
+    optimizer = torch.optim.Adam(routed.trainable(), lr=learning_rate)
+    # full precision: half-precision gradients of a mean over a volume vanish
+    with torch.enable_grad(), torch.autocast(images.device.type, enabled=False):
+        for step in range(steps):
+            # rolled, hence copied: an inference tensor could take no part in adaptation
+            batch = images.roll(-(step * batch_size % len(images)), 0)[:batch_size]
+            optimizer.zero_grad(set_to_none=True)
+            backward(batch)
+            optimizer.step()
 
 
 def _terms(objective: Objective, routed: RoutedNetwork, images: Tensor, view: View) -> Iterable[Tensor]:

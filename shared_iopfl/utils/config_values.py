@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from fire.parser import DefaultParseValue
-from monai.bundle import ConfigComponent, ConfigParser, ConfigWorkflow
+from monai.bundle import ConfigWorkflow
 from monai.bundle.reference_resolver import ReferenceResolver
 
 from shared_iopfl.utils.errors import InputError
@@ -46,10 +46,9 @@ __all__ = [
     "as_values",
     "check_key",
     "check_settings",
-    "component",
-    "component_of",
     "is_data",
     "is_given",
+    "running_workflow",
 ]
 
 PATHS = ("bundle_root", "dataset_dir", "output_dir", "ckpt_dir", "mask_dir", "ckpt", "site_model", "pseudonyms")
@@ -140,7 +139,7 @@ def check_settings() -> None:
     Raises:
         InputError: in one line that names the setting.
     """
-    workflow = _running_workflow()
+    workflow = running_workflow()
     if workflow is None:
         return
     parser: Any = workflow.parser
@@ -184,11 +183,11 @@ def _save_executed(parser: Any) -> None:
 
 def is_given(name: str) -> bool:
     """Whether a value was handed over for what the bundle's files have an expression for, as servers do with cases."""
-    workflow = _running_workflow()
+    workflow = running_workflow()
     return workflow is not None and not isinstance(workflow.parser[name], str)
 
 
-def _running_workflow() -> ConfigWorkflow | None:
+def running_workflow() -> ConfigWorkflow | None:
     """The workflow that evaluates the present expression: MONAI hands expressions no reference to it."""
     frame = sys._getframe()
     while frame is not None:
@@ -197,29 +196,6 @@ def _running_workflow() -> ConfigWorkflow | None:
             return workflow
         frame = frame.f_back  # type: ignore[assignment]
     return None
-
-
-def component(name: str) -> dict[str, Any]:
-    """How a component of the config in which this is evaluated would be built, its references as values.
-
-    Args:
-        name: such as ``network_def``.
-
-    Returns:
-        The same dictionary as in the config; none where no config is running, or it has no component of that name.
-    """
-    workflow = _running_workflow()
-    if workflow is None or not isinstance(workflow.parser.config, dict):  # type: ignore[union-attr]
-        return {}
-    return component_of(workflow.parser.config, name)  # type: ignore[union-attr]
-
-
-def component_of(config: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """`component` of a config that is not running."""
-    # a parser of its own: one that has resolved a component without building it would never build it
-    parser = ConfigParser({key: value for key, value in config.items() if key not in STEPS or key == "imports"})
-    item = parser.get_parsed_content(name, instantiate=False) if name in parser else None
-    return dict(item.get_config()) if isinstance(item, ConfigComponent) else {}
 
 
 def _written(folder: Path, config: Mapping[str, Any]) -> dict[str, list[Any]]:
@@ -304,7 +280,7 @@ def _check_before_tracking() -> None:
     With ``--tracking mlflow --save_execute_config True`` MONAI evaluates `output_dir` while the workflow is made. That
     is before its first step, but after the imports of the config, and so this is run as the module is imported.
     """
-    workflow: Any = _running_workflow()
+    workflow: Any = running_workflow()
     if workflow is None or hasattr(workflow, "_is_initialized"):
         return
     try:

@@ -22,7 +22,7 @@ from monai.engines import SupervisedEvaluator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-import shared_iopfl.inferers.routing
+import shared_iopfl.inferers.views
 from shared_iopfl.evaluation.records import RoutesRecorder
 from shared_iopfl.evaluation.review import (
     ReviewQuality,
@@ -138,7 +138,7 @@ def test_quality_changes_no_mask_and_costs_no_forward(monkeypatch: pytest.Monkey
     inferer, plain = routing(), routing()
     FORWARDS.clear()
     found, cost = inferer(images, network), len(FORWARDS)
-    monkeypatch.setattr(shared_iopfl.inferers.routing, "view_agreement", lambda *_: 0.5)
+    monkeypatch.setattr(shared_iopfl.inferers.views, "view_agreement", lambda *_: 0.5)
     FORWARDS.clear()
     assert torch.equal(plain(images, network), found) and len(FORWARDS) == cost
     assert all("quality" in report for report in inferer.reports)

@@ -19,10 +19,10 @@ from typing import Any
 import pytest
 import torch
 from networks import ARCHITECTURES, experts, images, make, mixture, unet, untouched, volume
+from tiny_inferers import SOUPS
 from torch import Tensor, nn
 
 from shared_iopfl.inferers.baselines import (
-    ROUTING,
     BatchStatisticsInferer,
     DaWinInferer,
     EnsembleInferer,
@@ -221,9 +221,9 @@ def test_tent_lowers_entropy_by_norm_layers_alone(output):
 # ---- settings and the bound -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ROUTING)
+@pytest.mark.parametrize("name", SOUPS)
 def test_methods_that_are_settings_are_settings_of_the_routing(name):
-    serve = TestTimeRoutingInferer(experts(2), settings=preset("soup", ROUTING[name]), flips=[0])
+    serve = TestTimeRoutingInferer(experts(2), settings=preset("soup", SOUPS[name]), flips=[0])
     assert torch.isfinite(serve(volume(2), unet())).all()
     (report,) = serve.reports
     assert ("objective_end" in report) == (name == "AdaMerging")

@@ -124,7 +124,7 @@ def test_volumes_of_a_3d_network():
         with torch.no_grad():
             logits = inferer(images(1, 1, *shape), network)
         assert logits.shape == (1, 2, *shape)
-        routed = inferer._routed(network)
+        routed = inferer.routed_copy.of(network, inferer.experts)
         routed.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape[2:])))
     assert set(seen) == {(8, 4, 4)}, "an oblong plane is not to be turned by 90 degrees"
 

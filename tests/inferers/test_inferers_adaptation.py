@@ -117,8 +117,8 @@ def test_changed_network_is_routed_anew_and_an_unchanged_one_is_not(change):
     network, scan = unet(), volume(2)
     inferer = routing("soup")
     before = inferer(scan, network)
-    built = inferer._routed(network)
-    assert inferer._routed(network) is built
+    built = inferer.routed_copy.of(network, inferer.experts)
+    assert inferer.routed_copy.of(network, inferer.experts) is built
     CHANGES[change](network, unet(7).state_dict())
     after = inferer(scan, network)
     assert torch.equal(after, routing("soup")(scan, unet(7)))

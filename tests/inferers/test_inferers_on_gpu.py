@@ -22,10 +22,9 @@ from typing import Any
 import pytest
 import torch
 from networks import experts, images, unet, volume
-from tiny_inferers import ADAPTING, routing
+from tiny_inferers import ADAPTING, SOUPS, routing
 
 from shared_iopfl.inferers.baselines import (
-    ROUTING,
     BatchStatisticsInferer,
     DaWinInferer,
     EnsembleInferer,
@@ -49,7 +48,7 @@ METHODS: dict[str, Callable[[], StackInferer]] = {
     "DaWin": lambda: DaWinInferer(experts(2)),
     "batch statistics": BatchStatisticsInferer,
     "TENT": lambda: TentInferer(steps=2),
-    **{name: lambda name=name: routing("soup", ROUTING[name]) for name in ROUTING},  # type: ignore[misc]
+    **{name: lambda name=name: routing("soup", SOUPS[name]) for name in SOUPS},  # type: ignore[misc]
     **{
         f"routes a {per}": lambda per=per: routing("paper", {**ADAPTING, "per": per})
         for per in ("sample", "volume", "layer")

@@ -12,15 +12,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
 from monai.config import DtypeLike, KeysCollection, NdarrayOrTensor
-from monai.transforms import FillHoles, KeepLargestConnectedComponent, MapTransform, Transform
+from monai.transforms import FillHoles, KeepLargestConnectedComponent, Transform
 from monai.utils import convert_to_dst_type, convert_to_tensor, ensure_tuple_rep
 
+from shared_iopfl.data.masks import EachKey
 from shared_iopfl.utils.errors import InputError
 
 __all__ = [
@@ -118,35 +120,17 @@ class DecodeMask(Transform):
         return f"coding {' or '.join(map(repr, fitting))} would fit" if fitting else "correct the mask or the coding"
 
 
-class DecodeMaskd(MapTransform):
+class DecodeMaskd(EachKey):
     """Dictionary-based `DecodeMask`: (1, ...) of file values -> (T, ...) of binary targets.
 
     Args:
         keys: the coded masks.
-        coding: the coding, or the name of one of `known`.
-        known: codings by name, for `coding` to name and for messages to suggest.
-        names: the targets wanted, in the order of the channels; as in the coding if None.
-        needs_background: whether a mask without background is refused.
+        args, kwargs: as for `DecodeMask`.
         allow_missing_keys: don't raise when a key is missing, as in a case without a mask.
     """
 
-    def __init__(
-        self,
-        keys: KeysCollection,
-        coding: Coding | str,
-        known: Mapping[str, Coding] | None = None,
-        names: Sequence[str] | None = None,
-        needs_background: bool = True,
-        allow_missing_keys: bool = False,
-    ) -> None:
-        super().__init__(keys, allow_missing_keys)
-        self.decode = DecodeMask(coding, known, names, needs_background)
-
-    def __call__(self, data: Mapping[Hashable, NdarrayOrTensor]) -> dict[Hashable, NdarrayOrTensor]:
-        d = dict(data)
-        for key in self.key_iterator(d):
-            d[key] = self.decode(d[key])
-        return d
+    def __init__(self, keys: KeysCollection, *args: Any, allow_missing_keys: bool = False, **kwargs: Any) -> None:
+        super().__init__(keys, DecodeMask(*args, **kwargs), allow_missing_keys)
 
 
 class EnforceNesting(Transform):
@@ -154,70 +138,50 @@ class EnforceNesting(Transform):
 
     For probabilities (T, ...) this is the running minimum along the channels, for binary targets the intersection; and
     thresholding before it or after it gives the same.
-
-    Args:
-        order: the channels from the outermost target to the innermost; as they stand if None.
     """
-
-    def __init__(self, order: Sequence[int] | None = None) -> None:
-        self.order = None if order is None else list(order)
 
     def __call__(self, targets: NdarrayOrTensor) -> NdarrayOrTensor:
         t: torch.Tensor = convert_to_tensor(targets, track_meta=False)
-        order = _order(self.order, t)
         nested = t.clone()
-        for outer, inner in pairwise(order):
+        for outer, inner in pairwise(range(len(t))):
             nested[inner] = torch.minimum(nested[inner], nested[outer])
         return convert_to_dst_type(nested, targets)[0]
 
 
-class EnforceNestingd(MapTransform):
+class EnforceNestingd(EachKey):
     """Dictionary-based `EnforceNesting`: (T, ...) -> (T, ...), each target inside the one before it.
 
     Args:
         keys: the probabilities or binary targets.
-        order: the channels from the outermost target to the innermost; as they stand if None.
         allow_missing_keys: don't raise when a key is missing.
     """
 
-    def __init__(
-        self, keys: KeysCollection, order: Sequence[int] | None = None, allow_missing_keys: bool = False
-    ) -> None:
-        super().__init__(keys, allow_missing_keys)
-        self.nest = EnforceNesting(order)
-
-    def __call__(self, data: Mapping[Hashable, NdarrayOrTensor]) -> dict[Hashable, NdarrayOrTensor]:
-        d = dict(data)
-        for key in self.key_iterator(d):
-            d[key] = self.nest(d[key])
-        return d
+    def __init__(self, keys: KeysCollection, allow_missing_keys: bool = False) -> None:
+        super().__init__(keys, EnforceNesting(), allow_missing_keys)
 
 
 class EncodeMask(Transform):
-    """Turn nested targets (T, ...), probabilities or binary, into one coded mask (1, ...).
+    """Turn nested targets (T, ...), probabilities or binary, the outermost first, into one coded mask (1, ...).
 
     A pixel's value tells how many of the nested targets hold it: 0 background, 1 only the outermost one (the rim of
     the disc), T the innermost one (the cup); `values` replaces these by a file's own, as in ``[255, 128, 0]``.
 
     Args:
-        order: the channels from the outermost target to the innermost; as they stand if None.
         threshold: a target holds the pixels whose probability is at least this.
-        largest: whether each target keeps its largest connected component only; one flag, or one a target in `order`.
-        fill: whether holes in each target are filled; one flag, or one a target in `order`.
+        largest: whether each target keeps its largest connected component only; one flag, or one a target.
+        fill: whether holes in each target are filled; one flag, or one a target.
         values: T + 1 file values, from the background to the innermost target; 0 ... T if None.
         dtype: of the coded mask.
     """
 
     def __init__(
         self,
-        order: Sequence[int] | None = None,
         threshold: float = 0.5,
         largest: bool | Sequence[bool] = False,
         fill: bool | Sequence[bool] = False,
         values: Sequence[int] | None = None,
         dtype: DtypeLike | torch.dtype = np.uint8,
     ) -> None:
-        self.order = None if order is None else list(order)
         self.threshold = threshold
         self.largest, self.fill = largest, fill
         self.values = None if values is None else list(values)
@@ -227,15 +191,14 @@ class EncodeMask(Transform):
 
     def __call__(self, targets: NdarrayOrTensor) -> NdarrayOrTensor:
         t: torch.Tensor = convert_to_tensor(targets, track_meta=False)
-        order = _order(self.order, t)
-        values = list(range(len(order) + 1)) if self.values is None else self.values
-        if len(values) != len(order) + 1:
-            raise InputError(f"{len(order)} targets need {len(order) + 1} mask values, got {values}")
-        largest, fill = ensure_tuple_rep(self.largest, len(order)), ensure_tuple_rep(self.fill, len(order))
+        values = list(range(len(t) + 1)) if self.values is None else self.values
+        if len(values) != len(t) + 1:
+            raise InputError(f"{len(t)} targets need {len(t) + 1} mask values, got {values}")
+        largest, fill = ensure_tuple_rep(self.largest, len(t)), ensure_tuple_rep(self.fill, len(t))
         coded = torch.full_like(t[:1], values[0], dtype=torch.int64)
         outer = torch.ones_like(t[:1], dtype=torch.bool)
-        for step, channel in enumerate(order):
-            inner = outer & (t[channel : channel + 1] >= self.threshold)
+        for step, target in enumerate(t):
+            inner = outer & (target[None] >= self.threshold)
             if largest[step] and inner.any():
                 inner = convert_to_tensor(self._keep_largest(inner.to(torch.uint8)), track_meta=False) > 0
             if fill[step]:
@@ -246,39 +209,17 @@ class EncodeMask(Transform):
         return convert_to_dst_type(coded, targets, dtype=self.dtype)[0]
 
 
-class EncodeMaskd(MapTransform):
+class EncodeMaskd(EachKey):
     """Dictionary-based `EncodeMask`: (T, ...) nested targets -> (1, ...) coded mask.
 
     Args:
         keys: the probabilities or binary targets.
-        order: the channels from the outermost target to the innermost; as they stand if None.
-        threshold: a target holds the pixels whose probability is at least this.
-        largest: whether each target keeps its largest connected component only; one flag, or one a target in `order`.
-        fill: whether holes in each target are filled; one flag, or one a target in `order`.
-        values: T + 1 file values, from the background to the innermost target; 0 ... T if None.
-        dtype: of the coded mask.
+        args, kwargs: as for `EncodeMask`.
         allow_missing_keys: don't raise when a key is missing.
     """
 
-    def __init__(
-        self,
-        keys: KeysCollection,
-        order: Sequence[int] | None = None,
-        threshold: float = 0.5,
-        largest: bool | Sequence[bool] = False,
-        fill: bool | Sequence[bool] = False,
-        values: Sequence[int] | None = None,
-        dtype: DtypeLike | torch.dtype = np.uint8,
-        allow_missing_keys: bool = False,
-    ) -> None:
-        super().__init__(keys, allow_missing_keys)
-        self.encode = EncodeMask(order, threshold, largest, fill, values, dtype)
-
-    def __call__(self, data: Mapping[Hashable, NdarrayOrTensor]) -> dict[Hashable, NdarrayOrTensor]:
-        d = dict(data)
-        for key in self.key_iterator(d):
-            d[key] = self.encode(d[key])
-        return d
+    def __init__(self, keys: KeysCollection, *args: Any, allow_missing_keys: bool = False, **kwargs: Any) -> None:
+        super().__init__(keys, EncodeMask(*args, **kwargs), allow_missing_keys)
 
 
 def _check(coding: Coding) -> None:
@@ -307,13 +248,3 @@ def _text(coding: Coding) -> str:
 
 def _file(mask: NdarrayOrTensor) -> str:
     return str(getattr(mask, "meta", {}).get("filename_or_obj", "a mask without a file name"))
-
-
-def _order(order: list[int] | None, targets: torch.Tensor) -> list[int]:
-    """The channels from the outermost target to the innermost, checked against the targets at hand."""
-    channels = list(range(targets.shape[0]))
-    if order is None:
-        return channels
-    if sorted(order) != channels:
-        raise InputError(f"order {order} does not list each of the {len(channels)} channels once")
-    return order

@@ -98,12 +98,10 @@ class CropToDiscd(MapTransform, InvertibleTransform):
         crop: ``"auto"`` crops whole photographs and leaves crops, ``"always"`` crops both, ``"never"`` leaves both
             without a look, ``"crops"`` says that all are crops: none is cropped, and one in which the disc is unsure
             is taken with a remark. `site_crop` chooses the last for a site.
-        min_confidence: a picture whose disc is less sure than this is refused, unless `crop` is ``"never"`` or
-            ``"crops"``.
         allow_missing_keys: don't raise when a key is missing, as in a case without a mask.
 
     Raises:
-        InputError: (on call) when no disc is found.
+        InputError: (on call) when no disc is found, or one that is too unsure.
     """
 
     def __init__(
@@ -112,7 +110,6 @@ class CropToDiscd(MapTransform, InvertibleTransform):
         image_key: str | None = None,
         size_ratio: float = 2.0,
         crop: str = "auto",
-        min_confidence: float = MIN_CONFIDENCE,
         allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
@@ -123,7 +120,6 @@ class CropToDiscd(MapTransform, InvertibleTransform):
         self.image_key = self.keys[0] if image_key is None else image_key
         self.size_ratio = size_ratio
         self.crop = crop
-        self.min_confidence = min_confidence
         self.cropper = Crop()
 
     def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict[Hashable, MetaTensor]:
@@ -158,7 +154,7 @@ class CropToDiscd(MapTransform, InvertibleTransform):
         if self.crop == "never":
             return (0, 0), shape, float("nan"), _oblong(shape)
         disc = find_disc(image)
-        least = min(LEAST_CONFIDENCE, self.min_confidence) if self.crop == "crops" else self.min_confidence
+        least = LEAST_CONFIDENCE if self.crop == "crops" else MIN_CONFIDENCE
         if disc.confidence < least:
             raise InputError(
                 f"no optic disc found in {_file(image)} (confidence {disc.confidence:.2f}, needed {least:g}): give a "
@@ -172,7 +168,7 @@ class CropToDiscd(MapTransform, InvertibleTransform):
 
     def _remarks(self, disc: Disc, shape: tuple[int, ...]) -> str:
         remarks = [_oblong(shape)]
-        if disc.confidence < self.min_confidence:
+        if disc.confidence < MIN_CONFIDENCE:
             remarks.append(f"optic disc unsure (confidence {disc.confidence:.2f})")
         elif disc.whole:
             remarks.append("looks like a whole photograph among crops")

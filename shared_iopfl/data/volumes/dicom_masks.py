@@ -22,9 +22,8 @@ from typing import Any
 import numpy as np
 from monai.config import KeysCollection
 from monai.transforms import MapTransform
-from monai.utils import ensure_tuple
 
-from shared_iopfl.data.scan_names import case_name, is_dicom
+from shared_iopfl.data.scan_names import case_name, is_dicom, source_of
 from shared_iopfl.data.volumes.dicom_headers import is_no_image
 from shared_iopfl.data.volumes.rtstruct import Slice, structure_set
 from shared_iopfl.utils.checks import output_formats
@@ -86,8 +85,7 @@ class SaveDicomd(MapTransform):
         """The data as it came."""
         d = dict(data)
         for key in self.key_iterator(d) if self.formats else ():
-            meta = getattr(d.get(self.image_key), "meta", None) or d[key].meta
-            source = Path(ensure_tuple(meta["filename_or_obj"])[0])
+            source, meta = source_of(d, self.image_key, key)
             case = str(d.get("case") or case_name(source))
             self._save(np.asarray(d[key].detach().cpu())[0], source, np.asarray(meta["original_affine"]), case)
         return d

@@ -24,6 +24,7 @@ from monai.data.meta_tensor import MetaTensor
 from monai.metrics import compute_average_surface_distance, compute_dice, compute_hausdorff_distance
 from torch import Tensor
 
+from shared_iopfl.evaluation.run.served import served_scans
 from shared_iopfl.utils.tables import replace_rows
 
 __all__ = ["CaseRecorder", "case_scores"]
@@ -78,8 +79,7 @@ class CaseRecorder:
     Args:
         output_dir: where the files are.
         site, role, model: what to call the rows: role "inside" or "outside"; model "global", "personalised", "routed".
-        targets: names of the targets, in the order of the channels.
-        pred_key, reference_key: binary masks (T, *spatial) in the scan's own grid.
+        targets: names of the targets, in the order of the channels of the binary masks (T, *spatial).
         extras: further measures, name -> function of (pred, reference).
     """
 
@@ -90,14 +90,11 @@ class CaseRecorder:
         role: str,
         model: str,
         targets: Sequence[str],
-        pred_key: str = "pred",
-        reference_key: str = "label",
         extras: Mapping[str, Callable[[Tensor, Tensor], float]] | None = None,
     ) -> None:
         self.output_dir = Path(output_dir)
         self.labels = {"site": site, "role": role, "model": model}
         self.targets = tuple(targets)
-        self.keys = (pred_key, reference_key)
         self.extras = dict(extras or {})
         self.metrics: list[dict[str, Any]] = []
         self.cases: list[dict[str, Any]] = []
@@ -114,10 +111,9 @@ class CaseRecorder:
 
     def record(self, engine: Engine) -> None:
         """Score the case of this iteration."""
-        state: Any = engine.state  # decollated lists by now, which ignite's types do not know
-        for batch, output in zip(state.batch, state.output):
+        for batch, output in served_scans(engine):
             case = {**self.labels, "case": batch["case"]}
-            pred, reference = ({**batch, **output}[key] for key in self.keys)
+            pred, reference = ({**batch, **output}[key] for key in ("pred", "label"))
             scores = case_scores(pred, reference, self.targets)
             scores.update({name: float(measure(pred, reference)) for name, measure in self.extras.items()})
             self.metrics += [{**case, "metric": metric, "value": f"{value:.6f}"} for metric, value in scores.items()]

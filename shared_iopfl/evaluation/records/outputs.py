@@ -20,7 +20,7 @@ from ignite.engine import Engine, Events
 from torch import Tensor
 from tqdm import tqdm
 
-from shared_iopfl.evaluation.run.served import GrowingFile, attach_served
+from shared_iopfl.evaluation.run.served import GrowingFile, ServedRecorder, served_scans
 from shared_iopfl.utils.tables import csv_text
 
 __all__ = ["MeasureRecorder", "OutputWriter", "Progress"]
@@ -44,34 +44,26 @@ class OutputWriter:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self)
 
     def __call__(self, engine: Engine) -> None:
-        state: Any = engine.state
-        for batch, output in zip(state.batch, state.output):
+        for batch, output in served_scans(engine):
             data = {**batch, **output}
             for transform in self.transforms:
                 data = dict(transform(data))
             output.update({key: value for key, value in data.items() if key not in batch})
 
 
-class MeasureRecorder:
+class MeasureRecorder(ServedRecorder):
     """Writes ``measures.csv``, as scans are served: what a clinic reads off each mask, without any reference.
 
     Args:
         output_dir: where the file goes.
         measures: name -> function of the binary mask (T, *spatial) in the scan's own grid.
-        pred_key: key of the mask.
     """
 
-    def __init__(self, output_dir: str, measures: Mapping[str, Callable[[Tensor], float]], pred_key: str = "pred"):
+    def __init__(self, output_dir: str, measures: Mapping[str, Callable[[Tensor], float]]) -> None:
         self.output_dir = Path(output_dir)
         self.measures = dict(measures)
-        self.pred_key = pred_key
         self.columns = ("case", *self.measures)
         self.file: GrowingFile
-
-    def attach(self, engine: Engine) -> None:
-        """Register the handlers with an ignite engine."""
-        engine.add_event_handler(Events.STARTED, self.start)
-        attach_served(engine, self.record, lambda: self.file.take_back())
 
     def start(self, engine: Engine) -> None:
         """Forget the rows of an earlier run of the engine."""
@@ -79,12 +71,15 @@ class MeasureRecorder:
 
     def record(self, engine: Engine) -> None:
         """Measure the mask of this iteration."""
-        state: Any = engine.state
         rows = []
-        for batch, output in zip(state.batch, state.output):
-            values = {name: f"{measure(output[self.pred_key]):.4f}" for name, measure in self.measures.items()}
+        for batch, output in served_scans(engine):
+            values = {name: f"{measure(output['pred']):.4f}" for name, measure in self.measures.items()}
             rows.append({"case": batch["case"], **values})
         self.file.add(csv_text(self.columns, rows, header=False))
+
+    def take_back(self) -> None:
+        """Remove the row of the last scan, whose mask could not be written."""
+        self.file.take_back()
 
 
 class Progress:

@@ -24,7 +24,7 @@ from ignite.engine import Engine, Events
 from torch import Tensor, nn
 
 from shared_iopfl.data.scan_files import case_name
-from shared_iopfl.evaluation.run.served import GrowingFile, attach_served
+from shared_iopfl.evaluation.run.served import GrowingFile, ServedRecorder, served_scans
 from shared_iopfl.inferers.members import load_members
 from shared_iopfl.inferers.routing import TestTimeRoutingInferer
 from shared_iopfl.models.files import load_weights, save_atomically
@@ -36,7 +36,7 @@ SITE_SCANS = 128  # as many tell what a site is like
 ROUTES = ("case", "layer", "expert", "weight")
 
 
-class RoutesRecorder:
+class RoutesRecorder(ServedRecorder):
     """Writes ``routes.json`` and ``routes.csv``, as scans are served: the guard's decision, and the experts.
 
     The inferer's whole report of a scan is left in the engine's output as "report", for the handlers that come after.
@@ -51,8 +51,7 @@ class RoutesRecorder:
 
     def attach(self, engine: Engine) -> None:
         """Register the handlers with an ignite engine."""
-        engine.add_event_handler(Events.STARTED, self.start)
-        attach_served(engine, self.record, self.take_back)
+        super().attach(engine)
         engine.add_event_handler(Events.COMPLETED, self.write)
 
     def start(self, engine: Engine) -> None:
@@ -62,9 +61,8 @@ class RoutesRecorder:
 
     def record(self, engine: Engine) -> None:
         """Take the inferer's report on the scan of this iteration."""
-        state: Any = engine.state
         self.newest = []
-        for batch, output in zip(state.batch, state.output):
+        for batch, output in served_scans(engine):
             if self.inferer.reports:
                 report = output["report"] = self.inferer.reports.popleft()
                 if "routes" in report:

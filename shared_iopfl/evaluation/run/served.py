@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from ignite.engine import Engine, EventEnum, Events
 from monai.engines import Evaluator, IterationEvents
@@ -26,7 +27,7 @@ from monai.engines import Evaluator, IterationEvents
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.files import write_text
 
-__all__ = ["GrowingFile", "ServedEvents", "attach_served"]
+__all__ = ["GrowingFile", "ServedEvents", "ServedRecorder", "served_scans"]
 
 
 class ServedEvents(EventEnum):
@@ -82,32 +83,48 @@ class GrowingFile:
             ) from error
 
 
-def attach_served(engine: Engine, record: Callable[[Engine], None], take_back: Callable[[], None]) -> None:
-    """Attach what a recorder does with each scan.
+def served_scans(engine: Engine) -> Iterable[tuple[dict[str, Any], dict[str, Any]]]:
+    """The batch and the output of each scan of an evaluator's iteration."""
+    state: Any = engine.state  # decollated lists by now, which ignite's types do not know
+    return zip(state.batch, state.output)
 
-    Args:
-        engine: where it is an evaluator, `record` is called before handlers write the scan's mask; else after an
-            iteration.
-        record: writes the rows of the scans of an iteration.
-        take_back: takes them out again, where the iteration then fails.
+
+class ServedRecorder:
+    """A handler that writes the rows of scans as they are served.
+
+    Of an evaluator, before handlers write the scan's mask; of another engine, after an iteration.
     """
-    recorded = False
 
-    def begin(_: Engine) -> None:
-        nonlocal recorded
-        recorded = False
+    _recorded = False  # in this iteration
 
-    def record_scans(engine: Engine) -> None:
-        nonlocal recorded
-        recorded = True
-        record(engine)
+    def attach(self, engine: Engine) -> None:
+        """Register the handlers with an ignite engine."""
+        served = IterationEvents.MODEL_COMPLETED if isinstance(engine, Evaluator) else Events.ITERATION_COMPLETED
+        engine.add_event_handler(Events.STARTED, self.start)
+        engine.add_event_handler(Events.ITERATION_STARTED, self._begin)
+        engine.add_event_handler(served, self._record)
+        if engine.has_registered_events(ServedEvents.SCAN_FAILED):
+            engine.add_event_handler(ServedEvents.SCAN_FAILED, self._fail)
 
-    def fail(_: Engine) -> None:
-        if recorded:
-            take_back()
+    def start(self, engine: Engine) -> None:
+        """Forget the rows of an earlier run of the engine."""
+        raise NotImplementedError
 
-    served = IterationEvents.MODEL_COMPLETED if isinstance(engine, Evaluator) else Events.ITERATION_COMPLETED
-    engine.add_event_handler(Events.ITERATION_STARTED, begin)
-    engine.add_event_handler(served, record_scans)
-    if engine.has_registered_events(ServedEvents.SCAN_FAILED):
-        engine.add_event_handler(ServedEvents.SCAN_FAILED, fail)
+    def record(self, engine: Engine) -> None:
+        """Write the rows of the scans of this iteration."""
+        raise NotImplementedError
+
+    def take_back(self) -> None:
+        """Remove the rows that were written last: the mask could not be written."""
+        raise NotImplementedError
+
+    def _begin(self, engine: Engine) -> None:
+        self._recorded = False
+
+    def _record(self, engine: Engine) -> None:
+        self._recorded = True
+        self.record(engine)
+
+    def _fail(self, engine: Engine) -> None:
+        if self._recorded:
+            self.take_back()

@@ -32,13 +32,14 @@ from torch import Tensor
 from shared_iopfl.evaluation.scoring import Scoring
 from shared_iopfl.federation.checkpoint import check_settings
 from shared_iopfl.federation.flare.client import JOB_FILE, bundle_fingerprint
-from shared_iopfl.federation.flare.server import CHECKPOINT, Rounds, ServerFiles
+from shared_iopfl.federation.flare.persistor import CHECKPOINT, ServerFiles
+from shared_iopfl.federation.flare.server import Rounds
 from shared_iopfl.federation.server_momentum import ServerMomentum
 from shared_iopfl.federation.simulation import Federation
-from shared_iopfl.models.architecture import describe_architecture
+from shared_iopfl.models.architecture import describe_architecture, network_of
 from shared_iopfl.models.files import save_atomically
 from shared_iopfl.utils.checks import check_values
-from shared_iopfl.utils.config_values import as_value, as_values, check_key, component_of, is_data
+from shared_iopfl.utils.config_values import as_value, as_values, check_key, is_data
 from shared_iopfl.utils.errors import InputError, root_input_error
 from shared_iopfl.utils.names import nearest
 
@@ -165,8 +166,7 @@ def architecture_of(bundle: Path, federation: Federation) -> dict[str, Any]:
     # a folder of no models: what it would say goes before the config
     parser.update(as_values({**federation.overrides, "ckpt_dir": ""}))
     values = parser.get_parsed_content("architecture") if "architecture" in parser else {}
-    config: Any = parser.config
-    return describe_architecture(values, component_of(config, "network_def"))
+    return describe_architecture(values, network_of(parser.config))
 
 
 def read_state(path: Path, federation: Federation) -> dict[str, Any]:

@@ -22,9 +22,10 @@ from torch.utils.tensorboard import SummaryWriter
 
 from shared_iopfl.evaluation.scoring import Scoring
 from shared_iopfl.federation.flare.job import read_state
-from shared_iopfl.federation.flare.server import CHECKPOINT, RESULTS
+from shared_iopfl.federation.flare.persistor import CHECKPOINT, RESULTS
 from shared_iopfl.federation.simulation import Federation
 from shared_iopfl.federation.updates import check_update
+from shared_iopfl.federation.updates import draw as draw_history
 from shared_iopfl.models.files import load_weights, model_path, save_atomically
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.files import whole_file
@@ -64,9 +65,7 @@ def draw(output_dir: Path) -> None:
     folder = output_dir / "tensorboard"
     try:
         with SummaryWriter(str(folder)) as board:
-            for row in read_rows(output_dir / "history.csv"):
-                name = f"{row['metric']}/{row['model']}_{row['site']}"
-                board.add_scalar(name, float(row["value"]), int(row["round"]))
+            draw_history(board, read_rows(output_dir / "history.csv"))
     except OSError as error:
         raise InputError(f"cannot write to {folder} ({error}).") from error
 

@@ -30,7 +30,6 @@ from nvflare.recipe import PocEnv, ProdEnv, SimEnv
 from nvflare.recipe.utils import add_experiment_tracking
 
 from shared_iopfl.data.sites import site_cases
-from shared_iopfl.evaluation.personalised_verdict import print_personalised_verdict
 from shared_iopfl.evaluation.run.folder import claim, finish
 from shared_iopfl.evaluation.run.provenance import write_run
 from shared_iopfl.federation.flare.client import ENVIRONMENT
@@ -42,18 +41,19 @@ from shared_iopfl.federation.flare.job import (
     read_state,
     write_files,
 )
+from shared_iopfl.federation.flare.persistor import CHECKPOINT
 from shared_iopfl.federation.flare.results import checked_names, collect, draw, publish_sites, score
-from shared_iopfl.federation.flare.server import CHECKPOINT, FAILURES, Rounds
+from shared_iopfl.federation.flare.server import Rounds
+from shared_iopfl.federation.updates import FAILURES
 from shared_iopfl.models.architecture import write_architecture
 from shared_iopfl.models.files import model_path
-from shared_iopfl.report.run import print_table, write_report
+from shared_iopfl.report.run import write_report
 from shared_iopfl.utils.checks import check_values
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.tables import read_rows
 
-__all__ = ["FlareRun", "federate", "publish_sites"]
+__all__ = ["FlareRun", "publish_sites"]
 
-ENVIRONMENTS = ("sim", "poc", "prod")
 TRACKING = ("", "tensorboard", "mlflow")  # of FLARE's receivers, those that send nothing elsewhere
 LOGIN = 30.0  # seconds to wait for the server
 
@@ -266,41 +266,3 @@ class FlareRun:
         write_report(self.output_dir)
         finish(self.output_dir)
         return Path(model_path(str(self.output_dir / "models")))
-
-
-def federate(
-    env: str,
-    bundle: str,
-    sites: Sequence[str],
-    rounds: int,
-    output_dir: str,
-    dataset_dir: str | None = None,
-    round_timeout: int = 0,
-    own_process: bool | None = None,
-    startup_kit: str | None = None,
-    username: str | None = None,
-    tracking: str = "",
-    **settings: Any,
-) -> None:
-    """Run, export or submit a federation (see `FlareRun`) and say where it is.
-
-    Args:
-        env: "sim", "poc", or "prod": export, or submit where there is a `startup_kit`.
-        own_process: default: in production, where a site's death must not end the job.
-    """
-    if env not in ENVIRONMENTS:
-        raise InputError(f"unknown env {env!r}: choose {', '.join(ENVIRONMENTS)}.")
-    own_process = env == "prod" if own_process is None else own_process
-    how = (round_timeout, own_process, settings, tracking)
-    run = FlareRun(str(bundle), sites, rounds, str(output_dir), dataset_dir, *how)
-    if env == "prod" and dataset_dir is not None:
-        raise InputError("in production each site names its own data (IOPFL_DATASET_DIR there): leave out dataset_dir.")
-    if env == "prod" and startup_kit is None:
-        job = run.export()
-        print(f"job: {job}\nsubmit it: nvflare job submit -j {job}")
-    elif env == "prod":
-        print("global model:", run.submit(str(startup_kit), username))
-    else:
-        print("global model:", run.simulate() if env == "sim" else run.prove())
-        print_table(output_dir)
-        print_personalised_verdict(output_dir)

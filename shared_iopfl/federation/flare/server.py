@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The controller at the NVIDIA FLARE server: rounds, and what is kept of them.
+"""The controller at the NVIDIA FLARE server: the rounds.
 
 The server needs this package and no data. It receives local weights and numbers, checks and averages them with the
 very functions of the one-process run, in the order of the sites: both engines give the same global weights.
@@ -18,122 +18,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
 from nvflare.apis.fl_constant import FLMetaKey
-from nvflare.apis.fl_context import FLContext
 from nvflare.app_common.abstract.fl_model import FLModel
-from nvflare.app_common.abstract.model import ModelLearnable, ModelLearnableKey, make_model_learnable
-from nvflare.app_common.abstract.model_persistor import ModelPersistor
 from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.workflows.model_controller import ModelController
-from nvflare.app_opt.pt.decomposers import TensorDecomposer
-from nvflare.fuel.utils import fobs
 from torch import Tensor
 
 from shared_iopfl.evaluation.run.provenance import report_to_nobody
 from shared_iopfl.federation.averaging import Averaging, average_updates
-from shared_iopfl.federation.checkpoint import HISTORY
 from shared_iopfl.federation.flare.client import COUNTED, SETTLE
 from shared_iopfl.federation.server_momentum import ServerMomentum
-from shared_iopfl.federation.updates import UPDATE_NORM, accepted_norms, check_update, far_off, update_norm
-from shared_iopfl.handlers.norm_statistics import STATISTICS
-from shared_iopfl.models.files import USUAL_SHIFT, model_path, save_atomically
-from shared_iopfl.models.manifest import SCORES
+from shared_iopfl.federation.updates import (
+    FAILURES,
+    UPDATE_NORM,
+    accepted_norms,
+    check_update,
+    far_off,
+    figures,
+    update_norm,
+)
 from shared_iopfl.utils.errors import InputError
-from shared_iopfl.utils.tables import write_json, write_rows
 
-__all__ = ["CHECKPOINT", "FAILURES", "RESULTS", "Rounds", "ServerFiles"]
+__all__ = ["Rounds"]
 
-RESULTS = "iopfl"  # folder in the server's run, laid out as the output_dir of a one-process run
-CHECKPOINT = "flare.pt"
-FAILURES = "failures.csv"
 MOST_CASES = 1e9  # more than any site has: what claims more would be the average
-
-
-class ServerFiles(ModelPersistor):
-    """What the server keeps: after every round the global model as a plain state_dict, the history, and a checkpoint.
-
-    The checkpoint is what a run goes on from; the one it begins with comes with the job.
-
-    Attributes:
-        round: the last one done.
-        history: rows of ``history.csv``.
-        failures: rows of ``failures.csv``.
-        server: makes the global weights of the sites' average; its state is kept with them.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.state: dict[str, Any] = {}
-        self.server = ServerMomentum()
-        self.history: list[dict[str, Any]] = []
-        self.failures: list[dict[str, Any]] = []
-
-    @property
-    def round(self) -> int:
-        """The number of the last finished round."""
-        return self.state["round"]
-
-    def counted(self) -> dict[str, int]:
-        """The last round, this one included, in which a site's update was averaged; site -> round."""
-        local = (row for row in self.history if row["model"] == "local" and row["metric"] != "failed")
-        return {row["site"]: row["round"] for row in local}
-
-    def load_model(self, fl_ctx: FLContext) -> ModelLearnable:
-        """Load the global model that the next round begins with (FLARE's persistor interface)."""
-        fobs.register(TensorDecomposer)  # weights cross the wire as tensors, of whatever precision they are
-        folder = fl_ctx.get_engine().get_workspace().get_app_custom_dir(fl_ctx.get_job_id())
-        self.state = torch.load(Path(folder) / CHECKPOINT, map_location="cpu", weights_only=True)
-        self.history, self.failures = list(self.state["history"]), list(self.state["failures"])
-        save_atomically(self.state, self._folder(fl_ctx) / CHECKPOINT)  # of a run that ends in its first round, too
-        return make_model_learnable(weights=self.state["weights"], meta_props={})
-
-    def save_model(self, model: ModelLearnable, fl_ctx: FLContext) -> None:
-        """Write the checkpoint of a finished round (FLARE's persistor interface)."""
-        weights = model[ModelLearnableKey.WEIGHTS]
-        tables = {"history": self.history, "failures": self.failures}
-        following = {"round": self.round + 1, "weights": weights, "server": self.server.state_dict()}
-        self.state = {**self.state, **following, **tables}
-        self.save_tables(fl_ctx)
-        save_atomically(weights, model_path(str(self._folder(fl_ctx) / "models")))
-        save_atomically(self.state, self._folder(fl_ctx) / CHECKPOINT)
-
-    def save_settled(
-        self,
-        shares: Mapping[str, float],
-        shift: float | None,
-        statistics: Sequence[Mapping[str, Any]],
-        fl_ctx: FLContext,
-    ) -> None:
-        """Note that the sites have made their personalised models what they keep, and what they told besides.
-
-        Args:
-            shares: site -> share of its own model.
-            shift: the usual one.
-            statistics: rows of ``statistics.csv``.
-            fl_ctx: of FLARE.
-        """
-        self.state = {**self.state, "settled": True, "history": self.history, "failures": self.failures}
-        models = self._folder(fl_ctx) / "models"
-        if shares:
-            write_json(models / "shares.json", dict(shares))
-        write_json(models / SCORES, {USUAL_SHIFT: shift})
-        write_rows(models.parent / STATISTICS, ("site", "global", "own"), statistics)
-        save_atomically(self.state, self._folder(fl_ctx) / CHECKPOINT)
-
-    def save_tables(self, fl_ctx: FLContext) -> None:
-        """Write the tables of the run."""
-        write_rows(self._folder(fl_ctx) / "history.csv", HISTORY, self.history)
-        if self.failures:
-            write_rows(self._folder(fl_ctx) / FAILURES, ("round", "site", "reason"), self.failures)
-
-    @staticmethod
-    def _folder(fl_ctx: FLContext) -> Path:
-        return Path(fl_ctx.get_engine().get_workspace().get_run_dir(fl_ctx.get_job_id())) / RESULTS
 
 
 class Rounds(ModelController):
@@ -157,7 +69,6 @@ class Rounds(ModelController):
             :meth:`~shared_iopfl.federation.client.SiteClient.settle`. 0 and none: the moving average as it is.
         round_timeout: seconds to train, and again to score, after which a round goes on without those who have not
             answered; 0: wait for all.
-        persistor_id: the component that keeps the global model.
         averaging: "mean", "median" or "trimmed_mean"; see :func:`~shared_iopfl.federation.averaging.average_updates`.
     """
 
@@ -172,10 +83,9 @@ class Rounds(ModelController):
         own_rounds: int = 0,
         shares: Sequence[float] = (),
         round_timeout: int = 0,
-        persistor_id: str = AppConstants.DEFAULT_PERSISTOR_ID,
         averaging: Averaging = "mean",
     ) -> None:
-        super().__init__(persistor_id=persistor_id, ignore_result_error=True)
+        super().__init__(ignore_result_error=True)
         report_to_nobody()  # the receiver of a tracked job is MLflow's
         self.sites = sites
         self.rounds = rounds
@@ -186,7 +96,6 @@ class Rounds(ModelController):
         self.own_rounds = own_rounds
         self.shares = shares
         self.round_timeout = round_timeout
-        self.persistor_id = persistor_id
         self.averaging: Averaging = averaging
         self.round = 0
         self._answered: list[str] = []  # in this round, with whatever update
@@ -315,9 +224,7 @@ class Rounds(ModelController):
         self._note(site, "local", {"failed": 1.0})
 
     def _note(self, site: str, model: str, metrics: Mapping[str, float]) -> None:
-        for metric, value in metrics.items():
-            row = {"round": self.round, "site": site, "model": model, "metric": metric, "value": value}
-            self.persistor.history.append(row)
+        self.persistor.history += figures(self.round, site, model, metrics)
 
 
 def _number(value: Any) -> float:

@@ -112,7 +112,6 @@ def test_encoding_undoes_decoding_in_either_coding():
     assert encoded.dtype == torch.uint8
     assert torch.equal(encoded.float(), index)
     assert torch.equal(EncodeMask(values=[255, 128, 0])(targets).float(), as_dofe(index))
-    assert torch.equal(EncodeMask(order=[1, 0])(targets.flip(0)).float(), index)
 
 
 def test_encoded_targets_are_nested_for_any_probabilities():
@@ -129,7 +128,6 @@ def test_nesting_commutes_with_the_threshold_and_changes_nothing_nested():
     assert (nested[1:] <= nested[:-1]).all()
     assert torch.equal(nested >= 0.5, EnforceNesting()(probabilities >= 0.5))
     assert torch.equal(EnforceNesting()(nested), nested)
-    assert torch.equal(EnforceNesting(order=[2, 1, 0])(probabilities.flip(0)), nested.flip(0))
 
 
 def test_largest_component_and_holes_per_target():
@@ -151,8 +149,6 @@ def test_empty_prediction_encodes_to_background():
     assert EncodeMask(largest=True, fill=True)(torch.zeros(2, 6, 6)).sum() == 0
 
 
-def test_wrong_order_or_number_of_values_is_refused():
-    with pytest.raises(InputError, match="order"):
-        EncodeMask(order=[0, 0])(torch.zeros(2, 4, 4))
+def test_wrong_number_of_values_is_refused():
     with pytest.raises(InputError, match="3 mask values"):
         EncodeMask(values=[0, 1])(torch.zeros(2, 4, 4))

@@ -16,12 +16,8 @@ import math
 
 import pytest
 import torch
-from ignite.engine import Engine
 
 from shared_iopfl.data.photographs.measures import (
-    QUANTITIES,
-    VerticalRatio,
-    VerticalRatioMetric,
     predicted_ratio,
     ratio_error,
     ratio_of_mask,
@@ -55,45 +51,6 @@ def test_zero_without_inner_and_nan_without_outer():
     disc, cup = nested(cup=10, disc=40)
     assert vertical_ratio(torch.zeros_like(cup), disc) == 0
     assert math.isnan(vertical_ratio(cup, torch.zeros_like(disc)))
-
-
-@pytest.mark.parametrize("as_list", [False, True])
-def test_metric_buffers_prediction_reference_and_error_per_image(as_list):
-    predicted = [nested(20, 40), nested(10, 40)]
-    reference = [nested(30, 40), nested(10, 40)]
-    metric = VerticalRatioMetric()
-    if as_list:
-        metric(predicted, reference)
-    else:
-        metric(torch.stack(predicted), torch.stack(reference))
-    expected = torch.tensor([[0.5, 0.75, 0.25], [0.25, 0.25, 0.0]])
-    torch.testing.assert_close(metric.get_buffer(), expected)
-    torch.testing.assert_close(metric.aggregate(), expected.mean(dim=0))
-    assert len(QUANTITIES) == 3
-
-
-def test_images_without_disc_are_left_out_of_the_mean_and_alone_give_nan():
-    metric = VerticalRatioMetric(quantity="absolute_error", reduction="mean")
-    metric([nested(20, 40), torch.zeros(2, 40, 60)], [nested(30, 40), nested(10, 40)])
-    assert metric.aggregate().item() == pytest.approx(0.25)
-    metric.reset()
-    metric([torch.zeros(2, 40, 60)], [nested(10, 40)])
-    assert math.isnan(metric.aggregate().item())
-
-
-def test_handler_records_the_mean_and_one_row_an_image():
-    cases = [([nested(20, 40)], [nested(30, 40)]), ([nested(10, 40)], [nested(10, 40)])]
-    evaluator = Engine(lambda engine, batch: batch)
-    VerticalRatio().attach(evaluator, "vertical_ratio_error")
-    VerticalRatio(quantity="predicted").attach(evaluator, "vertical_ratio")
-    evaluator.run(cases)
-    assert evaluator.state.metrics["vertical_ratio_error"] == pytest.approx(0.125)
-    torch.testing.assert_close(evaluator.state.metric_details["vertical_ratio"], torch.tensor([[0.5], [0.25]]))
-
-
-def test_shapes_that_differ_are_refused():
-    with pytest.raises(ValueError, match="prediction"):
-        VerticalRatioMetric()(torch.zeros(1, 2, 8, 8), torch.zeros(1, 2, 8, 9))
 
 
 def test_ratios_of_targets_and_of_coded_masks_agree():

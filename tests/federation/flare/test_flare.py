@@ -28,7 +28,7 @@ from flare_runs import BUNDLE, OF_THE_FEDERATION, REPOSITORY, SITES, TINY, asser
 from nvflare.apis.fl_constant import FLMetaKey
 
 from shared_iopfl.commands import tools as command
-from shared_iopfl.federation.flare.run import federate, publish_sites
+from shared_iopfl.federation.flare.run import publish_sites
 from shared_iopfl.models.files import load_weights
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.tables import read_rows
@@ -147,7 +147,7 @@ def test_what_is_wrong_is_told_in_one_line_before_anything_starts(options, words
         shutil.copy(dataset / "A" / name, tmp_path / "sites" / "one" / name)
     usual = {"env": "sim", "bundle": str(BUNDLE), "sites": SITES, "rounds": 2, "output_dir": "out"}
     with pytest.raises(InputError) as error:
-        federate(**{**usual, "dataset_dir": str(tmp_path / "sites"), **TINY, **options})
+        command.flare(**{**usual, "dataset_dir": str(tmp_path / "sites"), **TINY, **options})
     assert words in str(error.value)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()

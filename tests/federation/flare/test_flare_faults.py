@@ -30,10 +30,11 @@ from nvflare.app_common.abstract.fl_model import FLModel
 
 from shared_iopfl.evaluation.run.folder import release
 from shared_iopfl.federation.flare import client as flare_client
-from shared_iopfl.federation.flare import server as flare_server
+from shared_iopfl.federation.flare import persistor
 from shared_iopfl.federation.flare.client import Member
+from shared_iopfl.federation.flare.persistor import ServerFiles
 from shared_iopfl.federation.flare.results import collect
-from shared_iopfl.federation.flare.server import Rounds, ServerFiles
+from shared_iopfl.federation.flare.server import Rounds
 from shared_iopfl.models.files import load_weights
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.tables import read_rows
@@ -217,7 +218,7 @@ def test_run_cut_off_at_any_instant_and_resumed_ends_with_the_same_weights(datas
             raise Interrupted
         return args[-1]
 
-    for module in (flare_server, flare_client):
+    for module in (persistor, flare_client):
         save = module.save_atomically
         monkeypatch.setattr(module, "save_atomically", lambda content, path, save=save: save(tick(content), path))
 

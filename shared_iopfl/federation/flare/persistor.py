@@ -1,0 +1,117 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What the NVIDIA FLARE server keeps of a run: global model, tables and checkpoint, round by round."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from nvflare.apis.fl_context import FLContext
+from nvflare.app_common.abstract.model import ModelLearnable, ModelLearnableKey, make_model_learnable
+from nvflare.app_common.abstract.model_persistor import ModelPersistor
+from nvflare.app_opt.pt.decomposers import TensorDecomposer
+from nvflare.fuel.utils import fobs
+
+from shared_iopfl.federation.server_momentum import ServerMomentum
+from shared_iopfl.federation.updates import FAILED, FAILURES, HISTORY, last_rounds
+from shared_iopfl.handlers.norm_statistics import STATISTICS
+from shared_iopfl.models.files import USUAL_SHIFT, model_path, save_atomically
+from shared_iopfl.models.manifest import SCORES
+from shared_iopfl.utils.tables import write_json, write_rows
+
+__all__ = ["CHECKPOINT", "RESULTS", "ServerFiles"]
+
+RESULTS = "iopfl"  # folder in the server's run, laid out as the output_dir of a one-process run
+CHECKPOINT = "flare.pt"
+
+
+class ServerFiles(ModelPersistor):
+    """What the server keeps: after every round the global model as a plain state_dict, the history, and a checkpoint.
+
+    The checkpoint is what a run goes on from; the one it begins with comes with the job.
+
+    Attributes:
+        round: the last one done.
+        history: rows of ``history.csv``.
+        failures: rows of ``failures.csv``.
+        server: makes the global weights of the sites' average; its state is kept with them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state: dict[str, Any] = {}
+        self.server = ServerMomentum()
+        self.history: list[dict[str, Any]] = []
+        self.failures: list[dict[str, Any]] = []
+
+    @property
+    def round(self) -> int:
+        """The number of the last finished round."""
+        return self.state["round"]
+
+    def counted(self) -> dict[str, int]:
+        """The last round, this one included, in which a site's update was averaged; site -> round."""
+        return last_rounds(self.history)
+
+    def load_model(self, fl_ctx: FLContext) -> ModelLearnable:
+        """Load the global model that the next round begins with (FLARE's persistor interface)."""
+        fobs.register(TensorDecomposer)  # weights cross the wire as tensors, of whatever precision they are
+        folder = fl_ctx.get_engine().get_workspace().get_app_custom_dir(fl_ctx.get_job_id())
+        self.state = torch.load(Path(folder) / CHECKPOINT, map_location="cpu", weights_only=True)
+        self.history, self.failures = list(self.state["history"]), list(self.state["failures"])
+        save_atomically(self.state, self._folder(fl_ctx) / CHECKPOINT)  # of a run that ends in its first round, too
+        return make_model_learnable(weights=self.state["weights"], meta_props={})
+
+    def save_model(self, model: ModelLearnable, fl_ctx: FLContext) -> None:
+        """Write the checkpoint of a finished round (FLARE's persistor interface)."""
+        weights = model[ModelLearnableKey.WEIGHTS]
+        tables = {"history": self.history, "failures": self.failures}
+        following = {"round": self.round + 1, "weights": weights, "server": self.server.state_dict()}
+        self.state = {**self.state, **following, **tables}
+        self.save_tables(fl_ctx)
+        save_atomically(weights, model_path(str(self._folder(fl_ctx) / "models")))
+        save_atomically(self.state, self._folder(fl_ctx) / CHECKPOINT)
+
+    def save_settled(
+        self,
+        shares: Mapping[str, float],
+        shift: float | None,
+        statistics: Sequence[Mapping[str, Any]],
+        fl_ctx: FLContext,
+    ) -> None:
+        """Note that the sites have made their personalised models what they keep, and what they told besides.
+
+        Args:
+            shares: site -> share of its own model.
+            shift: the usual one.
+            statistics: rows of ``statistics.csv``.
+            fl_ctx: of FLARE.
+        """
+        self.state = {**self.state, "settled": True, "history": self.history, "failures": self.failures}
+        models = self._folder(fl_ctx) / "models"
+        if shares:
+            write_json(models / "shares.json", dict(shares))
+        write_json(models / SCORES, {USUAL_SHIFT: shift})
+        write_rows(models.parent / STATISTICS, ("site", "global", "own"), statistics)
+        save_atomically(self.state, self._folder(fl_ctx) / CHECKPOINT)
+
+    def save_tables(self, fl_ctx: FLContext) -> None:
+        """Write the tables of the run."""
+        write_rows(self._folder(fl_ctx) / "history.csv", HISTORY, self.history)
+        if self.failures:
+            write_rows(self._folder(fl_ctx) / FAILURES, FAILED, self.failures)
+
+    @staticmethod
+    def _folder(fl_ctx: FLContext) -> Path:
+        return Path(fl_ctx.get_engine().get_workspace().get_run_dir(fl_ctx.get_job_id())) / RESULTS
