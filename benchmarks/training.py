@@ -105,6 +105,7 @@ def measure(
     features: int = 32,
     passes: int = 1,
     bf16: bool = False,
+    recompute: bool = False,
     repeats: int = 3,
     memory: bool = False,
 ) -> dict[str, Any]:
@@ -117,6 +118,7 @@ def measure(
         image_size, features: of scans, slices and network.
         passes: over a site's cases a round, in batches of the bundle's size.
         bf16: train in bfloat16.
+        recompute: train with activation checkpointing; the plain loops do not.
         repeats: timed pairs.
         memory: time nothing; measure host memory instead: that of the sites with their "data" cached, and that of a
             "round" with one step a site on top. Of the sizes above it takes `image_size` and `features`.
@@ -124,9 +126,9 @@ def measure(
     if task not in get_args(Task):
         sys.exit(f"error: unknown task '{task}': choose one of {', '.join(get_args(Task))}.")
     place = torch.device(device)
-    settings = {"task": task, "image_size": image_size, "features": features, "bf16": bf16}
+    settings = {"task": task, "image_size": image_size, "features": features, "bf16": bf16, "recompute": recompute}
     if memory:
-        arguments = [device, task, str(image_size), str(features), str(bf16)]
+        arguments = [device, task, str(image_size), str(features), str(bf16), str(recompute)]
         peak = {
             name: peak_memory("benchmarks.training", *arguments, str(rounds))
             for name, rounds in (("data", 0), ("round", 1))
@@ -138,6 +140,7 @@ def measure(
         "features": features,
         "passes": passes,
         "bf16": bf16,
+        "recompute": recompute,
     }
     with tempfile.TemporaryDirectory() as folder:
         federation = _federation(folder, task, sites, cases, image_size, overrides, rounds=repeats + 2, val_interval=0)
@@ -167,10 +170,10 @@ def measure(
     }
 
 
-def memory(device: str, task: Task, image_size: int, features: int, bf16: bool, rounds: int) -> None:
+def memory(device: str, task: Task, image_size: int, features: int, bf16: bool, recompute: bool, rounds: int) -> None:
     """So many rounds of one step at each of 6 sites with 20 cases; print the peak. A process of its own."""
     one_batch = {"train#dataloader#sampler#num_samples": Expression("@batch_size")}
-    overrides = {"device": device, "features": features, "bf16": bf16, **one_batch}
+    overrides = {"device": device, "features": features, "bf16": bf16, "recompute": recompute, **one_batch}
     with tempfile.TemporaryDirectory() as folder:
         federation = _federation(folder, task, 6, 20, image_size, overrides, rounds=1, val_interval=0)
         for _ in range(rounds):

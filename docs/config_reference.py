@@ -52,6 +52,7 @@ SETTINGS = {
     "deterministic": "`True`: deterministic CUDA kernels; slower",
     "amp": "mixed precision; the default is on for CUDA",
     "bf16": "train in bfloat16 autocast, also on a CPU",
+    "recompute": "activation checkpointing: train with less memory, in more time, with the same gradient",
     "num_workers": "worker processes of the data loaders",
     "overwrite": "`True`: replace what an earlier run of the same kind wrote to `output_dir`",
     "resume": "`True`: continue an interrupted run",

@@ -12,10 +12,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import fmean
 from typing import Any, cast
@@ -86,6 +87,7 @@ class SiteClient:
         parser = self.algo.train_workflow.parser  # type: ignore[union-attr]
         self.cases = len(parser.get_parsed_content("train#dataset#data"))
         state = parser.get_parsed_content("round_state")
+        _return_memory()
         # what the site keeps from round to round, by name; a handler that is switched off is None
         self.kept: dict[str, Any] = {name: item for name, item in state.items() if item is not None}
 
@@ -124,6 +126,7 @@ class SiteClient:
         """One round: global weights in; out come local weights, or what filters leave of them (copies, on the CPU)."""
         self.algo.train(ExchangeObject(weights=dict(weights)))
         update = self.algo.get_weights({ExtraItems.CLIENT_NAME: self.site}).weights
+        _return_memory()
         return {key: tensor.clone() for key, tensor in update.items()}
 
     def settle(self, weights: Weights, own_rounds: int, shares: Sequence[float]) -> float:
@@ -240,6 +243,12 @@ class SiteClient:
 
 def _copy(state: Weights) -> dict[str, Tensor]:
     return {key: tensor.detach().cpu().clone() for key, tensor in state.items()}
+
+
+def _return_memory() -> None:
+    """Give back what was freed to the system: glibc keeps the gaps between cached scans."""
+    with suppress(AttributeError):  # other systems need no such call
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _filters(bundle_root: str, name: str) -> str:

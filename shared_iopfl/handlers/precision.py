@@ -8,15 +8,18 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Training in bfloat16 on devices that the trainer's own `amp` does not cover."""
+"""The forward of training: in bfloat16 on devices that the trainer's own `amp` does not cover, or with less memory."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from monai.inferers import SimpleInferer
 from torch import Tensor
+
+from shared_iopfl.handlers.recomputation import recomputed
 
 __all__ = ["AutocastInferer"]
 
@@ -29,15 +32,19 @@ class AutocastInferer(SimpleInferer):
 
     Args:
         enabled: False: `SimpleInferer`.
+        recompute: keep few activations; the backward pass computes the others again. See
+            :func:`~shared_iopfl.handlers.recomputation.recomputed`.
     """
 
-    def __init__(self, enabled: bool = True) -> None:
+    def __init__(self, enabled: bool = True, recompute: bool = False) -> None:
         super().__init__()
         self.enabled = enabled
+        self.recompute = recompute
 
     def __call__(self, inputs: Tensor, network: Any, *args: Any, **kwargs: Any) -> Tensor:
-        if not self.enabled:
-            return super().__call__(inputs, network, *args, **kwargs)
-        with torch.autocast(inputs.device.type, torch.bfloat16):
-            output = super().__call__(inputs, network, *args, **kwargs)
+        with recomputed(network) if self.recompute else nullcontext():
+            if not self.enabled:
+                return super().__call__(inputs, network, *args, **kwargs)
+            with torch.autocast(inputs.device.type, torch.bfloat16):
+                output = super().__call__(inputs, network, *args, **kwargs)
         return output.float()

@@ -202,6 +202,7 @@ RULES: dict[str, Rule] = {
     "device": Rule("a device that this machine has, such as 'cpu' or 'cuda:0'", _works),
     "amp": switch,
     "bf16": switch,
+    "recompute": switch,
     "deterministic": switch,
     "num_workers": whole(0, 256),
     "batch_size": whole(1),

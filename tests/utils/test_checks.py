@@ -42,6 +42,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "normalise": ("yes", "False", 2, None),
     "soft_labels": ("area", None),
     "bf16": ("true", "no"),
+    "recompute": ("true", 2, None),
     "role": ("inner", "", None),
     "sites": ([], "", [""], 0.0 == 1),
     "device": ("cuda:99", "banana", "meta", 1.5),

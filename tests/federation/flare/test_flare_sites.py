@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,13 +20,15 @@ import torch
 
 pytest.importorskip("nvflare", reason="NVIDIA FLARE is not installed: pip install '.[flare]'")
 
-from flare_here import _fake, _process_as_it_was, received  # noqa: F401
-from flare_runs import BUNDLE, REPOSITORY
+from flare_here import _dataset, _fake, _process_as_it_was, flare_run, received, run_here  # noqa: F401
+from flare_runs import BUNDLE, REPOSITORY, SITES, TINY
 
 from shared_iopfl.federation.flare import client as flare_client
 from shared_iopfl.federation.flare.client import Member
+from shared_iopfl.federation.flare.server import Rounds
 from shared_iopfl.models.files import load_weights
 from shared_iopfl.utils.errors import InputError
+from shared_iopfl.utils.tables import read_rows
 
 JOB: dict[str, Any] = {
     "bundle": None,
@@ -128,3 +131,42 @@ def test_figures_are_told_as_they_come_if_the_job_asks_for_it(tmp_path, fake):
         *((f"local/{name}", value, 1) for name, value in trained.items()),
         *((n, v, 1) for n, v in scored.items()),
     ]
+
+
+@pytest.mark.parametrize(
+    "absent, losses",
+    [
+        ({2}, {"1": 1, "3": 1 / 2}),
+        ({2, 3}, {"1": 1}),
+        ({1}, {"2": 1, "3": 1 / 2}),
+    ],
+    ids=["leaves and comes back", "leaves for good", "is connected late"],
+)
+def test_site_that_is_not_connected_is_left_out_of_the_round_and_asked_in_the_next(
+    absent, losses, dataset, tmp_path, fake, monkeypatch
+):
+    """Its past goes on where it was (the fake's loss is one over its own rounds); the other site misses no round."""
+    train = Rounds._train
+
+    def train_without(self: Any, model: Any) -> Any:
+        there = [SimpleNamespace(name=site) for site in SITES if site != "B" or self.round not in absent]
+        self.engine.get_clients = lambda: there
+        return train(self, model)
+
+    monkeypatch.setattr(Rounds, "_train", train_without)
+    settings = {**TINY, "device": "cpu", "min_sites": 1}
+    run = flare_run(tmp_path / "flare", dataset, rounds=3, settings=settings)
+    rounds = run_here(run, tmp_path / "work")
+    run._finish(tmp_path / "work")
+    rows = read_rows(tmp_path / "flare" / "history.csv")
+    told = {
+        site: {
+            row["round"]: float(row["value"]) for row in rows if row["metric"] == "train_loss" and row["site"] == site
+        }
+        for site in SITES
+    }
+    assert told == {"A": {"1": 1, "2": 1 / 2, "3": 1 / 3}, "B": losses}
+    failures = read_rows(tmp_path / "flare" / "failures.csv")
+    assert [(row["round"], row["site"]) for row in failures] == [(str(number), "B") for number in sorted(absent)]
+    assert all("it is not connected" in row["reason"] for row in failures)
+    assert len(rounds.told) == len(absent)
