@@ -30,6 +30,7 @@ from scipy.stats import spearmanr
 from shared_iopfl.evaluation.records.routes import reported_case
 from shared_iopfl.evaluation.run.served import ServedRecorder, served_scans
 from shared_iopfl.inferers.routing import TestTimeRoutingInferer
+from shared_iopfl.routing.settings import LARGE_SHIFT
 from shared_iopfl.utils.tables import read_rows, write_rows
 
 __all__ = ["ReviewQuality", "ReviewRecorder", "collect_review", "review_by_site", "review_quality", "review_rows"]
@@ -37,7 +38,6 @@ __all__ = ["ReviewQuality", "ReviewRecorder", "collect_review", "review_by_site"
 COLUMNS = ("rank", "case", "quality", "shift", "decision", "reasons")
 COLLECTED = ("seed", "fold", "site", "case", "quality", "dice")
 DISAGREEMENT = 0.9  # below this quality the views are said to disagree
-LARGE_SHIFT = 3  # times the usual one: single photographs of inside sites reach 2.7
 FEWEST = 3  # cases for a rank correlation
 
 

@@ -71,9 +71,8 @@ class NormStatisticsHandler:
         network: the network that is trained; its batch norms are found by module type. Other norms have no running
             statistics, and are left alone.
         statistics: "batch", "global" or "blend".
-        start_epoch: the first epoch, counted over all rounds from 0, in which the choice holds.
-        end_epoch: the first in which it no longer does: what a site trains on for itself, once the last round is over,
-            it trains by its own batches, so that its model's statistics are its own. None: it holds to the end.
+        start_epoch: the first epoch, counted over all rounds from 0, in which the choice holds; it holds to the end,
+            own rounds of a site included, so that the experts agree in their statistics.
         seed: of the shares that are drawn, with the epoch; the global random state is not touched.
 
     Raises:
@@ -85,7 +84,6 @@ class NormStatisticsHandler:
         network: nn.Module,
         statistics: NormStatistics = "batch",
         start_epoch: int = 0,
-        end_epoch: int | None = None,
         seed: int = 0,
     ) -> None:
         if statistics not in get_args(NormStatistics):
@@ -94,7 +92,6 @@ class NormStatisticsHandler:
         self.network = network
         self.statistics = statistics
         self.start_epoch = start_epoch
-        self.end_epoch = end_epoch
         self.seed = seed
         self.generator = torch.Generator()
         self.share = 1.0  # of the global statistics, in this step
@@ -113,7 +110,7 @@ class NormStatisticsHandler:
     def start(self, engine: Engine) -> None:
         """Take hold of the batch norms, once it is time; the trainer puts the whole network in training mode."""
         epoch = engine.state.epoch - 1  # ignite counts a running epoch from 1
-        if epoch >= self.start_epoch and (self.end_epoch is None or epoch < self.end_epoch):
+        if epoch >= self.start_epoch:
             self.stop(engine)
             self.generator.manual_seed(1000 * self.seed + epoch)
             self._hooks = [

@@ -30,7 +30,7 @@ from shared_iopfl.routing.adaptation import Adaptation, Objective, mask_agreemen
 from shared_iopfl.routing.distances import scan_distances
 from shared_iopfl.routing.network import RoutedNetwork, collapse
 from shared_iopfl.routing.objectives import Output
-from shared_iopfl.routing.settings import RoutingSettings
+from shared_iopfl.routing.settings import LARGE_SHIFT, RoutingSettings
 from shared_iopfl.utils.checks import check_values
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.stacks import SCAN_SLICES, Network, bounded, evenly, scan_slices
@@ -60,7 +60,7 @@ class TestTimeRoutingInferer(ViewsOfScans):
         flips: spatial axes of the network input along which the anatomy may be mirrored.
         rotations: whether quarter turns fit the anatomy.
         scores: what the federation published (:func:`~shared_iopfl.models.files.load_scores`); the usual shift among
-            it tells the review list which shift is large.
+            it tells which shift is large: for ``statistics`` "auto", and for the review list.
         slices, batch_size: as in `StackInferer`; with routes a volume or the scan's own statistics, prediction takes a
             scan whole, so that its mask does not depend on the batch size.
         seed: of routers and views.
@@ -161,7 +161,7 @@ class TestTimeRoutingInferer(ViewsOfScans):
             stack = stack.clone()  # an inference tensor could not take part in adaptation
             some = scan_slices(stack, SCAN_SLICES)
             routed, report = self._begin([some], network)
-            logits, agreed = self._predict(stack, self._networks(routed, some), some)
+            logits, agreed = self._predict(stack, self._networks(routed, some, report["statistics"]), some)
             report.update(agreed, routes=routed.last_routes().tolist())
             if self.settings.steps > 0:
                 logits = self._adapt_guarded(routed, some, stack, logits, report)
@@ -199,9 +199,9 @@ class TestTimeRoutingInferer(ViewsOfScans):
             some = evenly(torch.cat(samples), bounded(SITE_SLICES, samples[0], SITE_PIXELS))
             report["scans"] = len(samples)
             if settings.steps > 0:
-                start, _ = self._predict(some, self._networks(routed, some))
+                start, _ = self._predict(some, self._networks(routed, some, report["statistics"]))
                 self._adapt_guarded(routed, some, some, start, report)
-            members = list(self._networks(routed, some))
+            members = list(self._networks(routed, some, report["statistics"]))
             report["routes"] = routed.last_routes().tolist()
             self.site_network = members[0] if len(members) == 1 else MeanOfNetworks(members, self.output)
             self.site_shift = report.get("shift")
@@ -227,7 +227,7 @@ class TestTimeRoutingInferer(ViewsOfScans):
             "experts": list(routed.experts),
             "layers": list(routed.layers),
             **({} if shift is None else {"shift": round(shift, 4)}),
-            "statistics": list(self._shares(routed)),
+            "statistics": list(self._shares(routed, shift)),
         }
         return routed, report
 
@@ -235,13 +235,14 @@ class TestTimeRoutingInferer(ViewsOfScans):
         """How far some slices of a scan are from each model (E,)."""
         return scan_distances(network, models, some, self.batch_size)
 
-    def _shares(self, routed: RoutedNetwork) -> tuple[float, ...]:
+    def _shares(self, routed: RoutedNetwork, shift: float | None) -> tuple[float, ...]:
         """The shares of own statistics; a network without running ones uses its own whatever the setting."""
-        return self.settings.shares if routed.tracked_norms else (0.0,)
+        is_far = shift is not None and 0 < LARGE_SHIFT * self.usual_shift < shift
+        return self.settings.shares(is_far and routed.can_blend) if routed.tracked_norms else (0.0,)
 
-    def _networks(self, routed: RoutedNetwork, some: Tensor) -> Iterator[nn.Module]:
+    def _networks(self, routed: RoutedNetwork, some: Tensor, shares: Sequence[float]) -> Iterator[nn.Module]:
         """The network for each share of own statistics, each to be used before the next is asked for."""
-        for share in self._shares(routed):
+        for share in shares:
             routed.set_statistics(share)
             yield self._settled(routed, some)
 
@@ -260,13 +261,13 @@ class TestTimeRoutingInferer(ViewsOfScans):
         self, routed: RoutedNetwork, some: Tensor, stack: Tensor, start: Tensor, report: dict[str, Any]
     ) -> Tensor:
         """Adapt on some slices; return the logits of the stack, or those at the start where the guard says no."""
-        shares = self._shares(routed)
+        shares = report["statistics"]
         routed.set_statistics(sum(shares) / len(shares))
         batches = list(self._batches(some, routed))
         before = self.adaptation.value(routed, batches)
         self.adaptation.adapt(routed, some)
         after = self.adaptation.value(routed, batches)
-        logits, agreed = self._predict(stack, self._networks(routed, some), some)
+        logits, agreed = self._predict(stack, self._networks(routed, some, shares), some)
         agreement = mask_agreement(start, logits, self.output)
         report.update(objective_start=before, objective_end=after, agreement=agreement)
         objection = objection_to(logits, before, after, agreement, self.settings)

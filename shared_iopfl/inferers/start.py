@@ -100,8 +100,8 @@ def find_start(
         has_statistics: whether the network has running statistics, which a distance needs.
 
     Returns:
-        Routes (E,); and the shift, the mean distance of the scans from the global model, which decides nothing and
-        tells a reader how far a scan is from those of the federation. None where it cannot be measured, and where
+        Routes (E,); and the shift, the mean distance of the scans from the global model, which tells how far a scan is
+        from those of the federation and does not change the routes. None where it cannot be measured, and where
         no views judge the mask: it costs a forward of the global model.
     """
     by_distance = settings.start == "distance"

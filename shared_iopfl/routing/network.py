@@ -139,6 +139,11 @@ class RoutedNetwork(nn.Module):
         for layer in self._norms:
             layer.statistics = statistics
 
+    @property
+    def can_blend(self) -> bool:
+        """Whether the images' own statistics can be blended and kept in every layer."""
+        return not any(layer.unblendable for layer in self._routed)
+
     def check_blending(self) -> None:
         """Raise `InputError`, naming the layer, where the images' own statistics cannot be blended and kept."""
         for layer in self._routed:

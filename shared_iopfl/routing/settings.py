@@ -65,7 +65,8 @@ class RoutingSettings:
         statistics: share of the scan's own batch-norm statistics, the rest being the running ones; in mode "site",
             those of all its scans. A network that was trained with the statistics of its batches is used with those of
             the scan (1), one that was trained with the global model's statistics with the running ones (0). Of several
-            shares the predictions are averaged (InTEnt, Dong et al. 2024).
+            shares the predictions are averaged (InTEnt, Dong et al. 2024). "auto": 0, and the average of 0 and 0.5 for
+            a scan whose shift is large, as the running statistics do not describe it.
         views: "average" the prediction over all views that fit the anatomy; "judge" the mask by how far they agree on
             the slices that the scan is measured on, and predict the scan as it is; or "none".
         affine: adaptation may shift the norm layers' weight and bias.
@@ -80,7 +81,7 @@ class RoutingSettings:
     per: Literal["sample", "volume", "layer"] = "layer"
     activation: Activation = "softmax"
     route_norms: bool = True
-    statistics: float | Sequence[float] = 0.0
+    statistics: float | Sequence[float] | Literal["auto"] = "auto"
     views: Literal["average", "judge", "none"] = "average"
     affine: bool = False
     steps: int = 0
@@ -97,22 +98,30 @@ class RoutingSettings:
             rule = switch if hint is bool else LIMITS.get(name)
             if rule is not None and not rule.holds(value):
                 raise InputError(f"routing setting {name} must be {rule.allowed}, but is {value!r:.80}.")
-        if not self.shares or not all(SHARE.holds(share) for share in self.shares):
+        shares = self.shares()
+        if not shares or not all(SHARE.holds(share) for share in shares):
             raise InputError(
-                f"routing setting statistics must be {SHARE.allowed}, or a list of such numbers, but is "
+                f"routing setting statistics must be {SHARE.allowed}, a list of such numbers, or 'auto', but is "
                 f"{self.statistics!r:.80}."
             )
         terms = self.objective
         if self.steps and not (terms.consistency or terms.entropy or terms.shape):
             raise InputError("adaptation needs an objective: give consistency, entropy or shape a weight, or steps=0.")
 
-    @property
-    def shares(self) -> tuple[float, ...]:
-        """The shares of the scan's own statistics that predictions are made with."""
-        shares = self.statistics
-        return tuple(shares) if isinstance(shares, Sequence) and not isinstance(shares, str) else (shares,)  # type: ignore[return-value]
+    def shares(self, is_far: bool = False) -> tuple[float, ...]:
+        """The shares of the scan's own statistics that predictions are made with.
+
+        Args:
+            is_far: whether the scan's shift is large.
+        """
+        shares: Any = self.statistics
+        if shares == "auto":
+            return FAR_SHARES if is_far else (0.0,)
+        return tuple(shares) if isinstance(shares, Sequence) and not isinstance(shares, str) else (shares,)
 
 
+LARGE_SHIFT = 3  # times the usual one: single photographs of inside sites reach 2.7
+FAR_SHARES = (0.0, 0.5)
 SHARE = number(0, 1)
 LIMITS: dict[str, Rule] = {
     "temperature": number(1e-3),

@@ -71,11 +71,11 @@ def test_global_statistics_normalise_and_stay(weights):
 
 
 @pytest.mark.parametrize("statistics", ["global", "blend"])
-def test_choice_holds_from_its_start_to_its_end(weights, statistics):
-    """Counted over the rounds: the first and the last of three train by their batches."""
-    chosen, plain = site(statistics, start_epoch=1, end_epoch=2), Site()
+def test_choice_holds_from_its_start_on(weights, statistics):
+    """Counted over the rounds: the first of three trains by its batches."""
+    chosen, plain = site(statistics, start_epoch=1), Site()
     same = [equal(chosen.round(weights), plain.round(weights)) for _ in range(3)]
-    assert same == [True, False, True]
+    assert same == [True, False, False]
 
 
 def test_blend_is_the_formula(weights, monkeypatch):

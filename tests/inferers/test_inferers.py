@@ -260,6 +260,7 @@ def test_unknown_names_list_the_known_ones():
         {"statistics": []},
         {"statistics": [0.5, True]},
         {"statistics": "0.5"},
+        {"statistics": "own"},
         {"agreement": 2},
         {"objective": {"entropy": -1.0}},
         {"objective": {"entropie": 1.0}},

@@ -95,6 +95,19 @@ def test_the_default_is_the_mean_over_views_of_the_soup():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("usual, shares", [(0.0, [0.0]), (1.1, [0.0]), (0.9, [0.0, 0.5])])
+def test_a_scan_of_a_large_shift_is_segmented_by_its_own_statistics_as_well(usual, shares, monkeypatch):
+    """Large is more than three times the usual shift, where that is known; the mask is then that of both shares."""
+    network, scan = unet(), volume(3)
+    monkeypatch.setattr(TestTimeRoutingInferer, "_distances", lambda self, some, network, models: torch.tensor([3.0]))
+    inferer = TestTimeRoutingInferer(experts(2), scores={"usual_shift": usual})
+    logits = inferer(scan, network)
+    assert inferer.reports[0]["statistics"] == shares
+    given = TestTimeRoutingInferer(experts(2), settings=preset("default", {"statistics": shares}))
+    torch.testing.assert_close(logits, given(scan, network))
+
+
+@torch.no_grad()
 def test_views_may_judge_a_mask_without_changing_it():
     """By the slices that the scan is measured on: in a short volume all of them."""
     scan, network = volume(4), unet()
