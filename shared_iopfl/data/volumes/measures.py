@@ -20,10 +20,11 @@ import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.transforms import InvertibleTransform, MapTransform, ResizeWithPadOrCrop
+from monai.transforms import InvertibleTransform, ResizeWithPadOrCrop
 from nibabel.affines import voxel_sizes
 from torch import Tensor
 
+from shared_iopfl.data.masks import EachKey
 from shared_iopfl.utils.errors import InputError
 
 __all__ = ["FieldOfView", "FieldOfViewd", "volume_ml"]
@@ -73,8 +74,8 @@ class FieldOfView(ResizeWithPadOrCrop):
         return super().__call__(img, mode, lazy, **{"value": float(img.min()), **kwargs})
 
 
-class FieldOfViewd(MapTransform, InvertibleTransform):
-    """Dictionary-based `FieldOfView`.
+class FieldOfViewd(EachKey, InvertibleTransform):
+    """Dictionary-based `FieldOfView`; the inverse has zeros where nothing was predicted.
 
     Args:
         keys: keys of the volumes.
@@ -82,13 +83,11 @@ class FieldOfViewd(MapTransform, InvertibleTransform):
         allow_missing_keys: don't raise when a key is missing.
     """
 
-    def __init__(self, keys: KeysCollection, side: float, allow_missing_keys: bool = False) -> None:
-        super().__init__(keys, allow_missing_keys)
-        self.fit = FieldOfView(side)
+    transform: FieldOfView
 
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        return {**data, **{key: self.fit(data[key]) for key in self.key_iterator(dict(data))}}
+    def __init__(self, keys: KeysCollection, side: float, allow_missing_keys: bool = False) -> None:
+        super().__init__(keys, FieldOfView(side), allow_missing_keys)
 
     def inverse(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Back in the field of view of the scan, with zeros where nothing was predicted."""
-        return {**data, **{key: self.fit.inverse(data[key]) for key in self.key_iterator(dict(data))}}
+        """Back in the field of view of the scan."""
+        return {**data, **{key: self.transform.inverse(data[key]) for key in self.key_iterator(dict(data))}}
