@@ -16,7 +16,6 @@ import logging
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import cast
 
@@ -28,6 +27,8 @@ from shared_iopfl.comparison.tables import Contest
 from shared_iopfl.evaluation.intervals import FEWEST_CASES
 from shared_iopfl.evaluation.scores import MINUS, finite_mean, read_columns, read_json, show
 from shared_iopfl.report import charts, pictures
+from shared_iopfl.report.documents import Block, Heading, Picture
+from shared_iopfl.report.gallery import left_out_note
 from shared_iopfl.report.pages import picture
 
 __all__ = ["Shifts", "cases_section", "read_shifts"]
@@ -68,8 +69,8 @@ class Shifts:
         text = f"{low} points in the third of the cases with the smallest shift, {high} in that with the largest"
         return [(f"Gain and shift {self.contest.role}", f"{text}; rank correlation {correlation}, n = {len(shift)}.")]
 
-    def section(self) -> str:
-        """The picture, as HTML."""
+    def picture(self) -> Picture:
+        """The gain of each case against its shift."""
         points = {site: [(shift, 100 * gain) for shift, gain in of_site] for site, of_site in self.points.items()}
         label = f"{self.contest.own} \u2212 {self.contest.reference} (points)"
         return picture(charts.gains_picture(points, label), "Each dot is one case, each ring a site's mean.")
@@ -96,20 +97,20 @@ def read_shifts(output_dir: Path, contest: Contest) -> Shifts | None:
     return Shifts(contest, points) if points else None
 
 
-def cases_section(output_dir: Path, contest: Contest) -> str:
-    """Of each site the worst case of our own method, the one that gained and the one that lost most, as HTML.
+def cases_section(output_dir: Path, contest: Contest) -> list[Block]:
+    """Of each site the worst case of our own method, the one that gained and the one that lost most, as pictures.
 
     Nothing comes back where the runs have no ``cases.csv`` with scans and masks.
     """
     if contest.own is None:
-        return ""
+        return []
     files: dict[tuple[str, str, str, str], tuple[Path, dict[str, str]]] = {}
     for seed, path in _runs(output_dir, contest.role, "cases.csv"):
         for row in read_columns(path, "site case model image label mask"):
             if row["image"] and row["mask"] and row["model"] in (contest.own, contest.reference):
                 files[seed, row["site"], row["case"], row["model"]] = path.parent, row
     colour = {**pictures.colours(()), **contest.colour}
-    html = ""
+    blocks: list[Block] = []
     for name, site in contest.dice.sites.items():
         views, left_out = [], []
         for what, seed, case, values in _remarkable(contest, name, site, {key[:3] for key in files}):
@@ -131,13 +132,11 @@ def cases_section(output_dir: Path, contest: Contest) -> str:
                 logger.warning("left out of the report: %s", error)
                 left_out.append(case)
         if views or left_out:
-            html += f"<h4>{escape(name)}</h4>"
+            blocks.append(Heading(name, 4))
         if views:
-            html += picture(pictures.overlay_picture(views, contest.own, colour))
-        if left_out:
-            gone = f"Left out, as their files are missing or do not fit each other: {', '.join(left_out)}."
-            html += f'<p class="caption">{escape(gone)}</p>'
-    return html
+            blocks.append(picture(pictures.overlay_picture(views, contest.own, colour)))
+        blocks += left_out_note(left_out)
+    return blocks
 
 
 def _remarkable(

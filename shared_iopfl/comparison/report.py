@@ -17,7 +17,6 @@ left out.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +26,9 @@ from shared_iopfl.comparison.scores import BEST_EXPERT, read_comparison
 from shared_iopfl.comparison.tables import LABELLED, POOLED, Contest, choices_table, facts, interval, reading_notes
 from shared_iopfl.evaluation.scores import DASH, read_json, show
 from shared_iopfl.report import charts
-from shared_iopfl.report.documents import Block, Bullets, Heading, Text, markdown, to_html
+from shared_iopfl.report.documents import Block, Bullets, Heading, OnPage, Text, markdown
 from shared_iopfl.report.pages import page, picture
-from shared_iopfl.report.run import _run_section
+from shared_iopfl.report.run import run_section
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.files import write_text
 
@@ -66,26 +65,21 @@ def write_comparison(output_dir: str | Path, bounds: Sequence[str] = BOUNDS, tit
     contests = _contests(output_dir, bounds)
     shifts = [read_shifts(output_dir, contest) for contest in contests]
     items = [item for c, s in zip(contests, shifts) for item in [*c.in_short(), *(s.in_short() if s else [])]]
-    short: list[Block] = [Heading("In short"), Bullets(items)] if items else []
-    intro = facts(contests)
-    text: list[Block] = [Text(intro), Text(_USE), *short]
-    body = f'<p class="facts">{escape(intro)}</p><p class="use">{escape(_USE)}</p>{to_html(short)}'
+    blocks: list[Block] = [Text(facts(contests), "facts"), Text(_USE, "use")]
+    blocks += [Heading("In short"), Bullets(items)] if items else []
     for contest, measured in zip(contests, shifts):
-        of_role, pictured = _role_parts(output_dir, contest, measured)
-        text += of_role
-        body += pictured
+        blocks += _role_blocks(output_dir, contest, measured)
     choices, trainings = choices_table(output_dir), choices_table(output_dir, "federations.json")
-    notes = Text(reading_notes(any(contest.bounds & {*contest.dice.methods} for contest in contests)), "caption")
-    last: list[Block] = [Heading("How to read this"), notes]
-    if choices:
-        why = "Mean Dice of each candidate where the other sites were left out in turn among themselves; bold: highest."
-        last = [Heading("What was chosen without the site left out"), choices, Text(why, "caption"), *last]
     if trainings:
         why = "Mean Dice of each training's global model at the other sites, each left out in turn; bold: highest."
-        last = [Heading("Which training the other sites choose"), trainings, Text(why, "caption"), *last]
-    body += to_html(last) + _run_section(read_json(output_dir / "run.json"))
-    write_text(output_dir / "comparison.md", markdown(title, [*text, *last]))
-    write_text(output_dir / "report.html", page(title, body))
+        blocks += [Heading("Which training the other sites choose"), trainings, Text(why, "caption")]
+    if choices:
+        why = "Mean Dice of each candidate where the other sites were left out in turn among themselves; bold: highest."
+        blocks += [Heading("What was chosen without the site left out"), choices, Text(why, "caption")]
+    notes = Text(reading_notes(any(contest.bounds & {*contest.dice.methods} for contest in contests)), "caption")
+    blocks += [Heading("How to read this"), notes, *run_section(read_json(output_dir / "run.json"))]
+    write_text(output_dir / "comparison.md", markdown(title, blocks))
+    write_text(output_dir / "report.html", page(title, blocks))
     return output_dir / "report.html"
 
 
@@ -104,24 +98,21 @@ def _contests(output_dir: Path, bounds: Sequence[str]) -> list[Contest]:
     return contests
 
 
-def _role_parts(output_dir: Path, contest: Contest, shifts: Shifts | None) -> tuple[list[Block], str]:
-    """The tables of a role, and its part of the page, which has pictures besides."""
-    role = contest.role.capitalize()
-    scores: list[Block] = [Heading(role), Heading("Dice by site", 3), contest.means()]
-    reference: list[Block] = [Heading(f"Against {contest.reference}", 3), contest.against_reference()]
-    others: list[Block] = []
+def _role_blocks(output_dir: Path, contest: Contest, shifts: Shifts | None) -> list[Block]:
+    """The tables of a role, with the pictures that the page has besides."""
+    blocks: list[Block] = [
+        *(Heading(contest.role.capitalize()), Heading("Dice by site", 3), contest.means(), *contest.notes()),
+        *(Heading(f"Against {contest.reference}", 3), contest.against_reference(), *_forests(contest)),
+    ]
     if table := contest.against_others():
-        others = [Heading(f"{contest.own} against every other method", 3), table]
+        blocks += [Heading(f"{contest.own} against every other method", 3), table]
+    if table := contest.by_site(shifts.means() if shifts else {}):
+        blocks += [Heading(f"{contest.own} site by site", 3), table]
+        blocks += [Text(_SHIFT, "caption"), shifts.picture()] if shifts else []
     # what is the same for every method, such as a measure of the reference masks, tells nothing of the methods
     more = [m for m, scores in contest.metrics.items() if m != "dice" and np.ptp(scores.site_means, axis=0).any()]
-    means = [contest.means(metric) for metric in more]
-    measures: list[Block] = [Heading("Other measures", 3), *means] if means else []
-    sites: list[Block] = []
-    if table := contest.by_site(shifts.means() if shifts else {}):
-        sites = [Heading(f"{contest.own} site by site", 3), table]
-        sites += [Text(_SHIFT, "caption")] if shifts else []
-    shown = cases_section(output_dir, contest)
-    if shown:
+    blocks += [Heading("Other measures", 3), *map(contest.means, more)] if more else []
+    if shown := cases_section(output_dir, contest):
         dashed = "global model" if contest.reference == "global" else f"global model, {contest.reference}"
         caption = (
             f"Of each site the mask with the lowest Dice of {contest.own}, the one that gained most and the one that "
@@ -129,27 +120,16 @@ def _role_parts(output_dir: Path, contest: Contest, shifts: Shifts | None) -> tu
             f"and, dashed, of the {dashed}. Of a volume, the axial slice with the largest disagreement in radiological "
             "convention; of a picture every class is outlined."
         )
-        shown = to_html([Heading(f"Cases {contest.role}", 3), Text(caption, "caption")]) + shown
-    html = (
-        to_html(scores)
-        + to_html(contest.notes())
-        + to_html(reference)
-        + _forests(contest)
-        + to_html(others)
-        + to_html(sites)
-        + (shifts.section() if shifts else "")
-        + to_html(measures)
-        + shown
-    )
-    return [*scores, *contest.notes(), *reference, *others, *sites, *measures], html
+        blocks.append(OnPage([Heading(f"Cases {contest.role}", 3), Text(caption, "caption"), *shown]))
+    return blocks
 
 
-def _forests(contest: Contest) -> str:
+def _forests(contest: Contest) -> list[Block]:
     """Differences to the reference with their intervals: of the mean of sites, and of each site."""
     dice = contest.dice
     methods = [method for method in dice.ranked(contest.bounds) if method != contest.reference]
     if not methods:
-        return ""
+        return []
     label = f"difference to {contest.reference} (points)"
 
     def panel(site: str | None = None) -> dict[str, tuple[float, float, float]]:
@@ -161,11 +141,11 @@ def _forests(contest: Contest) -> str:
         f"{contest.own or 'none'}. Hollow: bounds, which used labels or hindsight. Arrow: beyond the axis."
     )
     mean = charts.forest_picture({f"{contest.role}, mean of sites": panel()}, label, contest.colour, contest.bounds)
-    html = picture(mean, escape(caption))
+    blocks: list[Block] = [picture(mean, caption)]
     if len(dice.sites) > 1:
-        sites = {site: panel(site) for site in dice.sites}
-        html += picture(charts.forest_picture(sites, label, contest.colour, contest.bounds), "The same, site by site.")
-    return html
+        sites = charts.forest_picture({s: panel(s) for s in dice.sites}, label, contest.colour, contest.bounds)
+        blocks.append(picture(sites, "The same, site by site."))
+    return blocks
 
 
 def print_comparison(output_dir: str | Path) -> str:

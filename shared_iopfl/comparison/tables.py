@@ -22,9 +22,9 @@ import numpy as np
 
 from shared_iopfl.comparison.scores import Difference, RoleScores
 from shared_iopfl.evaluation.intervals import FEWEST_CASES, FEWEST_PER_SITE, FEWEST_SITES, RESAMPLES
-from shared_iopfl.evaluation.scores import DASH, MINUS, finite, heading, show
+from shared_iopfl.evaluation.scores import DASH, MINUS, best_of, finite, heading, show
 from shared_iopfl.report import pictures
-from shared_iopfl.report.documents import Block, Row, Table, Text
+from shared_iopfl.report.documents import Block, Cell, Row, Table, Text
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.reading import read_json
 
@@ -35,12 +35,15 @@ SMALLEST_GAP = 0.005  # Dice: below it, a share of the gap would be a quotient o
 TARGET, HARM = 0.010, 0.003  # Dice: what the own method should gain on the mean of sites, what no site may lose
 
 
+def _cell(difference: Difference) -> tuple[str, str]:
+    """ "+1.2" and "[+0.8, +1.6]", in points; no interval where there are too few cases."""
+    low, high = (show("dice", bound, "+") for bound in (difference.low, difference.high))
+    return show("dice", difference.mean, "+"), f"[{low}, {high}]" if math.isfinite(difference.low) else ""
+
+
 def interval(difference: Difference) -> str:
     """ "+1.2 [+0.8, +1.6]", in points; only the difference where there are too few cases for an interval."""
-    text = show("dice", difference.mean, "+")
-    if not math.isfinite(difference.low):
-        return text
-    return f"{text} [{show('dice', difference.low, '+')}, {show('dice', difference.high, '+')}]"
+    return " ".join(_cell(difference)).strip()
 
 
 def _count(number: int, what: str) -> str:
@@ -86,14 +89,14 @@ class Contest:
         """Every method but our own, the best first and the bounds last."""
         return [method for method in self.dice.ranked(self.bounds) if method != self.own]
 
-    def _row(self, method: str, cells: Sequence[str], bold: Collection[int] = ()) -> Row:
+    def _row(self, method: str, cells: Sequence[Cell], bold: Collection[int] = ()) -> Row:
         bound = method in self.bounds
         return Row(method, cells, frozenset() if bound else frozenset(bold), bound, method == self.own and not bound)
 
     def means(self, metric: str = "dice") -> Table:
         """Methods by sites: the mean of each, the mean of sites, its spread over seeds."""
         scores = self.metrics[metric]
-        best = max if metric.startswith("dice") else min if metric.endswith(("_mm", "_error")) else None
+        best = best_of(metric)
         values = {m: [*scores.site_means[scores.at(m)].tolist(), scores.mean(m)] for m in scores.methods}
         texts = {method: [show(metric, value) for value in row] for method, row in values.items()}
         contenders = [method for method in scores.methods if method not in self.bounds]
@@ -155,7 +158,7 @@ class Contest:
         for site in sorted(self.dice.sites, key=lambda site: shifts.get(site, math.inf)):
             found = self.dice.difference(self.own, self.reference, site)
             shift = [show("", shifts.get(site, math.nan))] * bool(shifts)
-            rows.append(Row(site, [*shift, interval(found), found.verdict, str(found.cases)]))
+            rows.append(Row(site, [*shift, _cell(found), found.verdict, str(found.cases)]))
         difference = f"{self.own} {MINUS} {self.reference} [95% interval]"
         return Table(["site", *heads, difference, "verdict", "cases"], rows)
 
@@ -164,14 +167,14 @@ class Contest:
         """The heading of the interval over sites, where there are enough."""
         return ["95% interval for new sites"] * (len(self.dice.sites) >= FEWEST_SITES)
 
-    def _duel(self, method: str, other: str) -> list[str]:
+    def _duel(self, method: str, other: str) -> list[Cell]:
         difference = self.dice.difference(method, other)
         wins, losses = self.dice.wins_and_losses(method, other)
         loss, site, _ = self.dice.largest_loss(method, other)
         at = f"{show('dice', loss, '+')} ({site})" if loss < 0 else "none"
         new = [f"[{show('dice', difference.new_low, '+')}, {show('dice', difference.new_high, '+')}]"]
         new = new * len(self._new_sites)
-        return [interval(difference), *new, difference.verdict, f"{wins} : {losses}", at]
+        return [_cell(difference), *new, difference.verdict, f"{wins} : {losses}", at]
 
     def notes(self) -> list[Block]:
         """What has to be said under the tables: which experts hindsight chose, what was undefined."""

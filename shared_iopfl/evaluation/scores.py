@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ __all__ = [
     "MINUS",
     "ROLES",
     "Scores",
+    "best_of",
     "count_cases",
     "difference",
     "finite",
@@ -101,6 +102,11 @@ def heading(metric: str) -> str:
     """A metric's heading: ``dice_cup`` as "dice cup (%)", ``hd95_mm`` as "hd95 (mm)"."""
     unit = " (%)" if metric.startswith("dice") else " (mm)" if metric.endswith("_mm") else ""
     return metric.removesuffix("_mm").replace("_", " ") + unit
+
+
+def best_of(metric: str) -> Callable[[Iterable[float]], float] | None:
+    """Which of several means is the best: the highest Dice, the smallest distance or error; None for other metrics."""
+    return max if metric.startswith("dice") else min if metric.endswith(("_mm", "_error")) else None
 
 
 def finite(values: Iterable[float]) -> list[float]:

@@ -214,7 +214,8 @@ def package(bundle: str, output_dir: str = "dist") -> str:
         files[name] = files[name].replace(IMPORTS.encode(), f'{IMPORTS}\n        "$import scripts",'.encode(), 1)
     code = Path(__file__).parents[1]
     files["scripts/__init__.py"] = (_header(code / "__init__.py") + SCRIPTS).encode()
-    own = {path.relative_to(code.parent).as_posix(): path.read_bytes() for path in code.rglob("*.py")}
+    paths = [*code.rglob("*.py"), *code.rglob("*.jinja")]
+    own = {path.relative_to(code.parent).as_posix(): path.read_bytes() for path in paths}
     files.update({f"scripts/{name}": content for name, content in own.items()})
     version = parse_json(files["configs/metadata.json"], root / "configs" / "metadata.json").get("version")
     archive = Path(output_dir) / f"{root.name}_v{check_file_name(version, 'version')}.zip"

@@ -8,18 +8,31 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Elements of a document that is written both as Markdown and as a part of the HTML report."""
+"""Elements of a document: what a page shows, and which of it is written as Markdown too.
+
+`shared_iopfl.report.pages.page` makes HTML of them, by the macros of ``templates/blocks.html.jinja``.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from html import escape
 
-from shared_iopfl.report import pages
-
-__all__ = ["Block", "Bullets", "Heading", "Row", "Table", "Text", "markdown", "to_html"]
+__all__ = [
+    "Block",
+    "Bullets",
+    "Card",
+    "Cards",
+    "Heading",
+    "OnPage",
+    "Picture",
+    "Row",
+    "Settings",
+    "Table",
+    "Text",
+    "markdown",
+]
 
 # what Markdown, and GitHub's formulas, would take for theirs; no more, for the file is read as plain text too
 _SPECIAL = re.compile(r"([\\`*<>|$~]|(?<!\w)_|_(?!\w)|\](?=\())")
@@ -31,18 +44,15 @@ def _plain(text: str) -> str:
 
 @dataclass(frozen=True)
 class Heading:
-    """A heading, of level 2 or below."""
+    """A heading, of level 2 or below; the page has `note` in small letters behind it."""
 
     text: str
     level: int = 2
+    note: str = ""
 
     def markdown(self) -> str:
         """The element as Markdown."""
         return f"{'#' * self.level} {_plain(self.text)}"
-
-    def html(self) -> str:
-        """The element as HTML."""
-        return f"<h{self.level}>{escape(self.text)}</h{self.level}>"
 
 
 @dataclass(frozen=True)
@@ -51,30 +61,26 @@ class Text:
 
     text: str
     kind: str = ""
+    bold: bool = False
 
     def markdown(self) -> str:
         """The element as Markdown."""
         return _plain(self.text)
-
-    def html(self) -> str:
-        """The element as HTML."""
-        return f"<p{self.kind and f' class={self.kind}'}>{escape(self.text)}</p>"
 
 
 @dataclass(frozen=True)
 class Bullets:
     """A list of ``(what, text)``: what each item is about stands out."""
 
-    items: Sequence[tuple[str, str]]
+    points: Sequence[tuple[str, str]]
 
     def markdown(self) -> str:
         """The element as Markdown."""
-        return "\n".join(f"- **{_plain(what)}**: {_plain(text)}" for what, text in self.items)
+        return "\n".join(f"- **{_plain(what)}**: {_plain(text)}" for what, text in self.points)
 
-    def html(self) -> str:
-        """The element as HTML."""
-        items = "".join(f"<li><b>{escape(what)}</b>: {escape(text)}</li>" for what, text in self.items)
-        return f"<ul>{items}</ul>"
+
+# a figure, or with what stands behind it in small letters and never breaks apart, such as its interval
+Cell = str | tuple[str, str]
 
 
 @dataclass(frozen=True)
@@ -87,58 +93,94 @@ class Row:
         bold: which cells stand out.
         italic: whether its name and its cells are set apart.
         marked: whether its name stands out, and on the page the whole row.
+        mean: whether it sums up the rows above it.
+        note: on the page, in small letters behind its name.
+        shades: on the page, how dark each cell is, from 0 to 1.
     """
 
     name: str
-    cells: Sequence[str]
+    cells: Sequence[Cell]
     bold: frozenset[int] = field(default_factory=frozenset)
     italic: bool = False
     marked: bool = False
+    mean: bool = False
+    note: str = ""
+    shades: Sequence[float] = ()
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table whose first column names the rows."""
+    """A table whose first column names the rows.
+
+    Attributes:
+        heads: headings of the columns.
+        rows: see `Row`.
+        text: whether the cells hold text and not figures.
+        dots: on the page, headings with a dot of a colour before them.
+    """
 
     heads: Sequence[str]
     rows: Sequence[Row]
+    text: bool = False
+    dots: Mapping[str, str] = field(default_factory=dict)
 
     def markdown(self) -> str:
         """The element as Markdown."""
         lines = [[_plain(head) for head in self.heads], ["---"] + ["---:"] * (len(self.heads) - 1)]
         for row in self.rows:
             mark = "*" if row.italic else "**" if row.marked else ""
-            cells = [_plain(cell) for cell in row.cells]
+            cells = [_plain(cell if isinstance(cell, str) else " ".join(cell).strip()) for cell in row.cells]
             slant = "*" if row.italic else ""
             cells = [f"**{c}**" if i in row.bold else f"{slant}{c}{slant}" if c else "" for i, c in enumerate(cells)]
             lines.append([f"{mark}{_plain(row.name)}{mark}", *cells])
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
-    def html(self) -> str:
-        """The element as HTML."""
-        heads = "".join(f"<th>{pages.breakable(head)}</th>" for head in self.heads)
-        lines = [f"<tr>{heads}</tr>"]
-        for row in self.rows:
-            start, end = ("<em>", "</em>") if row.italic else ("<b>", "</b>") if row.marked else ("", "")
-            line = f"<th>{start}{escape(row.name)}{end}</th>"
-            for index, cell in enumerate(row.cells):
-                start, end = ("<b>", "</b>") if index in row.bold else ("<em>", "</em>") if row.italic else ("", "")
-                # an interval never breaks apart, and stands back behind its figure
-                figure, _, interval = escape(cell).partition(" [")
-                small = f" <small>[{interval}</small>" if interval else ""
-                line += f"<td>{start}{figure}{end}{small}</td>"
-            lines.append(f"<tr{' class=mean' if row.marked else ''}>{line}</tr>")
-        return pages.table(lines)
+
+@dataclass(frozen=True)
+class Picture:
+    """A PNG, in base64, of so many percent of the page's width. Only the page has it."""
+
+    png: str
+    width: int
+    caption: str = ""
 
 
-Block = Heading | Text | Bullets | Table
+@dataclass(frozen=True)
+class Settings:
+    """Pairs of name and value. Only the page has them."""
+
+    pairs: Sequence[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Card:
+    """A name, what was noticed of it if anything, lines in small letters, and a picture that leads to a larger one."""
+
+    name: str
+    noticed: str
+    lines: Sequence[str]
+    thumbnail: str
+    link: str
+
+
+@dataclass(frozen=True)
+class Cards:
+    """Cards side by side. Only the page has them."""
+
+    cards: Sequence[Card]
+
+
+@dataclass(frozen=True)
+class OnPage:
+    """Blocks that only the page has."""
+
+    blocks: Sequence[Block]
+
+
+Block = Heading | Text | Bullets | Table | Picture | Settings | Cards | OnPage
 
 
 def markdown(title: str, blocks: Sequence[Block]) -> str:
     """A whole Markdown file."""
-    return "\n\n".join([f"# {_plain(title)}", *(block.markdown() for block in blocks)]) + "\n"
-
-
-def to_html(blocks: Sequence[Block]) -> str:
-    """Blocks as a part of a page."""
-    return "".join(block.html() for block in blocks)
+    written = [block.markdown() for block in blocks if isinstance(block, Heading | Text | Bullets | Table)]
+    return "\n\n".join([f"# {_plain(title)}", *written]) + "\n"

@@ -15,20 +15,20 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 
 from shared_iopfl.evaluation.scores import Scores, read_columns, show
 from shared_iopfl.report import pictures
+from shared_iopfl.report.documents import Block, Heading, Text
 from shared_iopfl.report.pages import picture
 
-__all__ = ["best_median_worst", "overlays_section"]
+__all__ = ["best_median_worst", "left_out_note", "overlays_section"]
 
 logger = logging.getLogger(__name__)
 
 
-def overlays_section(output_dir: Path, dice: Scores, colour: Mapping[str, str]) -> str:
-    """A row of pictures a site, as HTML: of its personalised model inside, of the routed network outside.
+def overlays_section(output_dir: Path, dice: Scores, colour: Mapping[str, str]) -> list[Block]:
+    """A row of pictures a site: of its personalised model inside, of the routed network outside.
 
     Args:
         output_dir: folder of a run; nothing comes back where it has no ``cases.csv``.
@@ -39,7 +39,8 @@ def overlays_section(output_dir: Path, dice: Scores, colour: Mapping[str, str]) 
     for row in read_columns(output_dir / "cases.csv", "site role case model image label mask"):
         if row["image"] and row["mask"]:
             cases.setdefault((row["role"], row["site"]), {}).setdefault(row["model"], {})[row["case"]] = row
-    html = caption = ""
+    blocks: list[Block] = []
+    caption = ""
     for (role, site), by_model in sorted(cases.items(), key=lambda item: item[0][0]):
         wanted = "personalised" if role == "inside" else "routed"
         model = next(name for name in (wanted, "global", *by_model) if name in by_model)
@@ -59,14 +60,18 @@ def overlays_section(output_dir: Path, dice: Scores, colour: Mapping[str, str]) 
             except ValueError as error:  # the log says which file; the report shows no paths
                 logger.warning("left out of the report: %s", error)
                 left_out.append(case)
-        html += f"<h3>{escape(site)} <small>{escape(role)}, {escape(model)} model</small></h3>"
+        blocks.append(Heading(site, 3, note=f"{role}, {model} model"))
         if views:
-            html += picture(pictures.overlay_picture(views, model, colour))
+            blocks.append(picture(pictures.overlay_picture(views, model, colour)))
             caption = caption or _overlay_caption(views[0].case)
-        if left_out:
-            files = f"Left out, as their files are missing or do not fit each other: {', '.join(left_out)}."
-            html += f'<p class="caption">{escape(files)}</p>'
-    return html and f'<h2>Cases: best, median, worst</h2><p class="caption">{caption}</p>{html}'
+        blocks += left_out_note(left_out)
+    return blocks and [Heading("Cases: best, median, worst"), Text(caption, "caption"), *blocks]
+
+
+def left_out_note(cases: Sequence[str]) -> list[Block]:
+    """Which cases could not be drawn; nothing where all could."""
+    text = f"Left out, as their files are missing or do not fit each other: {', '.join(cases)}."
+    return [Text(text, "caption")] if cases else []
 
 
 def best_median_worst(dice: Mapping[str, float], cases: Sequence[str]) -> list[tuple[str, str]]:

@@ -13,8 +13,8 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +22,21 @@ import numpy as np
 
 from shared_iopfl.evaluation.scores import DASH, number, read_columns, read_json
 from shared_iopfl.report import charts
-from shared_iopfl.report.pages import picture, table, without_path
+from shared_iopfl.report.documents import Block, Heading, Row, Table, Text
+from shared_iopfl.report.pages import picture, without_path
 
 __all__ = ["decisions_section", "routes_section"]
 
 
-def routes_section(output_dir: Path) -> str:
-    """The weights of the experts by layer and by case, as HTML, from every ``routes.csv`` below the folder."""
+def routes_section(output_dir: Path) -> list[Block]:
+    """The weights of the experts by layer and by case, from every ``routes.csv`` below the folder."""
     groups: dict[tuple[str, tuple[str, ...]], list[dict[str, str]]] = {}
     for path in sorted(output_dir.glob("**/routes.csv")):
         rows = read_columns(path, "case layer expert weight")
         experts = tuple(dict.fromkeys(row["expert"] for row in rows))
         key = _group(path, (row["case"] for row in rows), output_dir), experts
         groups.setdefault(key, []).extend({**row, "weight": str(number(row["weight"], path))} for row in rows)
-    html = ""
+    blocks: list[Block] = []
     for (name, experts), rows in groups.items():
         if not rows:
             continue
@@ -44,43 +45,40 @@ def routes_section(output_dir: Path) -> str:
         for row in rows:
             at = cases.index(row["case"]), layers.index(row["layer"]), experts.index(row["expert"])
             weights[at] = float(row["weight"])
-        html += f"<h3>{escape(name)}</h3>" if name else ""
+        blocks += [Heading(name, 3)] if name else []
         if np.ptp(np.nan_to_num(weights)) < 1e-6:  # the soup: nothing to see
-            html += f'<p class="caption">Every expert counts alike in every layer: {weights.flat[0]:.2f}.</p>'
+            blocks.append(Text(f"Every expert counts alike in every layer: {weights.flat[0]:.2f}.", "caption"))
             continue
-        html += picture(
-            charts.routes_picture(weights, experts, cases, layers),
+        caption = (
             "How much of each expert the routed network took: above by layer, the darker the more; below by case. "
-            f"With {len(experts)} experts an even mixture gives each {1 / len(experts):.2f}.",
+            f"With {len(experts)} experts an even mixture gives each {1 / len(experts):.2f}."
         )
-    return html and f"<h2>Routes</h2>{html}"
+        blocks.append(picture(charts.routes_picture(weights, experts, cases, layers), caption))
+    return blocks and [Heading("Routes"), *blocks]
 
 
-def decisions_section(output_dir: Path) -> str:
-    """The guard's decision for each case, as HTML, from every ``routes.json`` below the folder."""
+def decisions_section(output_dir: Path) -> list[Block]:
+    """The guard's decision for each case, from every ``routes.json`` below the folder."""
     columns = ("decision", "reason", "objective_start", "objective_end", "agreement", "seconds")
-    lines, decisions = [], []
+    rows = []
     for path in sorted(output_dir.glob("**/routes.json")):
         cases = read_json(path).get("cases", {})
-        where = escape(_group(path, cases, output_dir))
-        for case, facts in cases.items():
-            cells = "".join(f"<td>{_fact(facts.get(column))}</td>" for column in columns)
-            lines.append(f"<tr><th>{escape(case)}{where and f' <small>{where}</small>'}</th>{cells}</tr>")
-            decisions.append(_fact(facts.get("decision")))
-    heads = "".join(f"<th>{column.replace('_', ', ')}</th>" for column in ("case", *columns))
-    counts = ", ".join(f"{decision} {decisions.count(decision)}" for decision in dict.fromkeys(decisions))
+        where = _group(path, cases, output_dir)
+        rows += [Row(case, [_fact(facts.get(c)) for c in columns], note=where) for case, facts in cases.items()]
+    decisions = Counter(row.cells[0] for row in rows)
+    counts = ", ".join(f"{decision} {count}" for decision, count in decisions.items())
     caption = (
         "For each case, without seeing a label, the guard keeps the adapted routes or goes back to the first ones: "
         f"{counts}. Objective: what adaptation minimises; agreement: Dice between the masks before and after it."
     )
-    decided = table([f"<tr>{heads}</tr>", *lines], kind="text")
-    return f'<h2>Decisions of the guard</h2>{decided}<p class="caption">{caption}</p>' if lines else ""
+    table = Table([column.replace("_", ", ") for column in ("case", *columns)], rows, text=True)
+    return [Heading("Decisions of the guard"), table, Text(caption, "caption")] if rows else []
 
 
 def _fact(value: Any) -> str:
     if value is None or value == "" or (isinstance(value, float) and not math.isfinite(value)):
         return DASH
-    return f"{value:.4g}" if isinstance(value, float) else escape(without_path(str(value)))
+    return f"{value:.4g}" if isinstance(value, float) else without_path(str(value))
 
 
 def _group(path: Path, cases: Iterable[str], output_dir: Path) -> str:

@@ -18,8 +18,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from html import escape
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from shared_iopfl.evaluation.scores import (
     MINUS,
     ROLES,
     Scores,
+    best_of,
     count_cases,
     difference,
     finite,
@@ -47,95 +47,103 @@ from shared_iopfl.evaluation.scores import (
     table_rows,
 )
 from shared_iopfl.report import charts, pictures
+from shared_iopfl.report.documents import Block, Cell, Heading, OnPage, Row, Settings, Table, Text
 from shared_iopfl.report.gallery import overlays_section
-from shared_iopfl.report.pages import breakable, page, picture, table, without_path
+from shared_iopfl.report.pages import page, picture, without_path
 from shared_iopfl.report.routes import decisions_section, routes_section
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.files import write_text
 
-__all__ = ["print_table", "write_report"]
+__all__ = ["print_table", "run_section", "write_report"]
 
 DIFFERENCES = (("personalised", "global"), ("routed", "global"), ("soup", "global"), ("routed", "soup"))
 
 
-def _line(role: str, site: str, cells: Sequence[str]) -> str:
-    kind, name = ("", f"{escape(site)} <small>{role}</small>") if site else (" class=mean", f"mean of sites {role}")
-    return f"<tr{kind}><th>{name}</th>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+def _row(role: str, site: str, cells: Sequence[Cell], bold: Collection[int] = ()) -> Row:
+    """A row of a site, or of the mean of a role's sites."""
+    name = site or f"mean of sites {role}"
+    return Row(name, cells, frozenset(bold), mean=not site, note=role if site else "")
 
 
-def _gains(dice: Scores) -> str:
-    """How far models are from each other, as HTML, a table for the sites inside and one for those outside."""
-    html = ""
+def _gains(dice: Scores) -> list[Block]:
+    """How far models are from each other, a table for the sites inside and one for those outside."""
+    tables: list[Block] = []
     for role in ROLES:
         models = [set(by_model) for key, by_model in dice.items() if key[0] == role]
         pairs = [pair for pair in DIFFERENCES if any({*pair} <= of_site for of_site in models)]
-        heads = "".join(f"<th>{model} {MINUS} {other}</th>" for model, other in pairs)
-        lines = [f"<tr><th>difference (points)</th>{heads}</tr>"]
-        for _, site, sites, _ in (row for row in table_rows(dice) if row[0] == role):
-            lines.append(_line(role, site, [_gain(sites, *pair) for pair in pairs]))
-        html += table(lines) if pairs else ""
-    return html
+        heads = ["difference (points)", *(f"{model} {MINUS} {other}" for model, other in pairs)]
+        found = [row for row in table_rows(dice) if row[0] == role]
+        rows = [_row(role, site, [_gain(sites, *pair) for pair in pairs]) for _, site, sites, _ in found]
+        tables += [Table(heads, rows)] if pairs else []
+    return tables
 
 
-def _gain(sites: Sequence[Mapping[str, Mapping[str, float]]], model: str, other: str) -> str:
+def _gain(sites: Sequence[Mapping[str, Mapping[str, float]]], model: str, other: str) -> Cell:
     mean, low, high, n = difference(sites, model, other)
     bounds = f"[{show('dice', low, '+')}, {show('dice', high, '+')}]" if math.isfinite(low) else "no interval:"
-    return show("dice", mean, "+") + (f" <small>{bounds} n = {n}</small>" if n else "")
+    return show("dice", mean, "+"), f"{bounds} n = {n}" if n else ""
 
 
-def _results(scores: Scores, metric: str, colour: Mapping[str, str]) -> str:
-    """Sites by models as HTML, a table for the sites inside and one for those outside: their models are others."""
-    best = max if metric.startswith("dice") else min if metric.endswith(("_mm", "_error")) else None
-    html = ""
+def _results(scores: Scores, metric: str, colour: Mapping[str, str]) -> list[Block]:
+    """Sites by models, a table for the sites inside and one for those outside: their models are others."""
+    best = best_of(metric)
+    blocks: list[Block] = []
     for role in dict.fromkeys(role for role, _ in scores):
         models = in_order(model for key, by_model in scores.items() if key[0] == role for model in by_model)
-        heads = "".join(f'<th><i style="background:{colour[m]}"></i>{breakable(m)}</th>' for m in models)
-        lines = [f"<tr><th>{escape(heading(metric))}</th><th>n</th>{heads}</tr>"]
+        rows = []
         for _, site, sites, means in (row for row in table_rows(scores) if row[0] == role):
             defined = finite(means.values())
             winner = show(metric, best(defined)) if best and defined else ""
-            cells = [str(count_cases(sites))]
-            for model in models:
-                text = show(metric, means.get(model, math.nan))
-                values = list(sites[0].get(model, {}).values()) if site else []
-                spread = f"± {show(metric, float(np.std(finite(values), ddof=1)))}" if len(finite(values)) > 1 else ""
-                if values and len(finite(values)) < count_cases(sites):
-                    spread += f" ({len(finite(values))} of {count_cases(sites)})"
-                text = f"<b>{text}</b>" if text == winner else text
-                cells.append(text + (spread and f" <small>{spread.strip()}</small>"))
-            lines.append(_line(role, site, cells))
-        html += table(lines)
+            shown = [show(metric, means.get(model, math.nan)) for model in models]
+            bold = [1 + i for i, text in enumerate(shown) if text == winner]
+            spreads = [_spread(metric, sites[0].get(model, {}), count_cases(sites)) if site else "" for model in models]
+            rows.append(_row(role, site, [str(count_cases(sites)), *zip(shown, spreads)], bold))
+        blocks.append(Table([heading(metric), "n", *models], rows, dots=colour))
     undefined = sum(not math.isfinite(v) for s in scores.values() for values in s.values() for v in values.values())
     if undefined:
-        html += f"""<p class="caption">{undefined} values are undefined ({DASH}), such as a distance to an empty mask,
-and left out of the means; in brackets how many of the cases count.</p>"""
-    return html
-
-
-def _scores_section(found: dict[str, Scores], colour: Mapping[str, str]) -> str:
-    html = ""
-    if "dice" in found:
-        html += f"""<h2>Dice by site and model</h2>{_results(found["dice"], "dice", colour)}{_gains(found["dice"])}
-<p class="caption">Foreground Dice in percent: mean ± standard deviation over a site's test cases. Bold: the highest
-mean of the row. The mean of sites counts every site alike. Differences are paired by case, in percentage points; in
-brackets their 95% interval from {RESAMPLES:,} bootstrap resamples of the cases within each site: it covers other
-patients of these sites, not other sites nor another training. With fewer than {FEWEST_CASES} cases, or one case at a
-site, no interval is given and nothing should be concluded.</p>"""
-        sites = {f"{site} ({role})": by_model for (role, site), by_model in found["dice"].items()}
-        html += "<h2>Every case</h2>" + picture(
-            charts.dice_picture(sites, colour),
-            "Each dot is one case, each bar a model's mean. Grey lines join the results of one case: "
-            "a line that rises from one model to the next is a patient who gains.",
+        text = (
+            f"{undefined} values are undefined ({DASH}), such as a distance to an empty mask, and left out of the "
+            "means; in brackets how many of the cases count."
         )
-    others = [_results(scores, metric, colour) for metric, scores in found.items() if metric != "dice"]
+        blocks.append(Text(text, "caption"))
+    return blocks
+
+
+def _spread(metric: str, values: Mapping[str, float], cases: int) -> str:
+    """The standard deviation over a site's cases, and how many of them count if not all."""
+    known = finite(values.values())
+    parts = [f"± {show(metric, float(np.std(known, ddof=1)))}"] if len(known) > 1 else []
+    parts += [f"({len(known)} of {cases})"] if values and len(known) < cases else []
+    return " ".join(parts)
+
+
+def _scores_section(found: dict[str, Scores], colour: Mapping[str, str]) -> list[Block]:
+    blocks: list[Block] = []
+    if "dice" in found:
+        text = (
+            "Foreground Dice in percent: mean ± standard deviation over a site's test cases. Bold: the highest mean of "
+            "the row. The mean of sites counts every site alike. Differences are paired by case, in percentage points; "
+            f"in brackets their 95% interval from {RESAMPLES:,} bootstrap resamples of the cases within each site: it "
+            "covers other patients of these sites, not other sites nor another training. With fewer than "
+            f"{FEWEST_CASES} cases, or one case at a site, no interval is given and nothing should be concluded."
+        )
+        blocks += [Heading("Dice by site and model"), *_results(found["dice"], "dice", colour), *_gains(found["dice"])]
+        blocks.append(Text(text, "caption"))
+        sites = {f"{site} ({role})": by_model for (role, site), by_model in found["dice"].items()}
+        caption = (
+            "Each dot is one case, each bar a model's mean. Grey lines join the results of one case: "
+            "a line that rises from one model to the next is a patient who gains."
+        )
+        blocks += [Heading("Every case"), picture(charts.dice_picture(sites, colour), caption)]
+    others = [b for metric, s in found.items() if metric != "dice" for b in _results(s, metric, colour)]
     if others:
-        html += "<h2>Other measures</h2>" + "".join(others)
-        html += '<p class="caption">Mean ± standard deviation over cases. Bold: the best mean of the row.</p>'
-    return html
+        caption = "Mean ± standard deviation over cases. Bold: the best mean of the row."
+        blocks += [Heading("Other measures"), *others, Text(caption, "caption")]
+    return blocks
 
 
-def _curves_section(history: Sequence[Mapping[str, str]], path: Path, colour: Mapping[str, str]) -> str:
-    html = ""
+def _curves_section(history: Sequence[Mapping[str, str]], path: Path, colour: Mapping[str, str]) -> list[Block]:
+    blocks: list[Block] = []
     for metric, label, scale, caption in (
         ("val_mean_dice", "validation Dice (%)", 100, "Dice on each site's own validation cases over the rounds."),
         ("train_loss", "training loss", 1, "Mean training loss of each site's local training in every round."),
@@ -146,15 +154,15 @@ def _curves_section(history: Sequence[Mapping[str, str]], path: Path, colour: Ma
             points[number(row["round"], path)] = scale * number(row["value"], path)
         if sites:
             curves = {s: {m: sorted(by_model[m].items()) for m in in_order(by_model)} for s, by_model in sites.items()}
-            html += picture(charts.curves_picture(curves, colour, label), caption)
-    html += _rates(history, path, colour)
+            blocks.append(picture(charts.curves_picture(curves, colour, label), caption))
+    blocks += _rates(history, path, colour)
     seconds = finite(number(row["value"], path) for row in history if row["metric"] == "seconds")
     if seconds:
-        html += f'<p class="caption">Median time of a site\'s round: {np.median(seconds):.3g} seconds.</p>'
-    return html and f"<h2>Learning curves</h2>{html}"
+        blocks.append(Text(f"Median time of a site's round: {np.median(seconds):.3g} seconds.", "caption"))
+    return blocks and [Heading("Learning curves"), *blocks]
 
 
-def _rates(history: Sequence[Mapping[str, str]], path: Path, colour: Mapping[str, str]) -> str:
+def _rates(history: Sequence[Mapping[str, str]], path: Path, colour: Mapping[str, str]) -> list[Block]:
     """The learning rate, in one panel for all sites that had the same."""
     by_site: dict[str, dict[float, float]] = {}
     for row in (row for row in history if row["metric"] == "learning_rate"):
@@ -164,36 +172,34 @@ def _rates(history: Sequence[Mapping[str, str]], path: Path, colour: Mapping[str
         alike.setdefault(tuple(sorted(points.items())), []).append(site)
     panels = {", ".join(sites): {"local": points} for points, sites in alike.items()}
     caption = "Learning rate of the local training, at the end of each round."
-    return picture(charts.curves_picture(panels, colour, "learning rate"), caption) if panels else ""
+    return [picture(charts.curves_picture(panels, colour, "learning rate"), caption)] if panels else []
 
 
-def _cross_site_section(path: Path) -> str:
+def _cross_site_section(path: Path) -> list[Block]:
     """How each model does at the other sites: a row a model, a column a site."""
     dice = {(row["model"], row["site"]): number(row["dice"], path) for row in read_columns(path, "model site dice")}
     models, sites = (list(dict.fromkeys(names)) for names in zip(*dice)) if dice else ([], [])
     if len(sites) < 2:
-        return ""
-    lines = ["<tr><th>model</th>" + "".join(f"<th>at {escape(site)}</th>" for site in sites) + "</tr>"]
-    for model in models:
-        cells = "".join(f"<td>{show('dice', dice.get((model, site), math.nan))}</td>" for site in sites)
-        lines.append(f"<tr><th>{escape(model)}</th>{cells}</tr>")
-    return f"""<h2>Models at other sites</h2>{table(lines)}
-<p class="caption">Dice in percent of each model, named after its site, on the validation cases of each site. A
-personalised model is not scored at its own site, whose validation cases it was chosen by.</p>"""
+        return []
+    rows = [Row(m, [show("dice", dice.get((m, site), math.nan)) for site in sites]) for m in models]
+    text = (
+        "Dice in percent of each model, named after its site, on the validation cases of each site. A personalised "
+        "model is not scored at its own site, whose validation cases it was chosen by."
+    )
+    table = Table(["model", *(f"at {site}" for site in sites)], rows)
+    return [Heading("Models at other sites"), table, Text(text, "caption")]
 
 
-def _failures_section(path: Path) -> str:
+def _failures_section(path: Path) -> list[Block]:
     """Which rounds went on without which site, and why."""
-    rows = read_columns(path, "round site reason")
-    if not rows:
-        return ""
-    lines = ["<tr><th>round</th><th>site</th><th>reason</th></tr>"]
-    for row in rows:
-        cells = (escape(row["site"]), escape(without_path(row["reason"])))
-        lines.append(f"<tr><th>{escape(row['round'])}</th>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    return f"""<h2>Rounds without a site</h2>{table(lines, "text")}
-<p class="caption">A round's update that failed or was refused counts for nothing in that round; a scoring that failed
-leaves the site out of it. Everything else went on, and the site came back where there are later results of it.</p>"""
+    found = read_columns(path, "round site reason")
+    rows = [Row(row["round"], [row["site"], without_path(row["reason"])]) for row in found]
+    text = (
+        "A round's update that failed or was refused counts for nothing in that round; a scoring that failed leaves "
+        "the site out of it. Everything else went on, and the site came back where there are later results of it."
+    )
+    table = Table(["round", "site", "reason"], rows, text=True)
+    return [Heading("Rounds without a site"), table, Text(text, "caption")] if rows else []
 
 
 def _settings(value: Any, name: str = "") -> list[tuple[str, str]]:
@@ -206,9 +212,10 @@ def _settings(value: Any, name: str = "") -> list[tuple[str, str]]:
     return [(without_path(name), without_path(text))]
 
 
-def _run_section(run: Mapping[str, Any]) -> str:
-    items = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in _settings(run) if name)
-    return f"<h2>What was run</h2><dl>{items}</dl>" if items else ""
+def run_section(run: Mapping[str, Any]) -> list[Block]:
+    """The settings of a run, from its ``run.json``."""
+    pairs = [pair for pair in _settings(run) if pair[0]]
+    return [OnPage([Heading("What was run"), Settings(pairs)])] if pairs else []
 
 
 _FILES = {
@@ -251,26 +258,24 @@ def write_report(output_dir: str | Path, title: str = "IOP-FL") -> Path:
     missing = [
         f"{file.removeprefix('**/')} ({what})" for file, what in _FILES.items() if not any(output_dir.glob(file))
     ]
-    sections = (
-        _scores_section(found, colour),
-        _curves_section(history, history_path, colour),
-        _cross_site_section(output_dir / "cross_site.csv"),
-        _failures_section(output_dir / "failures.csv"),
-        routes_section(output_dir),
-        overlays_section(output_dir, dice, colour),
-        decisions_section(output_dir),
-        _run_section(read_json(output_dir / "run.json")),
-    )
-    left_out = (
-        f'<p class="missing">Not in this folder, so not shown: {escape(", ".join(missing))}.</p>' if missing else ""
-    )
-    verdict = personalised_verdict(output_dir)
-    verdict = verdict and f'<p class="missing"><b>{escape(verdict[:1].upper() + verdict[1:])}.</b></p>'
-    body = f"""<p class="facts">{_facts(found, history)}</p>
-<p class="use">Figures are foreground Dice of held-out patients. For research use only, not for diagnosis.</p>
-{verdict}{left_out}{"".join(sections)}"""
+    use = "Figures are foreground Dice of held-out patients. For research use only, not for diagnosis."
+    blocks: list[Block] = [Text(_facts(found, history), "facts"), Text(use, "use")]
+    if verdict := personalised_verdict(output_dir):
+        blocks.append(Text(f"{verdict[:1].upper()}{verdict[1:]}.", "missing", bold=True))
+    if missing:
+        blocks.append(Text(f"Not in this folder, so not shown: {', '.join(missing)}.", "missing"))
+    blocks += [
+        *_scores_section(found, colour),
+        *_curves_section(history, history_path, colour),
+        *_cross_site_section(output_dir / "cross_site.csv"),
+        *_failures_section(output_dir / "failures.csv"),
+        *routes_section(output_dir),
+        *overlays_section(output_dir, dice, colour),
+        *decisions_section(output_dir),
+        *run_section(read_json(output_dir / "run.json")),
+    ]
     path = output_dir / "report.html"
-    write_text(path, page(title, body))
+    write_text(path, page(title, blocks))
     return path
 
 

@@ -163,6 +163,7 @@ def test_an_installed_package_brings_its_bundles_and_its_command(tmp_path):
     assert len(folders) == 2 and all(folder.is_relative_to(tmp_path) for folder in folders), ran.stderr
     assert all((folder / "models" / "model.pt").is_file() for folder in folders)
     assert (tmp_path / "site" / "bin" / "iopfl").is_file()
+    assert (tmp_path / "site" / "shared_iopfl" / "report" / "templates" / "page.html.jinja").is_file()
 
 
 def test_a_dicom_export_gives_masks_in_all_formats(models, tmp_path):

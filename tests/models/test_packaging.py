@@ -222,7 +222,8 @@ def test_a_packed_bundle_is_the_bundle_and_its_code(name: str, tmp_path: Path) -
             continue
         assert json.loads(after).pop("imports") == ["$import scripts", *json.loads(before).pop("imports")]
         assert [line for line in after.splitlines() if '"$import scripts"' not in line] == before.splitlines()
-    code = {name: content for name, content in contents(ROOT / "shared_iopfl").items() if name.endswith(".py")}
+    code = {n: content for n, content in contents(ROOT / "shared_iopfl").items() if n.endswith((".py", ".jinja"))}
+    assert "report/templates/page.html.jinja" in code
     assert contents(root / "scripts" / "shared_iopfl") == code
     assert (root / "scripts" / "__init__.py").read_text().startswith("# Copyright (c) MONAI Consortium")
 

@@ -174,7 +174,7 @@ def test_rounds_that_went_on_without_a_site_are_told_with_the_reason_and_no_path
     html = report.write_report(tmp_path).read_text()
     assert "Rounds without a site" in html and "Smith" not in html
     assert "<tr><th>2</th><td>Ä&amp;B</td><td>InputError: no scan (path not shown)</td></tr>" in html
-    assert "<td>C</td><td>NaN or infinite values in &#x27;w&#x27;</td>" in html
+    assert "<td>C</td><td>NaN or infinite values in &#39;w&#39;</td>" in html
 
 
 def test_the_models_at_other_sites_are_a_matrix_with_a_dash_where_none_was_scored(tmp_path):

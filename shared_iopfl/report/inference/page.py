@@ -18,15 +18,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from shared_iopfl.evaluation.run.results import ServedScan, read_failed, read_passed_over, read_served
 from shared_iopfl.models.manifest import read_manifest
+from shared_iopfl.report.documents import Block, Card, Cards, Heading, Row, Table, Text
 from shared_iopfl.report.inference.pictures import distribution_picture, thumbnail
-from shared_iopfl.report.pages import breakable, page, picture, table, without_path
+from shared_iopfl.report.pages import page, picture, without_path
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.files import write_text
 
@@ -35,15 +35,6 @@ __all__ = ["write_inference_report"]
 EVEN = 1.05  # times an equal share: up to here no expert is said to have the largest weight
 MOST_FILES = 200  # rows of the tables of files
 TITLES = {"volume_ml": "Volume (ml)", "vertical_cup_to_disc_ratio": "Vertical cup-to-disc ratio"}
-STYLE = """<style>
-.masks { display: grid; grid-template-columns: repeat(auto-fill, minmax(13rem, 1fr)); gap: 1rem }
-.masks div { border: 1px solid #d5d9de; border-radius: 4px; padding: .5rem; font-size: .85rem; line-height: 1.35;
-  content-visibility: auto; contain-intrinsic-size: 13rem 16rem; overflow-wrap: anywhere }
-.masks div.noticed { border-color: #bc4c00; border-width: 2px }
-.masks img { width: 100%; aspect-ratio: 1; object-fit: contain; background: #f6f8fa; margin-bottom: .4rem }
-.masks small { color: #59636e; display: block } .masks em { color: #bc4c00; font-style: normal; display: block }
-td.weight { text-align: right } @media print { .masks div { break-inside: avoid; content-visibility: visible } }
-</style>"""
 
 
 def write_inference_report(output_dir: str | os.PathLike, ckpt_dir: str | os.PathLike | None = None) -> Path:
@@ -67,47 +58,40 @@ def write_inference_report(output_dir: str | os.PathLike, ckpt_dir: str | os.Pat
     noticed = sum(bool(scan.reasons) for scan in served)
     facts = f"{len(served)} mask{'s' * (len(served) != 1)} · {noticed} noticed · {len(failed)} failed"
     facts += f" · {len(passed)} file{'s' * (len(passed) != 1)} passed over" * bool(passed)
-    sections = (
-        _masks(served, out),
-        _measures(served, _published(ckpt_dir)),
-        _experts(served),
-        _files("Scans that failed", failed, "case"),
-        _files("Files that were not taken for scans", passed, "file"),
-    )
-    body = f"""{STYLE}<p class="facts">{facts}</p>
-<p class="use">For research use only, not for diagnosis.</p>{"".join(sections)}"""
+    blocks: list[Block] = [Text(facts, "facts"), Text("For research use only, not for diagnosis.", "use")]
+    blocks += [
+        *_masks(served, out),
+        *_measures(served, _published(ckpt_dir)),
+        *_experts(served),
+        *_files("Scans that failed", failed, "case"),
+        *_files("Files that were not taken for scans", passed, "file"),
+    ]
     path = out / "report.html"
-    write_text(path, page("IOP-FL: segmentation of scans", body))
+    write_text(path, page("IOP-FL: segmentation of scans", blocks))
     return path
 
 
-def _masks(served: Sequence[ServedScan], out: Path) -> str:
+def _masks(served: Sequence[ServedScan], out: Path) -> list[Block]:
     cards = []
     for scan in served:
         overlay = out / f"{scan.case}_overlay.png"
-        image = thumbnail(overlay)
-        shown = f'<a href="{quote(overlay.name)}"><img src="{image}" alt="{escape(scan.case)}"></a>' if image else ""
         figures = [f"{_title(name)} {value:.4g}" for name, value in scan.measures.items()]
         figures += [f"quality {scan.quality:.2f}"] if scan.quality is not None else []
         used = max(scan.routes, key=lambda expert: scan.routes[expert], default="")
         if used and scan.routes[used] > EVEN / len(scan.routes):
             figures.append(f"largest weight: {used}, {scan.routes[used]:.2f}")
-        lines = "".join(f"<small>{escape(text)}</small>" for text in figures)
-        why = f"<em>{escape(scan.reasons)}</em>" if scan.reasons else ""
-        kind = ' class="noticed"' if scan.reasons else ""
-        cards.append(f"<div{kind}>{shown}<b>{breakable(scan.case)}</b>{why}{lines}</div>")
+        cards.append(Card(scan.case, scan.reasons, figures, thumbnail(overlay), quote(overlay.name)))
     caption = (
         "Sorted by the review list: the masks that should be checked first come first. Quality is the agreement of the "
         "masks of several views of a scan; it ranks these scans and is no estimate of Dice. A picture links to the "
         "overlay."
     )
-    return f'<h2>Masks</h2><p class="caption">{caption}</p><div class="masks">{"".join(cards)}</div>' if cards else ""
+    return [Heading("Masks"), Text(caption, "caption"), Cards(cards)] if cards else []
 
 
-def _measures(served: Sequence[ServedScan], published: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
-    names = list(dict.fromkeys(name for scan in served for name in scan.measures))
-    html = ""
-    for name in names:
+def _measures(served: Sequence[ServedScan], published: Mapping[str, Mapping[str, Sequence[float]]]) -> list[Block]:
+    blocks: list[Block] = []
+    for name in dict.fromkeys(name for scan in served for name in scan.measures):
         values = [scan.measures[name] for scan in served if name in scan.measures]
         sites = published.get(name, {})
         behind = (
@@ -116,41 +100,37 @@ def _measures(served: Sequence[ServedScan], published: Mapping[str, Mapping[str,
             else "No distribution of the inside sites was published with the models."
         )
         caption = f"One dot for each of {len(values)} masks; the line is their median. {behind}"
-        html += f"<h3>{escape(_title(name))}</h3>" + picture(distribution_picture(values, sites, _title(name)), caption)
-    return html and f"<h2>Measures</h2>{html}"
+        title = _title(name)
+        blocks += [Heading(title, 3), picture(distribution_picture(values, sites, title), caption)]
+    return blocks and [Heading("Measures"), *blocks]
 
 
-def _experts(served: Sequence[ServedScan]) -> str:
+def _experts(served: Sequence[ServedScan]) -> list[Block]:
     experts = list(dict.fromkeys(expert for scan in served for expert in scan.routes))
     if not experts:
-        return ""
-    lines = ["<tr><th>case</th>" + "".join(f"<th>{breakable(expert)}</th>" for expert in experts) + "</tr>"]
+        return []
+    rows = []
     for scan in served:
-        cells = []
-        for expert in experts:
-            weight = scan.routes.get(expert, 0.0)
-            shade = f"background:rgba(0,158,115,{min(max(weight, 0), 1) * 0.7:.2f})"
-            cells.append(f'<td class="weight" style="{shade}">{weight:.2f}</td>')
-        lines.append(f"<tr><th>{escape(scan.case)}</th>{''.join(cells)}</tr>")
+        weights = [scan.routes.get(expert, 0.0) for expert in experts]
+        shades = [min(max(weight, 0), 1) * 0.7 for weight in weights]
+        rows.append(Row(scan.case, [f"{weight:.2f}" for weight in weights], shades=shades))
     caption = (
         f"The weight of each expert in the routed network, as the mean over its layers; an even mixture gives each "
         f"{1 / len(experts):.2f}. routes.csv has the weights by layer."
     )
-    return f'<h2>Experts</h2><p class="caption">{caption}</p>{table(lines)}'
+    return [Heading("Experts"), Text(caption, "caption"), Table(["case", *experts], rows)]
 
 
-def _files(title: str, rows: Sequence[Mapping[str, str]], column: str) -> str:
-    if not rows:
-        return ""
-    lines = [f"<tr><th>{column}</th><th>reason</th></tr>"]
-    for row in rows[:MOST_FILES]:
+def _files(title: str, found: Sequence[Mapping[str, str]], column: str) -> list[Block]:
+    rows = []
+    for row in found[:MOST_FILES]:
         reason = row["reason"]
         if column == "case" and row.get("file"):
             reason = reason.replace(row["file"], row["case"])  # paths can name patients
-        lines.append(f"<tr><th>{escape(row[column])}</th><td>{escape(without_path(reason))}</td></tr>")
-    more = len(rows) - MOST_FILES
-    rest = f'<p class="caption">and {more} more</p>' if more > 0 else ""
-    return f"<h2>{escape(title)}</h2>{table(lines, 'text')}{rest}"
+        rows.append(Row(row[column], [without_path(reason)]))
+    more = len(found) - MOST_FILES
+    rest = [Text(f"and {more} more", "caption")] if more > 0 else []
+    return [Heading(title), Table([column, "reason"], rows, text=True), *rest] if rows else []
 
 
 def _published(ckpt_dir: str | os.PathLike | None) -> dict[str, dict[str, list[float]]]:
