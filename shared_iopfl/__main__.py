@@ -14,7 +14,5 @@ from __future__ import annotations
 
 from shared_iopfl.commands.main import main
 
-__all__ = ["main"]
-
 if __name__ == "__main__":
     main()

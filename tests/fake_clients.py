@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from shared_iopfl.federation import simulation as federation
-from shared_iopfl.federation.simulation import Federation, weighted_average
+from shared_iopfl.federation.averaging import weighted_average
+from shared_iopfl.federation.simulation import Federation
 from shared_iopfl.models.files import save_atomically
 
 State = dict[str, Tensor]

@@ -25,8 +25,6 @@ from shared_iopfl.models.bundles import own_bundles
 from shared_iopfl.utils.errors import InputError, one_line_errors
 from shared_iopfl.utils.names import nearest, parse_names
 
-__all__ = ["main"]
-
 # command -> config of a bundle, its folders, what it does
 RUNS = {
     "segment": ("inference", ("SCANS", "OUT"), "segment scans without labels"),

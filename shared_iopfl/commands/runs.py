@@ -27,8 +27,6 @@ from shared_iopfl.models.bundles import find_bundle
 from shared_iopfl.utils.errors import InputError, root_input_error
 from shared_iopfl.utils.names import parse_names
 
-__all__ = ["AMOUNTS", "parse_settings", "run_config"]
-
 AMOUNTS = ("quiet", "usual", "verbose")  # of text beside the result
 # they repeat an error with its traceback, or report what a user does not act on
 SILENCED = (

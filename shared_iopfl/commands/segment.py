@@ -26,8 +26,6 @@ from shared_iopfl.data.scan_names import PICTURES, VOLUMES, file_ending
 from shared_iopfl.evaluation.run.results import read_served
 from shared_iopfl.utils.errors import InputError
 
-__all__ = ["Segmentation", "segment"]
-
 CASE = "scan"
 
 

@@ -18,8 +18,6 @@ from pathlib import Path
 from shared_iopfl.evaluation.run.results import ServedScan, read_failed, read_passed_over, read_served
 from shared_iopfl.utils.names import shortened
 
-__all__ = ["has_results", "summary"]
-
 SHOWN = 10  # scans in the table
 WIDEST = 40  # characters of a case's name
 NAMES = {"vertical_cup_to_disc_ratio": "vCDR", "volume_ml": "volume (ml)"}

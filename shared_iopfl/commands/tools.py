@@ -25,8 +25,6 @@ from shared_iopfl.data.sites import find_cases, list_sites, site_cases
 from shared_iopfl.utils.checks import check_values
 from shared_iopfl.utils.errors import InputError
 
-__all__ = ["check", "configs", "flare", "flare_publish", "prepare", "report", "scans"]
-
 ENVIRONMENTS = ("sim", "poc", "prod")
 
 

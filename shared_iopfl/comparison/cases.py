@@ -31,8 +31,6 @@ from shared_iopfl.report.documents import Block, Heading, Picture
 from shared_iopfl.report.gallery import left_out_note
 from shared_iopfl.report.pages import picture
 
-__all__ = ["Shifts", "cases_section", "read_shifts"]
-
 logger = logging.getLogger(__name__)
 
 

@@ -19,8 +19,6 @@ from torch import Tensor
 
 from shared_iopfl.federation.client import SiteClient
 
-__all__ = ["fine_tune"]
-
 
 def fine_tune(client: SiteClient, weights: Mapping[str, Tensor], rounds: int) -> dict[str, Tensor]:
     """Global weights trained further at a site, without averaging: at the tail's small rate once the run is over.

@@ -40,8 +40,6 @@ from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.names import check_file_name, check_sites
 from shared_iopfl.utils.tables import write_json
 
-__all__ = ["Comparison"]
-
 logger = logging.getLogger(__name__)
 FEDAVG = "FedAvg"
 CHOSEN = "chosen"

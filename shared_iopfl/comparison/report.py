@@ -32,8 +32,6 @@ from shared_iopfl.report.run import run_section
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.files import write_text
 
-__all__ = ["print_comparison", "write_comparison"]
-
 REFERENCE = {"inside": "FedAvg", "outside": "global", "virtual": "FedAvg"}
 OWN = {"inside": "personalised", "outside": "default"}
 BOUNDS = (LABELLED, POOLED)

@@ -25,8 +25,6 @@ from shared_iopfl.evaluation.tolerant import Failure
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.tables import read_rows, write_json, write_rows
 
-__all__ = ["COLUMNS", "Runs", "best_of"]
-
 COLUMNS = ("seed", "fold", "site", "role", "method", "case", "metric", "value")
 
 

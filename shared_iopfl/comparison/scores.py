@@ -28,8 +28,6 @@ from shared_iopfl.evaluation.intervals import case_interval, resampled_means, si
 from shared_iopfl.evaluation.scores import ROLES, number, read_columns
 from shared_iopfl.utils.errors import InputError
 
-__all__ = ["BEST_EXPERT", "MEAN_EXPERT", "Difference", "RoleScores", "Site", "read_comparison"]
-
 WIN = 0.005  # Dice: what is less is a tie
 EXPERT = "expert "
 COMPARED = (*ROLES, "virtual")  # virtual: test cases inside, as another scanner would have taken them

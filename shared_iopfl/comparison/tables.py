@@ -28,8 +28,6 @@ from shared_iopfl.report.documents import Block, Cell, Row, Table, Text
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.reading import read_json
 
-__all__ = ["Contest", "choices_table", "facts", "interval", "reading_notes"]
-
 LABELLED, POOLED = "labelled routes", "pooled"  # bounds, not methods that a site could use
 SMALLEST_GAP = 0.005  # Dice: below it, a share of the gap would be a quotient of noise
 TARGET, HARM = 0.010, 0.003  # Dice: what the own method should gain on the mean of sites, what no site may lose

@@ -33,8 +33,6 @@ from shared_iopfl.utils.config_values import Expression, as_values
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.stacks import to_stack
 
-__all__ = ["EXPERTS", "Trainings", "keep_models"]
-
 EXPERTS = (0.8, 0.2, 0.0)  # where a site is left out, those inside need no test cases
 
 

@@ -31,13 +31,12 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from shared_iopfl.data.patients import AUTO, datalist_patient, patients_of
-from shared_iopfl.data.scan_files import MASK, PICTURES, VOLUMES, Case, case_name, entries, file_ending, unique_names
+from shared_iopfl.data.scan_files import Case, entries, unique_names
+from shared_iopfl.data.scan_names import MASK, PICTURES, VOLUMES, case_name, file_ending
 from shared_iopfl.data.volumes.dicom_headers import patient_id
 from shared_iopfl.utils.errors import InputError, warn_once
 from shared_iopfl.utils.names import check_site
 from shared_iopfl.utils.reading import read_json
-
-__all__ = ["known_sites", "published_parts"]
 
 PARTS = ("train", "validation", "test")
 # folders of images and of masks, the first that are there; and folders that they may lie in

@@ -27,11 +27,9 @@ from monai.utils import ensure_tuple_rep
 
 from shared_iopfl.data.scan_names import ITK, NIBABEL, PICTURES, VOLUMES, file_ending, is_dicom
 from shared_iopfl.data.volumes.dicom import DicomReader
-from shared_iopfl.data.volumes.geometry import check_affine, describe_grid, in_grid_of, same_grid
+from shared_iopfl.data.volumes.geometry import check_affine, describe_grid, in_grid_of
 from shared_iopfl.data.volumes.headers import check_header, import_itk
 from shared_iopfl.utils.errors import InputError
-
-__all__ = ["LoadCased", "reason", "same_grid"]
 
 ROUNDING = 1e-3  # by which a label may be off a whole number
 

@@ -19,8 +19,6 @@ from shared_iopfl.data.photographs.reader import CodedMaskReader
 from shared_iopfl.data.scan_files import Case
 from shared_iopfl.data.scan_names import PICTURES, file_ending
 
-__all__ = ["mask_values"]
-
 MOST = 8  # values that are named
 
 

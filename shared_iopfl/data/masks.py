@@ -28,13 +28,12 @@ from monai.utils import convert_data_type, convert_to_dst_type
 from PIL import Image
 from scipy import ndimage
 
-from shared_iopfl.data.loading import reason, same_grid
+from shared_iopfl.data.loading import reason
 from shared_iopfl.data.scan_names import ITK, NIFTI, PICTURES, case_name, file_ending, source_of
+from shared_iopfl.data.volumes.geometry import same_grid
 from shared_iopfl.data.volumes.headers import import_itk
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.files import whole_file
-
-__all__ = ["EachKey", "KeepMiddleComponent", "KeepMiddleComponentd", "SaveMaskd"]
 
 EXIF_ORIENTATION = 0x0112
 logger = logging.getLogger(__name__)

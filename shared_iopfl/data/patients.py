@@ -25,8 +25,6 @@ from shared_iopfl.utils.checks import AUTO, is_patient_setting
 from shared_iopfl.utils.errors import InputError, warn_once
 from shared_iopfl.utils.tables import read_rows
 
-__all__ = ["AUTO", "KEYS", "datalist_patient", "patients_of"]
-
 KEYS = ("patient", "patient_id", "subject_id", "subject", "PatientID")  # of a datalist's items, the first there counts
 SIDES = ({"od", "os"}, {"l", "r"}, {"le", "re"}, {"left", "right"})
 _SEPARATOR = r"[ _.-]"

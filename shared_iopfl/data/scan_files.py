@@ -20,10 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shared_iopfl.data.scan_names import (
-    ITK,
-    MASK,
     MASK_FOLDERS,
-    NIFTI,
     PICTURES,
     VOLUMES,
     base_of_mask,
@@ -43,23 +40,6 @@ from shared_iopfl.utils.tables import write_rows
 
 if TYPE_CHECKING:
     from ignite.engine import Engine
-
-__all__ = [
-    "ITK",
-    "MASK",
-    "NIFTI",
-    "PICTURES",
-    "VOLUMES",
-    "NotTaken",
-    "case_name",
-    "entries",
-    "file_ending",
-    "find_scans",
-    "is_dicom",
-    "not_taken",
-    "printable",
-    "unique_names",
-]
 
 Case = dict[str, str]
 logger = logging.getLogger(__name__)

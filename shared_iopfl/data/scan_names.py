@@ -24,19 +24,6 @@ from typing import Any
 
 from shared_iopfl.utils.errors import InputError
 
-__all__ = [
-    "base_of_mask",
-    "case_name",
-    "entries",
-    "file_ending",
-    "is_dicom",
-    "is_identifier",
-    "printable",
-    "series_name",
-    "source_of",
-    "unique_names",
-]
-
 NIFTI = (".nii.gz", ".nii")
 NIBABEL = (*NIFTI, ".mgz", ".mgh", ".hdr", ".img")  # the last two are one scan in two files
 ITK = (".mha", ".mhd", ".nrrd", ".nhdr")

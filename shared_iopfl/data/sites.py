@@ -27,17 +27,6 @@ from shared_iopfl.data.scan_files import Case, entries
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.names import check_sites
 
-__all__ = [
-    "find_cases",
-    "fingerprint",
-    "fold_cases",
-    "has_test_cases",
-    "list_sites",
-    "pooled",
-    "site_cases",
-    "split_cases",
-]
-
 FRACTIONS = (0.6, 0.15, 0.25)
 
 

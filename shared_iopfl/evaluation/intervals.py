@@ -23,17 +23,6 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.stats import norm, t
 
-__all__ = [
-    "FEWEST_CASES",
-    "FEWEST_PER_SITE",
-    "FEWEST_SITES",
-    "RESAMPLES",
-    "case_interval",
-    "enough_cases",
-    "resampled_means",
-    "site_interval",
-]
-
 RESAMPLES = 10_000
 
 FEWEST_CASES = 5  # of all sites together; with fewer no interval is given

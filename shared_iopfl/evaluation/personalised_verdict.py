@@ -24,8 +24,6 @@ from typing import Any
 
 from shared_iopfl.evaluation.scores import finite_mean, number, read_columns, read_json, read_scores, show
 
-__all__ = ["personalised_verdict", "print_personalised_verdict"]
-
 Dice = Mapping[str, Mapping[str, float]]  # {site: {model: mean}}
 
 

@@ -20,12 +20,11 @@ from collections.abc import Mapping, Sequence
 from itertools import count
 from pathlib import Path
 
-from shared_iopfl.data.scan_files import Case, file_ending
+from shared_iopfl.data.scan_files import Case
+from shared_iopfl.data.scan_names import file_ending
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.names import check_file_name
 from shared_iopfl.utils.tables import read_rows, write_rows
-
-__all__ = ["under_pseudonyms"]
 
 COLUMNS = ("pseudonym", "file")
 

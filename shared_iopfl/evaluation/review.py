@@ -33,8 +33,6 @@ from shared_iopfl.inferers.routing import TestTimeRoutingInferer
 from shared_iopfl.routing.settings import LARGE_SHIFT
 from shared_iopfl.utils.tables import read_rows, write_rows
 
-__all__ = ["ReviewQuality", "ReviewRecorder", "collect_review", "review_by_site", "review_quality", "review_rows"]
-
 COLUMNS = ("rank", "case", "quality", "shift", "decision", "reasons")
 COLLECTED = ("seed", "fold", "site", "case", "quality", "dice")
 DISAGREEMENT = 0.9  # below this quality the views are said to disagree

@@ -19,32 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from shared_iopfl.evaluation.intervals import FEWEST_CASES, case_interval, resampled_means
+from shared_iopfl.evaluation.intervals import case_interval, resampled_means
 from shared_iopfl.utils import reading
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.tables import read_rows
-
-__all__ = [
-    "DASH",
-    "FEWEST_CASES",
-    "MINUS",
-    "ROLES",
-    "Scores",
-    "best_of",
-    "count_cases",
-    "difference",
-    "finite",
-    "finite_mean",
-    "heading",
-    "in_order",
-    "number",
-    "print_table",
-    "read_columns",
-    "read_json",
-    "read_scores",
-    "show",
-    "table_rows",
-]
 
 DASH, MINUS = "\u2013", "\u2212"
 ROLES = ("inside", "outside")

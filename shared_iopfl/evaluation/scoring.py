@@ -24,8 +24,6 @@ from shared_iopfl.utils.config_values import as_values
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.names import check_site, check_sites
 
-__all__ = ["Scoring", "raise_failures"]
-
 
 def raise_failures(failures: Sequence[Failure]) -> None:
     """Raise `InputError` where cases failed, naming the first; one that failed for several models is one."""

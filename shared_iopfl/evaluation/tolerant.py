@@ -30,23 +30,13 @@ from monai.handlers import from_engine
 from monai.utils import CommonKeys, ensure_tuple
 
 from shared_iopfl.data.loading import reason
-from shared_iopfl.data.scan_files import case_name, printable
+from shared_iopfl.data.scan_names import case_name, printable
 from shared_iopfl.evaluation.records.outputs import OutputWriter
 from shared_iopfl.evaluation.run.served import ServedEvents
 from shared_iopfl.utils.checks import check_values
 from shared_iopfl.utils.errors import InputError, root_input_error
 from shared_iopfl.utils.files import check_writable
 from shared_iopfl.utils.tables import write_rows
-
-__all__ = [
-    "Failure",
-    "NamingCacheDataset",
-    "ScanWriter",
-    "TolerantDataset",
-    "TolerantEvaluator",
-    "from_scored",
-    "tolerant_collate",
-]
 
 logger = logging.getLogger(__name__)
 FAILURES = "failures"  # key of a batch: its scans that could not be loaded

@@ -22,8 +22,6 @@ from torch import Tensor
 from shared_iopfl.federation.updates import Weights, check_update
 from shared_iopfl.utils.errors import InputError
 
-__all__ = ["AVERAGES", "Averaging", "average_updates", "weighted_average"]
-
 Averaging = Literal["mean", "equal_mean", "median", "trimmed_mean"]
 AVERAGES: tuple[str, ...] = get_args(Averaging)
 ROBUST = ("median", "trimmed_mean")

@@ -30,8 +30,6 @@ from shared_iopfl.utils.tables import write_rows
 if TYPE_CHECKING:
     from shared_iopfl.federation.simulation import Federation
 
-__all__ = ["check_checkpoint", "check_settings", "check_state", "read_newest", "resume", "save"]
-
 logger = logging.getLogger(__name__)
 
 

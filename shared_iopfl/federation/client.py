@@ -38,8 +38,6 @@ from shared_iopfl.utils.errors import InputError, root_input_error
 from shared_iopfl.utils.names import check_site
 from shared_iopfl.utils.stacks import scan_slices
 
-__all__ = ["SiteClient", "check_time_limit", "time_limit"]
-
 Weights = Mapping[str, Tensor]
 
 

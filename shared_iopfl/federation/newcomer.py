@@ -44,8 +44,6 @@ from shared_iopfl.utils.names import check_site
 from shared_iopfl.utils.stacks import scan_slices
 from shared_iopfl.utils.tables import write_json, write_rows
 
-__all__ = ["Newcomer", "deal"]
-
 Weights = Mapping[str, Tensor]
 State = dict[str, Tensor]
 CANDIDATES, COLUMNS = "candidates.csv", ("candidate", "fold", "cases", "dice", "chosen")

@@ -35,8 +35,6 @@ from shared_iopfl.utils.tables import write_json, write_rows
 if TYPE_CHECKING:
     from shared_iopfl.federation.simulation import Federation
 
-__all__ = ["compare_statistics", "cross_site_scores", "publish", "settle"]
-
 Weights = Mapping[str, Tensor]
 CROSS_SITE, MATRIX = "cross_site.csv", ("model", "site", "dice")
 

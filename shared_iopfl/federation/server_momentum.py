@@ -24,8 +24,6 @@ from torch import Tensor
 
 from shared_iopfl.utils.errors import InputError
 
-__all__ = ["ServerMomentum"]
-
 
 class ServerMomentum:
     r"""FedAvgM (Hsu et al. 2019, arXiv 1909.06335) in Nesterov's form.

@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from shared_iopfl.federation.averaging import Averaging, average_updates, weighted_average
+from shared_iopfl.federation.averaging import Averaging, average_updates
 from shared_iopfl.federation.checkpoint import resume, save
 from shared_iopfl.federation.client import SiteClient, check_time_limit, time_limit
 from shared_iopfl.federation.results import publish
@@ -52,8 +52,6 @@ from shared_iopfl.models.files import model_path
 from shared_iopfl.utils.checks import check_values
 from shared_iopfl.utils.errors import InputError, root_input_error
 from shared_iopfl.utils.names import check_sites
-
-__all__ = ["Federation", "SiteClient", "check_update", "weighted_average"]
 
 logger = logging.getLogger(__name__)
 Weights = Mapping[str, Tensor]

@@ -30,21 +30,6 @@ from shared_iopfl.utils.tables import write_rows
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-__all__ = [
-    "FAILED",
-    "FAILURES",
-    "HISTORY",
-    "UPDATE_NORM",
-    "Failures",
-    "accepted_norms",
-    "check_update",
-    "draw",
-    "far_off",
-    "figures",
-    "last_rounds",
-    "update_norm",
-]
-
 logger = logging.getLogger(__name__)
 Weights = Mapping[str, Tensor]
 PROGRAM_FAULTS = (TypeError, AttributeError, NameError)  # no site is left out for what is wrong with the code

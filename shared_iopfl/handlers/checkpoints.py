@@ -21,8 +21,6 @@ from monai.handlers import CheckpointSaver
 
 from shared_iopfl.models.files import save_atomically
 
-__all__ = ["ModelSaver"]
-
 
 class ModelSaver(CheckpointSaver):
     """MONAI's `CheckpointSaver`, by which a disk that is full costs no model that was there before.

@@ -29,12 +29,6 @@ from torch import Tensor, nn
 from shared_iopfl.routing.network import NORMS
 from shared_iopfl.utils.errors import InputError
 
-__all__ = [
-    "DittoHandler",
-    "LocalNormsHandler",
-    "ProximalHandler",
-]
-
 State = Mapping[str, Tensor]
 
 

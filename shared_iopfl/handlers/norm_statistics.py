@@ -31,16 +31,6 @@ from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.stacks import evenly
 from shared_iopfl.utils.tables import read_rows
 
-__all__ = [
-    "STATISTICS",
-    "NormStatistics",
-    "NormStatisticsHandler",
-    "batch_norms",
-    "mixed_batches",
-    "print_statistics",
-    "with_own_statistics",
-]
-
 STATISTICS = "statistics.csv"  # of a federation: see `print_statistics`
 NormStatistics = Literal["batch", "global", "blend"]
 

@@ -28,8 +28,6 @@ from shared_iopfl.evaluation.tolerant import TolerantEvaluator
 from shared_iopfl.models.files import load_weights
 from shared_iopfl.models.weights import check_experts
 
-__all__ = ["PersonalisedMetrics"]
-
 
 class PersonalisedMetrics:
     """Adds the metrics of the site's own model to an evaluator's, as ``personalised_<metric>``.

@@ -31,8 +31,6 @@ from shared_iopfl.models.files import save_atomically
 from shared_iopfl.models.weights import is_weight
 from shared_iopfl.utils.errors import root_input_error
 
-__all__ = ["DecayThenTail", "OneLineStatsHandler", "PersonalizationHandler", "RoundHandler", "round_state"]
-
 
 class DecayThenTail:
     """A learning-rate factor for `LambdaLR`: cosine from 1 to `floor`, then constant for the last part of the run.

@@ -21,8 +21,6 @@ from torch import Tensor
 
 from shared_iopfl.handlers.recomputation import recomputed
 
-__all__ = ["AutocastInferer"]
-
 
 class AutocastInferer(SimpleInferer):
     """A forward under bfloat16 autocast on any device, its output in float32 for the loss.

@@ -26,8 +26,6 @@ from torch.utils.checkpoint import checkpoint
 
 from shared_iopfl.routing.network import NORMS
 
-__all__ = ["parts", "recomputed"]
-
 
 def parts(network: nn.Module) -> list[nn.Module]:
     """The parts of a network whose activations are computed again: the children that hold a norm layer.

@@ -34,15 +34,6 @@ from shared_iopfl.routing.objectives import Output, ViewSampler, entropy, is_squ
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.stacks import Network, StackInferer, evenly
 
-__all__ = [
-    "BatchStatisticsInferer",
-    "DaWinInferer",
-    "EnsembleInferer",
-    "TentInferer",
-    "ViewsInferer",
-    "labelled_routes",
-]
-
 States = Mapping[str, Mapping[str, Tensor]]
 
 

@@ -20,8 +20,6 @@ from torch import Tensor, nn
 from shared_iopfl.models.weights import check_experts
 from shared_iopfl.routing.objectives import Output, mean_prediction
 
-__all__ = ["MeanOfNetworks", "load_members", "members_of"]
-
 
 class MeanOfNetworks(nn.Module):
     """Logits whose probabilities are the mean of those of several networks.

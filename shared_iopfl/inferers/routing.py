@@ -35,8 +35,6 @@ from shared_iopfl.utils.checks import check_values
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.stacks import SCAN_SLICES, Network, bounded, evenly, scan_slices
 
-__all__ = ["TestTimeRoutingInferer"]
-
 logger = logging.getLogger(__name__)
 Mode = Literal["episodic", "site", "off"]
 SITE_PIXELS = 2**21  # of the slices that a site's statistics are measured on, one forward: 128 of 128 x 128

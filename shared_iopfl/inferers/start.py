@@ -23,8 +23,6 @@ from shared_iopfl.routing.distances import distance_routes
 from shared_iopfl.routing.network import RoutedNetwork, route
 from shared_iopfl.routing.settings import RoutingSettings
 
-__all__ = ["BriefWeights", "RoutedCopy", "expert_of", "find_start"]
-
 States = Mapping[str, Mapping[str, Tensor]]
 
 

@@ -31,8 +31,6 @@ from shared_iopfl.routing.settings import RoutingSettings
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.stacks import Network, StackInferer, evenly
 
-__all__ = ["ViewsOfScans", "check_output"]
-
 
 def check_output(output: str) -> Output:
     """The name of a network's output, if it is one."""

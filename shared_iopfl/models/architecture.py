@@ -34,15 +34,6 @@ from shared_iopfl.utils.config_values import STEPS, running_workflow
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.tables import write_json
 
-__all__ = [
-    "check_architecture",
-    "check_training",
-    "describe_architecture",
-    "network_of",
-    "unet_features",
-    "write_architecture",
-]
-
 logger = logging.getLogger(__name__)
 NETWORK = "network_def"
 # only of use: masks of other sites may be coded in another way

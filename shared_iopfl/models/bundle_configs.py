@@ -36,8 +36,6 @@ from monai.bundle import ConfigParser
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.files import whole_file
 
-__all__ = ["as_text", "generate_configs", "read_task", "write_configs"]
-
 COMMON = Path(__file__).parents[2] / "bundles" / "common"
 MACRO = re.compile(r"%task#(\w+(?:#\w+)*)")
 SPLICE = "**"

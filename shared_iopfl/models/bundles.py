@@ -18,8 +18,6 @@ from pathlib import Path
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.names import nearest
 
-__all__ = ["METADATA", "SUFFIX", "find_bundle", "own_bundles"]
-
 METADATA = Path("configs") / "metadata.json"
 SUFFIX = "_iopfl"  # of a bundle's folder; what comes before it is the task
 

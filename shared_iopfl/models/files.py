@@ -42,17 +42,6 @@ from shared_iopfl.utils.files import whole_file
 from shared_iopfl.utils.names import PRESET_NAMES, check_site
 from shared_iopfl.utils.reading import parse_json, read_json
 
-__all__ = [
-    "CheckedCheckpointLoader",
-    "check_models",
-    "load_experts",
-    "load_scores",
-    "load_weights",
-    "model_path",
-    "save_atomically",
-    "trained_files",
-]
-
 GLOBAL = "global"
 USUAL_SHIFT = "usual_shift"  # in scores.json, next to the experts' names
 # of a state_dict's tensors; what is left out (complex, quantised, float8) no network here is made of

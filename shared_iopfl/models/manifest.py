@@ -32,18 +32,6 @@ from shared_iopfl.utils.names import check_site
 from shared_iopfl.utils.reading import parse_json, read_bounded
 from shared_iopfl.utils.tables import write_json
 
-__all__ = [
-    "check_manifest",
-    "check_setting",
-    "plain_name",
-    "published_files",
-    "read_checked",
-    "read_manifest",
-    "release",
-    "setting",
-    "write_manifest",
-]
-
 MANIFEST = "manifest.json"
 SCORES = "scores.json"
 FORMAT = 1

@@ -50,8 +50,6 @@ from shared_iopfl.utils.names import check_file_name
 from shared_iopfl.utils.reading import parse_json, read_json
 from shared_iopfl.utils.tables import read_rows, write_json
 
-__all__ = ["package", "publish"]
-
 # what a run before there were manifests of runs tells of its models in run.json
 ARCHITECTURE = ("features", "image_size", "slices")
 # what of a run's settings tells of the machine and not of the models

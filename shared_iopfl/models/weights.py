@@ -20,15 +20,6 @@ from torch import Tensor, nn
 
 from shared_iopfl.utils.errors import InputError
 
-__all__ = [
-    "check_experts",
-    "copy_network",
-    "equal_weights",
-    "interpolate",
-    "is_weight",
-    "validated_interpolation",
-]
-
 State = Mapping[str, Tensor]
 
 

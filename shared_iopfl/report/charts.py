@@ -25,8 +25,6 @@ from matplotlib.ticker import MaxNLocator
 
 from shared_iopfl.report.pictures import WIDTH, colours, plain
 
-__all__ = ["curves_picture", "dice_picture", "forest_picture", "gains_picture", "routes_picture"]
-
 _SLANT: dict[str, Any] = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"}
 
 

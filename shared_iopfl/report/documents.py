@@ -19,21 +19,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-__all__ = [
-    "Block",
-    "Bullets",
-    "Card",
-    "Cards",
-    "Heading",
-    "OnPage",
-    "Picture",
-    "Row",
-    "Settings",
-    "Table",
-    "Text",
-    "markdown",
-]
-
 # what Markdown, and GitHub's formulas, would take for theirs; no more, for the file is read as plain text too
 _SPECIAL = re.compile(r"([\\`*<>|$~]|(?<!\w)_|_(?!\w)|\](?=\())")
 

@@ -22,8 +22,6 @@ from shared_iopfl.report import pictures
 from shared_iopfl.report.documents import Block, Heading, Text
 from shared_iopfl.report.pages import picture
 
-__all__ = ["best_median_worst", "left_out_note", "overlays_section"]
-
 logger = logging.getLogger(__name__)
 
 

@@ -26,8 +26,6 @@ from shared_iopfl.report import pictures
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.files import whole_file
 
-__all__ = ["SaveOverlayd"]
-
 logger = logging.getLogger(__name__)
 LONGEST_NAME = 255  # bytes, on every common disk
 COLOURS = {**pictures.colours(()), "mask": pictures.colours(())["routed"]}

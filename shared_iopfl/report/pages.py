@@ -23,8 +23,6 @@ from matplotlib.figure import Figure
 from shared_iopfl.report import pictures
 from shared_iopfl.report.documents import Block, Picture
 
-__all__ = ["page", "picture", "without_path"]
-
 _TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent / "templates"),
     autoescape=True,

@@ -31,22 +31,8 @@ from matplotlib.patheffects import withStroke
 from monai.transforms import LoadImage, Orientation
 
 from shared_iopfl.data.photographs.reader import CodedMaskReader, PhotographReader
-from shared_iopfl.data.scan_files import PICTURES, file_ending
-from shared_iopfl.data.scan_names import is_dicom
+from shared_iopfl.data.scan_names import PICTURES, file_ending, is_dicom
 from shared_iopfl.data.volumes.dicom import DicomReader
-
-__all__ = [
-    "WIDTH",
-    "CaseImages",
-    "View",
-    "case_views",
-    "colours",
-    "draw_view",
-    "load_case",
-    "overlay_picture",
-    "plain",
-    "png",
-]
 
 # Okabe and Ito's palette, told apart with every common colour blindness. A model has one colour in the whole report.
 _MODEL_COLOURS = {

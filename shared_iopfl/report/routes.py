@@ -25,8 +25,6 @@ from shared_iopfl.report import charts
 from shared_iopfl.report.documents import Block, Heading, Row, Table, Text
 from shared_iopfl.report.pages import picture, without_path
 
-__all__ = ["decisions_section", "routes_section"]
-
 
 def routes_section(output_dir: Path) -> list[Block]:
     """The weights of the experts by layer and by case, from every ``routes.csv`` below the folder."""

@@ -24,11 +24,10 @@ from typing import Any
 
 import numpy as np
 
-from shared_iopfl.evaluation.intervals import RESAMPLES
+from shared_iopfl.evaluation.intervals import FEWEST_CASES, RESAMPLES
 from shared_iopfl.evaluation.personalised_verdict import personalised_verdict
 from shared_iopfl.evaluation.scores import (
     DASH,
-    FEWEST_CASES,
     MINUS,
     ROLES,
     Scores,
@@ -39,12 +38,14 @@ from shared_iopfl.evaluation.scores import (
     heading,
     in_order,
     number,
-    print_table,
     read_columns,
     read_json,
     read_scores,
     show,
     table_rows,
+)
+from shared_iopfl.evaluation.scores import (
+    print_table as print_table,  # named in configs
 )
 from shared_iopfl.report import charts, pictures
 from shared_iopfl.report.documents import Block, Cell, Heading, OnPage, Row, Settings, Table, Text
@@ -53,8 +54,6 @@ from shared_iopfl.report.pages import page, picture, without_path
 from shared_iopfl.report.routes import decisions_section, routes_section
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.files import write_text
-
-__all__ = ["print_table", "run_section", "write_report"]
 
 DIFFERENCES = (("personalised", "global"), ("routed", "global"), ("soup", "global"), ("routed", "soup"))
 

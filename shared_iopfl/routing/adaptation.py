@@ -24,8 +24,6 @@ from shared_iopfl.routing.objectives import Output, RoutingObjective, View, View
 from shared_iopfl.routing.settings import RoutingSettings
 from shared_iopfl.utils.stacks import bounded
 
-__all__ = ["Adaptation", "Objective", "descend", "mask_agreement", "objection_to"]
-
 # of the network, images (N, C_in, *spatial) and a view: a scalar with gradient
 Objective = Callable[[Callable[[Tensor], Tensor], Tensor, View], Tensor]
 STEP_PIXELS = 2**18  # a backward: 16 slices of 128 x 128, one of 384 x 384

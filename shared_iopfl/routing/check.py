@@ -32,8 +32,6 @@ from shared_iopfl.utils.errors import InputError
 if TYPE_CHECKING:
     from shared_iopfl.routing.network import RoutedNetwork
 
-__all__ = ["check_layer", "check_routed", "mixed_states", "uneven_routes"]
-
 HALF = (torch.bfloat16, torch.float16)
 # of the largest output; an accelerator rounds the products of a convolution to ten bits
 TOLERANCE, ACCELERATOR_TOLERANCE = 1e-3, 5e-3

@@ -22,11 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from shared_iopfl.models.weights import copy_network
-from shared_iopfl.routing.network import channel_statistics
+from shared_iopfl.routing.layers import channel_statistics
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.stacks import bounded
-
-__all__ = ["distance_routes", "distribution_distance", "scan_distances"]
 
 LEAST_SPREAD = 0.03  # of the mean distance: on real sites the experts' distances spread by 0.09 of it and more
 

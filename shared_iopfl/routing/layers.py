@@ -24,8 +24,6 @@ from shared_iopfl.models.weights import copy_network, is_weight
 from shared_iopfl.routing.routers import FreeRoutes, Router
 from shared_iopfl.utils.errors import InputError
 
-__all__ = ["RoutedBatchNorm", "RoutedLayer", "channel_statistics"]
-
 # grouped convolutions are slow there: half as fast as one sample after another
 WITHOUT_GROUPS = ("cpu",)
 # what autocast makes of torch's own layers on CUDA: vmap passes it by, so that it has to be done by hand

@@ -29,18 +29,9 @@ from torch import Tensor, nn
 
 from shared_iopfl.models.weights import check_experts, copy_network, is_weight
 from shared_iopfl.routing.check import check_layer, check_routed, mixed_states, uneven_routes
-from shared_iopfl.routing.layers import RoutedBatchNorm, RoutedLayer, channel_statistics
+from shared_iopfl.routing.layers import RoutedBatchNorm, RoutedLayer
 from shared_iopfl.routing.routers import Activation, FreeRoutes, Router
 from shared_iopfl.utils.errors import InputError
-
-__all__ = [
-    "RoutedBatchNorm",
-    "RoutedLayer",
-    "RoutedNetwork",
-    "channel_statistics",
-    "collapse",
-    "route",
-]
 
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 

@@ -26,20 +26,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = [
-    "RoutingObjective",
-    "View",
-    "ViewSampler",
-    "contour_band",
-    "entropy",
-    "foreground",
-    "is_square",
-    "mean_prediction",
-    "probabilities",
-    "target_areas",
-    "view_agreement",
-]
-
 Output = Literal["softmax", "sigmoid"]
 
 

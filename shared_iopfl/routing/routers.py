@@ -18,8 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Activation", "FreeRoutes", "Router"]
-
 Activation = Literal["softmax", "sigmoid"]
 
 

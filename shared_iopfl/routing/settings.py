@@ -20,8 +20,6 @@ from shared_iopfl.routing.routers import Activation
 from shared_iopfl.utils.checks import Rule, number, switch, whole
 from shared_iopfl.utils.errors import InputError
 
-__all__ = ["PRESETS", "ObjectiveSettings", "RoutingSettings", "preset"]
-
 
 @dataclass(frozen=True)
 class ObjectiveSettings:

@@ -25,20 +25,6 @@ from shared_iopfl.utils.errors import InputError
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = [
-    "AUTO",
-    "RULES",
-    "Rule",
-    "check_values",
-    "has_negative_variance",
-    "is_patient_setting",
-    "number",
-    "output_formats",
-    "switch",
-    "whole",
-    "word",
-]
-
 AUTO = "auto"
 FORMATS = ("nifti", "dicomseg", "rtstruct")
 

@@ -40,17 +40,6 @@ from shared_iopfl.utils.files import check_writable
 from shared_iopfl.utils.names import check_sites, nearest, parse_names
 from shared_iopfl.utils.reading import read_json
 
-__all__ = [
-    "Expression",
-    "as_value",
-    "as_values",
-    "check_key",
-    "check_settings",
-    "is_data",
-    "is_given",
-    "running_workflow",
-]
-
 PATHS = ("bundle_root", "dataset_dir", "output_dir", "ckpt_dir", "mask_dir", "ckpt", "site_model", "pseudonyms")
 WORDS = (
     *("site", "role", "model", "split", "mode", "preset", "filters", "run_name", "coding", "crop", "grey"),

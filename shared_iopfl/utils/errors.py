@@ -21,8 +21,6 @@ from types import TracebackType
 
 from tqdm import tqdm
 
-__all__ = ["InputError", "one_line_errors", "root_input_error", "warn_once", "when_interrupted"]
-
 logger = logging.getLogger(__name__)
 INTERRUPTED = 130  # a shell's status of what Ctrl-C ended
 

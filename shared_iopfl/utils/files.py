@@ -22,8 +22,6 @@ from typing import Protocol
 
 from shared_iopfl.utils.errors import InputError
 
-__all__ = ["Keeper", "check_writable", "keepers", "whole_file", "write_text"]
-
 
 class Keeper(Protocol):
     """Whoever wants to know what is written: a run that owns its folder."""

@@ -23,17 +23,6 @@ from typing import Any
 
 from shared_iopfl.utils.errors import InputError
 
-__all__ = [
-    "PRESET_NAMES",
-    "RESERVED",
-    "check_file_name",
-    "check_site",
-    "check_sites",
-    "nearest",
-    "parse_names",
-    "shortened",
-]
-
 # names of models, of presets and in scores.json, which stand where sites' names do; and model_final.pt of a trainer
 PRESET_NAMES = ("adapted", "default", "paper", "soup")  # of `shared_iopfl.routing.settings`
 RESERVED = tuple(sorted((*PRESET_NAMES, "final", "global", "personalised", "routed", "usual_shift")))

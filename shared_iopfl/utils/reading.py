@@ -21,8 +21,6 @@ from typing import Any
 
 from shared_iopfl.utils.errors import InputError
 
-__all__ = ["parse_json", "read_bounded", "read_json"]
-
 LARGEST_JSON = 64 * 2**20
 DEEPEST = 100
 BRACKETS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', re.DOTALL)

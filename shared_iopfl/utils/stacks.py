@@ -22,8 +22,6 @@ from torch import Tensor
 from shared_iopfl.utils.checks import check_values
 from shared_iopfl.utils.errors import InputError
 
-__all__ = ["StackInferer", "bounded", "evenly", "from_stack", "scan_slices", "to_stack"]
-
 Network = Callable[[Tensor], Tensor]
 # a forward: enough to keep the hardware busy, and a bound on memory at any image size; on a CPU what large tensors it
 # makes come fresh from the system, page by page, which costs more than a larger batch gains

@@ -29,8 +29,6 @@ from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.files import write_text
 from shared_iopfl.utils.reading import read_bounded
 
-__all__ = ["csv_text", "json_text", "read_rows", "replace_rows", "write_json", "write_rows"]
-
 Row = Mapping[str, Any]
 FORMULA = re.compile("'*[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*(e[+-]?\d+)?|nan|inf)", re.IGNORECASE)

@@ -32,8 +32,9 @@ from torch import Tensor, nn
 from shared_iopfl.federation import checkpoint
 from shared_iopfl.federation import results as federation_results
 from shared_iopfl.federation import simulation as federation
+from shared_iopfl.federation.averaging import weighted_average
 from shared_iopfl.federation.results import cross_site_scores
-from shared_iopfl.federation.simulation import Federation, weighted_average
+from shared_iopfl.federation.simulation import Federation
 from shared_iopfl.models.files import load_weights
 from shared_iopfl.utils import files
 from shared_iopfl.utils.errors import InputError

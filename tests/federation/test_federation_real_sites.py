@@ -29,7 +29,8 @@ from interrupted import OneProcess, TinyRun
 from monai.utils import set_determinism
 from torch import Tensor
 
-from shared_iopfl.federation.simulation import SiteClient, weighted_average
+from shared_iopfl.federation.averaging import weighted_average
+from shared_iopfl.federation.simulation import SiteClient
 from shared_iopfl.models.files import load_weights
 from shared_iopfl.utils.tables import read_rows
 

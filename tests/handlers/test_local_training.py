@@ -24,7 +24,7 @@ from networks import mixture, unet
 from torch import Tensor, nn
 from trained_sites import Site, State, _process_as_it_was, batches, equal  # noqa: F401
 
-from shared_iopfl.federation.simulation import weighted_average
+from shared_iopfl.federation.averaging import weighted_average
 from shared_iopfl.handlers.methods import DittoHandler, LocalNormsHandler, ProximalHandler
 from shared_iopfl.handlers.personalization import PersonalizationHandler, RoundHandler, round_state
 from shared_iopfl.models.weights import interpolate, validated_interpolation

@@ -25,8 +25,6 @@ from scipy.ndimage import gaussian_filter
 
 from shared_iopfl.data.phantoms.noise import smooth_noise
 
-__all__ = ["FUNDUS_STYLES", "FundusStyle", "fundus_case", "fundus_style"]
-
 Colour = tuple[float, float, float]
 
 

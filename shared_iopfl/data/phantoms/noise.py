@@ -17,8 +17,6 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.ndimage import zoom
 
-__all__ = ["smooth_noise"]
-
 
 def smooth_noise(random_state: np.random.RandomState, shape: Sequence[int], cells: Sequence[int]) -> np.ndarray:
     """Smooth random field around 0, most of it between -1 and 1.

@@ -29,8 +29,6 @@ from monai.transforms import (
 
 from shared_iopfl.data.phantoms.noise import smooth_noise
 
-__all__ = ["FIELD_OF_VIEW", "PROSTATE_STYLES", "ProstateStyle", "prostate_case", "prostate_style"]
-
 # Left-right, anterior-posterior and head-foot extent, mm. The pelvis is stretched head to foot to any number of slices.
 FIELD_OF_VIEW = (124.0, 124.0, 48.0)
 TISSUES = ("fat", "muscle", "marrow", "fluid", "peripheral", "central")

@@ -27,8 +27,6 @@ from shared_iopfl.data.phantoms.prostate import FIELD_OF_VIEW, prostate_case, pr
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.files import whole_file
 
-__all__ = ["make_fundus_sites", "make_prostate_sites"]
-
 SITES = ("A", "B", "C", "D", "E")
 
 

@@ -23,8 +23,6 @@ import numpy as np
 from shared_iopfl.data.photographs.field_of_view import count_fields, field_of_view, is_bordered, stretch
 from shared_iopfl.utils.errors import InputError
 
-__all__ = ["check_colours", "check_shape", "glance", "monochrome"]
-
 GREY = 0.15  # saturation below which a picture is grey with a tint
 SINGLE = 0.15  # of the strongest channel, what the others hold at most in a picture of one colour
 RED_FIRST = 1.05  # times red, what another channel may be

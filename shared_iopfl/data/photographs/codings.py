@@ -25,17 +25,6 @@ from monai.utils import convert_to_dst_type, convert_to_tensor, ensure_tuple_rep
 from shared_iopfl.data.masks import EachKey
 from shared_iopfl.utils.errors import InputError
 
-__all__ = [
-    "BACKGROUND",
-    "DecodeMask",
-    "DecodeMaskd",
-    "EncodeMask",
-    "EncodeMaskd",
-    "EnforceNesting",
-    "EnforceNestingd",
-    "coding_of",
-]
-
 BACKGROUND = "background"  # the one name in a coding that is no target
 Coding = Mapping[str, Sequence[int]]
 

@@ -28,8 +28,6 @@ from shared_iopfl.data.photographs.locating import Disc, find_disc
 from shared_iopfl.data.photographs.reader import PhotographReader
 from shared_iopfl.utils.errors import InputError
 
-__all__ = ["CropToDiscd", "site_crop"]
-
 logger = logging.getLogger(__name__)
 CROPS = ("auto", "always", "never", "crops")
 MIN_CONFIDENCE = 0.35

@@ -15,8 +15,6 @@ from __future__ import annotations
 import numpy as np
 from scipy import ndimage
 
-__all__ = ["count_fields", "field_of_view", "is_bordered", "is_reddish", "stretch"]
-
 
 def field_of_view(rgb: np.ndarray) -> np.ndarray:
     """The largest bright area without its holes: what the camera saw, without the dark around it."""

@@ -31,8 +31,6 @@ from scipy import fft, ndimage
 
 from shared_iopfl.data.photographs.field_of_view import field_of_view, is_bordered, is_reddish
 
-__all__ = ["Disc", "find_disc"]
-
 MOST_OBLONG = 4  # a picture longer than this many times its width is no fundus photograph
 FIELD = 400  # side, in pixels, of the copy in which a whole field of view is searched
 CROP = 160  # and of that in which a crop is: a disc is then about as many pixels wide, and so are its vessels

@@ -14,14 +14,6 @@ from __future__ import annotations
 
 import torch
 
-__all__ = [
-    "predicted_ratio",
-    "ratio_error",
-    "ratio_of_mask",
-    "reference_ratio",
-    "vertical_ratio",
-]
-
 
 def vertical_ratio(inner: torch.Tensor, outer: torch.Tensor, axis: int = -1) -> float:
     """The extent of one binary target along an axis, over that of the target around it.

@@ -27,8 +27,6 @@ from shared_iopfl.data.photographs.checks import check_colours, check_shape, gla
 from shared_iopfl.data.scan_names import PICTURES
 from shared_iopfl.utils.errors import InputError
 
-__all__ = ["CodedMaskReader", "PhotographReader"]
-
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "GIF", "PPM")
 MOVING = ("WEBP", "GIF")
 LOSSY = ("JPEG", "MPO")  # MPO: how Pillow calls a JPEG with a second picture behind it, as some cameras write

@@ -30,8 +30,6 @@ from shared_iopfl.data.volumes.dicom_headers import is_no_image
 from shared_iopfl.data.volumes.headers import import_itk
 from shared_iopfl.utils.errors import InputError
 
-__all__ = ["DicomReader"]
-
 logger = logging.getLogger(__name__)
 SERIES, SAMPLES, FRAMES = "0020|000e", "0028|0002", "0028|0008"
 SIZE = ("0028|0010", "0028|0011")

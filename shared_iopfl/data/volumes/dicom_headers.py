@@ -17,8 +17,6 @@ from pathlib import Path
 from shared_iopfl.data.scan_names import is_dicom
 from shared_iopfl.data.volumes.headers import import_itk
 
-__all__ = ["is_no_image", "patient_id", "series_description"]
-
 PATIENT, DESCRIPTION = "0010|0020", "0008|103e"
 # storage classes without a picture of the patient, below 1.2.840.10008.5.1.4.1.1: waveforms, presentation states, raw
 # data, registrations, segmentations, real-world values, measurements, reports and key objects, documents, radiotherapy

@@ -30,8 +30,6 @@ from shared_iopfl.utils.checks import output_formats
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.files import whole_file
 
-__all__ = ["SaveDicomd"]
-
 ENDINGS = {"dicomseg": ".seg.dcm", "rtstruct": ".rtstruct.dcm"}
 MAKER = "IOP-FL for MONAI"
 ANATOMY = ("123037004", "SCT", "Anatomical Structure")

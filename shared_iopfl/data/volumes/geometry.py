@@ -26,8 +26,6 @@ from nibabel.affines import voxel_sizes
 
 from shared_iopfl.utils.errors import InputError
 
-__all__ = ["check_affine", "check_forms", "describe_grid", "in_grid_of", "same_grid"]
-
 logger = logging.getLogger(__name__)
 SPACING = 0.01  # by which two voxel sizes may differ, relative
 

@@ -27,8 +27,6 @@ from shared_iopfl.data.scan_names import ITK, NIBABEL, file_ending
 from shared_iopfl.data.volumes.geometry import check_affine, check_forms
 from shared_iopfl.utils.errors import InputError
 
-__all__ = ["check_header", "import_itk"]
-
 MOST_VOXELS = 2**27  # of a scan: 1024 x 1024 x 128; more than any of this kind has, and 3 GB while it is prepared
 SLACK = 2**20  # bytes that may follow the last voxel
 # of MHA and MHD, and of NRRD: where the voxels lie

@@ -23,8 +23,6 @@ import numpy as np
 from shared_iopfl.data.scan_names import NIBABEL, file_ending
 from shared_iopfl.data.volumes.headers import check_header, import_itk
 
-__all__ = ["is_label_map"]
-
 MOST_LABELS = 8
 LARGEST_LABEL = 255
 ROUNDING = 1e-3

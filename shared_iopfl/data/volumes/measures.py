@@ -27,8 +27,6 @@ from torch import Tensor
 from shared_iopfl.data.masks import EachKey
 from shared_iopfl.utils.errors import InputError
 
-__all__ = ["FieldOfView", "FieldOfViewd", "volume_ml"]
-
 
 def volume_ml(mask: Tensor) -> float:
     """The size of what is 1 or larger in a mask, in ml (1000 mm³).

@@ -23,8 +23,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from skimage.measure import find_contours
 
-__all__ = ["Slice", "structure_set"]
-
 STRUCTURE_SET = "1.2.840.10008.5.1.4.1.1.481.3"
 STUDY = "1.2.840.10008.3.1.2.3.1"
 LITTLE = "1.2.840.10008.1.2.1"

@@ -27,8 +27,6 @@ from torch import Tensor
 from shared_iopfl.evaluation.run.served import served_scans
 from shared_iopfl.utils.tables import replace_rows
 
-__all__ = ["CaseRecorder", "case_scores"]
-
 METRICS = ("site", "role", "case", "model", "metric", "value")
 CASES = ("site", "role", "case", "model", "image", "label", "mask")
 SUMMARY = ("site", "role", "model", "metric", "mean", "sd", "min", "max", "cases")

@@ -23,8 +23,6 @@ from tqdm import tqdm
 from shared_iopfl.evaluation.run.served import GrowingFile, ServedRecorder, served_scans
 from shared_iopfl.utils.tables import csv_text
 
-__all__ = ["MeasureRecorder", "OutputWriter", "Progress"]
-
 
 class OutputWriter:
     """Applies transforms that write files, such as `SaveMaskd`, to each of an evaluator's outputs.

@@ -23,14 +23,12 @@ import torch
 from ignite.engine import Engine, Events
 from torch import Tensor, nn
 
-from shared_iopfl.data.scan_files import case_name
+from shared_iopfl.data.scan_names import case_name
 from shared_iopfl.evaluation.run.served import GrowingFile, ServedRecorder, served_scans
 from shared_iopfl.inferers.members import load_members
 from shared_iopfl.inferers.routing import TestTimeRoutingInferer
 from shared_iopfl.models.files import load_weights, save_atomically
 from shared_iopfl.utils.tables import csv_text, json_text, write_json, write_rows
-
-__all__ = ["RoutesRecorder", "SiteFitter", "reported_case", "write_routes"]
 
 SITE_SCANS = 128  # as many tell what a site is like
 ROUTES = ("case", "layer", "expert", "weight")

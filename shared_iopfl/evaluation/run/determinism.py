@@ -16,8 +16,6 @@ import os
 
 import torch
 
-__all__ = ["set_backends"]
-
 
 def set_backends(deterministic: bool = False) -> None:
     """Let cuDNN try which of its kernels are fastest or, if deterministic, use those that repeat themselves to the bit.

@@ -36,8 +36,6 @@ from shared_iopfl.utils.files import check_writable, keepers
 from shared_iopfl.utils.reading import read_json
 from shared_iopfl.utils.tables import write_json
 
-__all__ = ["claim", "claim_training", "describe", "finish", "release"]
-
 
 class RunFolder:
     """A folder while a run has it; a `Keeper` of what is written into it."""

@@ -27,8 +27,6 @@ from shared_iopfl.utils.reading import read_json
 if TYPE_CHECKING:
     from shared_iopfl.evaluation.run.folder import RunFolder
 
-__all__ = ["RESUMED", "RUN", "SCORED", "check_apart", "make_room", "read_run"]
-
 RUN = "run.json"
 KINDS = {
     "inference": "an inference",

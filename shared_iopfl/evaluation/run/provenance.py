@@ -28,15 +28,14 @@ from ignite.engine import Engine, Events
 from monai.bundle import ConfigParser
 
 from shared_iopfl.data.patients import AUTO
-from shared_iopfl.data.scan_files import Case, printable
+from shared_iopfl.data.scan_files import Case
+from shared_iopfl.data.scan_names import printable
 from shared_iopfl.data.sites import find_cases, fingerprint
 from shared_iopfl.evaluation.run.folder import describe, finish
 from shared_iopfl.models.manifest import MODEL_FILE
 from shared_iopfl.utils.config_values import as_values
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.tables import write_rows
-
-__all__ = ["InferenceRecorder", "report_to_nobody", "write_run"]
 
 PACKAGES = ("shared_iopfl", "torch", "monai", "pytorch-ignite", "numpy", "nibabel", "itk")
 

@@ -23,8 +23,6 @@ from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.reading import read_json
 from shared_iopfl.utils.tables import read_rows
 
-__all__ = ["ServedScan", "read_failed", "read_passed_over", "read_served"]
-
 SITE = "site"  # stands for all scans in the routes of mode "site"
 
 

@@ -27,8 +27,6 @@ from monai.engines import Evaluator, IterationEvents
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.files import write_text
 
-__all__ = ["GrowingFile", "ServedEvents", "ServedRecorder", "served_scans"]
-
 
 class ServedEvents(EventEnum):
     """Events of an evaluator that goes on after a scan that failed."""

@@ -24,8 +24,6 @@ from shared_iopfl.data.scan_names import PICTURES, VOLUMES, file_ending
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.reading import read_bounded
 
-__all__ = ["LIST", "Written"]
-
 LIST = "written.jsonl"
 LARGEST = 2**30
 

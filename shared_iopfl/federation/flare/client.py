@@ -41,8 +41,6 @@ from shared_iopfl.utils.files import check_writable
 from shared_iopfl.utils.names import check_site
 from shared_iopfl.utils.reading import read_json
 
-__all__ = ["COUNTED", "ENVIRONMENT", "JOB_FILE", "SETTLE", "Member", "bundle_fingerprint", "run"]
-
 # what the server tells besides weights and round: site -> the last round in which its update was averaged
 COUNTED = "counted"
 SETTLE = "settle"  # the last task, once all rounds are done

@@ -43,8 +43,6 @@ from shared_iopfl.utils.config_values import as_value, as_values, check_key, is_
 from shared_iopfl.utils.errors import InputError, root_input_error
 from shared_iopfl.utils.names import nearest
 
-__all__ = ["FederationRecipe", "architecture_of", "describe", "first_state", "read_state", "write_files"]
-
 SCRIPT = "iopfl_site.py"
 # short, so that a site sees at a glance what it is asked to run
 SCRIPT_TEXT = "from shared_iopfl.federation.flare.client import run\n\nrun(__file__)\n"

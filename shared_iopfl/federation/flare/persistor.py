@@ -30,8 +30,6 @@ from shared_iopfl.models.files import USUAL_SHIFT, model_path, save_atomically
 from shared_iopfl.models.manifest import SCORES
 from shared_iopfl.utils.tables import write_json, write_rows
 
-__all__ = ["CHECKPOINT", "RESULTS", "ServerFiles"]
-
 RESULTS = "iopfl"  # folder in the server's run, laid out as the output_dir of a one-process run
 CHECKPOINT = "flare.pt"
 

@@ -26,8 +26,6 @@ from nvflare.apis.shareable import Shareable
 from shared_iopfl.federation.monai_fl.filters import ArrivedWeights
 from shared_iopfl.utils.errors import InputError
 
-__all__ = ["FlarePrivacy"]
-
 
 class FlarePrivacy(Filter):
     """Sends what a privacy filter of FLARE leaves of a site's changes to the weights.

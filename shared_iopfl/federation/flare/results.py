@@ -32,8 +32,6 @@ from shared_iopfl.utils.files import whole_file
 from shared_iopfl.utils.names import check_sites
 from shared_iopfl.utils.tables import read_rows
 
-__all__ = ["checked_names", "collect", "draw", "publish_sites", "score"]
-
 
 def collect(result: Path, output_dir: Path, federation: Federation, run: str | None = None) -> dict[str, Any] | None:
     """Bring what the server wrote last to the output folder, as which it is laid out.

@@ -42,7 +42,8 @@ from shared_iopfl.federation.flare.job import (
     write_files,
 )
 from shared_iopfl.federation.flare.persistor import CHECKPOINT
-from shared_iopfl.federation.flare.results import checked_names, collect, draw, publish_sites, score
+from shared_iopfl.federation.flare.results import checked_names, collect, draw, score
+from shared_iopfl.federation.flare.results import publish_sites as publish_sites
 from shared_iopfl.federation.flare.server import Rounds
 from shared_iopfl.federation.updates import FAILURES
 from shared_iopfl.models.architecture import write_architecture
@@ -51,8 +52,6 @@ from shared_iopfl.report.run import write_report
 from shared_iopfl.utils.checks import check_values
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.tables import read_rows
-
-__all__ = ["FlareRun", "publish_sites"]
 
 TRACKING = ("", "tensorboard", "mlflow")  # of FLARE's receivers, those that send nothing elsewhere
 LOGIN = 30.0  # seconds to wait for the server

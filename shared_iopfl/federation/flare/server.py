@@ -43,8 +43,6 @@ from shared_iopfl.federation.updates import (
 )
 from shared_iopfl.utils.errors import InputError
 
-__all__ = ["Rounds"]
-
 MOST_CASES = 1e9  # more than any site has: what claims more would be the average
 
 

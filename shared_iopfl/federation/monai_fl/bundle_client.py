@@ -25,8 +25,6 @@ from shared_iopfl.models.manifest import release
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.names import check_site
 
-__all__ = ["OwnModels", "own_site"]
-
 # how `MonaiAlgo` hands a client's name to the config: as ``run_name``, with the time behind it
 CLIENT = re.compile(r"(.+)_\d{8}_\d{6}")
 

@@ -24,8 +24,6 @@ from torch import Tensor
 
 from shared_iopfl.utils.errors import InputError
 
-__all__ = ["ArrivedWeights", "SelectiveSharing"]
-
 
 class ArrivedWeights(Filter):
     """Remembers the weights that arrived last, and passes them on: a ``pre_filter`` for those of what leaves.

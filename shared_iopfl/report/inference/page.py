@@ -30,8 +30,6 @@ from shared_iopfl.report.pages import page, picture, without_path
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.files import write_text
 
-__all__ = ["write_inference_report"]
-
 EVEN = 1.05  # times an equal share: up to here no expert is said to have the largest weight
 MOST_FILES = 200  # rows of the tables of files
 TITLES = {"volume_ml": "Volume (ml)", "vertical_cup_to_disc_ratio": "Vertical cup-to-disc ratio"}

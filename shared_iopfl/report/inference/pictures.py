@@ -23,8 +23,6 @@ from PIL import Image
 
 from shared_iopfl.report.pictures import WIDTH, plain
 
-__all__ = ["distribution_picture", "thumbnail"]
-
 SIDE = 260  # pixels of a thumbnail: some 10 kB, so that 500 make a page of 5 MB
 QUALITY = 75
 

@@ -16,8 +16,6 @@ import os
 
 from ignite.engine import Engine, Events
 
-__all__ = ["ReportWriter"]
-
 
 class ReportWriter:
     """Writes ``report.html`` of an inference, once all scans have had their turn.
