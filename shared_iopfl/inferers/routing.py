@@ -107,13 +107,15 @@ class TestTimeRoutingInferer(ViewsOfScans):
     def __call__(self, inputs: Tensor, network: Network, *args: Any, **kwargs: Any) -> Tensor:
         """Logits (B, C, *spatial) of scans (B, C_in, *spatial); each scan of the batch is routed on its own.
 
+        Without experts the global model is the whole routing space, and statistics and views are as set.
+
         A network that is one expert among others was chosen as it is (a MONAI Label client names a site's model file):
         plain inference, which a warning says.
 
         Raises:
             InputError: naming the scan, where the logits are not finite.
         """
-        if self.mode == "off" or not self.experts:
+        if self.mode == "off":
             return super().__call__(inputs, network)
         if self.mode == "episodic" and (name := expert_of(network, self.experts)):
             if name not in self._said:

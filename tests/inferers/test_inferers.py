@@ -31,15 +31,26 @@ from shared_iopfl.utils.stacks import StackInferer, to_stack
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kwargs", [{"mode": "off"}, {"experts": {}}, {"experts": None}])
-def test_without_routing_it_is_plain_inference(kwargs):
+def test_without_routing_it_is_plain_inference():
     network, scan = unet(), volume(3)
-    inferer = TestTimeRoutingInferer(**{"experts": experts(2), **kwargs})
+    inferer = TestTimeRoutingInferer(experts(2), mode="off")
     assert torch.equal(inferer(scan, network), StackInferer()(scan, network))
     assert not inferer.reports
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("overrides", [{"statistics": 1.0}, {"statistics": 0.0, "views": "average"}])
+def test_without_experts_the_global_model_has_the_statistics_and_views_of_the_settings(overrides):
+    network, scan = unet(), volume(3)
+    settings = preset("default", overrides)
+    alone = TestTimeRoutingInferer(None, settings=settings, flips=(0,))
+    same = TestTimeRoutingInferer({"A": network.state_dict()}, settings=settings, flips=(0,))
+    logits = alone(scan, network)
+    torch.testing.assert_close(logits, same(scan, network))
+    assert not torch.allclose(logits, StackInferer()(scan, network))
+    assert alone.reports[-1]["experts"] == ["global"]
+
+
 def test_a_site_that_asks_for_its_own_model_gets_that_model():
     """A network that is one of the experts is not routed; after it, the global model is as before."""
     inferer, scan = routing(), volume(3)
