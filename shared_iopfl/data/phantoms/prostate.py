@@ -63,9 +63,8 @@ class ProstateStyle:
     margin: float  # how far outside the gland the site's readers draw its outline, mm; inside where it is negative
 
 
-# A and D have no endorectal coil, B and C have one. E, the site left outside in the demo, has a scanner of low field
-# strength and no coil: its noise is three times that of the noisiest site inside. Readers differ by a millimetre or so
-# in where they draw the outline.
+# A and D have no endorectal coil, B and C have one. E, the site left outside in the demo, has one that is many times as
+# sensitive as theirs, and more noise. Readers differ by a millimetre or so in where they draw the outline.
 PROSTATE_STYLES: Mapping[str, ProstateStyle] = {
     "A": ProstateStyle(
         fat=0.80, muscle=0.18, marrow=0.50, fluid=1.0, peripheral=0.72, central=0.45, lumen=0.05, rectum=13, press=2,
@@ -88,8 +87,8 @@ PROSTATE_STYLES: Mapping[str, ProstateStyle] = {
         units=200, margin=-1.2,
     ),
     "E": ProstateStyle(
-        fat=0.46, muscle=0.155, marrow=0.34, fluid=0.89, peripheral=0.88, central=0.58, lumen=0.30, rectum=13, press=2,
-        hot_spot=0, gland=24, flatness=0.82, position=0, bias=0.1, gamma=1.06, blur=0.6, ringing=0.25, noise=0.15,
+        fat=0.46, muscle=0.155, marrow=0.34, fluid=0.89, peripheral=0.88, central=0.58, lumen=0.18, rectum=18, press=4,
+        hot_spot=16, gland=24, flatness=0.82, position=-4, bias=0.1, gamma=1.06, blur=0.6, ringing=0.25, noise=0.05,
         units=400, margin=0,
     ),
 }  # fmt: skip

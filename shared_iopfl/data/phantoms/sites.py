@@ -44,8 +44,8 @@ def make_prostate_sites(
 
     Args:
         output_dir: folder to write into; made if it is not there.
-        sites: names of the sites. A to E have given styles, B and C with an endorectal coil, A, D and E without, E with
-            the noise of a low field strength; another name gets a style drawn from the seed and the name.
+        sites: names of the sites. A to E have given styles, A and D without endorectal coil, B, C and E with one, which
+            is far more sensitive at E; another name gets a style drawn from the seed and the name.
         cases: how many cases a site has.
         size: voxels to the left, to the back and to the head, at least 32, 32 and 8.
         seed: what all randomness comes from.
