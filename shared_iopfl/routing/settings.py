@@ -61,10 +61,9 @@ class RoutingSettings:
         activation: "softmax", or (the paper) "sigmoid"; normalised either way.
         route_norms: mix the norm layers as well; False keeps the global model's (the paper).
         statistics: share of the scan's own batch-norm statistics, the rest being the running ones; in mode "site",
-            those of all its scans. A network that was trained with the statistics of its batches is used with those of
-            the scan (1), one that was trained with the global model's statistics with the running ones (0). Of several
-            shares the predictions are averaged (InTEnt, Dong et al. 2024). "auto": 0, and the average of 0 and 0.5 for
-            a scan whose shift is large, as the running statistics do not describe it.
+            those of all its scans. The prostate bundle takes one half, as a volume is large enough to measure its own.
+            Of several shares the predictions are averaged (InTEnt, Dong et al. 2024). "auto": 0, and the average of 0
+            and 0.5 for a scan whose shift is large, as the running statistics do not describe it.
         views: "average" the prediction over all views that fit the anatomy; "judge" the mask by how far they agree on
             the slices that the scan is measured on, and predict the scan as it is; or "none".
         affine: adaptation may shift the norm layers' weight and bias.
