@@ -25,7 +25,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-__version__ = "0.9.0"
+__version__ = "0.10.0"
 
 # Until version 0.1 all modules were in one folder. Configs and scripts that name them so go on working:
 # the folder, and its modules as "name", or "old:new" where the name has changed.
