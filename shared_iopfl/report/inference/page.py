@@ -92,6 +92,8 @@ def _masks(served: Sequence[ServedScan], out: Path) -> str:
         used = max(scan.routes, key=lambda expert: scan.routes[expert], default="")
         if used and scan.routes[used] > EVEN / len(scan.routes):
             figures.append(f"largest weight: {used}, {scan.routes[used]:.2f}")
+        if len(scan.statistics) > 1:
+            figures.append(f"shares of its own statistics: {', '.join(f'{share:g}' for share in scan.statistics)}")
         lines = "".join(f"<small>{escape(text)}</small>" for text in figures)
         why = f"<em>{escape(scan.reasons)}</em>" if scan.reasons else ""
         kind = ' class="noticed"' if scan.reasons else ""
