@@ -31,7 +31,8 @@ from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 from torch import Tensor
 
 from shared_iopfl.federation.flare import client as flare_client
-from shared_iopfl.federation.flare.client import COUNTED, Member
+from shared_iopfl.federation.flare.client import Member
+from shared_iopfl.federation.flare.messages import COUNTED, ENVIRONMENT, PUBLISH
 from shared_iopfl.federation.flare.persistor import ServerFiles
 from shared_iopfl.federation.flare.run import FlareRun
 from shared_iopfl.federation.flare.server import Rounds
@@ -46,7 +47,7 @@ def _dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _process_as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A config seeds the process and changes how it reports errors; a FLARE run changes the environment."""
     hook, threads, benchmark = sys.excepthook, torch.get_num_threads(), torch.backends.cudnn.benchmark
-    for variable in (*flare_client.ENVIRONMENT.values(), "NVFLARE_POC_WORKSPACE"):
+    for variable in (*ENVIRONMENT.values(), PUBLISH, "NVFLARE_POC_WORKSPACE"):
         monkeypatch.setenv(variable, "")  # so that it is put back, whatever a test does
         monkeypatch.delenv(variable)
     torch.set_num_threads(1)  # sums in one order, in this process as in those that a test starts

@@ -30,7 +30,7 @@ TINY: dict[str, Any] = {
     "image_size": 32,
     "features": [4, 4, 4, 4, 4, 4],
     "passes": 1,
-    "seed": 3,
+    "seed": 5,  # whose networks are not all alike on the validation cases
     "val_interval": 1,
     "server_momentum": 0.5,
     "own_rounds": 1,
@@ -69,6 +69,11 @@ def assert_same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> 
     for key, tensor in expected.items():
         assert found[key].dtype == tensor.dtype
         torch.testing.assert_close(found[key], tensor, rtol=0, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def matrix(output_dir: Path) -> dict[tuple[str, str], float]:
+    """The Dice of ``cross_site.csv``, by model and site."""
+    return {(row["model"], row["site"]): float(row["dice"]) for row in read_rows(output_dir / "cross_site.csv")}
 
 
 def figures(output_dir: Path) -> list[tuple[str, ...]]:

@@ -130,6 +130,7 @@ def flare(
     startup_kit: str | None = None,
     username: str | None = None,
     tracking: str = "",
+    publish: bool = False,
     **settings: Any,
 ) -> None:
     """Federate with NVIDIA FLARE; see docs/flare.md.
@@ -148,6 +149,7 @@ def flare(
         startup_kit: folder of the FLARE admin who submits the job.
         username: the admin's name; by default the folder's.
         tracking: "tensorboard" or "mlflow": the server keeps the figures as the sites tell them.
+        publish: at the end, sites that allow it hand their personalised models to the others, which score them.
         settings: every other key of the config.
     """
     from shared_iopfl.evaluation.personalised_verdict import print_personalised_verdict
@@ -156,7 +158,7 @@ def flare(
     if env not in ENVIRONMENTS:
         raise InputError(f"unknown env {env!r}: choose {', '.join(ENVIRONMENTS)}.")
     own_process = env == "prod" if own_process is None else own_process
-    how = (round_timeout, own_process, settings, tracking)
+    how = (round_timeout, own_process, settings, tracking, publish)
     run = _flare().FlareRun(str(bundle), sites, rounds, str(output_dir), dataset_dir, *how)
     if env == "prod" and dataset_dir is not None:
         raise InputError("in production each site names its own data (IOPFL_DATASET_DIR there): leave out dataset_dir.")

@@ -19,6 +19,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
@@ -78,11 +79,9 @@ def settle(run: Federation, sites: Sequence[str]) -> None:
 
 
 def cross_site_scores(run: Federation, models: Mapping[str, Weights], judges: Sequence[str]) -> dict[str, float | None]:
-    """How well each model does at the other sites: validation Dice, without its own site; and the usual shift.
+    """How well each model does at the other sites; a site that fails at it judges nothing.
 
-    As sites differ in difficulty, a personalised model is held against the global one at each of the other sites:
-    its score is the global model's mean over all sites plus the mean of those differences. A site that fails at it
-    judges nothing. Each Dice stands in ``cross_site.csv``.
+    Each Dice stands in ``cross_site.csv``.
     """
     dice: dict[str, dict[str, float]] = {name: {} for name in models}
     shifts = []
@@ -100,9 +99,30 @@ def cross_site_scores(run: Federation, models: Mapping[str, Weights], judges: Se
         if shift is not None:
             shifts.append(shift)
     run.failures.write(run.output_dir)
+    write_matrix(run.output_dir, dice)
+    return expert_scores(dice, shifts)
+
+
+def write_matrix(folder: Path, dice: Mapping[str, Mapping[str, float]]) -> None:
+    """Write ``cross_site.csv``: the validation Dice of each model at the sites that it was not made for."""
     rows = [{"model": n, "site": site, "dice": value} for n, at in dice.items() for site, value in at.items()]
-    write_rows(run.output_dir / CROSS_SITE, MATRIX, rows)
-    level = fmean(dice[GLOBAL].values()) if dice[GLOBAL] else None
+    write_rows(folder / CROSS_SITE, MATRIX, rows)
+
+
+def expert_scores(dice: Mapping[str, Mapping[str, float]], shifts: Sequence[float]) -> dict[str, float | None]:
+    """The content of ``scores.json``: a score a model, and the usual shift.
+
+    As sites differ in difficulty, a personalised model is held against the global one at each of the other sites:
+    its score is the global model's mean over all sites plus the mean of those differences.
+
+    Args:
+        dice: model -> site -> validation Dice, without the model's own site.
+        shifts: of the sites' validation cases from the global model.
+
+    Returns:
+        Model -> score in [0, 1], and "usual_shift"; None for what could not be measured.
+    """
+    level = fmean(dice[GLOBAL].values()) if dice.get(GLOBAL) else None
     scores = {
         name: level + fmean(value - dice[GLOBAL][site] for site, value in at.items())
         if level is not None and at

@@ -26,6 +26,7 @@ from shared_iopfl.inferers.members import MeanOfNetworks, members_of
 from shared_iopfl.inferers.start import BriefWeights, RoutedCopy, expert_of, find_start
 from shared_iopfl.inferers.views import ViewsOfScans
 from shared_iopfl.models.files import GLOBAL, USUAL_SHIFT
+from shared_iopfl.models.manifest import SCORES
 from shared_iopfl.routing.adaptation import Adaptation, Objective, mask_agreement, objection_to
 from shared_iopfl.routing.distances import scan_distances
 from shared_iopfl.routing.network import RoutedNetwork, collapse
@@ -102,7 +103,7 @@ class TestTimeRoutingInferer(ViewsOfScans):
         self.site_network: nn.Module | None = None
         self.site_shift: float | None = None  # of the site as a whole, where `fit` measured it
         self._lock = threading.RLock()
-        self._said: set[str] = set()  # the experts that were served as they are, each said once
+        self._said: set[str] = set()  # what was warned of, each once: experts served as they are, no usual shift
 
     def __call__(self, inputs: Tensor, network: Network, *args: Any, **kwargs: Any) -> Tensor:
         """Logits (B, C, *spatial) of scans (B, C_in, *spatial); each scan of the batch is routed on its own.
@@ -238,6 +239,15 @@ class TestTimeRoutingInferer(ViewsOfScans):
     def _shares(self, routed: RoutedNetwork, shift: float | None) -> tuple[float, ...]:
         """The shares of own statistics; a network without running ones uses its own whatever the setting."""
         is_far = shift is not None and 0 < LARGE_SHIFT * self.usual_shift < shift
+        depends = shift is not None and self.settings.statistics == "auto" and routed.can_blend
+        if depends and not self.usual_shift and USUAL_SHIFT not in self._said:
+            logger.warning(
+                "the models come with no '%s' (%s in their folder): statistics 'auto' cannot tell which scan is far "
+                "from the training data, and all are segmented by the stored statistics alone",
+                USUAL_SHIFT,
+                SCORES,
+            )
+            self._said.add(USUAL_SHIFT)
         return self.settings.shares(is_far and routed.can_blend) if routed.tracked_norms else (0.0,)
 
     def _networks(self, routed: RoutedNetwork, some: Tensor, shares: Sequence[float]) -> Iterator[nn.Module]:

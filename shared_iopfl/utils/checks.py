@@ -225,6 +225,7 @@ RULES: dict[str, Rule] = {
     "shares": several("a list of numbers from 0 to 1", number(0, 1)),
     "resume": switch,
     "overwrite": switch,
+    "publish": switch,
     "fine_tuning": whole(0),
     "labelled": switch,
     # inference

@@ -107,6 +107,27 @@ def test_a_scan_of_a_large_shift_is_segmented_by_its_own_statistics_as_well(usua
     torch.testing.assert_close(logits, given(scan, network))
 
 
+@pytest.mark.parametrize(
+    "scores, overrides, warned",
+    [
+        (None, {}, True),
+        ({"A": 0.9}, {}, True),
+        ({"usual_shift": 1.0}, {}, False),
+        (None, {"statistics": 0.0}, False),
+        (None, {"views": "none", "start": "uniform"}, False),
+    ],
+    ids=["no file", "no such number", "known", "statistics given", "shift not measured"],
+)
+@torch.no_grad()
+def test_models_without_a_usual_shift_are_named_once_where_auto_depends_on_it(scores, overrides, warned, caplog):
+    inferer, network = routing(overrides={"statistics": "auto", **overrides}, scores=scores), unet()
+    for seed in range(2):
+        inferer(volume(3, seed=seed), network)
+    said = [record.message for record in caplog.records if "usual_shift" in record.message]
+    assert len(said) == warned
+    assert all("scores.json" in line and "stored statistics" in line for line in said)
+
+
 @torch.no_grad()
 def test_views_may_judge_a_mask_without_changing_it():
     """By the slices that the scan is measured on: in a short volume all of them."""

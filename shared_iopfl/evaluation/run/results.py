@@ -37,6 +37,8 @@ class ServedScan:
         measures: name -> value, such as ``volume_ml``.
         routes: expert -> mean weight over the layers; empty for plain inference.
         seconds: for routing and segmenting it; None where it was not recorded.
+        statistics: the shares of its own batch-norm statistics, of which the predictions were averaged; empty where
+            they were not recorded.
     """
 
     case: str
@@ -45,6 +47,7 @@ class ServedScan:
     measures: Mapping[str, float] = field(default_factory=dict)
     routes: Mapping[str, float] = field(default_factory=dict)
     seconds: float | None = None
+    statistics: tuple[float, ...] = ()
 
 
 def read_served(output_dir: str | os.PathLike) -> list[ServedScan]:
@@ -69,6 +72,7 @@ def read_served(output_dir: str | os.PathLike) -> list[ServedScan]:
                 {name: value for name, text in measures.get(case, {}).items() if (value := _number(text)) is not None},
                 _weights(facts or whole_site),
                 _number(facts.get("seconds")),
+                _shares(facts or whole_site),
             )
         )
     return served
@@ -102,6 +106,11 @@ def _routes(path: Path) -> dict[str, dict[str, Any]]:
 def _weights(facts: Mapping[str, Any]) -> dict[str, float]:
     experts = facts.get("experts", {})
     return {str(name): float(weight) for name, weight in experts.items()} if isinstance(experts, dict) else {}
+
+
+def _shares(facts: Mapping[str, Any]) -> tuple[float, ...]:
+    shares = facts.get("statistics", [])
+    return tuple(float(share) for share in shares if _number(share) is not None) if isinstance(shares, list) else ()
 
 
 def _number(text: Any) -> float | None:

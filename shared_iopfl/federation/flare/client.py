@@ -10,8 +10,9 @@
 # limitations under the License.
 """The client of an NVIDIA FLARE job: the same site client as in one process, behind FLARE's Client API.
 
-Local weights, the number of training cases and figures leave the site. The personalised model, the data, the site's
-paths and what its errors say stay: they lie in ``<output_dir>/sites/<site>``.
+Local weights, the number of training cases and figures leave the site. The data, the site's paths and what its errors
+say stay: they lie in ``<output_dir>/sites/<site>``. So does the personalised model, unless the site itself says that it
+publishes it (`PUBLISH`) and the job asks for it.
 """
 
 from __future__ import annotations
@@ -35,24 +36,14 @@ from nvflare.client.tracking import SummaryWriter
 from torch import Tensor
 
 from shared_iopfl.federation.client import SiteClient, time_limit
+from shared_iopfl.federation.flare.messages import COUNTED, ENVIRONMENT, JOB_FILE, LAST, PUBLISH, SCORE, SETTLE
 from shared_iopfl.models.files import model_path, save_atomically
 from shared_iopfl.utils.errors import InputError, root_input_error
 from shared_iopfl.utils.files import check_writable
 from shared_iopfl.utils.names import check_site
 from shared_iopfl.utils.reading import read_json
 
-# what the server tells besides weights and round: site -> the last round in which its update was averaged
-COUNTED = "counted"
-SETTLE = "settle"  # the last task, once all rounds are done
-JOB_FILE = "federation.json"
 LOG_FILE = "training.log"
-# what a site says about itself goes before what the job says
-ENVIRONMENT = {
-    "bundle": "IOPFL_BUNDLE",
-    "dataset_dir": "IOPFL_DATASET_DIR",
-    "output_dir": "IOPFL_OUTPUT_DIR",
-    "device": "IOPFL_DEVICE",
-}
 # loggers whose lines may name a site's files
 PRIVATE_LOGGERS = ("ignite", "monai", "shared_iopfl", "py.warnings")
 own = logging.getLogger(__name__)
@@ -85,9 +76,11 @@ class Member:
         }
         self.folder = Path(self._path("output_dir")) / "sites" / site
         check_writable(self.folder)
+        self.publishes = bool(job.get("publish")) and environment.get(PUBLISH) == "True"
         # where each figure goes as soon as it is known, besides the answer: its name, value and round
         self.stream: Callable[[str, float, int], object] | None = None
         self._client: SiteClient | None = None
+        self._judge: SiteClient | None = None  # which scores models after the last round
         self._round = 0  # after which the client is as it is
 
     def _path(self, name: str) -> str:
@@ -105,15 +98,20 @@ class Member:
         if self._round != done:
             self._client = None
         if self._client is None:
-            client = self._make()
-            earlier = [number for number in self._states() if number <= done]
-            if earlier:
-                state = torch.load(self._state(max(earlier)), map_location="cpu", weights_only=True)
-                client.load_state_dict(state)
-                shared.info("goes on from its state after round %d", max(earlier))
-            self._put_back(client.personalised if earlier else None)
+            client, known = self._restored(done)
+            self._put_back(client.personalised if known else None)
             self._client, self._round = client, done
         return self._client
+
+    def _restored(self, done: int) -> tuple[SiteClient, bool]:
+        """A client as it was after a round, and whether the site has kept a state of it."""
+        client = self._make()
+        earlier = [number for number in self._states() if number <= done]
+        if earlier:
+            state = torch.load(self._state(max(earlier)), map_location="cpu", weights_only=True)
+            client.load_state_dict(state)
+            shared.info("goes on from its state after round %d", max(earlier))
+        return client, bool(earlier)
 
     def _put_back(self, personalised: Mapping[str, Tensor] | None) -> None:
         """Write the site's own model: what lies in its folder may be of an update that did not count."""
@@ -162,10 +160,13 @@ class Member:
         """Do a task; what goes wrong is told by its kind alone, and in full in the site's own ``training.log``."""
         # a process's alarm clock rings in its main thread, which does the work where each task has a process of its own
         main = threading.current_thread() is threading.main_thread()
-        settle = bool(received.meta.get(SETTLE))
+        last = received.meta.get(LAST, "")
+        settle = last == SETTLE
         seconds = self.job["round_timeout"] * (max(1, self.job["own_rounds"]) if settle else 1)
         try:
             with time_limit(self.site, seconds if main else 0):
+                if last == SCORE:
+                    return self.score(received)
                 # the newest global model, beside the site's own
                 save_atomically(dict(received.params), model_path(str(self.folder)))
                 if settle:
@@ -176,7 +177,8 @@ class Member:
             # FLARE redirects `print`, with which `logging` would format the traceback
             own.error("'%s' failed: %s", task, "".join(traceback.format_exception(error)))
             shared.warning("'%s' failed with %s; see %s", task, kind, self.folder / LOG_FILE)
-            self._client = None  # half a round may have passed; the next task begins with the last state that was kept
+            # half a round may have passed; the next task begins with the last state that was kept
+            self._client = self._judge = None
             return FLModel(metrics={}, meta={"error": kind})
 
     def train(self, received: FLModel) -> FLModel:
@@ -212,7 +214,7 @@ class Member:
                 self.stream(name, float(value), received.current_round + 1)
 
     def settle(self, received: FLModel) -> FLModel:
-        """Make the personalised model what the site keeps.
+        """Make the personalised model what the site keeps, and send it where the site publishes it.
 
         What is told is the share that its validation cases chose, how far they are from the global model, and how that
         does on them by its running statistics and by the site's own.
@@ -226,11 +228,19 @@ class Member:
             self._put_back(before)
             raise
         self._put_back(client.personalised)
-        self._client = None
+        self._client, self._judge = None, client
         told = {"share": float(share)}
         if (shift := client.shift(received.params)) is not None:
             told["shift"] = float(shift)
-        return FLModel(metrics={**told, **client.dice_by_statistics(received.params)})
+        metrics = {**told, **client.dice_by_statistics(received.params)}
+        own = {key: tensor.cpu().contiguous() for key, tensor in client.personalised.items()}
+        return FLModel(params=own if self.publishes else None, metrics=metrics)
+
+    def score(self, received: FLModel) -> FLModel:
+        """Validation Dice of the global model, or of one that another site publishes; nothing of it is kept here."""
+        if self._judge is None:
+            self._judge, _ = self._restored(self._counted(received))
+        return FLModel(metrics={"dice": self._judge.validate(received.params)["val_mean_dice"]})
 
     def _counted(self, received: FLModel) -> int:
         return int(received.meta[COUNTED].get(self.site, 0))

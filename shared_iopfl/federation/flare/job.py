@@ -31,7 +31,8 @@ from torch import Tensor
 
 from shared_iopfl.evaluation.scoring import Scoring
 from shared_iopfl.federation.checkpoint import check_settings
-from shared_iopfl.federation.flare.client import JOB_FILE, bundle_fingerprint
+from shared_iopfl.federation.flare.client import bundle_fingerprint
+from shared_iopfl.federation.flare.messages import JOB_FILE
 from shared_iopfl.federation.flare.persistor import CHECKPOINT, ServerFiles
 from shared_iopfl.federation.flare.server import Rounds
 from shared_iopfl.federation.server_momentum import ServerMomentum
@@ -191,6 +192,7 @@ def write_files(
     device: str | None = None,
     machine: Mapping[str, str] | None = None,
     tracking: str = "",
+    publish: bool = False,
 ) -> None:
     """Write what a job carries.
 
@@ -203,6 +205,7 @@ def write_files(
         device: that the sites train on; None: CUDA where there is some.
         machine: where bundle, dataset_dir and output_dir lie, if everything is on this machine; else each site says it.
         tracking: what the server keeps the sites' figures in as they come; "": nothing.
+        publish: the sites that say so themselves hand their personalised models to the others.
     """
     job = {
         **dict.fromkeys(("bundle", "dataset_dir", "output_dir")),
@@ -215,6 +218,7 @@ def write_files(
         "round_timeout": round_timeout,
         "own_rounds": federation.own_rounds,
         "shares": list(federation.shares),
+        "publish": publish,
         "tracking": tracking,
         "seed": federation.seed,
         "overrides": federation.overrides,

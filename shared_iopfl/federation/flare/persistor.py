@@ -22,11 +22,13 @@ from nvflare.app_common.abstract.model import ModelLearnable, ModelLearnableKey,
 from nvflare.app_common.abstract.model_persistor import ModelPersistor
 from nvflare.app_opt.pt.decomposers import TensorDecomposer
 from nvflare.fuel.utils import fobs
+from torch import Tensor
 
+from shared_iopfl.federation.results import write_matrix
 from shared_iopfl.federation.server_momentum import ServerMomentum
 from shared_iopfl.federation.updates import FAILED, FAILURES, HISTORY, last_rounds
 from shared_iopfl.handlers.norm_statistics import STATISTICS
-from shared_iopfl.models.files import USUAL_SHIFT, model_path, save_atomically
+from shared_iopfl.models.files import model_path, save_atomically
 from shared_iopfl.models.manifest import SCORES
 from shared_iopfl.utils.tables import write_json, write_rows
 
@@ -84,7 +86,7 @@ class ServerFiles(ModelPersistor):
     def save_settled(
         self,
         shares: Mapping[str, float],
-        shift: float | None,
+        scores: Mapping[str, float | None],
         statistics: Sequence[Mapping[str, Any]],
         fl_ctx: FLContext,
     ) -> None:
@@ -92,7 +94,7 @@ class ServerFiles(ModelPersistor):
 
         Args:
             shares: site -> share of its own model.
-            shift: the usual one.
+            scores: content of ``scores.json``.
             statistics: rows of ``statistics.csv``.
             fl_ctx: of FLARE.
         """
@@ -100,9 +102,24 @@ class ServerFiles(ModelPersistor):
         models = self._folder(fl_ctx) / "models"
         if shares:
             write_json(models / "shares.json", dict(shares))
-        write_json(models / SCORES, {USUAL_SHIFT: shift})
+        write_json(models / SCORES, dict(scores))
         write_rows(models.parent / STATISTICS, ("site", "global", "own"), statistics)
         save_atomically(self.state, self._folder(fl_ctx) / CHECKPOINT)
+
+    def save_published(
+        self, models: Mapping[str, Mapping[str, Tensor]], dice: Mapping[str, Mapping[str, float]], fl_ctx: FLContext
+    ) -> None:
+        """Write what sites publish: their personalised models, and how each model does at the other sites.
+
+        Args:
+            models: site -> its personalised model.
+            dice: model -> site -> validation Dice.
+            fl_ctx: of FLARE.
+        """
+        folder = self._folder(fl_ctx)
+        for site, weights in models.items():
+            save_atomically(dict(weights), model_path(str(folder / "models"), "personalised", site))
+        write_matrix(folder, dice)
 
     def save_tables(self, fl_ctx: FLContext) -> None:
         """Write the tables of the run."""

@@ -32,7 +32,6 @@ from nvflare.recipe.utils import add_experiment_tracking
 from shared_iopfl.data.sites import site_cases
 from shared_iopfl.evaluation.run.folder import claim, finish
 from shared_iopfl.evaluation.run.provenance import write_run
-from shared_iopfl.federation.flare.client import ENVIRONMENT
 from shared_iopfl.federation.flare.job import (
     FederationRecipe,
     architecture_of,
@@ -41,6 +40,7 @@ from shared_iopfl.federation.flare.job import (
     read_state,
     write_files,
 )
+from shared_iopfl.federation.flare.messages import ENVIRONMENT, PUBLISH
 from shared_iopfl.federation.flare.persistor import CHECKPOINT
 from shared_iopfl.federation.flare.results import checked_names, collect, draw, score
 from shared_iopfl.federation.flare.results import publish_sites as publish_sites
@@ -73,6 +73,8 @@ class FlareRun:
         own_process: a site does each task in a process of its own. That takes longer, but one that dies costs its site
             the round, where else FLARE ends the whole job; and one that hangs ends with the round's time.
         tracking: "tensorboard" or "mlflow": the server keeps the figures as the sites tell them, by FLARE's receiver.
+        publish: at the end the sites that say so themselves hand over their personalised models, and every site scores
+            those of the others: ``cross_site.csv`` and all of ``models``, as in one process.
         settings: any other key of ``federate.json`` or ``train.json``; ``resume`` goes on from ``flare.pt``, and
             ``overwrite`` starts afresh in a folder that such a run has used.
 
@@ -91,6 +93,7 @@ class FlareRun:
         own_process: bool = False,
         settings: Mapping[str, Any] | None = None,
         tracking: str = "",
+        publish: bool = False,
     ) -> None:
         self.bundle = Path(bundle).resolve()
         self.output_dir = Path(output_dir).resolve()
@@ -109,6 +112,8 @@ class FlareRun:
         self.tracking = tracking
         if tracking not in TRACKING:
             raise InputError(f"tracking must be {' or '.join(TRACKING[1:])}, or empty for none, but is {tracking!r}.")
+        self.publish = publish
+        check_values({"publish": publish})
         self.state: dict[str, Any] = {}
 
     def simulate(self) -> Path:
@@ -184,6 +189,7 @@ class FlareRun:
         self._begin()
         for variable in ENVIRONMENT.values():
             os.environ.pop(variable, None)  # they speak of one site; here the job names the paths of all
+        os.environ[PUBLISH] = str(self.publish)  # who starts the job is every site
         return workspace
 
     def _check_connected(self, kit: Path, username: str) -> None:
@@ -229,12 +235,13 @@ class FlareRun:
             own_rounds=self.federation.own_rounds,
             shares=list(self.federation.shares),
             round_timeout=self.round_timeout,
+            publish=self.publish,
             averaging=self.federation.averaging,
         )
         with tempfile.TemporaryDirectory() as folder:
             files = Path(folder)
             here = None if self.dataset_dir is None else machine
-            how = (self.round_timeout, self.device, here, self.tracking)
+            how = (self.round_timeout, self.device, here, self.tracking, self.publish)
             write_files(files, self.bundle, self.federation, self.state, *how)
             needed = len(self.sites) if all_there else self.min_sites
             python = sys.executable if here else "python3"  # elsewhere, the one that the site's FLARE runs in

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -30,7 +29,8 @@ from torch import Tensor
 
 from shared_iopfl.evaluation.run.provenance import report_to_nobody
 from shared_iopfl.federation.averaging import Averaging, average_updates
-from shared_iopfl.federation.flare.client import COUNTED, SETTLE
+from shared_iopfl.federation.flare.messages import COUNTED, LAST, SCORE, SETTLE
+from shared_iopfl.federation.results import expert_scores
 from shared_iopfl.federation.server_momentum import ServerMomentum
 from shared_iopfl.federation.updates import (
     FAILURES,
@@ -41,6 +41,7 @@ from shared_iopfl.federation.updates import (
     figures,
     update_norm,
 )
+from shared_iopfl.models.files import GLOBAL
 from shared_iopfl.utils.errors import InputError
 
 MOST_CASES = 1e9  # more than any site has: what claims more would be the average
@@ -67,6 +68,8 @@ class Rounds(ModelController):
             :meth:`~shared_iopfl.federation.client.SiteClient.settle`. 0 and none: the moving average as it is.
         round_timeout: seconds to train, and again to score, after which a round goes on without those who have not
             answered; 0: wait for all.
+        publish: ask the sites for their personalised models once they are what each keeps, and have every site score
+            those of the others. A site sends its own only if it says so itself.
         averaging: "mean", "median" or "trimmed_mean"; see :func:`~shared_iopfl.federation.averaging.average_updates`.
     """
 
@@ -81,6 +84,7 @@ class Rounds(ModelController):
         own_rounds: int = 0,
         shares: Sequence[float] = (),
         round_timeout: int = 0,
+        publish: bool = False,
         averaging: Averaging = "mean",
     ) -> None:
         super().__init__(ignore_result_error=True)
@@ -94,6 +98,7 @@ class Rounds(ModelController):
         self.own_rounds = own_rounds
         self.shares = shares
         self.round_timeout = round_timeout
+        self.publish = publish
         self.averaging: Averaging = averaging
         self.round = 0
         self._answered: list[str] = []  # in this round, with whatever update
@@ -175,11 +180,13 @@ class Rounds(ModelController):
         model.current_round = self.rounds - 1
         counted = self.persistor.counted()
         sites = [site for site in self.sites if site in counted]
-        shares, shifts, statistics = {}, {}, []
-        for site, reply in self._ask(AppConstants.TASK_VALIDATION, model, sites, settle=True).items():
+        shares, shifts, statistics, published = {}, {}, [], {}
+        for site, reply in self._ask(AppConstants.TASK_VALIDATION, model, sites, SETTLE).items():
             try:
                 told = {name: _number(value) for name, value in reply.metrics.items()}
                 shares[site] = told["share"]
+                if self.publish and reply.params:
+                    published[site] = check_update(site, reply.params, model.params)
             except Exception as error:
                 self._fail(site, str(error))
                 continue
@@ -188,14 +195,48 @@ class Rounds(ModelController):
                     shifts[site] = told["shift"]
                 if "global" in told and "own" in told:
                     statistics.append({"site": site, "global": told["global"], "own": told["own"]})
-        shift = fmean(shifts.values()) if shifts else None
-        self.persistor.save_settled(shares if self.shares else {}, shift, statistics, self.fl_ctx)
+        dice: dict[str, dict[str, float]] = {}
+        if self.publish:
+            judges = [site for site in shares if counted[site] == self.rounds and site not in self._failed()]
+            dice = self._cross_site({GLOBAL: model.params, **published}, judges)
+            self.persistor.save_published(published, dice, self.fl_ctx)
+        scores = expert_scores(dice, list(shifts.values()))
+        self.persistor.save_settled(shares if self.shares else {}, scores, statistics, self.fl_ctx)
 
-    def _ask(self, task: str, model: FLModel, sites: Sequence[str], settle: bool = False) -> dict[str, FLModel]:
-        """The answers of some sites, in their order; one that has none is noted and left out."""
+    def _cross_site(
+        self, models: Mapping[str, Mapping[str, Tensor]], judges: Sequence[str]
+    ) -> dict[str, dict[str, float]]:
+        """Validation Dice of each model at the sites that it was not made for; a site that fails judges nothing."""
+        dice: dict[str, dict[str, float]] = {}
+        for name, weights in models.items():
+            asked = FLModel(params=dict(weights), current_round=self.rounds - 1)
+            others = [site for site in judges if site != name and site not in self._failed()]
+            dice[name] = {}
+            for site, reply in self._ask(AppConstants.TASK_VALIDATION, asked, others, SCORE).items():
+                try:
+                    dice[name][site] = _number(reply.metrics["dice"])
+                except Exception as error:
+                    self._fail(site, str(error))
+        failed = self._failed()
+        return {name: {site: dice for site, dice in at.items() if site not in failed} for name, at in dice.items()}
+
+    def _failed(self) -> set[str]:
+        """The sites that have failed in this round."""
+        return {row["site"] for row in self.persistor.failures if row["round"] == self.round}
+
+    def _ask(self, task: str, model: FLModel, sites: Sequence[str], last: str = "") -> dict[str, FLModel]:
+        """The answers of some sites, in their order; one that has none is noted and left out.
+
+        Args:
+            task: FLARE's name of it.
+            model: sent with it.
+            sites: that are asked.
+            last: which of the tasks after the last round it is: SETTLE or SCORE.
+        """
+        settle = last == SETTLE
         there = {client.name for client in self.engine.get_clients()}
         targets = [site for site in sites if site in there]
-        model.meta = {COUNTED: self.persistor.counted(), SETTLE: settle}
+        model.meta = {COUNTED: self.persistor.counted(), LAST: last}
         timeout = self.round_timeout * (max(1, self.own_rounds) if settle else 1)
         replies = []
         if targets:  # to FLARE, no targets are all clients
@@ -215,7 +256,7 @@ class Rounds(ModelController):
         return answers
 
     def _fail(self, site: str, reason: str) -> None:
-        if any(row["site"] == site and row["round"] == self.round for row in self.persistor.failures):
+        if site in self._failed():
             return  # it failed to train, and then to score
         self.warning(f"Round {self.round}: site '{site}' is left out: {reason}")
         self.persistor.failures.append({"round": self.round, "site": site, "reason": reason})

@@ -78,6 +78,8 @@ def _masks(served: Sequence[ServedScan], out: Path) -> list[Block]:
         used = max(scan.routes, key=lambda expert: scan.routes[expert], default="")
         if used and scan.routes[used] > EVEN / len(scan.routes):
             figures.append(f"largest weight: {used}, {scan.routes[used]:.2f}")
+        if len(scan.statistics) > 1:
+            figures.append(f"shares of its own statistics: {', '.join(f'{share:g}' for share in scan.statistics)}")
         cards.append(Card(scan.case, scan.reasons, figures, thumbnail(overlay), quote(overlay.name)))
     caption = (
         "Sorted by the review list: the masks that should be checked first come first. Quality is the agreement of the "

@@ -24,10 +24,11 @@ import torch
 pytest.importorskip("nvflare", reason="NVIDIA FLARE is not installed: pip install '.[flare]'")
 
 from flare_here import _dataset, _process_as_it_was, flare_run, run_here  # noqa: F401
-from flare_runs import BUNDLE, OF_THE_FEDERATION, REPOSITORY, SITES, TINY, assert_same, figures, one_process
+from flare_runs import BUNDLE, OF_THE_FEDERATION, REPOSITORY, SITES, TINY, assert_same, figures, matrix, one_process
 from nvflare.apis.fl_constant import FLMetaKey
 
 from shared_iopfl.commands import tools as command
+from shared_iopfl.federation.flare.messages import PUBLISH
 from shared_iopfl.federation.flare.run import publish_sites
 from shared_iopfl.models.files import load_weights
 from shared_iopfl.utils.errors import InputError
@@ -36,22 +37,28 @@ from shared_iopfl.utils.tables import read_rows
 ENGINES = ("flare", "one")
 
 
-def test_one_process_and_flare_give_the_same_weights(dataset, tmp_path):
-    """Property 5, without FLARE's processes: global and personalised models, and every figure of the history."""
+def test_one_process_and_flare_give_the_same_weights(dataset, tmp_path, monkeypatch):
+    """Property 5, without FLARE's processes: global and personalised models, every figure of the history, and each
+    model's Dice at each site, for which the sites publish their models."""
+    monkeypatch.setenv(PUBLISH, "True")
     federation = one_process(tmp_path / "one", dataset)
-    run = flare_run(tmp_path / "flare", dataset)
+    run = flare_run(tmp_path / "flare", dataset, publish=True)
     run_here(run, tmp_path / "work")
     assert run._finish(tmp_path / "work") == tmp_path / "flare" / "models" / "model.pt"
     assert_same(load_weights(tmp_path / "flare" / "models" / "model.pt"), federation.weights)
     for site in SITES:
         found = load_weights(tmp_path / "flare" / "sites" / site / f"model_{site}.pt")
         assert_same(found, load_weights(tmp_path / "one" / "models" / f"model_{site}.pt"))
+        assert_same(load_weights(tmp_path / "flare" / "models" / f"model_{site}.pt"), found)
         assert_same(load_weights(tmp_path / "flare" / "sites" / site / "model.pt"), federation.weights)
     for name in ("shares", "scores"):
         found, expected = (json.loads((tmp_path / run / "models" / f"{name}.json").read_text()) for run in ENGINES)
-        keys = SITES if name == "shares" else ["usual_shift"]
-        assert found == pytest.approx({key: expected[key] for key in keys}, rel=1e-5)
+        assert found == pytest.approx(expected, rel=1e-5)
     assert figures(tmp_path / "flare") == figures(tmp_path / "one")
+    assert list(matrix(tmp_path / "flare")) == [("global", "A"), ("global", "B"), ("A", "B"), ("B", "A")]
+    assert matrix(tmp_path / "flare") == pytest.approx(matrix(tmp_path / "one"), abs=1e-5)
+    assert len(set(matrix(tmp_path / "flare").values())) == 4, "models that are all alike would prove nothing"
+    assert "Models at other sites" in (tmp_path / "flare" / "report.html").read_text()
     tables = [read_rows(tmp_path / run / "statistics.csv") for run in ENGINES]
     assert [row["site"] for row in tables[0]] == list(SITES)
     for found, expected in zip(*tables):

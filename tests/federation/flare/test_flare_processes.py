@@ -31,7 +31,7 @@ pytest.importorskip("nvflare", reason="NVIDIA FLARE is not installed: pip instal
 
 import psutil  # comes with nvflare
 from faulty_sites import faulty_bundle
-from flare_runs import BUNDLE, REPOSITORY, SITES, TINY, assert_same, figures, make_sites, one_process
+from flare_runs import BUNDLE, REPOSITORY, SITES, TINY, assert_same, figures, make_sites, matrix, one_process
 
 from shared_iopfl.federation.simulation import Federation
 from shared_iopfl.models.files import load_weights
@@ -152,17 +152,18 @@ def files(folder: Path) -> set[str]:
     return {path for path in paths if path.split("/")[0] not in ("flare", "sites", "tensorboard")}
 
 
-def assert_finished(output_dir: Path, whole: Path, one_machine: bool = True) -> None:
+def assert_finished(output_dir: Path, whole: Path, one_machine: bool = True, published: bool = False) -> None:
     """The weights, figures and files of the one-process run, and every personalised model where it belongs."""
     assert_same(load_weights(output_dir / "models" / "model.pt"), load_weights(whole / "models" / "model.pt"))
     assert figures(output_dir) == figures(whole)
     assert {row["model"] for row in read_rows(output_dir / "history.csv")} == {"local", "global", "personalised"}
     for name in ("shares", "scores"):
         found, there = (json.loads((folder / "models" / f"{name}.json").read_text()) for folder in (output_dir, whole))
-        keys = SITES if name == "shares" else ["usual_shift"]
+        keys = list(there) if name == "shares" or published else ["usual_shift"]
         assert found == pytest.approx({key: there[key] for key in keys}, rel=1e-5)
-    ours = {f"models/model_{site}.pt" for site in SITES}  # they stay at the sites
-    expected = (files(whole) - ours - {"federation.pt", "federation_previous.pt", "cross_site.csv"}) | {"flare.pt"}
+    expected = (files(whole) - {"federation.pt", "federation_previous.pt"}) | {"flare.pt"}
+    if not published:  # the models stay at the sites
+        expected -= {*(f"models/model_{site}.pt" for site in SITES), "cross_site.csv"}
     if one_machine:
         for site in SITES:
             own = load_weights(output_dir / "sites" / site / f"model_{site}.pt")
@@ -174,7 +175,8 @@ def assert_finished(output_dir: Path, whole: Path, one_machine: bool = True) -> 
     assert list((output_dir / "tensorboard").iterdir())
     assert json.loads((output_dir / "run.json").read_text())["settings"]["seed"] == TINY["seed"]
     kept_by_flare = {path.name for path in (output_dir / "flare").rglob("*.pt")}
-    assert kept_by_flare <= {"model.pt", "flare.pt"}, "FLARE's processes and the server hold no personalised model"
+    known = {"model.pt", "flare.pt"} | {path.removeprefix("models/") for path in expected if path.endswith(".pt")}
+    assert kept_by_flare <= known, "FLARE's processes and the server hold no personalised model that is not published"
 
 
 def test_simulator_gives_the_run_of_one_process_and_its_server_receives_nothing_personal(
@@ -213,7 +215,7 @@ def first_round_is_done(workspace: Path) -> bool:
 
 def test_simulation_that_was_killed_is_resumed_to_the_same_weights(dataset, tmp_path):
     federation = one_process(tmp_path / "one", dataset, rounds=4)
-    given = words(tmp_path / "flare", "sim", 4, "--dataset_dir", str(dataset))
+    given = words(tmp_path / "flare", "sim", 4, "--dataset_dir", str(dataset), "--publish", "True")
     process = start(given, tmp_path / "home")
     deadline = time.monotonic() + 600
     while not first_round_is_done(tmp_path / "flare" / "flare"):
@@ -226,6 +228,9 @@ def test_simulation_that_was_killed_is_resumed_to_the_same_weights(dataset, tmp_
     assert "Round 1 of 4" not in said
     assert "Round 4 of 4" in said
     assert_continued(tmp_path / "flare", federation)
+    assert matrix(tmp_path / "flare") == pytest.approx(matrix(tmp_path / "one"), abs=1e-5)
+    for site, client in federation.clients.items():
+        assert_same(load_weights(tmp_path / "flare" / "models" / f"model_{site}.pt"), client.personalised)
 
 
 def assert_continued(output_dir: Path, federation: Federation) -> None:
@@ -287,10 +292,11 @@ def test_simulation_goes_on_without_a_site_whose_scans_cannot_be_read(dataset, t
 
 def test_processes_that_speak_over_loopback_give_the_run_of_one_process(dataset, whole, tmp_path, network_of_its_own):
     """FLARE's proof of concept: a provisioned server, two clients and an admin, with certificates of their own."""
-    given = words(tmp_path / "out", "poc", 2, "--dataset_dir", str(dataset))
+    given = words(tmp_path / "out", "poc", 2, "--dataset_dir", str(dataset), "--publish", "True")
     command = shlex.join([sys.executable, "-m", "shared_iopfl", *given])
     run_command([*network_of_its_own, f"ip link set lo up; exec {command}"], tmp_path / "home")
-    assert_finished(tmp_path / "out", whole)
+    assert_finished(tmp_path / "out", whole, published=True)
+    assert matrix(tmp_path / "out") == pytest.approx(matrix(whole), abs=1e-5)
 
 
 @pytest.fixture

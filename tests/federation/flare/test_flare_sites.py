@@ -21,10 +21,12 @@ import torch
 pytest.importorskip("nvflare", reason="NVIDIA FLARE is not installed: pip install '.[flare]'")
 
 from flare_here import _dataset, _fake, _process_as_it_was, flare_run, received, run_here  # noqa: F401
-from flare_runs import BUNDLE, REPOSITORY, SITES, TINY
+from flare_runs import BUNDLE, REPOSITORY, SITES, TINY, matrix
+from nvflare.app_common.abstract.fl_model import FLModel
 
 from shared_iopfl.federation.flare import client as flare_client
 from shared_iopfl.federation.flare.client import Member
+from shared_iopfl.federation.flare.messages import PUBLISH
 from shared_iopfl.federation.flare.server import Rounds
 from shared_iopfl.models.files import load_weights
 from shared_iopfl.utils.errors import InputError
@@ -131,6 +133,40 @@ def test_figures_are_told_as_they_come_if_the_job_asks_for_it(tmp_path, fake):
         *((f"local/{name}", value, 1) for name, value in trained.items()),
         *((n, v, 1) for n, v in scored.items()),
     ]
+
+
+@pytest.mark.parametrize("allows", ["", "False", "True"])
+@pytest.mark.parametrize("asked", [False, True])
+def test_personalised_model_leaves_a_site_if_the_site_allows_it_and_the_job_asks_for_it(
+    asked, allows, dataset, tmp_path, fake, monkeypatch
+):
+    monkeypatch.setenv(PUBLISH, allows)
+    run = flare_run(tmp_path / "flare", dataset, publish=asked)
+    rounds = run_here(run, tmp_path / "work")
+    sent = [site for site, task, reply in rounds.wire.answers if task == "validate" and reply.params]
+    assert sorted(sent) == (SITES if asked and allows == "True" else [])
+    run._finish(tmp_path / "work")
+    published = {path.name for path in (tmp_path / "flare" / "models").glob("model_*.pt")}
+    assert published == {f"model_{site}.pt" for site in sent}
+    models = {model for model, _ in matrix(tmp_path / "flare")}
+    assert models == ({"global", *sent} if asked else set()), "where no site sends its own, of the global one alone"
+
+
+def test_personalised_model_that_does_not_fit_is_not_handed_on(dataset, tmp_path, fake, monkeypatch):
+    monkeypatch.setenv(PUBLISH, "True")
+
+    def spoiled(site: str, task: str, number: int, reply: FLModel) -> FLModel:
+        if site == "A" and task == "validate" and reply.params:
+            reply.params = {"w": torch.zeros(1)}
+        return reply
+
+    run = flare_run(tmp_path / "flare", dataset, publish=True, settings={**TINY, "device": "cpu", "min_sites": 1})
+    run_here(run, tmp_path / "work", spoiled)
+    run._finish(tmp_path / "work")
+    assert [path.name for path in (tmp_path / "flare" / "models").glob("model_*.pt")] == ["model_B.pt"]
+    assert list(matrix(tmp_path / "flare")) == [("global", "B")]
+    (failure,) = read_rows(tmp_path / "flare" / "failures.csv")
+    assert failure["site"] == "A" and "other keys" in failure["reason"]
 
 
 @pytest.mark.parametrize(

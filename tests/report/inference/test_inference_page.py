@@ -38,7 +38,8 @@ def make_inference(folder: Path, count: int, side: int = 300) -> Path:
     ]
     write_csv(folder / "review.csv", "rank,case,quality,shift,decision,reasons", review)
     write_csv(folder / "measures.csv", "case,volume_ml", [[case, 30 + n % 40] for n, case in enumerate(cases)])
-    routes = {case: {"experts": {"A": 0.25, "global": 0.75}, "seconds": 1.5} for case in cases}
+    known = {"experts": {"A": 0.25, "global": 0.75}, "seconds": 1.5}
+    routes = {case: {**known, "statistics": [0.0] if number else [0.0, 0.5]} for number, case in enumerate(cases)}
     (folder / "routes.json").write_text(json.dumps({"experts": ["A", "global"], "cases": routes}))
     write_csv(folder / "failed.csv", "case,file,reason", [["bad", "/home/doe/bad.nii", "/home/doe/bad.nii is empty"]])
     write_csv(folder / "not_taken.csv", "file,reason", [["notes.txt", "files of other kinds"]])
@@ -56,6 +57,7 @@ def test_masks_come_in_the_order_of_the_review_list_with_what_is_known_of_them(t
     assert page.count('class="noticed"') == 2 and page.count("<em>views disagree</em>") == 2
     assert "8 masks · 2 noticed · 1 failed · 1 file passed over" in page
     assert "largest weight: global, 0.75" in page and "Volume (ml) 30" in page
+    assert page.count("shares of its own statistics: 0, 0.5") == 1, "said where predictions by several are averaged"
     assert "notes.txt" in page and "No distribution of the inside sites was published" in page
     assert "<td>bad is empty</td>" in page
     assert "/home/doe" not in page and "<script" not in page and "http" not in page.replace("http://www.w3.org", "")

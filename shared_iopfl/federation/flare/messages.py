@@ -1,0 +1,29 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What server and sites of a job tell each other besides weights and figures, and what a site says of itself."""
+
+from __future__ import annotations
+
+# what the server tells besides weights and round: site -> the last round in which its update was averaged
+COUNTED = "counted"
+# which task it is once all rounds are done: to make the personalised model what the site keeps, or to score a model
+LAST, SETTLE, SCORE = "last", "settle", "score"
+# what a job says to the sites
+JOB_FILE = "federation.json"
+# what a site says about itself goes before what the job says
+ENVIRONMENT = {
+    "bundle": "IOPFL_BUNDLE",
+    "dataset_dir": "IOPFL_DATASET_DIR",
+    "output_dir": "IOPFL_OUTPUT_DIR",
+    "device": "IOPFL_DEVICE",
+}
+# "True": the site hands its personalised model to the others if the job asks for it; never the job's word alone
+PUBLISH = "IOPFL_PUBLISH"
