@@ -24,6 +24,7 @@ from tiny_scans import AFFINES, PICTURE, dicom_series, nifti
 
 from shared_iopfl.commands.main import RUNS, TOOLS, main
 from shared_iopfl.commands.runs import parse_settings, run_config
+from shared_iopfl.commands.summary import summary
 from shared_iopfl.models.bundles import find_bundle, own_bundles
 from shared_iopfl.utils.errors import InputError, one_line_errors
 
@@ -124,6 +125,20 @@ def test_a_segmentation_ends_with_a_summary(scans, models, tmp_path, capsys):
     assert "_target_" not in said.out + said.err and "INFO" not in said.out + said.err
     assert (out / "not_taken.csv").read_text().splitlines() == ["file,reason", "notes.txt,files of other kinds"]
     assert (out / "one.nii.gz").is_file()
+
+
+def test_a_summary_speaks_of_quality_where_there_is_one(tmp_path):
+    """Not in plain inference, nor where a single view is predicted from; and without measures, too."""
+    (tmp_path / "scans.csv").write_text("case,file\none,one.png\ntwo,two.png\n")
+    assert "gives no review list" in summary(tmp_path, 1.0) and "is the agreement" not in summary(tmp_path, 1.0)
+    (tmp_path / "measures.csv").write_text("case,volume_ml\none,2.5\ntwo,nan\n")
+    (tmp_path / "review.csv").write_text("rank,case,quality,shift,decision,reasons\n1,one,,,,\n2,two,,,,\n")
+    lines = summary(tmp_path, 1.0).splitlines()
+    assert "nothing was noticed" in lines and lines[4].split() == ["two", "-", "-", "-", "-"]
+    (tmp_path / "review.csv").write_text("rank,case,quality,shift,decision,reasons\n1,one,0.95,,,\n")
+    (tmp_path / "measures.csv").unlink()
+    (tmp_path / "scans.csv").unlink()
+    assert "nothing was noticed; quality is the agreement" in summary(tmp_path, 1.0)
 
 
 def test_a_run_that_is_refused_does_not_sum_up_the_earlier_one(scans, models, tmp_path, capsys):
