@@ -40,8 +40,9 @@ class LoadCased(MapTransform):
     The result is, for every key, a float32 `MetaTensor` (channels, *spatial) in the file's own axes and with its
     affine (RAS, mm, whatever unit its header has). Volumes come from NIfTI, MGZ, MHA, MHD, NRRD, a DICOM file or a
     folder with one DICOM series; pictures from PNG, JPEG, TIFF, BMP, WebP, GIF and PNM, as (channels, width, height).
-    With ``spatial_dims`` 3, a 2D file becomes a volume of one slice. A label comes in the grid of its image: one that fills the same box of the world
-    with its axes flipped or in another order is turned, one that lies elsewhere is refused.
+    With ``spatial_dims`` 3, a 2D file becomes a volume of one slice. A label comes in the grid of its image: one that
+    fills the same box of the world with its axes flipped or in another order is turned, one that lies elsewhere is
+    refused.
 
     Refused are: files that are missing, empty, cut short or no scans; other shapes than asked for; NaN, infinite or
     constant images; affines without a volume, and NIfTI whose qform and sform differ; labels on another grid than their
