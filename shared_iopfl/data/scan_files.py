@@ -172,7 +172,8 @@ def _scans_below(folder: Path, root: Path, survey: _Survey, above: tuple[Path, .
     for entry in inside:
         name = _name(entry, root)
         if name in survey.own:
-            survey.pass_over("files that a run wrote", *[name] * bool(file_ending(entry)))
+            if file_ending(entry):
+                survey.pass_over("files that a run wrote", name)
         elif entry.is_dir():
             if entry.is_symlink() and any(path.is_relative_to(entry.resolve()) for path in above):
                 continue  # a loop

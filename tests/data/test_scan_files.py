@@ -135,6 +135,9 @@ def test_the_output_of_a_run_is_no_scan_either_where_its_folder_is_given(tmp_pat
     assert names(find_scans(tmp_path)) == ["exam"]
     assert names(find_scans(tmp_path, pictures=True)) == ["photo"]
     assert "3 files that a run wrote (a.png, a_overlay.png, empty.nii.gz)" in not_taken(tmp_path)
+    for name in listed[:1] + listed[2:]:
+        (tmp_path / name).unlink()
+    assert "a run wrote" not in not_taken(tmp_path)
 
 
 def test_overlays_beside_what_they_show_are_no_photographs(tmp_path):
