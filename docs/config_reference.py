@@ -12,8 +12,9 @@
 
     python docs/config_reference.py
 
-prints the tables in Markdown. A key is a *setting* if `SETTINGS` describes it; others are components or steps, which
-`COMPONENTS` describes. A new setting of a config needs one line here; a test checks it.
+renews the tables in ``reference/config.md``; a test compares them. A key is a *setting* if `SETTINGS` describes it;
+others are components or steps, which `COMPONENTS` describes. A new setting of a config needs one line here; a test
+checks it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 BUNDLES = Path(__file__).parents[1] / "bundles"
+PAGE = Path(__file__).with_name("reference") / "config.md"
+MARKER = "<!-- generated: python docs/config_reference.py -->"
 TITLES = {
     "train": "Train one site. A client of MONAI FL or NVIDIA FLARE runs this config as well.",
     "federate": "Federate over the sites of a folder, in one process.",
@@ -154,6 +157,7 @@ COMPONENTS = {
     "run_settings": "settings that are recorded in `run.json`",
     "settings": "settings that are recorded in `run.json`",
     "site_config": "settings that are passed on to `train.json`",
+    "client_config": "settings of `train.json` that each site has of its own in a federation",
     "scoring_config": "settings that are passed on to `evaluate.json`",
     "training": "settings that are passed on to `train.json`",
     "architecture": "what `manifest.json` records of the models",
@@ -235,5 +239,10 @@ def page() -> str:
     return "\n".join(lines)
 
 
+def renewed(text: str) -> str:
+    """The page ``reference/config.md`` with the tables as they are today."""
+    return text.split(MARKER)[0] + f"{MARKER}\n\n{page()}"
+
+
 if __name__ == "__main__":
-    print(page())
+    PAGE.write_text(renewed(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

@@ -10,8 +10,8 @@
 # limitations under the License.
 """The parts of the documentation that are made from the repository itself, for MkDocs.
 
-``reference/config.md`` and ``reference/api.md`` end in a marker that is replaced by what the configs and the package
-hold; the changelog and the guide for contributors are the files at the top of the repository.
+``reference/api.md`` ends in a marker that is replaced by what the package holds; the changelog and the guide for
+contributors are the files at the top of the repository.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS))
 
 import api_reference  # noqa: E402
-import config_reference  # noqa: E402
 
 MARKER = "<!-- generated -->"
 TOP = {"changelog.md": "CHANGELOG.md", "contributing.md": "CONTRIBUTING.md"}
@@ -46,6 +45,4 @@ def on_files(files: Files, config: Any) -> Files:
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Fill in what is generated."""
-    made = {"reference/config.md": config_reference.page, "reference/api.md": api_reference.page}
-    make = made.get(page.file.src_uri)
-    return markdown if make is None else markdown.replace(MARKER, make())
+    return markdown.replace(MARKER, api_reference.page()) if page.file.src_uri == "reference/api.md" else markdown

@@ -76,6 +76,12 @@ def test_every_config_key_is_in_the_reference(path: Path) -> None:
             assert key in reference["SETTINGS"], f"say in docs/config_reference.py what {key} means"
 
 
+def test_the_reference_is_that_of_the_configs() -> None:
+    """``python docs/config_reference.py`` renews it."""
+    page = (DOCS / "reference" / "config.md").read_text(encoding="utf-8")
+    assert runpy.run_path(str(DOCS / "config_reference.py"))["renewed"](page) == page
+
+
 def test_the_api_reference_has_every_public_module() -> None:
     page = runpy.run_path(str(DOCS / "api_reference.py"))["page"]()
     for path in (ROOT / "shared_iopfl").rglob("*.py"):

@@ -17,6 +17,7 @@ import inspect
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -116,20 +117,19 @@ def _run(command: str, words: Sequence[str]) -> None:
     options, rest = _parser(command).parse_args([*flags, *others[:end]]), others[end:]
     names = ("dataset_dir", "output_dir")
     settings = {**parse_settings(rest), **{name: getattr(options, folder) for name, folder in zip(names, folders)}}
-    began = time.monotonic()
-    try:
-        run_config(options.TASK, config, settings, options.amount)
-    finally:
-        if command == "segment" and options.amount != "quiet":
-            _sum_up(options.OUT, time.monotonic() - began)
+    summed_up = command == "segment" and options.amount != "quiet"
+    at_end = partial(_sum_up, options.OUT, time.monotonic()) if summed_up else None
+    run_config(options.TASK, config, settings, options.amount, at_end)
 
 
-def _sum_up(output_dir: str, seconds: float) -> None:
+def _sum_up(output_dir: str, began: float) -> None:
+    """Print what this run did, unless it ended before it did anything: then the folder may hold an earlier one."""
     from shared_iopfl.commands.summary import has_results, summary
+    from shared_iopfl.evaluation.run.folder import has_begun
 
-    if has_results(output_dir):
+    if has_begun(output_dir) and has_results(output_dir):
         sys.stderr.flush()
-        print(summary(output_dir, seconds))
+        print(summary(output_dir, time.monotonic() - began))
 
 
 def _parser(command: str) -> argparse.ArgumentParser:

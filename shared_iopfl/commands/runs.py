@@ -17,7 +17,7 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from typing import Any
 
@@ -78,7 +78,13 @@ def _as_overrides(settings: Mapping[str, Any]) -> dict[str, Any]:
     return as_values(settings)
 
 
-def run_config(task: str, config: str, settings: Mapping[str, Any], amount: str = "usual") -> None:
+def run_config(
+    task: str,
+    config: str,
+    settings: Mapping[str, Any],
+    amount: str = "usual",
+    at_end: Callable[[], None] | None = None,
+) -> None:
     """Run a config of a bundle from its ``initialize`` to its ``finalize``.
 
     Args:
@@ -87,6 +93,7 @@ def run_config(task: str, config: str, settings: Mapping[str, Any], amount: str 
         settings: values that replace those of the config; text among them stays text.
         amount: of `AMOUNTS`. "quiet" shows errors alone; "usual" shows progress, warnings and what the config prints;
             "verbose" shows all that `python -m monai.bundle run` does.
+        at_end: called once the run is over or has failed, while it still has its folder; not after Ctrl-C.
 
     Raises:
         InputError: as the config's steps raise it, and for text that the config would evaluate.
@@ -106,12 +113,17 @@ def run_config(task: str, config: str, settings: Mapping[str, Any], amount: str 
         try:
             workflow.initialize()
             workflow.run()
+        except KeyboardInterrupt:
+            at_end = None
+            raise
         except Exception as error:  # MONAI wraps what an expression raises
             cause = root_input_error(error)
             if cause is None:
                 raise
             raise InputError(str(cause)) from error
         finally:
+            if at_end is not None:
+                at_end()
             workflow.finalize()
 
 

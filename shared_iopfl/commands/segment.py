@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from nibabel.spatialimages import SpatialImage
 
 from shared_iopfl.commands.runs import run_config
 from shared_iopfl.data.scan_files import find_scans
 from shared_iopfl.data.scan_names import PICTURES, VOLUMES, file_ending
+from shared_iopfl.data.volumes.geometry import check_affine
 from shared_iopfl.evaluation.run.results import read_served
 from shared_iopfl.utils.errors import InputError
 
@@ -52,7 +54,11 @@ class Segmentation:
 
 
 def segment(
-    task: str, scan: str | Path | np.ndarray, affine: np.ndarray | None = None, amount: str = "quiet", **settings: Any
+    task: str,
+    scan: str | Path | np.ndarray | SpatialImage,
+    affine: np.ndarray | None = None,
+    amount: str = "quiet",
+    **settings: Any,
 ) -> Segmentation:
     """Segment one scan with the inference of a bundle.
 
@@ -65,8 +71,9 @@ def segment(
 
     Args:
         task: a task, such as "prostate" or "fundus", or the folder of a bundle.
-        scan: a file, the folder of a DICOM series, a volume (X, Y, Z), or an RGB picture (height, width, 3) of uint8.
-        affine: of a volume, (4, 4), voxel indices to RAS in mm.
+        scan: a file, the folder of a DICOM series, a nibabel image, a volume (X, Y, Z), or an RGB picture (height,
+            width, 3), of uint8 or of floats from 0 to 1.
+        affine: of a volume, (4, 4), voxel indices to RAS in mm; a nibabel image has its own.
         amount: of text that is shown: "quiet", "usual" or "verbose".
         settings: keys of the bundle's ``inference.json``, such as ``ckpt_dir`` or ``preset``.
 
@@ -79,37 +86,62 @@ def segment(
     """
     with tempfile.TemporaryDirectory(prefix="iopfl_") as folder:
         out = Path(folder) / "masks"
-        source = Path(scan) if isinstance(scan, (str, Path)) else _written(np.asarray(scan), affine, Path(folder))
+        given = isinstance(scan, (str, Path))
+        source = Path(scan) if given else _written(scan, affine, Path(folder))  # type: ignore[arg-type]
         if source.is_dir() and (count := len(find_scans(source))) > 1:
             raise InputError(f"{source} holds {count} scans: give one, or run iopfl segment on the folder.")
         settings = {"overlays": False, "empty_masks": "allow", **settings}
-        run_config(task, "inference", {**settings, "dataset_dir": str(source), "output_dir": str(out)}, amount)
+        try:
+            run_config(task, "inference", {**settings, "dataset_dir": str(source), "output_dir": str(out)}, amount)
+        except InputError as error:
+            if given:
+                raise
+            # the caller knows of no file
+            raise InputError(str(error).replace(str(source), "the scan").replace(source.name, "the scan")) from None
         (one,) = read_served(out)
         mask, mask_affine = _mask(next(path for path in sorted(out.iterdir()) if _is_mask(path)))
     return Segmentation(mask, mask_affine, one.quality, one.routes, one.measures, one.reasons)
 
 
-def _written(array: np.ndarray, affine: np.ndarray | None, folder: Path) -> Path:
+def _written(scan: Any, affine: np.ndarray | None, folder: Path) -> Path:
     """A scan in memory as a file, which the bundle reads and checks as any other."""
+    import nibabel as nib
+
+    is_image = isinstance(scan, SpatialImage)
+    array = np.asarray(scan.dataobj if is_image else scan)
+    affine = scan.affine if is_image and affine is None else affine
     if array.ndim != 3 or not np.issubdtype(array.dtype, np.number):
-        raise InputError(f"a scan is an array of numbers (X, Y, Z) or (height, width, 3), but this has {array.shape}.")
+        raise InputError(
+            f"a scan is an array of numbers, (X, Y, Z) or (height, width, 3), but this is {array.dtype} {array.shape}."
+        )
     if affine is None:
-        if array.dtype != np.uint8 or array.shape[-1] != 3:
-            raise InputError(
-                f"a volume of {array.dtype} {array.shape} needs its affine: segment(task, volume, affine)."
-            )
         from PIL import Image
 
         path = folder / f"{CASE}.png"
-        Image.fromarray(array).save(path)
+        Image.fromarray(_as_picture(array)).save(path)
         return path
     if np.shape(affine) != (4, 4):
         raise InputError(f"an affine has shape (4, 4), but this one has {np.shape(affine)}.")
-    import nibabel as nib
-
+    affine = np.asarray(affine, dtype=np.float64)
+    check_affine(affine, Path("the scan"))
+    image = nib.Nifti1Image(array.astype(np.float32), affine)
+    if isinstance(scan, nib.Nifti1Pair):
+        image.header["xyzt_units"] = scan.header["xyzt_units"]
     path = folder / f"{CASE}.nii"
-    nib.save(nib.Nifti1Image(array.astype(np.float32), np.asarray(affine, dtype=np.float64)), path)
+    nib.save(image, path)
     return path
+
+
+def _as_picture(array: np.ndarray) -> np.ndarray:
+    """An RGB picture in memory as uint8."""
+    if array.shape[-1] == 3 and array.dtype == np.uint8:
+        return array
+    if array.shape[-1] == 3 and np.issubdtype(array.dtype, np.floating) and array.min() >= 0 and array.max() <= 1:
+        return (array * 255).round().astype(np.uint8)
+    raise InputError(
+        "a volume needs its affine, segment(task, volume, affine), and a picture is (height, width, 3), of uint8 or of "
+        f"floats from 0 to 1, but this is {array.dtype} {array.shape}."
+    )
 
 
 def _is_mask(path: Path) -> bool:

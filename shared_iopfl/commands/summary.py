@@ -26,7 +26,7 @@ DASH = "-"
 
 def has_results(output_dir: str | Path) -> bool:
     """Whether a run has served scans or named some that failed."""
-    return any((Path(output_dir) / name).is_file() for name in ("measures.csv", "failed.csv"))
+    return any((Path(output_dir) / name).is_file() for name in ("measures.csv", "failed.csv", "scans.csv"))
 
 
 def summary(output_dir: str | Path, seconds: float) -> str:
@@ -47,7 +47,7 @@ def summary(output_dir: str | Path, seconds: float) -> str:
     if served:
         lines += ["", *_table(served[:SHOWN])]
         lines += [f"... and {len(served) - SHOWN} more: see {out / 'review.csv'}"] * (len(served) > SHOWN)
-        lines += ["", _first(served)]
+        lines += ["", _first(served, (out / "review.csv").is_file())]
     lines += [f"failed: {shortened(row['case'], WIDEST)}: {row['reason']}" for row in failed[:SHOWN]]
     lines += [f"... and {len(failed) - SHOWN} more: see {out / 'failed.csv'}"] * (len(failed) > SHOWN)
     lines += [
@@ -65,7 +65,10 @@ def _table(served: Sequence[ServedScan]) -> list[str]:
     rows = [
         [
             shortened(scan.case, WIDEST),
-            *(_figure(scan.measures.get(name), 2 if max(scan.measures.values()) <= 1 else 1) for name in measures),
+            *(
+                _figure(scan.measures.get(name), 2 if max(scan.measures.values(), default=0) <= 1 else 1)
+                for name in measures
+            ),
             _figure(scan.quality, 2),
             _figure(scan.seconds, 1),
             scan.reasons or DASH,
@@ -86,12 +89,15 @@ def _figure(value: float | None, digits: int) -> str:
     return DASH if value is None else f"{value:.{digits}f}"
 
 
-def _first(served: Sequence[ServedScan]) -> str:
+def _first(served: Sequence[ServedScan], reviewed: bool) -> str:
     """What to check first, in one line."""
+    if not reviewed:
+        return "which masks to check first is not known: plain inference gives no review list"
     noticed = [scan for scan in served if scan.reasons]
     if noticed:
         named = ", ".join(shortened(scan.case, WIDEST) for scan in noticed[:3]) + ", ..." * (len(noticed) > 3)
         return f"check first: {named} ({len(noticed)} of {len(served)} masks were noticed)"
     if served[0].quality is not None and len(served) > 1:
         return f"check first: {shortened(served[0].case, WIDEST)}, whose views agree least"
-    return "nothing was noticed; quality is the agreement of the views of a scan, no estimate of its Dice"
+    meaning = "; quality is the agreement of the views of a scan, no estimate of its Dice"
+    return "nothing was noticed" + meaning * (served[0].quality is not None)

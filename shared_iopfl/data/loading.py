@@ -28,7 +28,7 @@ from monai.utils import ensure_tuple_rep
 from shared_iopfl.data.scan_names import ITK, NIBABEL, PICTURES, VOLUMES, file_ending, is_dicom
 from shared_iopfl.data.volumes.dicom import DicomReader
 from shared_iopfl.data.volumes.geometry import check_affine, describe_grid, in_grid_of
-from shared_iopfl.data.volumes.headers import check_header, import_itk
+from shared_iopfl.data.volumes.headers import check_header, import_itk, millimetres
 from shared_iopfl.utils.errors import InputError
 
 ROUNDING = 1e-3  # by which a label may be off a whole number
@@ -38,10 +38,11 @@ class LoadCased(MapTransform):
     """Load a case's image and label, or say in one line what is wrong with which file.
 
     The result is, for every key, a float32 `MetaTensor` (channels, *spatial) in the file's own axes and with its
-    affine (RAS, mm). Volumes come from NIfTI, MGZ, MHA, MHD, NRRD, a DICOM file or a folder with one DICOM series;
-    pictures from PNG, JPEG, TIFF, BMP, WebP, GIF and PNM, as (channels, width, height). With ``spatial_dims`` 3, a 2D
-    file becomes a volume of one slice. A label comes in the grid of its image: one that fills the same box of the world
-    with its axes flipped or in another order is turned, one that lies elsewhere is refused.
+    affine (RAS, mm, whatever unit its header has). Volumes come from NIfTI, MGZ, MHA, MHD, NRRD, a DICOM file or a
+    folder with one DICOM series; pictures from PNG, JPEG, TIFF, BMP, WebP, GIF and PNM, as (channels, width, height).
+    With ``spatial_dims`` 3, a 2D file becomes a volume of one slice. A label comes in the grid of its image: one that
+    fills the same box of the world with its axes flipped or in another order is turned, one that lies elsewhere is
+    refused.
 
     Refused are: files that are missing, empty, cut short or no scans; other shapes than asked for; NaN, infinite or
     constant images; affines without a volume, and NIfTI whose qform and sform differ; labels on another grid than their
@@ -126,6 +127,7 @@ class LoadCased(MapTransform):
 
         affine = to_affine_nd(3, np.asarray(loaded.affine, dtype=np.float64))
         check_affine(affine, path)
+        affine[:3] *= millimetres(path)
         # of the metadata what later transforms and the writer need: the rest differs from format to format, and then
         # cases of one site could not be put into one batch
         meta = {

@@ -12,9 +12,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,6 +38,7 @@ from shared_iopfl.data.scan_names import (
 from shared_iopfl.data.volumes.dicom_headers import is_no_image, series_description
 from shared_iopfl.data.volumes.label_maps import is_label_map
 from shared_iopfl.utils.errors import InputError
+from shared_iopfl.utils.reading import read_bounded
 from shared_iopfl.utils.tables import write_rows
 
 if TYPE_CHECKING:
@@ -45,7 +48,9 @@ Case = dict[str, str]
 logger = logging.getLogger(__name__)
 NOT_TAKEN = ("file", "reason")
 SHOWN = 3  # names a reason
-RUN = "run.json"  # in a folder that a run of this program wrote
+RUN, WRITTEN = "run.json", "written.jsonl"  # in a folder that a run of this program wrote; the latter lists its files
+LARGEST_LIST = 2**30
+OVERLAY = "_overlay"  # ends the name of a run's picture of a scan with its mask
 PARTS = (".raw", ".zraw", ".raw.gz", ".img")  # of a scan whose header is a file of its own
 
 
@@ -56,7 +61,7 @@ def find_scans(path: str | Path, pictures: bool = False) -> list[Case]:
         path: one scan (NIfTI, MGZ, MHA, MHD, NRRD, a picture, a DICOM file), or a folder. Of a folder count all scans
             in it and below it; a folder that holds DICOM files is one scan. What is passed over, `not_taken` tells:
             masks, by their names, their folders or their few whole numbers; pictures where there are volumes; the
-            output of a run; files of other kinds.
+            output of a run, and its overlays where they lie beside what they show; files of other kinds.
         pictures: whether pictures are wanted, and volumes are what is passed over.
 
     Raises:
@@ -128,6 +133,7 @@ class _Survey:
 
     scans: list[Path] = field(default_factory=list)
     others: dict[str, list[str]] = field(default_factory=dict)
+    own: set[str] = field(default_factory=set)  # what a run has listed as its own
 
     def pass_over(self, reason: str, *names: str) -> None:
         self.others.setdefault(reason, []).extend(names)
@@ -145,7 +151,7 @@ def _survey(root: Path, pictures: bool) -> _Survey:
         raise InputError(f"no such file or folder: {root}")
     if not root.is_dir():
         return _Survey([root] if file_ending(root) or is_dicom(root) else [])
-    survey = _Survey()
+    survey = _Survey(own=_written_by_a_run(root))
     found = sorted(_scans_below(root, root, survey))
     volumes = [scan for scan in found if file_ending(scan) not in PICTURES]
     for scan in found if pictures else ():
@@ -165,7 +171,10 @@ def _scans_below(folder: Path, root: Path, survey: _Survey, above: tuple[Path, .
     whole = {case_name(entry) for entry in inside if file_ending(entry) in (".hdr", ".mhd", ".nhdr")}
     for entry in inside:
         name = _name(entry, root)
-        if entry.is_dir():
+        if name in survey.own:
+            if file_ending(entry):
+                survey.pass_over("files that a run wrote", name)
+        elif entry.is_dir():
             if entry.is_symlink() and any(path.is_relative_to(entry.resolve()) for path in above):
                 continue  # a loop
             if entry.name.lower() in MASK_FOLDERS:
@@ -190,8 +199,18 @@ def _scans_below(folder: Path, root: Path, survey: _Survey, above: tuple[Path, .
         yield folder
 
 
+def _written_by_a_run(folder: Path) -> set[str]:
+    """What a run of this program has listed as its own in a folder, relative to it."""
+    names: set[str] = set()
+    if (folder / RUN).is_file() and (folder / WRITTEN).is_file():
+        for line in read_bounded(folder / WRITTEN, LARGEST_LIST).decode(errors="replace").splitlines():
+            with suppress(ValueError, TypeError, KeyError, RecursionError):  # the line at which a run was killed
+                names.add(str(json.loads(line)["file"]))
+    return names
+
+
 def _without_masks(found: list[Path], root: Path, survey: _Survey) -> list[Path]:
-    """The scans that are no masks by their names, and a scan beside them, or by their values."""
+    """The scans that are no masks or overlays by their names, and a scan beside them, or masks by their values."""
     base = {scan: base_of_mask(scan) if scan.is_file() else None for scan in found}
     named = {scan for scan in found if base[scan] is not None}
     scans_in: dict[Path, set[str]] = {}
@@ -203,11 +222,19 @@ def _without_masks(found: list[Path], root: Path, survey: _Survey) -> list[Path]
         beside = scans_in.get(scan.parent, set())
         if scan in named and (base[scan] in beside or (base[scan] == "" and beside)):
             survey.pass_over("masks by their names", _name(scan, root))
+        elif file_ending(scan) == ".png" and _base_of_overlay(scan) in beside:
+            survey.pass_over("overlays by their names", _name(scan, root))
         elif scan.is_file() and file_ending(scan) in VOLUMES and is_label_map(scan):
             survey.pass_over("volumes of a few whole numbers, as masks are", _name(scan, root))
         else:
             kept.append(scan)
     return kept
+
+
+def _base_of_overlay(picture: Path) -> str | None:
+    """The name of the scan that an overlay's name says it shows, in lower case; None where no overlay is named so."""
+    name = case_name(picture).lower()
+    return name.removesuffix(OVERLAY) if name.endswith(OVERLAY) else None
 
 
 def _name(path: Path, root: Path) -> str:

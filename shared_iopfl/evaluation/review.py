@@ -24,6 +24,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import torch
 from ignite.engine import Engine
 from scipy.stats import spearmanr
 
@@ -66,7 +67,7 @@ class ReviewRecorder(ServedRecorder):
         for batch, output in served_scans(engine):
             if "report" in output:
                 remarks = getattr(batch.get("image"), "meta", {}).get("remarks", "")
-                self.reports[reported_case(batch)] = {**output["report"], "remarks": remarks}
+                self.reports[reported_case(batch)] = {**output["report"], "remarks": remarks, **_written(output)}
                 self.newest.append(reported_case(batch))
         if self.newest:
             self.write()
@@ -86,6 +87,13 @@ class ReviewRecorder(ServedRecorder):
         rows = review_rows(self.reports, LARGE_SHIFT * usual or math.inf)
         if rows:
             write_rows(self.output_dir / "review.csv", COLUMNS, rows)
+
+
+def _written(output: Mapping[str, Any]) -> dict[str, bool]:
+    """Whether the mask that is written is empty; nothing where the output is none, but what a network gives."""
+    mask = output.get("pred")
+    known = isinstance(mask, torch.Tensor) and not mask.is_floating_point()
+    return {"empty": not torch.count_nonzero(mask)} if known else {}
 
 
 def review_rows(reports: Mapping[str, Mapping[str, Any]], large_shift: float = math.inf) -> list[dict[str, Any]]:
@@ -115,10 +123,10 @@ def review_rows(reports: Mapping[str, Mapping[str, Any]], large_shift: float = m
 def _reasons(report: Mapping[str, Any], large_shift: float) -> Iterable[str]:
     if report.get("remarks"):
         yield str(report["remarks"])  # of those who read and cropped the picture
-    areas = report.get("areas", ())
-    if areas and not any(areas):
+    areas = report.get("areas", ())  # as the network sees the scan: a small target may be lost on the way back
+    if report.get("empty", bool(areas) and not any(areas)):
         yield "empty mask"
-    elif not all(areas):
+    elif any(areas) and not all(areas):
         yield from (f"target {number} is missing" for number, area in enumerate(areas, 1) if not area)
     elif report.get("quality", 1.0) < DISAGREEMENT:
         yield "views disagree"

@@ -24,8 +24,9 @@ from tiny_scans import AFFINES, PICTURE, dicom_series, nifti
 
 from shared_iopfl.commands.main import RUNS, TOOLS, main
 from shared_iopfl.commands.runs import parse_settings, run_config
+from shared_iopfl.commands.summary import summary
 from shared_iopfl.models.bundles import find_bundle, own_bundles
-from shared_iopfl.utils.errors import InputError
+from shared_iopfl.utils.errors import InputError, one_line_errors
 
 ROOT = Path(__file__).parents[2]
 TINY = ["--image_size", "32", "--features", "4", "--device", "cpu", "--empty_masks", "allow"]
@@ -124,6 +125,47 @@ def test_a_segmentation_ends_with_a_summary(scans, models, tmp_path, capsys):
     assert "_target_" not in said.out + said.err and "INFO" not in said.out + said.err
     assert (out / "not_taken.csv").read_text().splitlines() == ["file,reason", "notes.txt,files of other kinds"]
     assert (out / "one.nii.gz").is_file()
+
+
+def test_a_summary_speaks_of_quality_where_there_is_one(tmp_path):
+    """Not in plain inference, nor where a single view is predicted from; and without measures, too."""
+    (tmp_path / "scans.csv").write_text("case,file\none,one.png\ntwo,two.png\n")
+    assert "gives no review list" in summary(tmp_path, 1.0) and "is the agreement" not in summary(tmp_path, 1.0)
+    (tmp_path / "measures.csv").write_text("case,volume_ml\none,2.5\ntwo,nan\n")
+    (tmp_path / "review.csv").write_text("rank,case,quality,shift,decision,reasons\n1,one,,,,\n2,two,,,,\n")
+    lines = summary(tmp_path, 1.0).splitlines()
+    assert "nothing was noticed" in lines and lines[4].split() == ["two", "-", "-", "-", "-"]
+    (tmp_path / "review.csv").write_text("rank,case,quality,shift,decision,reasons\n1,one,0.95,,,\n")
+    (tmp_path / "measures.csv").unlink()
+    (tmp_path / "scans.csv").unlink()
+    assert "nothing was noticed; quality is the agreement" in summary(tmp_path, 1.0)
+
+
+def test_a_run_that_is_refused_does_not_sum_up_the_earlier_one(scans, models, tmp_path, capsys):
+    """Neither where it asks for a folder that is in use, nor where it ends before it replaced anything."""
+    out, settings = tmp_path / "masks", ["--ckpt_dir", str(models), *TINY, "--overlays", "False"]
+    main(["segment", "prostate", str(scans / "one.nii.gz"), str(out), *settings])
+    assert "1 scan in " in capsys.readouterr().out
+    for more in ([], ["--overwrite", "--routing", "{'tail': 1}"]):
+        with pytest.raises(InputError):
+            main(["segment", "prostate", str(scans / "two.nii.gz"), str(out), *settings, *more])
+        assert capsys.readouterr().out == ""
+
+
+def test_ctrl_c_says_how_to_go_on_and_no_summary(scans, models, tmp_path, capsys, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("shared_iopfl.evaluation.run.provenance.InferenceRecorder.__call__", interrupt)
+    out, settings = tmp_path / "masks", ["--ckpt_dir", str(models), *TINY, "--overlays", "False"]
+    with pytest.raises(KeyboardInterrupt) as ended:
+        main(["segment", "prostate", str(scans / "one.nii.gz"), str(out), *settings])
+    one_line_errors()
+    with pytest.raises(SystemExit):
+        sys.excepthook(KeyboardInterrupt, ended.value, None)
+    said = capsys.readouterr()
+    assert said.out == "" and (out / "measures.csv").is_file()
+    assert f"interrupted: {out} holds what was done so far; the same command with --overwrite True" in said.err
 
 
 def test_quiet_prints_nothing_and_verbose_uses_the_bundle_s_logging(scans, models, tmp_path, capsys):

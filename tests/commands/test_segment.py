@@ -34,6 +34,7 @@ def test_a_volume_in_memory_and_its_file_give_the_same(models, tmp_path):
     assert isinstance(one, Segmentation)
     assert one.mask.shape == VOLUME.shape and one.mask.dtype == np.uint8 and one.mask.any()
     assert np.array_equal(one.mask, other.mask)
+    assert np.array_equal(one.mask, segment("prostate", nib.load(path), ckpt_dir=str(models), **TINY).mask)
     assert np.allclose(one.affine, affine, atol=1e-5) and np.allclose(other.affine, affine, atol=1e-5)
     assert one.routes == other.routes and set(one.routes) == {"A", "B", "global"}
     assert sum(one.routes.values()) == pytest.approx(1, abs=1e-4)
@@ -56,6 +57,7 @@ def test_a_picture_in_memory_gives_a_mask_of_its_height_and_width(fundus_models)
     result = segment("fundus", picture, **settings)
     assert result.mask.shape == picture.shape[:2] and result.mask.any() and result.affine is None
     assert "vertical_cup_to_disc_ratio" in result.measures or result.reasons
+    assert np.array_equal(segment("fundus", picture / 255, **settings).mask, result.mask)
 
 
 def test_an_empty_mask_is_returned_as_one(models):
@@ -69,7 +71,10 @@ def test_an_empty_mask_is_returned_as_one(models):
         (VOLUME, None, "needs its affine"),
         (VOLUME[0], np.eye(4), "array of numbers"),
         (VOLUME, np.eye(3), "shape"),
-        (np.full((4, 4, 4), np.nan), np.eye(4), "NaN"),
+        (np.full((4, 4, 4), np.nan), np.eye(4), "^the scan holds 64 NaN"),
+        (VOLUME, np.zeros((4, 4)), "^the scan has a broken affine"),
+        (PICTURE.astype(np.uint16), None, r"of uint8 or of floats from 0 to 1, but this is uint16 \(20, 30, 3\)"),
+        (np.moveaxis(PICTURE, 2, 0), None, r"\(height, width, 3\)"),
         ("/no/such/scan.nii.gz", None, "no such file"),
     ],
 )

@@ -124,6 +124,29 @@ def test_the_output_of_a_run_is_no_scan(tmp_path):
     assert "1 folders that a run wrote (masks_of_mine/)" in not_taken(tmp_path)
 
 
+def test_the_output_of_a_run_is_no_scan_either_where_its_folder_is_given(tmp_path):
+    """What its list names: masks, empty ones too, and pictures; what was put there by others counts."""
+    nifti(tmp_path / "empty.nii.gz", MASK * np.uint8(0))
+    scan(tmp_path / "exam.nii.gz")
+    touch(tmp_path, "run.json", "a.png", "a_overlay.png", "photo.png")
+    listed = ("empty.nii.gz", "run.json", "a.png", "a_overlay.png")
+    lines = "".join(f'{{"file": "{name}"}}\n' for name in listed)
+    (tmp_path / "written.jsonl").write_text(f'{lines}{{"fi')
+    assert names(find_scans(tmp_path)) == ["exam"]
+    assert names(find_scans(tmp_path, pictures=True)) == ["photo"]
+    assert "3 files that a run wrote (a.png, a_overlay.png, empty.nii.gz)" in not_taken(tmp_path)
+    for name in listed[:1] + listed[2:]:
+        (tmp_path / name).unlink()
+    assert "a run wrote" not in not_taken(tmp_path)
+
+
+def test_overlays_beside_what_they_show_are_no_photographs(tmp_path):
+    """A photograph of such a name alone stays."""
+    touch(tmp_path, "a.jpg", "A_overlay.png", "b_overlay.png", "_overlay.png")
+    assert names(find_scans(tmp_path, pictures=True)) == ["_overlay", "a", "b_overlay"]
+    assert "1 overlays by their names (A_overlay.png)" in not_taken(tmp_path, pictures=True)
+
+
 def test_every_kind_that_the_libraries_read_is_taken(tmp_path):
     """A header and its voxels are one scan."""
     pictures = [f"{ending[1:]}{ending}" for ending in PICTURES]

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from ignite.engine import Engine
 from monai.engines import SupervisedEvaluator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -93,6 +94,20 @@ def test_a_scan_whose_views_disagree_comes_first_but_after_an_empty_mask(tmp_pat
     assert [row["reasons"].split("; ")[0] for row in rows[:2]] == ["empty mask", "views disagree"]
     assert all(float(row["shift"]) > 0 and row["decision"] == "start" for row in rows)
     assert "quality" in (tmp_path / "routes.json").read_text(encoding="utf-8")
+
+
+def test_the_mask_that_is_written_counts_as_empty_or_not(tmp_path: Path) -> None:
+    """A small organ is lost where the mask comes back to the scan's grid; areas are rounded."""
+    recorder, engine = ReviewRecorder(routing(), str(tmp_path)), Engine(lambda *_: None)
+    masks = {"lost": torch.zeros(1, 4, 4, dtype=torch.uint8), "tiny": torch.eye(4, dtype=torch.uint8)[None]}
+    reports = {"lost": {"areas": [0.01], "quality": 0.95}, "tiny": {"areas": [0.0], "quality": 0.95}}
+    engine.state.batch = [{"image": scan(5.0), "case": case} for case in masks]
+    engine.state.output = [{"pred": masks[case], "report": reports[case]} for case in masks]
+    recorder.record(engine)
+    assert {row["case"]: row["reasons"] for row in read_rows(tmp_path / "review.csv")} == {
+        "lost": "empty mask",
+        "tiny": "",
+    }
 
 
 def test_the_list_of_a_site_s_own_network_needs_no_routes(tmp_path: Path) -> None:

@@ -156,7 +156,7 @@ class CropToDiscd(MapTransform, InvertibleTransform):
         if disc.confidence < least:
             raise InputError(
                 f"no optic disc found in {_file(image)} (confidence {disc.confidence:.2f}, needed {least:g}): give a "
-                'disc crop and set crop="never"'
+                "disc crop and set --crop never"
             )
         if self.crop == "crops" or (self.crop == "auto" and not disc.whole):
             return (0, 0), shape, disc.confidence, self._remarks(disc, shape)

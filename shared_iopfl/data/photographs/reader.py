@@ -188,7 +188,7 @@ class PhotographReader(_PictureReader):
         """Three equal channels of one grey one, if that is wanted."""
         if self.grey == "refuse":
             raise InputError(
-                f'expected colour (RGB), got {what} in {name}: give the colour photograph or grey="replicate"'
+                f"expected colour (RGB), got {what} in {name}: give the colour photograph, or set --grey replicate"
             )
         return np.repeat(grey[..., None], 3, axis=-1)
 

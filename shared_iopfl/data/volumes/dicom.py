@@ -25,7 +25,7 @@ import numpy as np
 from monai.data import ITKReader
 from monai.utils import ensure_tuple
 
-from shared_iopfl.data.scan_names import is_dicom
+from shared_iopfl.data.scan_names import entries, is_dicom
 from shared_iopfl.data.volumes.dicom_headers import is_no_image
 from shared_iopfl.data.volumes.headers import import_itk
 from shared_iopfl.utils.errors import InputError
@@ -89,9 +89,19 @@ class DicomReader(ITKReader):
                 )
         else:
             files = _in_order(path, [_slice(path, file, tags[file]) for file in files])
+            if path.is_file() and tags[path][SERIES]:
+                _check_alone(itk, path, tags[path][SERIES])
         names = [str(file) for file in files]
         # single precision: slices may differ in their rescaling, and the first one's type would cut the others' values
         return itk.imread(names[0] if len(names) == 1 else names, itk.F)
+
+
+def _check_alone(itk: Any, file: Path, series: str) -> None:
+    """Raise `InputError` for one slice of a series whose other slices lie beside it."""
+    beside = [other for other in entries(file.parent) if other.is_file() and is_dicom(other) and not is_no_image(other)]
+    count = sum((_tags(itk, other) or {}).get(SERIES) == series for other in beside)
+    if count > 1:
+        raise InputError(f"{file} is one of {count} slices of a DICOM series: give their folder, {file.parent}")
 
 
 def _images(folder: Path) -> list[Path]:

@@ -22,12 +22,15 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+from nibabel.affines import voxel_sizes
 
 from shared_iopfl.data.scan_names import ITK, NIBABEL, file_ending
 from shared_iopfl.data.volumes.geometry import check_affine, check_forms
 from shared_iopfl.utils.errors import InputError
 
 MOST_VOXELS = 2**27  # of a scan: 1024 x 1024 x 128; more than any of this kind has, and 3 GB while it is prepared
+MILLIMETRES = {1: 1e3, 3: 1e-3}  # NIfTI's codes of metres and microns
+LEAST_VOXEL, LARGEST_VOXEL = 0.01, 50.0  # mm, of a scan in another unit
 SLACK = 2**20  # bytes that may follow the last voxel
 # of MHA and MHD, and of NRRD: where the voxels lie
 DATA_FILE = re.compile(rb"^\s*(?:ElementDataFile\s*[=:]|data ?file:)[ \t]*([^\r\n]*)", re.IGNORECASE | re.MULTILINE)
@@ -51,6 +54,26 @@ def check_header(path: Path) -> None:
             io.SetFileName(str(path))
             io.ReadImageInformation()
             _check_size([io.GetDimensions(axis) for axis in range(io.GetNumberOfDimensions())], path)
+
+
+def millimetres(path: Path) -> float:
+    """How many mm one unit of a file's affine is: NIfTI may be in metres or microns, and says nothing for mm.
+
+    Raises:
+        InputError: where the unit that the header names makes its voxels implausible.
+    """
+    if file_ending(path) not in NIBABEL or not path.is_file():
+        return 1.0
+    image: Any = nib.load(path)
+    code = int(image.header["xyzt_units"]) & 7 if isinstance(image, nib.Nifti1Pair) else 0
+    unit = MILLIMETRES.get(code, 1.0)
+    sizes = voxel_sizes(image.affine) * unit
+    if unit != 1 and (sizes.min() < LEAST_VOXEL or sizes.max() > LARGEST_VOXEL):
+        raise InputError(
+            f"{path} has voxels of {'x'.join(f'{size:.4g}' for size in sizes)} mm by the unit in its header "
+            "(xyzt_units): mend the unit, or the voxel size"
+        )
+    return unit
 
 
 def _check_nibabel(path: Path) -> None:

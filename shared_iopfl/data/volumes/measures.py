@@ -25,7 +25,15 @@ from nibabel.affines import voxel_sizes
 from torch import Tensor
 
 from shared_iopfl.data.masks import EachKey
-from shared_iopfl.utils.errors import InputError
+from shared_iopfl.utils.errors import InputError, warn_once
+
+
+def spacing_mm(scan: Tensor) -> list[float] | None:
+    """Voxel size in mm, or None where it is only nominal: no affine, or one that says exactly 1 mm each way."""
+    if not isinstance(scan, MetaTensor):
+        return None
+    spacing = [float(size) for size in scan.pixdim]
+    return None if all(abs(size - 1) < 1e-6 for size in spacing) else spacing
 
 
 def volume_ml(mask: Tensor) -> float:
@@ -35,9 +43,12 @@ def volume_ml(mask: Tensor) -> float:
         mask: (X, Y, Z), or with axes of length 1 before them; its affine, in mm, gives the voxel size.
 
     Returns:
-        The size; NaN where the mask has no affine.
+        The size; NaN where the mask has no affine, or one of exactly 1 mm each way, see `spacing_mm`.
     """
     if not isinstance(mask, MetaTensor):
+        return math.nan
+    if spacing_mm(mask) is None:
+        warn_once("voxels of exactly 1 mm in all directions are taken for a placeholder: no volume in ml is given")
         return math.nan
     return float(torch.count_nonzero(mask >= 1)) * float(torch.linalg.det(mask.affine[:3, :3].double()).abs()) / 1000
 

@@ -24,20 +24,13 @@ from monai.data.meta_tensor import MetaTensor
 from monai.metrics import compute_average_surface_distance, compute_dice, compute_hausdorff_distance
 from torch import Tensor
 
+from shared_iopfl.data.volumes.measures import spacing_mm
 from shared_iopfl.evaluation.run.served import served_scans
 from shared_iopfl.utils.tables import replace_rows
 
 METRICS = ("site", "role", "case", "model", "metric", "value")
 CASES = ("site", "role", "case", "model", "image", "label", "mask")
 SUMMARY = ("site", "role", "model", "metric", "mean", "sd", "min", "max", "cases")
-
-
-def _spacing(scan: Tensor) -> list[float] | None:
-    """Voxel size in mm, or None where it is only nominal: pictures, and volumes that say exactly 1 mm each way."""
-    if not isinstance(scan, MetaTensor) or scan.ndim < 4:
-        return None
-    spacing = [float(size) for size in scan.pixdim]
-    return None if all(abs(size - 1) < 1e-6 for size in spacing) else spacing
 
 
 def case_scores(pred: Tensor, reference: Tensor, targets: Sequence[str]) -> dict[str, float]:
@@ -54,7 +47,7 @@ def case_scores(pred: Tensor, reference: Tensor, targets: Sequence[str]) -> dict
     one, other = (mask.as_tensor() if isinstance(mask, MetaTensor) else mask for mask in (pred, reference))
     one, other = one[None].float(), other[None].float()
     columns = {"dice": compute_dice(one, other)[0]}
-    spacing = _spacing(reference)
+    spacing = spacing_mm(reference) if reference.ndim > 3 else None  # a picture has none
     if spacing is not None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of empty masks, whose NaN says it, and of MONAI's own calls

@@ -46,6 +46,8 @@ class RunFolder:
         self.thread = threading.current_thread()
         self.replaced: set[Path] = set()  # not in the list, but the user wants them replaced
         self.described: dict[str, Any] = {}  # of run.json, where it is not written yet
+        self.has_begun = True  # what an earlier run has left, run.json too, stays as it is until this run writes a file
+        self.is_finished = False
         self._outdated: Path | None = None  # what is below it goes with the first file of this run
         self._lock = FolderLock(folder, shown)
         self.written = Written(folder)
@@ -71,20 +73,17 @@ class RunFolder:
     def replace(self, folder: Path) -> None:
         """Remove what earlier runs wrote below a folder, once this one has something to put in its place."""
         self.written.check_unchanged(folder)
-        self._outdated = folder
-
-    @property
-    def has_begun(self) -> bool:
-        """Whether the files of an earlier run, if there were any, are removed."""
-        return self._outdated is None
+        self._outdated, self.has_begun = folder, False
 
     def begin(self) -> None:
-        """Remove what is replaced, if that was not done yet."""
-        outdated, self._outdated = self._outdated, None
+        """Remove what is replaced and write ``run.json``, if that was not done yet."""
+        if self.has_begun:
+            return
+        outdated, self._outdated, self.has_begun = self._outdated, None, True
         if outdated is not None:
             self.written.remove(outdated)
-            if self.described:
-                write_json(self.folder / RUN, self.described)
+        if self.described:
+            write_json(self.folder / RUN, self.described)
 
     def _is_kept(self, path: Path) -> bool:
         return path.is_relative_to(self.folder) and not path.name.startswith(".") and path != self.folder / LIST
@@ -107,6 +106,7 @@ class RunFolder:
         run = read_run(self.folder)
         if run.get("kind") == self.kind:
             write_json(self.folder / RUN, {**run, "status": "finished"})
+        self.is_finished = True
 
     def release(self) -> None:
         """List the last files and release the lock."""
@@ -159,6 +159,7 @@ def claim(
         if part is None or not set(run.written.below(folder)) - {folder / RUN}:
             begun = read_run(folder) if resume else {}
             run.described = {**begun, "kind": kind, "status": "unfinished", "settings": dict(settings or {})}
+            run.has_begun = run.has_begun and not begun  # what it would go on with may still refuse
             if run.has_begun:
                 write_json(folder / RUN, run.described)
     except BaseException:
@@ -207,6 +208,12 @@ def describe(output_dir: str | os.PathLike, content: Mapping[str, Any]) -> None:
     write_json(path, {**kept, **content})
 
 
+def has_begun(output_dir: str | os.PathLike) -> bool:
+    """Whether a run of this process has the folder, and nothing in it is an earlier run's that it was to replace."""
+    run = _held.get(Path(os.path.abspath(output_dir)))
+    return run is not None and run.has_begun
+
+
 def finish(output_dir: str | os.PathLike) -> None:
     """Say in ``run.json`` that a run has come to its end; nothing where no run of this process has the folder."""
     run = _held.get(Path(os.path.abspath(output_dir)))
@@ -225,7 +232,8 @@ def release(output_dir: str | os.PathLike) -> None:
     run = _held.pop(Path(os.path.abspath(output_dir)), None)
     if run is not None:
         run.release()
-        errors.when_interrupted("")
+        if run.is_finished:  # what else ends may be gone on from, as long as the process lasts
+            errors.when_interrupted("")
 
 
 def _take_over(folder: Path, shown: str | os.PathLike) -> None:

@@ -59,7 +59,8 @@ def write_run(
 
     Args:
         output_dir: of the run.
-        settings: what was asked for, name -> value.
+        settings: what was asked for, name -> value; ``client_config`` among them has those of ``train.json`` that are
+            others at each site of a federation than in a training of its own.
         dataset_dir, sites: the data; of each site its number of cases and a fingerprint of names and sizes.
         bundle_root: where it is given, the bundle's ``train.json`` is written down as it ran with these settings, for
             the first of the sites.
@@ -70,7 +71,8 @@ def write_run(
         data[site] = {"cases": len(cases), "fingerprint": fingerprint(cases)[:16]}
     content = {"settings": dict(settings), "sites": data}
     if bundle_root:
-        content["config"] = _resolved(bundle_root, {**settings, "site": sites[0], "output_dir": output_dir})
+        given = {**settings, **settings.get("client_config", {}), "site": sites[0], "output_dir": output_dir}
+        content["config"] = _resolved(bundle_root, given)
     _write(output_dir, content)
 
 

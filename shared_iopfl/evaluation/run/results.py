@@ -53,6 +53,8 @@ class ServedScan:
 def read_served(output_dir: str | os.PathLike) -> list[ServedScan]:
     """The scans of a run that got a mask, in the order of ``review.csv``, those that it does not list after it.
 
+    Of a run without review, measures and routes ``scans.csv`` tells them, which is written at its end.
+
     Raises:
         InputError: when a table of the run is not as a run writes it.
     """
@@ -61,8 +63,10 @@ def read_served(output_dir: str | os.PathLike) -> list[ServedScan]:
     measures = {row.pop("case"): row for row in _rows(folder / "measures.csv", "case")}
     routes = _routes(folder / "routes.json")
     whole_site = routes.pop(SITE, {}) if SITE not in measures and SITE not in review else {}
+    failed = {row["case"] for row in read_failed(folder)}
+    scans = [row["case"] for row in _rows(folder / "scans.csv", "case") if row["case"] not in failed]
     served = []
-    for case in dict.fromkeys([*review, *measures, *routes]):
+    for case in dict.fromkeys([*review, *measures, *routes, *scans]):
         facts = routes.get(case, {})
         served.append(
             ServedScan(

@@ -78,6 +78,9 @@ def test_federation_leaves_its_files(federated: Path) -> None:
     assert all(0 <= float(row[key]) <= 1 for row in statistics for key in ("global", "own"))
     html = (federated / "report.html").read_text(encoding="utf-8")
     assert "</html>" in html
+    assert ">finished<" in html and ">unfinished<" not in html
+    settings = json.loads((federated / "run.json").read_text())["settings"]
+    assert settings["val_interval"] == LEARN["val_interval"] and settings["client_config"]["val_interval"] == 0
     assert "vcdr error" in html
     assert "Left out" not in html
     assert [path for path in federated.rglob(".*") if path.is_file()] == []

@@ -27,7 +27,9 @@ from prostate_runs import BUNDLE, Run, dice, load, mask_of, rows, weights
 from shared_iopfl.data.sites import site_cases
 
 
-def test_train_evaluate_infer(sites_dir: Path, tmp_path: Path, run_config: Run) -> None:
+def test_train_evaluate_infer(
+    sites_dir: Path, tmp_path: Path, run_config: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A site alone: training leaves plain models and curves, which evaluation scores and inference serves."""
     models, output = tmp_path / "models", tmp_path / "eval"
     common = {"ckpt_dir": models, "output_dir": output}
@@ -38,6 +40,7 @@ def test_train_evaluate_infer(sites_dir: Path, tmp_path: Path, run_config: Run) 
     run_config("evaluate", dataset_dir=sites_dir, site="A", split="test", **common)
     test_cases = {case["case"] for case in site_cases(sites_dir, "A", "test")}
     assert {row["case"] for row in rows(output / "metrics.csv")} == test_cases
+    assert "dice (%)" in capsys.readouterr().out
 
     untrained = {"empty_masks": "allow"}
     run_config("inference", dataset_dir=sites_dir / "E", ckpt_dir=models, output_dir=tmp_path / "masks", **untrained)

@@ -53,7 +53,7 @@ def landscape() -> np.ndarray:
 )
 def test_pictures_without_a_disc_are_refused_naming_the_file(picture):
     image = MetaTensor(tensor(picture), meta={"filename_or_obj": "x.jpg"})
-    with pytest.raises(InputError, match=r'no optic disc found in x\.jpg .*set crop="never"'):
+    with pytest.raises(InputError, match=r"no optic disc found in x\.jpg .*set --crop never"):
         CropToDiscd("image")({"image": image})
     assert CropToDiscd("image", crop="never")({"image": image})["image"].shape == image.shape
 

@@ -111,6 +111,14 @@ def test_two_images_at_one_place(tmp_path):
     refused(dicom_series(tmp_path / "t", SERIES, place=lambda k: min(k, 3)), "two images at one place")
 
 
+def test_one_slice_of_a_series_is_no_scan(tmp_path):
+    """Unless it is all that there is of it: another series may lie beside it."""
+    folder = dicom_series(tmp_path / "s", SERIES)
+    refused(folder / "IM1.dcm", rf"IM1\.dcm is one of {len(SERIES)} slices of a DICOM series: give their folder, .*s$")
+    dicom_series(folder, SERIES[:1], uid="1.2.4", name="second")
+    assert LoadCased("image")({"image": folder / "second0.dcm"})["image"].shape[-1] == 1
+
+
 def test_slices_of_several_directions(tmp_path):
     folder = dicom_series(tmp_path / "s", SERIES)
     dicom_series(folder, SERIES, name="sagittal", direction=SAGITTAL)

@@ -12,13 +12,19 @@
 
 from __future__ import annotations
 
+import math
+
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
 from monai.transforms import Compose, Invertd, Resized
+from tiny_scans import AFFINES, VALUES
 
-from shared_iopfl.data.volumes.measures import FieldOfView, FieldOfViewd
+from shared_iopfl.data.loading import LoadCased
+from shared_iopfl.data.masks import SaveMaskd
+from shared_iopfl.data.volumes.measures import FieldOfView, FieldOfViewd, volume_ml
 from shared_iopfl.utils.errors import InputError
 
 SIDE, PIXELS = 60.0, 30  # 2 mm a pixel
@@ -64,6 +70,37 @@ def test_a_mask_comes_back_to_the_grid_of_each_scan():
         assert mask.shape == SCANS[name].shape
         found, true = mask[0] > 0.5, SCANS[name][0] > 52
         assert 2 * (found & true).sum() / (found.sum() + true.sum()) > 0.9, name
+
+
+@pytest.mark.parametrize(("unit", "mm"), [("meter", 1e3), ("micron", 1e-3), ("mm", 1.0), ("unknown", 1.0)])
+def test_sizes_are_in_millimetres_whatever_the_unit_of_the_header(unit, mm, tmp_path):
+    """Volumes, distances and fields of view; the mask is in the unit of its scan."""
+    affine = np.diag([1 / mm] * 3 + [1.0]) @ AFFINES["oblique"]
+    image = nib.Nifti1Image(VALUES, affine)
+    image.header.set_xyzt_units(unit)
+    nib.save(image, tmp_path / "scan.nii")
+    read = LoadCased("image")({"image": tmp_path / "scan.nii"})["image"]
+    assert np.allclose(read.affine, AFFINES["oblique"], rtol=1e-4)
+    mask = MetaTensor(torch.ones(1, *VALUES.shape), affine=read.affine)
+    assert volume_ml(mask[0]) == volume_ml(mask) == pytest.approx(VALUES.size * 0.7 * 0.9 * 3 / 1000, rel=1e-4)
+    written = SaveMaskd(output_dir=tmp_path / "out")({"image": read, "pred": mask})["pred_file"]
+    assert nib.load(written).header.get_xyzt_units()[0] == unit
+    assert np.allclose(nib.load(written).affine, affine, rtol=1e-4)
+
+
+def test_a_unit_that_cannot_be_is_refused(tmp_path):
+    image = nib.Nifti1Image(VALUES, AFFINES["LPS"])
+    image.header.set_xyzt_units("meter")
+    nib.save(image, tmp_path / "scan.nii")
+    with pytest.raises(InputError, match=r"scan\.nii has voxels of 700x900x3000 mm by the unit in its header"):
+        LoadCased("image")({"image": tmp_path / "scan.nii"})
+
+
+def test_voxels_of_exactly_1_mm_are_a_placeholder():
+    """As for surface distances."""
+    assert math.isnan(volume_ml(MetaTensor(torch.ones(1, 4, 4, 4), affine=np.eye(4))))
+    assert math.isnan(volume_ml(torch.ones(1, 4, 4, 4)))
+    assert volume_ml(MetaTensor(torch.ones(1, 10, 10, 10), affine=np.diag([1, 1, 2, 1]))) == 2.0
 
 
 def test_a_field_of_view_needs_the_size_of_a_pixel():

@@ -48,9 +48,11 @@ def scans(tmp_path: Path) -> Path:
 def test_a_training_writes_what_it_was(tmp_path):
     saml(tmp_path, "A", 3)
     settings = {"seed": 3, "rounds": 8, "local_epochs": 2, "features": 4, "device": "cpu", "dataset_dir": str(tmp_path)}
+    settings |= {"val_interval": 5, "client_config": {"val_interval": 0}}  # of the run, and of its clients
     write_run(str(tmp_path), settings, str(tmp_path), ["A"], str(BUNDLE))
     run = read_json(tmp_path / "run.json")
     assert run["settings"]["seed"] == 3
+    assert (run["settings"]["val_interval"], run["config"]["val_interval"]) == (5, 0)
     assert run["sites"]["A"]["cases"] == 3 and len(run["sites"]["A"]["fingerprint"]) == 16
     assert run["versions"]["torch"] == torch.__version__ and run["versions"]["monai"]
     assert run["revision"] and run["threads"] == torch.get_num_threads()

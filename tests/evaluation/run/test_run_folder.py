@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 from shared_iopfl.evaluation.run import folder as run_folder
-from shared_iopfl.evaluation.run.folder import claim, claim_training, finish, release
+from shared_iopfl.evaluation.run.folder import claim, claim_training, describe, finish, release
 from shared_iopfl.evaluation.run.written import LIST, Written
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.files import keepers, write_text
@@ -151,6 +151,25 @@ def test_going_on_needs_the_same_settings(tmp_path: Path) -> None:
     claim("federate", tmp_path, settings={"sites": ("A", "B"), "device": "cuda"}, resume=True)
     write_text(tmp_path / "federation.pt", "newer")
     assert not list(tmp_path.glob(".0*"))
+
+
+def test_a_run_that_is_not_gone_on_with_stays_as_it_was(tmp_path: Path) -> None:
+    """A checkpoint is compared after the folder is claimed: what refuses then leaves a finished run finished."""
+    claim("federate", tmp_path, settings={"sites": ["A"]})
+    describe(tmp_path, {"settings": {"sites": ["A"], "rounds": 2}})
+    write_text(tmp_path / "federation.pt", "")
+    finish(tmp_path)
+    release(tmp_path)
+    before = (tmp_path / "run.json").read_text()
+    claim("federate", tmp_path, settings={"sites": ["A"]}, resume=True)
+    describe(tmp_path, {"settings": {"sites": ["A"], "rounds": 9}})
+    release(tmp_path)
+    assert (tmp_path / "run.json").read_text() == before
+    claim("federate", tmp_path, settings={"sites": ["A"]}, resume=True)
+    describe(tmp_path, {"settings": {"sites": ["A"], "rounds": 2}, "machine": "another"})
+    write_text(tmp_path / "federation.pt", "newer")
+    now = json.loads((tmp_path / "run.json").read_text())
+    assert (now["status"], now["machine"], now["settings"]["rounds"]) == ("unfinished", "another", 2)
 
 
 def test_models_that_training_would_replace_need_a_word(tmp_path: Path) -> None:

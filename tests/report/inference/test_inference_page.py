@@ -95,6 +95,15 @@ def test_what_is_missing_is_left_out_and_a_folder_without_masks_is_one_line(tmp_
         write_inference_report(tmp_path / "nothing")
 
 
+def test_masks_without_measures_and_review_are_shown(tmp_path):
+    """As of a task that measures nothing, in plain inference."""
+    write_csv(tmp_path / "scans.csv", "case,file", [["one", "one.png"], ["bad", "bad.png"], ["two", "two.png"]])
+    write_csv(tmp_path / "failed.csv", "case,file,reason", [["bad", "bad.png", "is empty"]])
+    page = write_inference_report(tmp_path).read_text(encoding="utf-8")
+    assert "2 masks · 0 noticed · 1 failed" in page
+    assert "<b>one</b>" in page and "<b>two</b>" in page and "<b>bad</b>" not in page
+
+
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium")
 def test_a_browser_shows_it(tmp_path):
     page = write_inference_report(make_inference(tmp_path, 12))
