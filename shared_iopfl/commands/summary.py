@@ -17,6 +17,7 @@ from pathlib import Path
 
 from shared_iopfl.evaluation.run.results import ServedScan, read_failed, read_passed_over, read_served
 from shared_iopfl.utils.names import shortened
+from shared_iopfl.utils.tables import aligned
 
 SHOWN = 10  # scans in the table
 WIDEST = 40  # characters of a case's name
@@ -75,14 +76,7 @@ def _table(served: Sequence[ServedScan]) -> list[str]:
         ]
         for scan in served
     ]
-    widths = [max(map(len, column)) for column in zip(columns, *rows)]
-    return [_line(cells, widths) for cells in (columns, *rows)]
-
-
-def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    first, *figures, last = cells
-    middle = [cell.rjust(width) for cell, width in zip(figures, widths[1:])]
-    return "  ".join([first.ljust(widths[0]), *middle, last]).rstrip()
+    return aligned([columns, *rows], left=(0, len(columns) - 1))
 
 
 def _figure(value: float | None, digits: int) -> str:

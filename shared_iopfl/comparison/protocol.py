@@ -112,15 +112,13 @@ class Comparison:
             raise InputError(
                 f"a comparison leaves each site out in turn: it needs two sites or more, got {list(sites)}."
             )
-        self.bundle_root = bundle_root
-        self.dataset_dir = dataset_dir
         self.output_dir = Path(output_dir)
         self.sites = check_sites(sites)
-        self.rounds = rounds
         self.seeds = list(seeds)
         self.folds = folds
-        self.training = dict(training or {})
         self.runs = Runs(bundle_root, dataset_dir, self.output_dir, scoring or {})
+        how = (rounds, dict(training or {}), server_momentum, own_rounds, tuple(shares), pooled)
+        self.trainings = Trainings(bundle_root, dataset_dir, self.output_dir, *how)
         self.inside_methods = dict(inside or {})
         self.own_rounds = own_rounds
         self.shares = tuple(shares)
@@ -133,17 +131,6 @@ class Comparison:
             raise InputError(f"federations: '{name}' is another method's name already: choose a different one.")
         self.virtual = list(virtual)
         self.labelled = labelled
-        self.trainings = Trainings(
-            bundle_root,
-            dataset_dir,
-            self.output_dir,
-            rounds,
-            training or {},
-            server_momentum,
-            own_rounds,
-            shares,
-            pooled,
-        )
 
     # inside ----------------------------------------------------------------------------------------------------------
 

@@ -31,6 +31,7 @@ from shared_iopfl.report.pages import page, picture
 from shared_iopfl.report.run import run_section
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.files import write_text
+from shared_iopfl.utils.tables import aligned
 
 REFERENCE = {"inside": "FedAvg", "outside": "global", "virtual": "FedAvg"}
 OWN = {"inside": "personalised", "outside": "default"}
@@ -164,8 +165,7 @@ def print_comparison(output_dir: str | Path) -> str:
                 found = interval(contest.dice.difference(method, contest.reference))
             mark = ">" if method == contest.own else " "
             lines.append((f"{mark} {name}", show("dice", contest.dice.mean(method)), found))
-        first, second, _ = (max(map(len, column)) for column in zip(*lines))
-        blocks.append("\n".join(f"{a.ljust(first)}  {b.rjust(second)}  {c}" for a, b, c in lines))
+        blocks.append("\n".join(aligned(lines, left=(0, 2))))
     text = "\n\n".join(blocks)
     print(text)
     return text

@@ -16,6 +16,7 @@ Nothing is trained twice: what lies in the folder of an earlier run is taken fro
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from shared_iopfl.utils.stacks import to_stack
 EXPERTS = (0.8, 0.2, 0.0)  # where a site is left out, those inside need no test cases
 
 
+@dataclass
 class Trainings:
     """Trains for a :class:`~shared_iopfl.comparison.protocol.Comparison`, whose arguments of the same names these are.
 
@@ -46,27 +48,15 @@ class Trainings:
         pooled: overrides of the pooled training.
     """
 
-    def __init__(
-        self,
-        bundle_root: str,
-        dataset_dir: str,
-        output_dir: Path,
-        rounds: int,
-        training: Mapping[str, Any],
-        server_momentum: float = 0.0,
-        own_rounds: int = 0,
-        shares: Sequence[float] = (),
-        pooled: Mapping[str, Any] | None = None,
-    ) -> None:
-        self.bundle_root = bundle_root
-        self.dataset_dir = dataset_dir
-        self.output_dir = output_dir
-        self.rounds = rounds
-        self.training = dict(training)
-        self.server_momentum = server_momentum
-        self.own_rounds = own_rounds
-        self.shares = tuple(shares)
-        self.pooled = dict(pooled or {})
+    bundle_root: str
+    dataset_dir: str
+    output_dir: Path
+    rounds: int
+    training: Mapping[str, Any]
+    server_momentum: float = 0.0
+    own_rounds: int = 0
+    shares: Sequence[float] = ()
+    pooled: Mapping[str, Any] | None = None
 
     def federate(
         self, sites: Sequence[str], seed: int, run: Path, overrides: Mapping[str, Any], **options: Any
@@ -141,7 +131,7 @@ class Trainings:
                 "epochs": self.rounds,
                 "train#dataset#data": Expression(f"$sites.pooled(@pooled_sites, lambda site: {cases})"),
                 "validate#dataset#data": [],
-                **self.pooled,
+                **(self.pooled or {}),
             }
             with torch.random.fork_rng():
                 torch.manual_seed(seed)

@@ -24,6 +24,7 @@ from pathlib import Path
 from shared_iopfl.data.layouts import PARTS, known_sites, published_parts
 from shared_iopfl.data.patients import AUTO
 from shared_iopfl.data.scan_files import Case, entries
+from shared_iopfl.utils.checks import check_values
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.names import check_sites
 
@@ -253,8 +254,7 @@ def _position(seed: int, patient: str) -> float:
 
 
 def _checked(fractions: Sequence[float]) -> Sequence[float]:
-    if len(fractions) != 3 or min(fractions) < 0 or fractions[0] == 0 or abs(sum(fractions) - 1) > 1e-6:
-        raise InputError(f"fractions are three shares (train, validation, test) that sum to 1, but are {fractions}")
+    check_values({"fractions": fractions})
     return fractions
 
 

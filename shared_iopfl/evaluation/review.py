@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The review list: which masks to look at first, without labels; and how good that list is where labels exist.
+"""The review list: which masks to look at first, without labels; beside the Dice where labels exist.
 
 The quality of a mask is how far the views of its scan agree on it (`shared_iopfl.routing.objectives.view_agreement`).
 It ranks the scans of one list; it is no estimate of their Dice, and says nothing across models or tasks.
@@ -19,14 +19,11 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
 from ignite.engine import Engine
-from scipy.stats import spearmanr
 
 from shared_iopfl.evaluation.records.routes import reported_case
 from shared_iopfl.evaluation.run.served import ServedRecorder, served_scans
@@ -37,7 +34,6 @@ from shared_iopfl.utils.tables import read_rows, write_rows
 COLUMNS = ("rank", "case", "quality", "shift", "decision", "reasons")
 COLLECTED = ("seed", "fold", "site", "case", "quality", "dice")
 DISAGREEMENT = 0.9  # below this quality the views are said to disagree
-FEWEST = 3  # cases for a rank correlation
 
 
 class ReviewRecorder(ServedRecorder):
@@ -134,63 +130,6 @@ def _reasons(report: Mapping[str, Any], large_shift: float) -> Iterable[str]:
         yield "large shift"
     if report.get("decision") == "start" and "objective_start" in report:
         yield str(report["reason"])  # why the guard kept the mask of the start
-
-
-@dataclass(frozen=True)
-class ReviewQuality:
-    """How good a list is, judged by the true Dice of its masks.
-
-    Attributes:
-        cases: how many.
-        spearman: rank correlation of quality and Dice; NaN for fewer than three cases, or where all are alike.
-        found: of the worst tenth by Dice (at least one), the share in the first fifth of the list; by chance 0.2.
-    """
-
-    cases: int
-    spearman: float
-    found: float
-
-
-def review_quality(true: Mapping[Any, float], quality: Mapping[Any, float]) -> ReviewQuality:
-    """How well one list's quality ranks its cases.
-
-    Args:
-        true: case -> Dice.
-        quality: case -> quality. Cases that one of the two lacks are left out, and NaN counts as lacking.
-    """
-    cases = sorted(c for c in {*true} & {*quality} if math.isfinite(true[c]) and math.isfinite(quality[c]))
-    if not cases:
-        return ReviewQuality(0, math.nan, math.nan)
-    spearman = math.nan
-    if len(cases) >= FEWEST and all(len({by[case] for case in cases}) > 1 for by in (true, quality)):
-        spearman = float(spearmanr([true[case] for case in cases], [quality[case] for case in cases]).statistic)
-    worst = sorted(cases, key=lambda case: true[case])[: math.ceil(len(cases) / 10)]
-    first = sorted(cases, key=lambda case: quality[case])[: math.ceil(len(cases) / 5)]
-    return ReviewQuality(len(cases), spearman, len({*worst} & {*first}) / len(worst))
-
-
-def review_by_site(rows: Iterable[Mapping[str, Any]]) -> dict[str, ReviewQuality]:
-    """How good the lists of a comparison are, site -> mean over its seeds and folds; each list is judged on its own.
-
-    Args:
-        rows: of the comparison's ``review.csv``.
-    """
-    lists: dict[str, dict[tuple[str, str], list[Mapping[str, Any]]]] = {}
-    for row in rows:
-        lists.setdefault(row["site"], {}).setdefault((row["seed"], row["fold"]), []).append(row)
-    judged = {}
-    for site in sorted(lists):
-        each = [
-            review_quality(*({row["case"]: float(row[column]) for row in one} for column in ("dice", "quality")))
-            for one in lists[site].values()
-        ]
-        known = [one.spearman for one in each if math.isfinite(one.spearman)]
-        judged[site] = ReviewQuality(
-            sum(one.cases for one in each),
-            fmean(known) if known else math.nan,
-            fmean(one.found for one in each if one.cases) if any(one.cases for one in each) else math.nan,
-        )
-    return judged
 
 
 def collect_review(output_dir: str | os.PathLike, method: str = "default") -> None:

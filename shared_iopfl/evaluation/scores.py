@@ -22,7 +22,7 @@ import numpy as np
 from shared_iopfl.evaluation.intervals import case_interval, resampled_means
 from shared_iopfl.utils import reading
 from shared_iopfl.utils.errors import InputError
-from shared_iopfl.utils.tables import read_rows
+from shared_iopfl.utils.tables import aligned, read_rows
 
 DASH, MINUS = "\u2013", "\u2212"
 ROLES = ("inside", "outside")
@@ -173,12 +173,6 @@ def print_table(output_dir: str | Path, metric: str = "dice") -> str:
     for role, site, sites, means in table_rows(found[metric]):
         cells = [show(metric, means.get(model, math.nan)) for model in models]
         lines.append([site or "mean of sites", role, *cells, str(count_cases(sites))])
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    text = "\n".join(
-        "  ".join(
-            cell.ljust(width) if i < 2 else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths))
-        )
-        for line in lines
-    )
+    text = "\n".join(aligned(lines, left=(0, 1)))
     print(text)
     return text

@@ -14,16 +14,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from shared_iopfl.federation.updates import Weights, check_update
+from shared_iopfl.federation.updates import check_update
+from shared_iopfl.models.weights import Weights
+from shared_iopfl.utils.checks import check_values
 from shared_iopfl.utils.errors import InputError
 
 Averaging = Literal["mean", "equal_mean", "median", "trimmed_mean"]
-AVERAGES: tuple[str, ...] = get_args(Averaging)
 ROBUST = ("median", "trimmed_mean")
 TRIMMED = 0.2  # of the sites, the share that the trimmed mean leaves out at each end
 
@@ -56,8 +57,7 @@ def average_updates(
     """
     if not updates:
         raise InputError("nothing to average: no site sent an update.")
-    if averaging not in AVERAGES:
-        raise InputError(f"averaging must be one of {', '.join(AVERAGES)}, but is {averaging!r}.")
+    check_values({"averaging": averaging})
     total = float(sum(counts[site] for site in updates))
     if not (all(counts[site] > 0 for site in updates) and math.isfinite(total)):
         raise InputError(f"the sites' numbers of cases must be positive, but are {dict(counts)}.")

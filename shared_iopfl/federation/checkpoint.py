@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from shared_iopfl.evaluation.run.found import check_settings
 from shared_iopfl.federation.updates import FAILED, HISTORY
 from shared_iopfl.models.files import save_atomically
 from shared_iopfl.utils.errors import InputError
@@ -72,21 +73,6 @@ def resume(run: Federation) -> None:
         run.checkpoint.unlink()  # it must not take the place of the one that can be read
         logger.warning("cannot read %s: going on from the round before", unreadable[0])
     logger.info("resumed after round %d", run.round)
-
-
-def check_settings(begun: Mapping[str, Any], now: Mapping[str, Any], what: str) -> None:
-    """Raise `InputError` where a run would go on with other settings than it was begun with.
-
-    Args:
-        begun, now: the settings that have to be the same.
-        what: was begun, for the message.
-    """
-    for name, value in now.items():
-        if begun.get(name) != value:
-            raise InputError(
-                f"{what} was begun with {name} {begun.get(name)}, now it is {value}; resume with the same, or choose "
-                "another output folder."
-            )
 
 
 def read_newest(paths: Sequence[Path]) -> tuple[dict[str, Any] | None, Path, list[str]]:

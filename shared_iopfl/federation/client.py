@@ -31,14 +31,12 @@ from torch import Tensor
 
 from shared_iopfl.handlers.norm_statistics import batch_norms, mixed_batches, with_own_statistics
 from shared_iopfl.models.files import GLOBAL
-from shared_iopfl.models.weights import copy_network, validated_interpolation
+from shared_iopfl.models.weights import Weights, copy_network, validated_interpolation
 from shared_iopfl.routing.distances import scan_distances
 from shared_iopfl.utils.config_values import as_values, is_data
 from shared_iopfl.utils.errors import InputError, root_input_error
 from shared_iopfl.utils.names import check_site
 from shared_iopfl.utils.stacks import scan_slices
-
-Weights = Mapping[str, Tensor]
 
 
 class SiteClient:

@@ -37,14 +37,13 @@ from shared_iopfl.handlers.norm_statistics import mixed_batches, with_own_statis
 from shared_iopfl.models.architecture import write_architecture
 from shared_iopfl.models.files import GLOBAL, load_experts, load_scores, load_weights, model_path, save_atomically
 from shared_iopfl.models.manifest import SCORES, read_manifest
-from shared_iopfl.models.weights import interpolate
+from shared_iopfl.models.weights import Weights, interpolate
 from shared_iopfl.routing.distances import distance_routes, scan_distances
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.names import check_site
 from shared_iopfl.utils.stacks import scan_slices
 from shared_iopfl.utils.tables import write_json, write_rows
 
-Weights = Mapping[str, Tensor]
 State = dict[str, Tensor]
 CANDIDATES, COLUMNS = "candidates.csv", ("candidate", "fold", "cases", "dice", "chosen")
 GLOBAL_MODEL, OWN = "global model", ", statistics of the site"

@@ -23,20 +23,19 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from torch import Tensor
 from tqdm import tqdm
 
 from shared_iopfl.federation.client import time_limit
 from shared_iopfl.federation.updates import FAILURES, last_rounds
 from shared_iopfl.handlers.norm_statistics import STATISTICS
 from shared_iopfl.models.files import GLOBAL, USUAL_SHIFT, model_path, save_atomically
+from shared_iopfl.models.weights import Weights
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.tables import write_json, write_rows
 
 if TYPE_CHECKING:
     from shared_iopfl.federation.simulation import Federation
 
-Weights = Mapping[str, Tensor]
 CROSS_SITE, MATRIX = "cross_site.csv", ("model", "site", "dice")
 
 

@@ -49,12 +49,12 @@ from shared_iopfl.federation.updates import (
     update_norm,
 )
 from shared_iopfl.models.files import model_path
+from shared_iopfl.models.weights import Weights
 from shared_iopfl.utils.checks import check_values
 from shared_iopfl.utils.errors import InputError, root_input_error
 from shared_iopfl.utils.names import check_sites
 
 logger = logging.getLogger(__name__)
-Weights = Mapping[str, Tensor]
 UNFINISHED = "." + 12 * "[0-9a-f]" + "_*"  # files that a run was writing when it was killed; see `whole_file`
 
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from shared_iopfl.models.weights import is_weight
+from shared_iopfl.models.weights import Weights, is_weight
 from shared_iopfl.utils.checks import has_negative_variance
 from shared_iopfl.utils.errors import InputError, root_input_error
 from shared_iopfl.utils.tables import write_rows
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 logger = logging.getLogger(__name__)
-Weights = Mapping[str, Tensor]
 PROGRAM_FAULTS = (TypeError, AttributeError, NameError)  # no site is left out for what is wrong with the code
 HISTORY = ("round", "site", "model", "metric", "value")  # columns of history.csv
 FAILURES, FAILED = "failures.csv", ("round", "site", "reason")  # the file and its columns

@@ -26,10 +26,9 @@ from monai.engines.utils import IterationEvents
 from monai.utils.enums import CommonKeys as Keys
 from torch import Tensor, nn
 
+from shared_iopfl.models.weights import Weights
 from shared_iopfl.routing.network import NORMS
 from shared_iopfl.utils.errors import InputError
-
-State = Mapping[str, Tensor]
 
 
 class _Anchor:
@@ -110,7 +109,7 @@ class LocalNormsHandler:
         state = self.network.state_dict()
         self.norms = {name: state[name].detach().clone() for name in self.names}
 
-    def personal_state(self, global_state: State) -> dict[str, Tensor]:
+    def personal_state(self, global_state: Weights) -> dict[str, Tensor]:
         """The site's model: the global weights with its own norm layers (copies, where the global weights are)."""
         personal = {key: tensor.clone() for key, tensor in global_state.items()}
         return {**personal, **{key: tensor.to(personal[key], copy=True) for key, tensor in self.norms.items()}}

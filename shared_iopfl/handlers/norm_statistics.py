@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, cast
 
 import torch
 from ignite.engine import Engine, Events
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from shared_iopfl.models.weights import copy_network
-from shared_iopfl.utils.errors import InputError
+from shared_iopfl.utils.checks import check_values
 from shared_iopfl.utils.stacks import evenly
 from shared_iopfl.utils.tables import read_rows
 
@@ -76,9 +76,7 @@ class NormStatisticsHandler:
         start_epoch: int = 0,
         seed: int = 0,
     ) -> None:
-        if statistics not in get_args(NormStatistics):
-            choices = ", ".join(get_args(NormStatistics))
-            raise InputError(f"norm_statistics must be one of {choices}, but is {statistics!r}.")
+        check_values({"norm_statistics": statistics})
         self.network = network
         self.statistics = statistics
         self.start_epoch = start_epoch

@@ -27,14 +27,14 @@ from torch import Tensor, nn
 
 from shared_iopfl.inferers.views import check_output
 from shared_iopfl.models.files import GLOBAL
-from shared_iopfl.models.weights import check_experts, copy_network
+from shared_iopfl.models.weights import Weights, check_experts, copy_network
 from shared_iopfl.routing.adaptation import descend
 from shared_iopfl.routing.network import RoutedNetwork, collapse, route
 from shared_iopfl.routing.objectives import Output, ViewSampler, entropy, is_square, mean_prediction, probabilities
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.stacks import Network, StackInferer, evenly
 
-States = Mapping[str, Mapping[str, Tensor]]
+States = Mapping[str, Weights]
 
 
 class ScanInferer(StackInferer):

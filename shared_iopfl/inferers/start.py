@@ -18,12 +18,12 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from shared_iopfl.models.weights import equal_weights
+from shared_iopfl.models.weights import Weights, equal_weights
 from shared_iopfl.routing.distances import distance_routes
 from shared_iopfl.routing.network import RoutedNetwork, route
 from shared_iopfl.routing.settings import RoutingSettings
 
-States = Mapping[str, Mapping[str, Tensor]]
+States = Mapping[str, Weights]
 
 
 class BriefWeights(dict[str, Tensor]):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from shared_iopfl.utils.errors import InputError
 
-State = Mapping[str, Tensor]
+Weights = Mapping[str, Tensor]  # of a state_dict
 
 
 def is_weight(tensor: Tensor) -> bool:
@@ -28,7 +28,7 @@ def is_weight(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
 
-def equal_weights(one: State, other: State) -> bool:
+def equal_weights(one: Weights, other: Weights) -> bool:
     """Whether two states are the same in keys, place, type and value."""
     if one.keys() != other.keys():
         return False
@@ -57,7 +57,7 @@ def copy_network(network: nn.Module, replaced: dict[int, nn.Module] | None = Non
     return copy.deepcopy(network, memo)
 
 
-def check_experts(network: nn.Module, experts: Mapping[str, Mapping[str, Tensor]]) -> None:
+def check_experts(network: nn.Module, experts: Mapping[str, Weights]) -> None:
     """Raise `InputError`, naming the expert and the first difference, unless every expert fits the network."""
     if not experts:
         raise InputError("a routing space needs at least one expert; got none.")
@@ -78,7 +78,7 @@ def check_experts(network: nn.Module, experts: Mapping[str, Mapping[str, Tensor]
             raise InputError(f"expert '{name}' does not fit the network: unknown '{extra}'; use one architecture.")
 
 
-def interpolate(global_state: State, personalised_state: State, share: float) -> dict[str, Tensor]:
+def interpolate(global_state: Weights, personalised_state: Weights, share: float) -> dict[str, Tensor]:
     """Weights between two models of one architecture; integer buffers are the global one's.
 
     Args:
@@ -94,8 +94,8 @@ def interpolate(global_state: State, personalised_state: State, share: float) ->
 
 
 def validated_interpolation(
-    global_state: State,
-    personalised_states: Sequence[State],
+    global_state: Weights,
+    personalised_states: Sequence[Weights],
     validate: Callable[[dict[str, Tensor]], float],
     shares: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
 ) -> tuple[float, dict[str, Tensor]]:

@@ -22,7 +22,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from shared_iopfl.utils.errors import InputError
@@ -95,6 +95,13 @@ def read_rows(path: str | os.PathLike) -> list[dict[str, str]]:
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"cannot read the table {path}: {error}; move it away.") from error
     return [{column: _from_text(value) for column, value in row.items()} for row in rows]
+
+
+def aligned(rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> list[str]:
+    """Rows as lines of text, with columns of one width; those in `left` begin at the left, figures end at the right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    padded = ([c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))] for row in rows)
+    return ["  ".join(cells).rstrip() for cells in padded]
 
 
 def replace_rows(path: str | os.PathLike, columns: Sequence[str], rows: Sequence[Row], same: Sequence[str]) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from shared_iopfl.federation import updates
-from shared_iopfl.federation.averaging import AVERAGES, average_updates, weighted_average
+from shared_iopfl.federation.averaging import Averaging, average_updates, weighted_average
 from shared_iopfl.federation.results import cross_site_scores
 from shared_iopfl.federation.simulation import Federation
 from shared_iopfl.federation.updates import accepted_norms, check_update, far_off, update_norm
@@ -32,6 +32,7 @@ from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.tables import read_rows
 
 norm = update_norm
+AVERAGES = get_args(Averaging)
 Updates = dict[str, dict[str, Tensor]]
 MODEL = {"w": torch.full((4,), 2.0), "n": torch.tensor(3)}  # of norm 4
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Hashable, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ import numpy as np
 from monai.config import KeysCollection
 from monai.transforms import MapTransform
 
+from shared_iopfl import __version__
 from shared_iopfl.data.scan_names import case_name, is_dicom, source_of
 from shared_iopfl.data.volumes.dicom_headers import is_no_image
 from shared_iopfl.data.volumes.rtstruct import Slice, structure_set
@@ -102,7 +102,7 @@ class SaveDicomd(MapTransform):
         identity = [
             str(read[0].SeriesInstanceUID),
             self.algorithm,
-            _own_version(),
+            __version__,
             hashlib.sha256(mask.tobytes()).hexdigest(),
         ]
         for name in self.formats:
@@ -112,7 +112,7 @@ class SaveDicomd(MapTransform):
                     made = self._segmentation(read, slices, uids)
                 else:
                     labels = [segment["label"] for segment in self.segments]
-                    made = structure_set(read[0], slices, labels, uids, MAKER, self.algorithm, _own_version())
+                    made = structure_set(read[0], slices, labels, uids, MAKER, self.algorithm, __version__)
             except (AttributeError, KeyError, TypeError, ValueError) as error:  # tags that the standard asks for
                 line = " ".join(str(error).split())
                 raise InputError(f"{source} cannot be referenced by {name} ({line:.160}): export it again") from error
@@ -124,7 +124,7 @@ class SaveDicomd(MapTransform):
         from pydicom.sr.codedict import codes
 
         identification = hd.AlgorithmIdentificationSequence(
-            self.algorithm, codes.cid7162.ArtificialIntelligence, _own_version(), source=MAKER
+            self.algorithm, codes.cid7162.ArtificialIntelligence, __version__, source=MAKER
         )
         descriptions = [
             hd.seg.SegmentDescription(
@@ -148,7 +148,7 @@ class SaveDicomd(MapTransform):
             instance_number=1,
             manufacturer=MAKER,
             manufacturer_model_name=self.algorithm,
-            software_versions=_own_version(),
+            software_versions=__version__,
             device_serial_number="0",
             content_label="SEGMENTATION",
             omit_empty_frames=any(one.mask.any() for one in slices),
@@ -203,10 +203,3 @@ def _slices(read: Sequence[Any], affine: np.ndarray, mask: np.ndarray, source: P
             raise InputError(f"{source} was read in another grid than its slices have: DICOM output cannot lie on it.")
         slices.append(Slice(mask[:, :, number].T.astype(np.uint8), origin, step, str(dataset.SOPInstanceUID), frame))
     return slices
-
-
-def _own_version() -> str:
-    try:
-        return version("shared_iopfl")
-    except PackageNotFoundError:
-        return "0"

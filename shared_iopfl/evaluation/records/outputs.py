@@ -81,7 +81,10 @@ class MeasureRecorder(ServedRecorder):
 
 
 class Progress:
-    """A progress bar over the scans of an evaluator."""
+    """A progress bar over the scans of an evaluator.
+
+    Not ignite's `ProgressBar`, which shows nothing before the first scan is done and stays open where a run raises.
+    """
 
     def __init__(self, description: str) -> None:
         self.description = description

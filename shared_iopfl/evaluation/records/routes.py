@@ -16,6 +16,7 @@ import itertools
 import math
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -124,6 +125,7 @@ def _summary(report: Mapping[str, Any]) -> dict[str, Any]:
     return {**kept, "experts": {e: round(w, 6) for e, w in zip(report["experts"], mean)}}
 
 
+@dataclass(eq=False)
 class SiteFitter:
     """Mode "site": before the first scan is served, makes a network from the site's scans.
 
@@ -139,21 +141,12 @@ class SiteFitter:
         image_key: of the scans in the evaluator's batches.
     """
 
-    def __init__(
-        self,
-        inferer: TestTimeRoutingInferer,
-        network: torch.nn.Module,
-        site_model: str,
-        output_dir: str,
-        device: torch.device | str = "cpu",
-        image_key: str = "image",
-    ) -> None:
-        self.inferer = inferer
-        self.network = network
-        self.site_model = site_model
-        self.output_dir = output_dir
-        self.device = device
-        self.image_key = image_key
+    inferer: TestTimeRoutingInferer
+    network: nn.Module
+    site_model: str
+    output_dir: str
+    device: torch.device | str = "cpu"
+    image_key: str = "image"
 
     def attach(self, engine: Engine) -> None:
         """Register the handlers with an ignite engine."""

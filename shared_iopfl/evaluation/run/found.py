@@ -86,7 +86,10 @@ def make_room(
         if part is not None:
             _make_room_for_part(run, Path(os.path.abspath(part)), overwrite)
         elif resume:
-            _check_settings(earlier.get("settings"), settings, shown)
+            begun, now = earlier.get("settings"), json.loads(json.dumps(dict(settings), default=str))
+            begun = begun if isinstance(begun, dict) else {}
+            same = {name: value for name, value in now.items() if name in begun and name not in ANYWHERE}
+            check_settings(begun, same, shown)
         elif not overwrite:
             go_on = ", or go on with it with --resume True" * (run.kind in RESUMED)
             raise InputError(f"{found}: choose another output_dir, or replace it with --overwrite True{go_on}.")
@@ -114,12 +117,17 @@ def _make_room_for_part(run: RunFolder, part: Path, overwrite: bool) -> None:
         run.replace(part)
 
 
-def _check_settings(begun: Any, settings: Mapping[str, Any], shown: str) -> None:
-    now = json.loads(json.dumps(dict(settings), default=str))
-    for name, value in now.items() if isinstance(begun, dict) else ():
-        if name in begun and name not in ANYWHERE and begun[name] != value:
+def check_settings(begun: Mapping[str, Any], now: Mapping[str, Any], what: str) -> None:
+    """Raise `InputError` where a run would go on with other settings than it was begun with.
+
+    Args:
+        begun, now: the settings that have to be the same.
+        what: was begun, for the message.
+    """
+    for name, value in now.items():
+        if begun.get(name) != value:
             raise InputError(
-                f"{shown} was begun with {name} {begun[name]}, now it is {value}; resume with the same, or choose "
+                f"{what} was begun with {name} {begun.get(name)}, now it is {value}; resume with the same, or choose "
                 "another output folder."
             )
 

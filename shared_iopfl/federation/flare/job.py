@@ -29,8 +29,8 @@ from nvflare.app_opt.pt.recipes.fedavg import FedAvgRecipe
 from nvflare.client.config import ExchangeFormat
 from torch import Tensor
 
+from shared_iopfl.evaluation.run.found import check_settings
 from shared_iopfl.evaluation.scoring import Scoring
-from shared_iopfl.federation.checkpoint import check_settings
 from shared_iopfl.federation.flare.client import bundle_fingerprint
 from shared_iopfl.federation.flare.messages import JOB_FILE
 from shared_iopfl.federation.flare.persistor import CHECKPOINT, ServerFiles
