@@ -88,8 +88,9 @@ class ReviewRecorder(ServedRecorder):
 def _written(output: Mapping[str, Any]) -> dict[str, bool]:
     """Whether the mask that is written is empty; nothing where the output is none, but what a network gives."""
     mask = output.get("pred")
-    known = isinstance(mask, torch.Tensor) and not mask.is_floating_point()
-    return {"empty": not torch.count_nonzero(mask)} if known else {}
+    if not isinstance(mask, torch.Tensor) or mask.is_floating_point():
+        return {}
+    return {"empty": not torch.count_nonzero(mask)}
 
 
 def review_rows(reports: Mapping[str, Mapping[str, Any]], large_shift: float = math.inf) -> list[dict[str, Any]]:
