@@ -124,7 +124,7 @@ def _written(scan: Any, affine: np.ndarray | None, folder: Path) -> Path:
         raise InputError(f"an affine has shape (4, 4), but this one has {np.shape(affine)}.")
     affine = np.asarray(affine, dtype=np.float64)
     check_affine(affine, Path("the scan"))
-    image = nib.Nifti1Image(array.astype(np.float32), affine)
+    image: Any = nib.Nifti1Image(array.astype(np.float32), affine)
     if isinstance(scan, nib.Nifti1Pair):
         image.header["xyzt_units"] = scan.header["xyzt_units"]
     path = folder / f"{CASE}.nii"

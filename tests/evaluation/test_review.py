@@ -93,8 +93,9 @@ def test_the_mask_that_is_written_counts_as_empty_or_not(tmp_path: Path) -> None
     recorder, engine = ReviewRecorder(routing(), str(tmp_path)), Engine(lambda *_: None)
     masks = {"lost": torch.zeros(1, 4, 4, dtype=torch.uint8), "tiny": torch.eye(4, dtype=torch.uint8)[None]}
     reports = {"lost": {"areas": [0.01], "quality": 0.95}, "tiny": {"areas": [0.0], "quality": 0.95}}
-    engine.state.batch = [{"image": scan(5.0), "case": case} for case in masks]
-    engine.state.output = [{"pred": masks[case], "report": reports[case]} for case in masks]
+    state: Any = engine.state
+    state.batch = [{"image": scan(5.0), "case": case} for case in masks]
+    state.output = [{"pred": masks[case], "report": reports[case]} for case in masks]
     recorder.record(engine)
     assert {row["case"]: row["reasons"] for row in read_rows(tmp_path / "review.csv")} == {
         "lost": "empty mask",
