@@ -88,7 +88,7 @@ PROSTATE_STYLES: Mapping[str, ProstateStyle] = {
     ),
     "E": ProstateStyle(
         fat=0.46, muscle=0.155, marrow=0.34, fluid=0.89, peripheral=0.88, central=0.58, lumen=0.18, rectum=18, press=4,
-        hot_spot=16, gland=24, flatness=0.82, position=-4, bias=0.1, gamma=1.06, blur=0.6, ringing=0.25, noise=0.05,
+        hot_spot=24, gland=24, flatness=0.82, position=-4, bias=0.1, gamma=1.06, blur=0.6, ringing=0.25, noise=0.05,
         units=400, margin=0,
     ),
 }  # fmt: skip
