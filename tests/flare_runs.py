@@ -34,7 +34,8 @@ TINY: dict[str, Any] = {
     "val_interval": 1,
     "server_momentum": 0.5,
     "own_rounds": 1,
-    "shares": [0.5, 1.0],  # without 0, by which a personalised model would be the global one
+    # without 0, by which a personalised model would be the global one, and 1, by which it could be an update that was sent
+    "shares": [0.5],
     "tensorboard": False,
 }
 OF_THE_FEDERATION = ("server_momentum", "own_rounds", "shares")  # the others are of the training

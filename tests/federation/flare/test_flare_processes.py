@@ -197,10 +197,10 @@ def test_simulator_gives_the_run_of_one_process_and_its_server_receives_nothing_
     shared = load_weights(tmp_path / "out" / "models" / "model.pt")
     for site in SITES:
         own = load_weights(tmp_path / "out" / "sites" / site / f"model_{site}.pt")
-        different = [key for key in shared if own[key].numel() > 8 and not torch.equal(own[key], shared[key])]
-        if not different:  # the site kept the global model: there is nothing personal that could leave it
-            continue
-        assert not any(own[key].numpy().tobytes() in received for key in different), f"{site}'s model has left it"
+        # all sites have the same running statistics, up to rounding, and a site may have kept the global model
+        different = [key for key in shared if own[key].numel() > 8 and not torch.allclose(own[key], shared[key])]
+        sent = [key for key in different if own[key].numpy().tobytes() in received]
+        assert not sent, f"{site}'s model has left it: {sent}"
     assert b"train_loss" in received, "the recording does hold what the sites send"
     assert b"upcat_4.upsample.deconv.weight" in received
     for private in (b"Case0", b".nii", b"training.log", str(dataset).encode(), b"/sites/A"):
