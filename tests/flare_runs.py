@@ -34,7 +34,7 @@ TINY: dict[str, Any] = {
     "val_interval": 1,
     "server_momentum": 0.5,
     "own_rounds": 1,
-    # without 0, by which a personalised model would be the global one, and 1, by which it could be an update that was sent
+    # without 0, by which a personalised model would be the global one, and 1, by which it could be an update as sent
     "shares": [0.5],
     "tensorboard": False,
 }
