@@ -175,13 +175,13 @@ def flare(
 
 def flare_publish(output_dir: str, sites: Sequence[str]) -> None:
     """Publish personalised models of a FLARE run: those of the named sites, and no others."""
-    for path in _flare().publish_sites(output_dir, sites):
+    for path in _flare("results").publish_sites(output_dir, sites):
         print(path)
 
 
-def _flare() -> ModuleType:
+def _flare(module: str = "run") -> ModuleType:
     try:
-        return import_module("shared_iopfl.federation.flare.run")
+        return import_module(f"shared_iopfl.federation.flare.{module}")
     except ModuleNotFoundError as error:
         if "nvflare" not in str(error.name):
             raise

@@ -43,7 +43,6 @@ from shared_iopfl.federation.flare.job import (
 from shared_iopfl.federation.flare.messages import ENVIRONMENT, PUBLISH
 from shared_iopfl.federation.flare.persistor import CHECKPOINT
 from shared_iopfl.federation.flare.results import checked_names, collect, draw, score
-from shared_iopfl.federation.flare.results import publish_sites as publish_sites
 from shared_iopfl.federation.flare.server import Rounds
 from shared_iopfl.federation.updates import FAILURES
 from shared_iopfl.models.architecture import write_architecture

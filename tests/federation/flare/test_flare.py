@@ -29,7 +29,7 @@ from nvflare.apis.fl_constant import FLMetaKey
 
 from shared_iopfl.commands import tools as command
 from shared_iopfl.federation.flare.messages import PUBLISH
-from shared_iopfl.federation.flare.run import publish_sites
+from shared_iopfl.federation.flare.results import publish_sites
 from shared_iopfl.models.files import load_weights
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.tables import read_rows
