@@ -22,7 +22,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from shared_iopfl.evaluation.scores import finite_mean, number, read_columns, read_json, read_scores, show
+from shared_iopfl.evaluation.scores import finite_mean, number, read_json, read_scores, show
+from shared_iopfl.utils.tables import read_rows
 
 Dice = Mapping[str, Mapping[str, float]]  # {site: {model: mean}}
 
@@ -83,7 +84,7 @@ def _lower(dice: Dice, where: str) -> str:
 
 
 def _last_round(path: Path) -> dict[str, dict[str, float]]:
-    rows = [row for row in read_columns(path, "round site model metric value") if row["metric"] == "val_mean_dice"]
+    rows = [row for row in read_rows(path, "round site model metric value") if row["metric"] == "val_mean_dice"]
     last = max((number(row["round"], path) for row in rows), default=0)
     dice: dict[str, dict[str, float]] = {}
     for row in rows:

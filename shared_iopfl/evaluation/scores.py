@@ -40,15 +40,6 @@ def number(text: Any, path: Path) -> float:
         raise InputError(f"{path}: {text!r} is not a number: mend or delete this row") from None
 
 
-def read_columns(path: Path, columns: str) -> list[dict[str, str]]:
-    """The rows of a CSV file, of these columns only; none where there is no file."""
-    rows = read_rows(path)
-    lacking = [name for name in columns.split() if rows and name not in rows[0]]
-    if lacking:
-        raise InputError(f"{path} lacks the column {lacking[0]!r}: it must have {', '.join(columns.split())}")
-    return [{name: row[name] or "" for name in columns.split()} for row in rows]
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """The content of a JSON file, nothing where there is no file."""
     content = reading.read_json(path) if path.exists() else {}
@@ -65,7 +56,7 @@ def read_scores(output_dir: Path) -> dict[str, Scores]:
     """``metrics.csv`` by metric. A case that was scored again counts once, with its last value."""
     path = output_dir / "metrics.csv"
     found: dict[str, Scores] = {}
-    rows = read_columns(path, "site role case model metric value")
+    rows = read_rows(path, "site role case model metric value")
     for row in rows:
         if row["role"] not in ROLES:
             raise InputError(f"{path}: role {row['role']!r} is neither 'inside' nor 'outside': mend or delete this row")

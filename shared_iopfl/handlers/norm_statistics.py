@@ -172,12 +172,10 @@ def print_statistics(output_dir: str | Path) -> str:
     Returns:
         The text that was printed.
     """
-    path = Path(output_dir) / STATISTICS
-    rows = read_rows(path) if path.is_file() else []
     lines = [
         f"{row['site']}: Dice {100 * float(row['global']):.1f} by the global statistics, "
         f"{100 * float(row['own']):.1f} by its own"
-        for row in rows
+        for row in read_rows(Path(output_dir) / STATISTICS)
     ]
     text = "\n".join(["norm statistics, global model on validation cases", *lines]) if lines else ""
     if text:
