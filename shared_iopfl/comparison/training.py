@@ -67,9 +67,9 @@ class Trainings:
         overrides = {key: value for key, value in overrides.items() if key not in server}
         federation = Federation(
             self.bundle_root,
-            sites,
+            list(sites),
             self.rounds,
-            str(run),
+            run,
             overrides={**self.training, "dataset_dir": self.dataset_dir, "seed": seed, **overrides},
             val_interval=0,
             resume=True,

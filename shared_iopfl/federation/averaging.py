@@ -19,7 +19,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from shared_iopfl.federation.updates import check_update
 from shared_iopfl.models.weights import Weights
 from shared_iopfl.utils.checks import check_values
 from shared_iopfl.utils.errors import InputError
@@ -30,10 +29,7 @@ TRIMMED = 0.2  # of the sites, the share that the trimmed mean leaves out at eac
 
 
 def average_updates(
-    updates: Mapping[str, Weights],
-    counts: Mapping[str, float],
-    averaging: Averaging = "mean",
-    reference: Weights | None = None,
+    updates: Mapping[str, Weights], counts: Mapping[str, float], averaging: Averaging = "mean"
 ) -> dict[str, Tensor]:
     """One model of the sites' weights, entry by entry, in double precision and in the order of `updates`.
 
@@ -44,16 +40,16 @@ def average_updates(
     Integer buffers (batch-norm counters) stay integers and are the first site's.
 
     Args:
-        updates: site -> state_dict.
+        updates: site -> state_dict, of equal keys, types and shapes
+            (see :func:`~shared_iopfl.federation.updates.check_update`).
         counts: site -> positive number, its training cases.
         averaging: "mean": FedAvg, each site weighed by its number of cases. "equal_mean": every site counts alike, so
             that the one with most cases does not decide for all. "median": of an even number of sites, the mean of the
             two in the middle. "trimmed_mean": the mean of what is left once a fifth of the sites, at least one, is left
             out at each end.
-        reference: the global weights that the round began with, whose types the result has; None: the first site's.
 
     Raises:
-        InputError: naming the site whose update differs from the reference in keys or shapes, or is not finite.
+        InputError: where there is no update, numbers of cases give no weights, or the average is not finite.
     """
     if not updates:
         raise InputError("nothing to average: no site sent an update.")
@@ -61,16 +57,12 @@ def average_updates(
     total = float(sum(counts[site] for site in updates))
     if not (all(counts[site] > 0 for site in updates) and math.isfinite(total)):
         raise InputError(f"the sites' numbers of cases must be positive, but are {dict(counts)}.")
-    first = next(iter(updates))
-    whose = "the global model" if reference is not None else f"'{first}'"
-    like = updates[first] if reference is None else reference
-    checked = {site: check_update(site, update, like, whose) for site, update in updates.items()}
-    shares = [1 / len(checked) if averaging == "equal_mean" else counts[site] / total for site in checked]
+    shares = [1 / len(updates) if averaging == "equal_mean" else counts[site] / total for site in updates]
     average = {}
-    for key, of_first in checked[first].items():
+    for key, of_first in next(iter(updates.values())).items():
         if of_first.is_floating_point() or of_first.is_complex():
             wide = torch.complex128 if of_first.is_complex() else torch.float64
-            values = [update[key].to(wide) for update in checked.values()]
+            values = [update[key].to(wide) for update in updates.values()]
             middle = _trimmed(values, averaging) if averaging in ROBUST else _mean(values, shares)
             average[key] = middle.to(of_first.dtype)
         else:
@@ -78,13 +70,6 @@ def average_updates(
         if not torch.isfinite(average[key]).all():
             raise InputError(f"the average of '{key}' is not finite: the sites' weights or numbers of cases are wrong.")
     return average
-
-
-def weighted_average(
-    updates: Mapping[str, Weights], counts: Mapping[str, float], reference: Weights | None = None
-) -> dict[str, Tensor]:
-    """FedAvg: :func:`average_updates` by the mean."""
-    return average_updates(updates, counts, "mean", reference)
 
 
 def _mean(values: Sequence[Tensor], shares: Sequence[float]) -> Tensor:

@@ -22,7 +22,7 @@ from typing import Any
 
 from torch import Tensor
 
-from shared_iopfl.utils.errors import InputError
+from shared_iopfl.utils.checks import check_values
 
 
 class ServerMomentum:
@@ -43,8 +43,7 @@ class ServerMomentum:
     """
 
     def __init__(self, momentum: float = 0.0) -> None:
-        if isinstance(momentum, bool) or not isinstance(momentum, (int, float)) or not 0 <= momentum < 1:
-            raise InputError(f"server_momentum must be in [0, 1), but is {momentum!r}.")
+        check_values({"server_momentum": momentum})
         self.momentum = momentum
         self.velocity: dict[str, Tensor] = {}
 

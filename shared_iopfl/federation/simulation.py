@@ -25,6 +25,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,7 @@ logger = logging.getLogger(__name__)
 UNFINISHED = "." + 12 * "[0-9a-f]" + "_*"  # files that a run was writing when it was killed; see `whole_file`
 
 
+@dataclass(eq=False)
 class Federation:
     """The whole inside run: FedAvg over the sites, with a personalised model at each.
 
@@ -94,62 +96,40 @@ class Federation:
         seed: of the first global model.
     """
 
-    def __init__(
-        self,
-        bundle_root: str,
-        sites: Sequence[str],
-        rounds: int,
-        output_dir: str,
-        local_epochs: int = 1,
-        overrides: Mapping[str, Any] | None = None,
-        val_interval: int = 1,
-        min_sites: int = 0,
-        max_update_norm: float = 10.0,
-        site_timeout: float = 0.0,
-        own_rounds: int = 0,
-        shares: Sequence[float] = (),
-        server_momentum: float = 0.0,
-        resume: bool = False,
-        seed: int = 0,
-        averaging: Averaging = "mean",
-    ) -> None:
-        if isinstance(sites, str) or not sites or len(set(sites)) != len(sites):
-            raise InputError(f"sites must be a list of different names, such as \"['BIDMC','HK']\", but is {sites!r}.")
-        own = {
-            "rounds": rounds,
-            "local_epochs": local_epochs,
-            "val_interval": val_interval,
-            "min_sites": min_sites,
-            "max_update_norm": max_update_norm,
-            "site_timeout": site_timeout,
-            "own_rounds": own_rounds,
-            "shares": shares,
-            "resume": resume,
-            "seed": seed,
-            "averaging": averaging,
-        }
-        check_values({**(overrides or {}), **own})
-        check_time_limit(site_timeout)
-        self.bundle_root = bundle_root
-        self.sites = check_sites(sites)
-        self.rounds = rounds
-        self.output_dir = Path(output_dir)
-        self.local_epochs = local_epochs
-        self.overrides = dict(overrides or {})
-        self.val_interval = val_interval
-        self.max_update_norm = max_update_norm
-        self.site_timeout = site_timeout
-        self.own_rounds = own_rounds
-        self.shares = tuple(shares)
-        self.server = ServerMomentum(server_momentum)
-        self.resume = resume
-        self.seed = seed
-        self.averaging: Averaging = averaging
+    bundle_root: str
+    sites: list[str]
+    rounds: int
+    output_dir: Path
+    local_epochs: int = 1
+    overrides: dict[str, Any] = field(default_factory=dict)
+    val_interval: int = 1
+    min_sites: int = 0
+    max_update_norm: float = 10.0
+    site_timeout: float = 0.0
+    own_rounds: int = 0
+    shares: Sequence[float] = ()
+    server_momentum: float = 0.0
+    resume: bool = False
+    seed: int = 0
+    averaging: Averaging = "mean"
+
+    def __post_init__(self) -> None:
+        """Check the values, before any data are read."""
+        if isinstance(self.sites, str) or not self.sites or len(set(self.sites)) != len(self.sites):
+            raise InputError(
+                f"sites must be a list of different names, such as \"['BIDMC','HK']\", but is {self.sites!r}."
+            )
+        check_values({**self.overrides, **vars(self)})
+        check_time_limit(self.site_timeout)
+        self.sites = check_sites(self.sites)
+        self.output_dir = Path(self.output_dir)
+        self.overrides = dict(self.overrides)
+        self.server = ServerMomentum(self.server_momentum)
+        self.failures = Failures(len(self.sites), self.min_sites)
         self.round = 0
         self.weights: dict[str, Tensor] = {}
         self.clients: dict[str, SiteClient] = {}
         self.history: list[dict[str, Any]] = []
-        self.failures = Failures(len(self.sites), min_sites)
 
     @property
     def checkpoint(self) -> Path:
@@ -240,7 +220,7 @@ class Federation:
         for site, update in updates.items():
             self._note(site, "local", {**metrics[site], UPDATE_NORM: update_norm(update, self.weights)})
         counts = {site: self.clients[site].cases for site in updates}
-        average = average_updates(updates, counts, self.averaging, self.weights)
+        average = average_updates(updates, counts, self.averaging)
         parameters = self.clients[self.sites[0]].parameters if self.server.momentum else ()
         self.weights = self.server.step(self.weights, average, parameters)
         if self.val_interval and (self.round % self.val_interval == 0 or self.round == self.rounds):
@@ -276,7 +256,7 @@ class Federation:
             if isinstance(value, (bool, int, float, str, list, tuple)) and key not in ("dataset_dir", "device")
         }
         own = {"sites": self.sites, "rounds": self.rounds, "local_epochs": self.local_epochs, "seed": self.seed}
-        return {**training, **own, "server_momentum": self.server.momentum, "averaging": self.averaging}
+        return {**training, **own, "server_momentum": self.server_momentum, "averaging": self.averaging}
 
 
 @contextmanager

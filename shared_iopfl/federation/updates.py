@@ -37,7 +37,7 @@ FAILURES, FAILED = "failures.csv", ("round", "site", "reason")  # the file and i
 UPDATE_NORM = "update_norm"  # in the history: how far an accepted update moved the global model
 
 
-def check_update(site: str, update: Weights, reference: Weights, whose: str = "the global model") -> dict[str, Tensor]:
+def check_update(site: str, update: Weights, reference: Weights) -> dict[str, Tensor]:
     """A site's weights in the types of the global model, if they can be let in.
 
     They are cast before they are looked at: what is finite in double precision may be none in single precision.
@@ -45,8 +45,7 @@ def check_update(site: str, update: Weights, reference: Weights, whose: str = "t
     Args:
         site: who sent them.
         update: the weights.
-        reference: what they must be like, in keys, kinds and shapes.
-        whose: what `reference` is called in an error.
+        reference: the global model, which they must be like in keys, kinds and shapes.
 
     Raises:
         InputError: naming site and key, where they are not, are not finite, or hold a negative variance.
@@ -55,19 +54,21 @@ def check_update(site: str, update: Weights, reference: Weights, whose: str = "t
         raise InputError(f"site '{site}' sent a {type(update).__name__}, not weights by name.")
     if difference := set(update) ^ set(reference):
         key = min(difference, key=str)
-        raise InputError(f"site '{site}' sent other keys than {whose}: '{key}' is in one of them only.")
+        raise InputError(f"site '{site}' sent other keys than the global model: '{key}' is in one of them only.")
     checked = {}
     for key, like in reference.items():
         tensor = update[key]
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
             kind = type(tensor).__name__ if not isinstance(tensor, Tensor) else "sparse tensor"
-            raise InputError(f"site '{site}' sent a {kind} as '{key}', not a plain tensor as {whose}.")
+            raise InputError(f"site '{site}' sent a {kind} as '{key}', not a plain tensor as the global model.")
         if tensor.shape != like.shape:
-            shapes = f"{tuple(tensor.shape)}, not {tuple(like.shape)} as {whose}"
+            shapes = f"{tuple(tensor.shape)}, not {tuple(like.shape)} as the global model"
             raise InputError(f"site '{site}' sent '{key}' of shape {shapes}.")
         # precision may differ, as a filter on the way may lower it; a complex or an integer weight is a mistake
         if tensor.is_floating_point() != like.is_floating_point() or tensor.is_complex() != like.is_complex():
-            raise InputError(f"site '{site}' sent '{key}' of type {tensor.dtype}, not {like.dtype} as {whose}.")
+            raise InputError(
+                f"site '{site}' sent '{key}' of type {tensor.dtype}, not {like.dtype} as the global model."
+            )
         cast = tensor.detach().to(like)
         if not torch.isfinite(cast).all():
             raise InputError(f"site '{site}' sent NaN or infinite values in '{key}', as {like.dtype}.")

@@ -29,7 +29,7 @@ from shared_iopfl.data.loading import LoadCased
 from shared_iopfl.data.photographs.reader import CodedMaskReader, PhotographReader
 from shared_iopfl.data.scan_files import case_name, file_ending, find_scans, printable, unique_names
 from shared_iopfl.data.sites import fold_cases, split_cases
-from shared_iopfl.federation.averaging import weighted_average
+from shared_iopfl.federation.averaging import average_updates
 from shared_iopfl.routing.network import collapse, route
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.stacks import evenly, from_stack, to_stack
@@ -111,12 +111,12 @@ def test_an_average_lies_between_the_sites_in_any_order(counts, seed, order):
     """Convex, whatever the counts; the sites' order and the counts' unit do not matter."""
     updates = {str(n): {"w": images(4, 3, seed=seed + n)} for n in range(len(counts))}
     sizes = {str(n): count for n, count in enumerate(counts)}
-    mean = weighted_average(updates, sizes)["w"]
+    mean = average_updates(updates, sizes)["w"]
     every = torch.stack([update["w"] for update in updates.values()])
     assert (mean >= every.amin(0) - 1e-6).all() and (mean <= every.amax(0) + 1e-6).all()
     names = list(updates)
     order.shuffle(names)
-    again = weighted_average({name: updates[name] for name in names}, {name: 7 * sizes[name] for name in names})["w"]
+    again = average_updates({name: updates[name] for name in names}, {name: 7 * sizes[name] for name in names})["w"]
     torch.testing.assert_close(again, mean, rtol=1e-6, atol=1e-6)
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -47,6 +48,7 @@ from shared_iopfl.utils.errors import InputError
 MOST_CASES = 1e9  # more than any site has: what claims more would be the average
 
 
+@dataclass(eq=False)
 class Rounds(ModelController):
     """FedAvg over all the sites: train, check, average, and have the sites score what came out.
 
@@ -73,33 +75,22 @@ class Rounds(ModelController):
         averaging: "mean", "median" or "trimmed_mean"; see :func:`~shared_iopfl.federation.averaging.average_updates`.
     """
 
-    def __init__(
-        self,
-        sites: list[str],
-        rounds: int,
-        min_sites: int,
-        val_interval: int = 1,
-        max_update_norm: float = 10.0,
-        server_momentum: float = 0.0,
-        own_rounds: int = 0,
-        shares: Sequence[float] = (),
-        round_timeout: int = 0,
-        publish: bool = False,
-        averaging: Averaging = "mean",
-    ) -> None:
+    sites: list[str]
+    rounds: int
+    min_sites: int
+    val_interval: int = 1
+    max_update_norm: float = 10.0
+    server_momentum: float = 0.0
+    own_rounds: int = 0
+    shares: Sequence[float] = ()
+    round_timeout: int = 0
+    publish: bool = False
+    averaging: Averaging = "mean"
+
+    def __post_init__(self) -> None:
+        """Set FLARE's controller up."""
         super().__init__(ignore_result_error=True)
         report_to_nobody()  # the receiver of a tracked job is MLflow's
-        self.sites = sites
-        self.rounds = rounds
-        self.min_sites = min_sites
-        self.val_interval = val_interval
-        self.max_update_norm = max_update_norm
-        self.server_momentum = server_momentum
-        self.own_rounds = own_rounds
-        self.shares = shares
-        self.round_timeout = round_timeout
-        self.publish = publish
-        self.averaging: Averaging = averaging
         self.round = 0
         self._answered: list[str] = []  # in this round, with whatever update
 
@@ -152,7 +143,7 @@ class Rounds(ModelController):
             )
         for site, update in updates.items():
             self._note(site, "local", {**metrics[site], UPDATE_NORM: update_norm(update, model.params)})
-        return average_updates(updates, counts, self.averaging, model.params)
+        return average_updates(updates, counts, self.averaging)
 
     def _validate(self, model: FLModel) -> None:
         """The sites score the global model and their personalised ones; only the figures come here.
