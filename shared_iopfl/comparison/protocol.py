@@ -26,10 +26,9 @@ from typing import Any
 
 from torch import Tensor
 
-from shared_iopfl.comparison.fine_tuning import fine_tune
 from shared_iopfl.comparison.runs import Runs, best_of
 from shared_iopfl.comparison.tables import LABELLED, POOLED
-from shared_iopfl.comparison.training import EXPERTS, Trainings, keep_models
+from shared_iopfl.comparison.training import EXPERTS, Trainings, fine_tune, keep_models
 from shared_iopfl.data.layouts import PARTS
 from shared_iopfl.evaluation.scores import finite_mean
 from shared_iopfl.evaluation.scoring import raise_failures

@@ -22,7 +22,7 @@ import pytest
 import torch
 from trained_sites import State, _process_as_it_was, equal  # noqa: F401
 
-from shared_iopfl.comparison.fine_tuning import fine_tune
+from shared_iopfl.comparison.training import fine_tune
 from shared_iopfl.data.phantoms.sites import make_prostate_sites
 from shared_iopfl.federation.simulation import Federation, SiteClient
 from shared_iopfl.models.files import load_weights

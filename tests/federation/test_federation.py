@@ -240,7 +240,7 @@ def test_history_has_each_round_site_and_model_once(tmp_path):
     assert all(torch.isfinite(torch.tensor(float(row["value"]))) for row in rows)
 
 
-def test_global_model_is_the_average_updates_of_each_rounds_updates(tmp_path):
+def test_global_model_is_the_weighted_average_of_each_rounds_updates(tmp_path):
     """From the first global weights on, which all sites share and the seed decides."""
     run = make(tmp_path, rounds=2, seed=3)
     found = run.run()
