@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
@@ -66,13 +67,10 @@ def settle(run: Federation, sites: Sequence[str]) -> None:
     for site in tqdm(sites, desc="own rounds", unit="site", disable=not run.own_rounds):
         client = run.clients[site]
         before = copy.deepcopy(client.state_dict())
-        try:
-            with time_limit(site, run.site_timeout * max(1, run.own_rounds)):
-                shares[site] = client.settle(run.weights, run.own_rounds, run.shares)
-        except Exception as error:
+        with _left_out_if_it_fails(run, site, max(1, run.own_rounds)):
+            shares[site] = client.settle(run.weights, run.own_rounds, run.shares)
+        if site not in shares:
             client.load_state_dict(before)
-            run.failures.add(run.round, site, error)
-    run.failures.write(run.output_dir)
     if run.shares:
         write_json(run.output_dir / "models" / "shares.json", shares)
 
@@ -83,21 +81,15 @@ def cross_site_scores(run: Federation, models: Mapping[str, Weights], judges: Se
     Each Dice stands in ``cross_site.csv``.
     """
     dice: dict[str, dict[str, float]] = {name: {} for name in models}
-    shifts = []
+    shifts: list[float] = []
     for site in judges:
         client = run.clients[site]
-        try:
-            with time_limit(site, run.site_timeout * len(models)):
-                found = {n: client.validate(w)["val_mean_dice"] for n, w in models.items() if n != site}
-                shift = client.shift(run.weights)
-        except Exception as error:
-            run.failures.add(run.round, site, error)
-            continue
-        for name, value in found.items():
-            dice[name][site] = value
-        if shift is not None:
-            shifts.append(shift)
-    run.failures.write(run.output_dir)
+        with _left_out_if_it_fails(run, site, len(models)):
+            found = {n: client.validate(w)["val_mean_dice"] for n, w in models.items() if n != site}
+            shift = client.shift(run.weights)
+            for name, value in found.items():
+                dice[name][site] = value
+            shifts += [] if shift is None else [shift]
     write_matrix(run.output_dir, dice)
     return expert_scores(dice, shifts)
 
@@ -138,11 +130,18 @@ def compare_statistics(run: Federation, judges: Sequence[str]) -> None:
     """Write how the global model does at each site by its running statistics, and by the site's own."""
     rows = []
     for site in judges:
-        try:
-            with time_limit(site, run.site_timeout * 2):
-                if dice := run.clients[site].dice_by_statistics(run.weights):
-                    rows.append({"site": site, **dice})
-        except Exception as error:
-            run.failures.add(run.round, site, error)
-    run.failures.write(run.output_dir)
+        with _left_out_if_it_fails(run, site, 2):
+            if dice := run.clients[site].dice_by_statistics(run.weights):
+                rows.append({"site": site, **dice})
     write_rows(run.output_dir / STATISTICS, ("site", "global", "own"), rows)
+
+
+@contextmanager
+def _left_out_if_it_fails(run: Federation, site: str, times: int) -> Iterator[None]:
+    """Note what a site fails at, or does not do in so many times the limit of a round, and go on."""
+    try:
+        with time_limit(site, run.site_timeout * times):
+            yield
+    except Exception as error:
+        run.failures.add(run.round, site, error)
+        run.failures.write(run.output_dir)

@@ -39,9 +39,6 @@ FORMAT = 1
 LIMIT = 4 * 2**30
 # what is loaded as the global model or as an expert; model_final.pt is MONAI FL's name for the last global model
 MODEL_FILE = re.compile(r"model(?:_(?!final\.pt)(.+))?\.pt")
-# sizes and numbers of features beyond this are no settings but a way to fill the memory
-LARGEST = 10_000
-LARGEST_OF = {"image_size": 2048, "features": 4096, "slices": 99}
 # what publishing adds
 PUBLISHED = {"sites": list, "terms": str, "files": dict}
 AGAIN = "download the models again, or publish them anew."
@@ -198,37 +195,31 @@ def setting(models_dir: str | os.PathLike, name: str, default: T) -> T:
         default: where there is no manifest, or it does not say.
 
     Raises:
-        InputError: where the manifest has something else than the default is: positive whole numbers of sensible size,
-            a number from 0, a truth value, a dictionary, or text (which may be a dictionary, one text a site).
+        InputError: where the manifest has a value that the setting may not have (see `checks.RULES`), or of another
+            type than the default; text may also be a dictionary, one text a site.
     """
     value = ((read_manifest(models_dir) or {}).get("architecture") or {}).get(name, default)
-    path = Path(models_dir) / MANIFEST
-    if isinstance(default, float):
-        if not (rule := checks.number(0)).holds(value):
-            raise InputError(f"{path} has {name} {value!r:.80}, not {rule.allowed}; {AGAIN}")
-        return value
-    if not isinstance(default, (bool, str, dict)):
-        return check_setting(name, value, path)
-    if not isinstance(value, (str, dict) if isinstance(default, str) else type(default)):
+    kinds = (str, dict) if isinstance(default, str) else type(default)
+    if name not in checks.RULES and not isinstance(value, kinds):
+        path = Path(models_dir) / MANIFEST
         raise InputError(f"{path} has {name} {value!r:.80}, not such a value as {default!r:.40}; {AGAIN}")
-    return value
+    return check_setting(name, value, Path(models_dir) / MANIFEST)
 
 
 def check_setting(name: str, value: T, path: str | os.PathLike) -> T:
-    """The value of a setting of the architecture, if it is positive whole numbers of sensible size.
+    """The value of a setting as a file has it, if it is one that the setting may have.
 
     Args:
         name: such as ``features``.
-        value: a number, or a list of them, as a file has it.
+        value: what the file has.
         path: of that file, for the message.
 
     Raises:
-        InputError: for anything else.
+        InputError: for a value that `checks.RULES` does not allow.
     """
-    largest = LARGEST_OF.get(name, LARGEST)
-    numbers = value if isinstance(value, list) else [value]
-    if not 0 < len(numbers) < 100 or not all(type(number) is int and 0 < number <= largest for number in numbers):
-        raise InputError(f"{path} has {name} {value!r:.80}, not whole numbers from 1 to {largest}; {AGAIN}")
+    rule = checks.RULES.get(name)
+    if rule is not None and not rule.holds(value):
+        raise InputError(f"{path} has {name} {value!r:.80}, not {rule.allowed}; {AGAIN}")
     return value
 
 

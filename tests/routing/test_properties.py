@@ -25,6 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import experts, images, mixture, routes_of, unet
 
+from shared_iopfl.data.layouts import PARTS
 from shared_iopfl.data.loading import LoadCased
 from shared_iopfl.data.photographs.reader import CodedMaskReader, PhotographReader
 from shared_iopfl.data.scan_files import case_name, file_ending, find_scans, printable, unique_names
@@ -50,7 +51,7 @@ def cases_of(counts: list[int]) -> list[dict[str, str]]:
 @settings(max_examples=50, deadline=None)
 def test_a_split_covers_all_cases_once_and_divides_no_patient(counts, seed, shares):
     cases = cases_of(counts)
-    parts = split_cases(cases, seed, shares)
+    parts = split_cases(cases, seed, dict(zip(PARTS, shares)))
     assert sorted(case["case"] for part in parts.values() for case in part) == sorted(case["case"] for case in cases)
     patients = [{case["patient"] for case in part} for part in parts.values()]
     assert all(patients)
