@@ -208,9 +208,9 @@ def read_comparison(output_dir: str | Path) -> dict[str, dict[str, RoleScores]]:
         value = number(row["value"], path)
         where = f"{path}: case '{row['case']}' of site '{row['site']}', method '{row['method']}', seed {row['seed']}"
         if role not in COMPARED:
-            raise InputError(f"{where}: role {role!r} is none of {', '.join(COMPARED)}: mend or delete this row")
+            raise InputError(f"{where}: role {role!r} is none of {', '.join(COMPARED)}: correct or delete this row")
         if metric.startswith("dice") and not (0 <= value <= 1 or math.isnan(value)):
-            raise InputError(f"{where}: {metric} {value:g} is not between 0 and 1: mend or delete this row")
+            raise InputError(f"{where}: {metric} {value:g} is not between 0 and 1: correct or delete this row")
         of_method = found.setdefault((role, metric), {}).setdefault(row["site"], {}).setdefault(row["method"], {})
         if key in of_method:
             raise InputError(f"{where}: {metric} stands there twice: delete one of the rows")

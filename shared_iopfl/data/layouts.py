@@ -13,7 +13,7 @@
 What lies in ``dataset_dir`` tells the layout, site by site:
 
 1. ``SITE.json``: a MONAI datalist, its paths relative to ``dataset_dir``; goes before a folder of the same name. The
-   folders that it names hold its cases, and are no sites of their own.
+   folders that it names hold its cases, and are not sites of their own.
 2. ``SITE/images/NAME.png`` and ``SITE/masks/NAME.png``.
 3. ``SITE/{train,test}/ROIs/{image,mask}/NAME.png``: the public four-domain fundus set (DoFE).
 4. ``SITE/NAME.nii.gz`` and ``SITE/NAME_segmentation.nii.gz``: the public six-site prostate set (SAML), and PROMISE12
@@ -63,7 +63,7 @@ def known_sites(root: Path) -> list[str]:
 
 
 def _listed_folders(datalist: Path) -> set[str]:
-    """The folders whose files a datalist names: they hold the list's cases, and are no sites of their own."""
+    """The folders whose files a datalist names: they hold the list's cases, and are not sites of their own."""
     try:
         content = read_json(datalist)
     except InputError:
@@ -233,7 +233,7 @@ def _read_datalist(path: Path, root: Path) -> tuple[dict[str, list[tuple[Path, P
     """
     content = read_json(path)
     if not isinstance(content, dict):
-        raise InputError(f"{path} is no datalist, but a {type(content).__name__}: take it away or mend it.")
+        raise InputError(f"{path} is not a datalist but a {type(content).__name__}: take it away or correct it.")
     pairs: dict[str, list[tuple[Path, Path]]] = {}
     patients: dict[Path, str] = {}
     headers: dict[Path, str] = {}

@@ -143,7 +143,7 @@ class LoadCased(MapTransform):
             names = [tensor.meta["filename_or_obj"] for tensor in (image, label)]
             raise InputError(
                 f"{names[1]} is not in the grid of its image {names[0]}: {describe_grid(*label_grid)} instead of "
-                f"{describe_grid(*image_grid)}; resample the mask to its image, or mend the header that is wrong"
+                f"{describe_grid(*image_grid)}; resample the mask to its image, or correct the header that is wrong"
             )
         label = MetaTensor(torch.from_numpy(values)[None], meta=label.meta)
         label.affine = image.affine.clone()

@@ -43,7 +43,7 @@ def under_pseudonyms(scans: Sequence[Case], table: str | os.PathLike, output_dir
         output_dir: where the masks go.
 
     Raises:
-        InputError: where the table would lie among the masks, is none, or has a pseudonym that is no plain name or
+        InputError: where the table would lie among the masks, is none, or has a pseudonym that is not a plain name or
             stands for two files.
     """
     if not table:
@@ -53,7 +53,7 @@ def under_pseudonyms(scans: Sequence[Case], table: str | os.PathLike, output_dir
         raise InputError(f"the table of pseudonyms {table} would lie among the masks: keep it somewhere else.")
     rows = read_rows(table)
     if any(not row.get(column) for row in rows for column in COLUMNS) or (table.exists() and not rows):
-        raise InputError(f"{table} is no table of pseudonyms: its columns are {' and '.join(COLUMNS)}.")
+        raise InputError(f"{table} is not a table of pseudonyms: its columns are {' and '.join(COLUMNS)}.")
     known = _checked(rows, table)
     taken = {name.casefold() for name in known.values()}
     free = (name for number in count(len(known) + 1) if (name := f"scan_{number:04d}") not in taken)

@@ -11,7 +11,7 @@
 """The review list: which masks to look at first, without labels; beside the Dice where labels exist.
 
 The quality of a mask is how far the views of its scan agree on it (`shared_iopfl.routing.objectives.view_agreement`).
-It ranks the scans of one list; it is no estimate of their Dice, and says nothing across models or tasks.
+It ranks the scans of one list; it is not an estimate of their Dice, and says nothing across models or tasks.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ def number(text: Any, path: Path) -> float:
     try:
         return float(text) if text not in (None, "", "None") else math.nan
     except ValueError:
-        raise InputError(f"{path}: {text!r} is not a number: mend or delete this row") from None
+        raise InputError(f"{path}: {text!r} is not a number: correct or delete this row") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -59,7 +59,9 @@ def read_scores(output_dir: Path) -> dict[str, Scores]:
     rows = read_rows(path, "site role case model metric value")
     for row in rows:
         if row["role"] not in ROLES:
-            raise InputError(f"{path}: role {row['role']!r} is neither 'inside' nor 'outside': mend or delete this row")
+            raise InputError(
+                f"{path}: role {row['role']!r} is neither 'inside' nor 'outside': correct or delete this row"
+            )
     models = in_order(row["model"] for row in rows)
     for row in sorted(rows, key=lambda row: (ROLES.index(row["role"]), models.index(row["model"]))):
         by_model = found.setdefault(row["metric"], {}).setdefault((row["role"], row["site"]), {})

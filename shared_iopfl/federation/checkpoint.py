@@ -125,7 +125,7 @@ def check_checkpoint(
         known = isinstance(rows, list) and all(isinstance(row, Mapping) and {*named} <= {*row} for row in rows)
         numbers = {"round": int, "value": float}
         if not known or any(not isinstance(r[c], kind) for r in rows for c, kind in numbers.items() if c in r):
-            raise InputError(f"{path}: {field} is no table of a run; take the file away, or start afresh.")
+            raise InputError(f"{path}: {field} is not a table of a run; take the file away, or start afresh.")
 
 
 def check_state(found: Any, like: Any, path: Path, field: str = "") -> None:

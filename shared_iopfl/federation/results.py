@@ -11,7 +11,7 @@
 """The end of a federation: final models, their scores at other sites, and the usual shift.
 
 Writes ``models/``, ``scores.json``, ``shares.json``, ``cross_site.csv`` and ``statistics.csv``. A site that fails here
-judges nothing; the others' figures stand.
+scores no models; the scores of the other sites remain.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def publish(run: Federation) -> None:
     delivered = last_rounds(run.history)
     present = [site for site in run.sites if site in delivered]
     if run.own_rounds or run.shares:
-        settle(run, present)
+        select_personalised(run, present)
     models = {GLOBAL: run.weights, **{site: run.clients[site].personalised for site in present}}
     for name, weights in models.items():
         path = model_path(str(folder), GLOBAL if name == GLOBAL else "personalised", name)
@@ -61,14 +61,14 @@ def publish(run: Federation) -> None:
         )
 
 
-def settle(run: Federation, sites: Sequence[str]) -> None:
-    """Have each site make its personalised model what it keeps; where that fails, the moving average stays."""
+def select_personalised(run: Federation, sites: Sequence[str]) -> None:
+    """Have each site select its personalised model; where that fails, the moving average stays."""
     shares = {}
     for site in tqdm(sites, desc="own rounds", unit="site", disable=not run.own_rounds):
         client = run.clients[site]
         before = copy.deepcopy(client.state_dict())
         with _left_out_if_it_fails(run, site, max(1, run.own_rounds)):
-            shares[site] = client.settle(run.weights, run.own_rounds, run.shares)
+            shares[site] = client.select_personalised(run.weights, run.own_rounds, run.shares)
         if site not in shares:
             client.load_state_dict(before)
     if run.shares:
@@ -76,9 +76,9 @@ def settle(run: Federation, sites: Sequence[str]) -> None:
 
 
 def cross_site_scores(run: Federation, models: Mapping[str, Weights], judges: Sequence[str]) -> dict[str, float | None]:
-    """How well each model does at the other sites; a site that fails at it judges nothing.
+    """The content of ``scores.json``, from the validation Dice of each model at the other sites.
 
-    Each Dice stands in ``cross_site.csv``.
+    Each Dice is written to ``cross_site.csv``. A site that fails scores no models.
     """
     dice: dict[str, dict[str, float]] = {name: {} for name in models}
     shifts: list[float] = []
@@ -103,8 +103,8 @@ def write_matrix(folder: Path, dice: Mapping[str, Mapping[str, float]]) -> None:
 def expert_scores(dice: Mapping[str, Mapping[str, float]], shifts: Sequence[float]) -> dict[str, float | None]:
     """The content of ``scores.json``: a score a model, and the usual shift.
 
-    As sites differ in difficulty, a personalised model is held against the global one at each of the other sites:
-    its score is the global model's mean over all sites plus the mean of those differences.
+    As sites differ in difficulty, a personalised model is compared with the global one at each of the other sites: its
+    score is the global model's mean over all sites plus the mean of these differences.
 
     Args:
         dice: model -> site -> validation Dice, without the model's own site.
@@ -138,7 +138,7 @@ def compare_statistics(run: Federation, judges: Sequence[str]) -> None:
 
 @contextmanager
 def _left_out_if_it_fails(run: Federation, site: str, times: int) -> Iterator[None]:
-    """Note what a site fails at, or does not do in so many times the limit of a round, and go on."""
+    """Record the failure of a site, or that it exceeds `times` the limit of a round, and go on with the others."""
     try:
         with time_limit(site, run.site_timeout * times):
             yield

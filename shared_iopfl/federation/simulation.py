@@ -10,11 +10,11 @@
 # limitations under the License.
 """A federation in one process: rounds of FedAvg over one `MonaiAlgo` client per site.
 
-Knows clients and weights, nothing of images. Only the local weights leave a client; its personalised model is written
-by the client itself, next to the global one, because here both ends are one machine.
+It knows clients and weights, not images. Only local weights leave a client. Each client writes its personalised model
+itself, next to the global one, because here all sites are on one machine.
 
-A site that fails a round, or takes too long, is left out of it and comes back in the next. Whatever a site does can be
-ended only where it has a process of its own: by FLARE's time limits (``round_timeout`` in
+A site that fails a round, or takes too long, is left out of that round and asked again in the next one. Code that does
+not return can be ended only in a process of its own, by FLARE's time limits (``round_timeout`` in
 `shared_iopfl.federation.flare.run`).
 """
 
@@ -89,7 +89,8 @@ class Federation:
         site_timeout: a site may take so many seconds for a round's training, and as many to score a model; 0: no limit.
             See :func:`~shared_iopfl.federation.client.time_limit` for what it can break off.
         own_rounds, shares: what each site makes of its personalised model once the last round is over; see
-            :meth:`~shared_iopfl.federation.client.SiteClient.settle`. 0 and none: the moving average as it is.
+            :meth:`~shared_iopfl.federation.client.SiteClient.select_personalised`. 0 and none: the plain
+            moving average.
         server_momentum: of the global weights from round to round; see
             :class:`~shared_iopfl.federation.server_momentum.ServerMomentum`. 0: plain averaging.
         resume: go on from ``federation.pt`` where there is one.

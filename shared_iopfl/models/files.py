@@ -124,7 +124,7 @@ def load_weights(path: str | os.PathLike) -> dict[str, Tensor]:
     if not isinstance(state, Mapping) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
     ):
-        raise InputError(f"{path} is no plain state_dict (name -> tensor); save the network's state_dict() alone.")
+        raise InputError(f"{path} is not a plain state_dict (name -> tensor); save the network's state_dict() alone.")
     if sum(tensor.numel() * tensor.element_size() for tensor in state.values()) > LIMIT:
         raise InputError(f"{path} holds more than {LIMIT} bytes of tensors; train or download it again.")
     return {key: _checked(tensor, key, path) for key, tensor in state.items()}
@@ -133,7 +133,7 @@ def load_weights(path: str | os.PathLike) -> dict[str, Tensor]:
 def _check_archive(content: bytes) -> None:
     """Raise unless this is the archive that `torch.save` writes, and it does not unpack to more than it is."""
     if not content.startswith(b"PK\3\4"):  # what else torch would read is of before 2020
-        raise zipfile.BadZipFile("it is no file of torch.save, or damaged")
+        raise zipfile.BadZipFile("it is not a file of torch.save, or damaged")
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         if sum(member.file_size for member in archive.infolist()) > len(content):
             raise zipfile.BadZipFile("it unpacks to more than it is")
@@ -222,7 +222,7 @@ def load_scores(ckpt_dir: str) -> dict[str, float] | None:
         from the global model, which has no unit. What is unknown (null) is left out.
 
     Raises:
-        InputError: for a Dice that is no number from 0 to 1, or a shift that is none from 0.
+        InputError: for a Dice that is not a number from 0 to 1, or a shift that is none from 0.
     """
     path = Path(ckpt_dir) / SCORES
     content = read_checked(path)

@@ -48,7 +48,9 @@ T = TypeVar("T")
 def plain_name(name: str) -> str:
     """The name, or `InputError` where it would lead out of the folder it is looked up in."""
     if not name or name != os.path.basename(name) or name in (".", "..") or set(name) & set("/\\\0"):
-        raise InputError(f"{name!r} is no plain name: it must not be a path, as it names a file in the models' folder.")
+        raise InputError(
+            f"{name!r} is not a plain name: it must not be a path, as it names a file in the models' folder."
+        )
     return name
 
 
@@ -102,7 +104,7 @@ def read_manifest(models_dir: str | os.PathLike) -> dict[str, Any] | None:
     """The manifest of a folder, or None where there is none.
 
     Raises:
-        InputError: where it cannot be read, or is no manifest that this version knows.
+        InputError: where it cannot be read, or is not a manifest that this version knows.
     """
     path = Path(models_dir) / MANIFEST
     if not os.path.lexists(path):

@@ -172,7 +172,7 @@ def _mean_scores(summary: Path) -> dict[str, Any]:
             figure = {"mean": float(row["mean"]), "cases": int(row["cases"])}
             means.setdefault(row["site"], {}).setdefault(row["model"], {})[row["metric"]] = figure
     except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{summary} is no summary of a run ({error}): mend it or take it away.") from error
+        raise InputError(f"{summary} is not a summary of a run ({error}): correct it or take it away.") from error
     return means
 
 

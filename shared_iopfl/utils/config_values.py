@@ -90,7 +90,7 @@ def as_values(pairs: Mapping[str, Any]) -> dict[str, Any]:
 def check_key(name: Any) -> str:
     """The id of an override, unless it says what MONAI is to build or to leave out (``loss#_target_``)."""
     if not isinstance(name, str) or any(part.startswith("_") for part in re.split("#|::", name)):
-        raise InputError(f"{name!r:.80} is no setting, but would change what is built: leave it out.")
+        raise InputError(f"{name!r:.80} is not a setting but would change what is built: leave it out.")
     return name
 
 

@@ -69,7 +69,7 @@ def check_file_name(name: Any, what: str) -> str:
         what: what it is, for the message.
     """
     if not _is_plain(name):
-        raise InputError(f"{what} {_shown(name)} is no plain name: use letters, digits, '_', '-', '.' and spaces.")
+        raise InputError(f"{what} {_shown(name)} is not a plain name: use letters, digits, '_', '-', '.' and spaces.")
     return name
 
 

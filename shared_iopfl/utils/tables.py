@@ -105,7 +105,7 @@ def read_rows(path: str | os.PathLike, columns: str = "") -> list[dict[str, str]
     lacking = [name for name in columns.split() if rows and name not in rows[0]]
     if lacking:
         wanted = ", ".join(columns.split())
-        raise InputError(f"{path} lacks the column {lacking[0]!r}: it must have {wanted}; mend it or move it away.")
+        raise InputError(f"{path} lacks the column {lacking[0]!r}: it must have {wanted}; correct it or move it away.")
     return [{column: _from_text(value) for column, value in row.items()} for row in rows]
 
 

@@ -162,7 +162,7 @@ def test_choices_are_shown_with_what_they_were_chosen_from(folder):
 @pytest.mark.parametrize("content", ["[1]", "{", '[{"seed": 0}]'])
 def test_choices_that_are_none_are_an_error_of_one_line(quick, tmp_path, content):
     (tmp_path / "choices.json").write_text(content)
-    with pytest.raises(InputError, match=r"choices\.json is no list of choices") as caught:
+    with pytest.raises(InputError, match=r"choices\.json is not a list of choices") as caught:
         inside(tmp_path, personalised=dice(0))
     assert "\n" not in str(caught.value)
 

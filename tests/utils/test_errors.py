@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Errors that a user can mend end in one line; a program's own faults keep their traceback."""
+"""Errors that a user can correct end in one line; a program's own faults keep their traceback."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from monai.utils import convert_to_dst_type, convert_to_tensor, ensure_tuple_rep
 from shared_iopfl.data.masks import EachKey
 from shared_iopfl.utils.errors import InputError
 
-BACKGROUND = "background"  # the one name in a coding that is no target
+BACKGROUND = "background"  # the one name in a coding that is not a target
 Coding = Mapping[str, Sequence[int]]
 
 

@@ -96,7 +96,7 @@ def _routes(path: Path) -> dict[str, dict[str, Any]]:
     content = read_json(path) if path.is_file() else {}
     cases = content.get("cases", {}) if isinstance(content, dict) else None
     if not isinstance(cases, dict) or not all(isinstance(facts, dict) for facts in cases.values()):
-        raise InputError(f"{path} is no table of routes of a run.")
+        raise InputError(f"{path} is not a table of routes of a run.")
     return cases
 
 

@@ -36,7 +36,7 @@ from nvflare.client.tracking import SummaryWriter
 from torch import Tensor
 
 from shared_iopfl.federation.client import SiteClient, time_limit
-from shared_iopfl.federation.flare.messages import COUNTED, ENVIRONMENT, JOB_FILE, LAST, PUBLISH, SCORE, SETTLE
+from shared_iopfl.federation.flare.messages import COUNTED, ENVIRONMENT, JOB_FILE, LAST, PUBLISH, SCORE, SELECT
 from shared_iopfl.models.files import model_path, save_atomically
 from shared_iopfl.utils.errors import InputError, root_input_error
 from shared_iopfl.utils.files import check_writable
@@ -157,20 +157,20 @@ class Member:
         self._round = number
 
     def answer(self, task: str, received: FLModel) -> FLModel:
-        """Do a task; what goes wrong is told by its kind alone, and in full in the site's own ``training.log``."""
-        # a process's alarm clock rings in its main thread, which does the work where each task has a process of its own
+        """Do a task. Of an error the server learns the class; the message is in the site's own ``training.log``."""
+        # SIGALRM works in the main thread only, which does the work if each task has a process of its own
         main = threading.current_thread() is threading.main_thread()
         last = received.meta.get(LAST, "")
-        settle = last == SETTLE
-        seconds = self.job["round_timeout"] * (max(1, self.job["own_rounds"]) if settle else 1)
+        selects = last == SELECT
+        seconds = self.job["round_timeout"] * (max(1, self.job["own_rounds"]) if selects else 1)
         try:
             with time_limit(self.site, seconds if main else 0):
                 if last == SCORE:
                     return self.score(received)
                 # the newest global model, beside the site's own
                 save_atomically(dict(received.params), model_path(str(self.folder)))
-                if settle:
-                    return self.settle(received)
+                if selects:
+                    return self.select(received)
                 return self.validate(received) if task == "validate" else self.train(received)
         except Exception as error:
             kind = type(root_input_error(error) or error).__name__
@@ -213,17 +213,17 @@ class Member:
             for name, value in metrics.items():
                 self.stream(name, float(value), received.current_round + 1)
 
-    def settle(self, received: FLModel) -> FLModel:
-        """Make the personalised model what the site keeps, and send it where the site publishes it.
+    def select(self, received: FLModel) -> FLModel:
+        """Select the personalised model after the last round, and send it if the site publishes it.
 
-        What is told is the share that its validation cases chose, how far they are from the global model, and how that
-        does on them by its running statistics and by the site's own.
-        Asked again, as after the server's death, it begins again from the last round.
+        The answer holds the selected share, the shift of the site's validation cases, and their Dice with the global
+        model's running statistics and with the site's own. When the task is repeated, for example after the server was
+        restarted, it starts from the state after the last round.
         """
         client = self.client(self._counted(received))
         before = {key: tensor.clone() for key, tensor in client.personalised.items()}
         try:
-            share = client.settle(received.params, self.job["own_rounds"], self.job["shares"])
+            share = client.select_personalised(received.params, self.job["own_rounds"], self.job["shares"])
         except Exception:
             self._put_back(before)
             raise

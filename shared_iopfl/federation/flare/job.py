@@ -119,7 +119,7 @@ def describe(bundle: Path, given: Mapping[str, Any]) -> tuple[Federation, Scorin
             raise InputError(f"'{key}' is a setting of the one-process run; docs/flare.md says what to do instead.")
         if name in OF_THE_MACHINE or not any(key in config for config in configs):
             hint = nearest(key, [key for config in configs for key in config])
-            missing = f": it is no key of {bundle}/configs/federate.json or train.json"
+            missing = f": it is not a key of {bundle}/configs/federate.json or train.json"
             raise InputError(f"unknown setting '{name}'{missing}{hint or '.'}")
         if key in configs[0]:
             federate[name] = value
@@ -153,7 +153,7 @@ def first_state(bundle: Path, federation: Federation) -> dict[str, Any]:
     run = uuid.uuid4().hex[:12]
     tables: dict[str, list] = {"history": [], "failures": []}
     settings = federation.settings()
-    begun = {"settings": settings, "run": run, "round": 0, "settled": False}
+    begun = {"settings": settings, "run": run, "round": 0, "selected": False}
     server = ServerMomentum().state_dict()
     return {**begun, "weights": weights, "parameters": parameters, "server": server, **tables}
 

@@ -12,10 +12,10 @@
 
 from __future__ import annotations
 
-# what the server tells besides weights and round: site -> the last round in which its update was averaged
+# sent with weights and round: site -> the last round in which its update was averaged
 COUNTED = "counted"
-# which task it is once all rounds are done: to make the personalised model what the site keeps, or to score a model
-LAST, SETTLE, SCORE = "last", "settle", "score"
+# the task after the last round: to select the personalised model, or to score a model
+LAST, SELECT, SCORE = "last", "select", "score"
 # what a job says to the sites
 JOB_FILE = "federation.json"
 # what a site says about itself goes before what the job says

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from shared_iopfl.evaluation.run.provenance import report_to_nobody
 from shared_iopfl.federation.averaging import Averaging, average_updates
-from shared_iopfl.federation.flare.messages import COUNTED, LAST, SCORE, SETTLE
+from shared_iopfl.federation.flare.messages import COUNTED, LAST, SCORE, SELECT
 from shared_iopfl.federation.results import expert_scores
 from shared_iopfl.federation.server_momentum import ServerMomentum
 from shared_iopfl.federation.updates import (
@@ -67,7 +67,8 @@ class Rounds(ModelController):
             :func:`~shared_iopfl.federation.updates.far_off`.
         server_momentum: of the global weights, as in one process.
         own_rounds, shares: what each site makes of its personalised model after the last round; see
-            :meth:`~shared_iopfl.federation.client.SiteClient.settle`. 0 and none: the moving average as it is.
+            :meth:`~shared_iopfl.federation.client.SiteClient.select_personalised`. 0 and none: the plain
+            moving average.
         round_timeout: seconds to train, and again to score, after which a round goes on without those who have not
             answered; 0: wait for all.
         publish: ask the sites for their personalised models once they are what each keeps, and have every site score
@@ -109,8 +110,8 @@ class Rounds(ModelController):
                 if self.val_interval and (self.round % self.val_interval == 0 or self.round == self.rounds):
                     self._validate(model)
                 self.save_model(model)
-            if not self.persistor.state["settled"]:
-                self._settle(model)
+            if not self.persistor.state["selected"]:
+                self._select(model)
         finally:
             self.persistor.save_tables(self.fl_ctx)
 
@@ -148,8 +149,8 @@ class Rounds(ModelController):
     def _validate(self, model: FLModel) -> None:
         """The sites score the global model and their personalised ones; only the figures come here.
 
-        All that have answered are asked: by this one whose update was refused goes back to where it was, be it in the
-        last round. Its figures are of an older model, and left out.
+        All sites that answered are asked, because the request also makes a site whose update was refused restore its
+        earlier state. The figures of such a site belong to an older model and are left out.
         """
         counted = self.persistor.counted()
         for site, reply in self._ask(AppConstants.TASK_VALIDATION, model, self._answered).items():
@@ -165,14 +166,14 @@ class Rounds(ModelController):
                 if whose in ("global", "personalised"):  # what is noted of "local" bounds and counts a site's updates
                     self._note(site, whose, {metric: value})
 
-    def _settle(self, model: FLModel) -> None:
-        """Every site with a personalised model makes it what it keeps, and tells how far off its cases are."""
+    def _select(self, model: FLModel) -> None:
+        """Every site with a personalised model selects its final one, and reports the shift of its validation cases."""
         self.round = self.rounds
         model.current_round = self.rounds - 1
         counted = self.persistor.counted()
         sites = [site for site in self.sites if site in counted]
         shares, shifts, statistics, published = {}, {}, [], {}
-        for site, reply in self._ask(AppConstants.TASK_VALIDATION, model, sites, SETTLE).items():
+        for site, reply in self._ask(AppConstants.TASK_VALIDATION, model, sites, SELECT).items():
             try:
                 told = {name: _number(value) for name, value in reply.metrics.items()}
                 shares[site] = told["share"]
@@ -192,7 +193,7 @@ class Rounds(ModelController):
             dice = self._cross_site({GLOBAL: model.params, **published}, judges)
             self.persistor.save_published(published, dice, self.fl_ctx)
         scores = expert_scores(dice, list(shifts.values()))
-        self.persistor.save_settled(shares if self.shares else {}, scores, statistics, self.fl_ctx)
+        self.persistor.save_selected(shares if self.shares else {}, scores, statistics, self.fl_ctx)
 
     def _cross_site(
         self, models: Mapping[str, Mapping[str, Tensor]], judges: Sequence[str]
@@ -222,13 +223,13 @@ class Rounds(ModelController):
             task: FLARE's name of it.
             model: sent with it.
             sites: that are asked.
-            last: which of the tasks after the last round it is: SETTLE or SCORE.
+            last: which of the tasks after the last round it is: SELECT or SCORE.
         """
-        settle = last == SETTLE
+        selects = last == SELECT
         there = {client.name for client in self.engine.get_clients()}
         targets = [site for site in sites if site in there]
         model.meta = {COUNTED: self.persistor.counted(), LAST: last}
-        timeout = self.round_timeout * (max(1, self.own_rounds) if settle else 1)
+        timeout = self.round_timeout * (max(1, self.own_rounds) if selects else 1)
         replies = []
         if targets:  # to FLARE, no targets are all clients
             replies = self.send_model_and_wait(task_name=task, data=model, targets=targets, timeout=timeout)
