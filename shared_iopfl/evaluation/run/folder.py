@@ -19,6 +19,7 @@ goes on with it, with ``resume``.
 from __future__ import annotations
 
 import atexit
+import json
 import os
 import socket
 import threading
@@ -27,7 +28,19 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from shared_iopfl.evaluation.run.found import RESUMED, RUN, SCORED, check_apart, make_room, read_run
+from shared_iopfl.evaluation.run.found import (
+    ANYWHERE,
+    KINDS,
+    RESUMED,
+    RUN,
+    SCORED,
+    UNFINISHED,
+    WITH_MODELS,
+    check_apart,
+    check_settings,
+    check_strangers,
+    read_run,
+)
 from shared_iopfl.evaluation.run.lock import FolderLock
 from shared_iopfl.evaluation.run.written import LIST, Written
 from shared_iopfl.utils import errors
@@ -43,6 +56,7 @@ class RunFolder:
     def __init__(self, folder: Path, kind: str, shown: str) -> None:
         self.folder = folder
         self.kind = kind
+        self.shown = shown
         self.thread = threading.current_thread()
         self.replaced: set[Path] = set()  # not in the list, but the user wants them replaced
         self.described: dict[str, Any] = {}  # of run.json, where it is not written yet
@@ -52,6 +66,43 @@ class RunFolder:
         self._lock = FolderLock(folder, shown)
         self.written = Written(folder)
         self._found = {path for path in folder.rglob("*") if path not in self.written} if kind == "flare" else set()
+
+    def make_room(self, settings: Mapping[str, Any], overwrite: bool, resume: bool, part: Path | None) -> None:
+        """Raise `InputError` unless the run may write into its folder; remove what it replaces. Args: see `claim`."""
+        folder, written = self.folder, self.written
+        earlier = read_run(folder) if (folder / RUN) in written else {}
+        files = written.below(folder)
+        if set(files) - {folder / RUN}:  # a run that ended at once leaves nothing to lose
+            kind, status = earlier.get("kind", self.kind), earlier.get("status", "unfinished")
+            found = f"{self.shown} holds {KINDS.get(kind, 'something else')} ({status}, {len(files)} files)"
+            if kind != self.kind and not (part is not None and kind in SCORED):
+                raise InputError(f"{found}: choose another output_dir.")
+            if part is not None:
+                self._make_room_for_part(part, overwrite)
+            elif resume:
+                begun, now = earlier.get("settings"), json.loads(json.dumps(dict(settings), default=str))
+                begun = begun if isinstance(begun, dict) else {}
+                same = {name: value for name, value in now.items() if name in begun and name not in ANYWHERE}
+                check_settings(begun, same, self.shown)
+            elif not overwrite:
+                go_on = ", or go on with it with --resume True" * (self.kind in RESUMED)
+                raise InputError(f"{found}: choose another output_dir, or replace it with --overwrite True{go_on}.")
+            else:
+                self.replace(folder)
+            if self.kind not in WITH_MODELS:
+                self.begin()
+            for path in [path for path in folder.rglob(".*") if UNFINISHED.fullmatch(path.name)]:
+                path.unlink(missing_ok=True)
+        check_strangers(folder, written, self.kind, self.shown)
+
+    def _make_room_for_part(self, part: Path, overwrite: bool) -> None:
+        if part.is_relative_to(self.folder) and self.written.below(part):
+            if not overwrite:
+                raise InputError(
+                    f"{part} holds an evaluation of this model at this site: choose another output_dir, or replace it "
+                    "with --overwrite True."
+                )
+            self.replace(part)
 
     def check(self, target: Path) -> None:
         """Raise `InputError` where writing to `target` would replace a file of another origin."""
@@ -154,7 +205,7 @@ def claim(
     _take_over(folder, output_dir)
     run = RunFolder(folder, kind, str(output_dir))
     try:
-        make_room(run, str(output_dir), settings or {}, overwrite, resume, part)
+        run.make_room(settings or {}, overwrite, resume, None if part is None else Path(os.path.abspath(part)))
         keepers.append(run)
         if part is None or not set(run.written.below(folder)) - {folder / RUN}:
             begun = read_run(folder) if resume else {}
