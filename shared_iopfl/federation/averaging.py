@@ -33,9 +33,9 @@ def average_updates(
 ) -> dict[str, Tensor]:
     """One model of the sites' weights, entry by entry, in double precision and in the order of `updates`.
 
-    The median and the trimmed mean (Yin et al., Byzantine-Robust Distributed Learning, ICML 2018) bound what a minority
-    of hostile sites can do to any entry. They count every site alike, as a hostile one may claim any number of cases.
-    With fewer than three sites both are the plain mean.
+    The median and the trimmed mean (Yin et al., Byzantine-Robust Distributed Learning, ICML 2018) bound the influence
+    of a minority of hostile sites on any entry. Every site has the same weight in them, because a hostile site may
+    claim any number of cases. With fewer than three sites both are the plain mean.
 
     Integer buffers (batch-norm counters) stay integers and are the first site's.
 
@@ -43,10 +43,9 @@ def average_updates(
         updates: site -> state_dict, of equal keys, types and shapes
             (see :func:`~shared_iopfl.federation.updates.check_update`).
         counts: site -> positive number, its training cases.
-        averaging: "mean": FedAvg, each site weighed by its number of cases. "equal_mean": every site counts alike, so
-            that the one with most cases does not decide for all. "median": of an even number of sites, the mean of the
-            two in the middle. "trimmed_mean": the mean of what is left once a fifth of the sites, at least one, is left
-            out at each end.
+        averaging: "mean": FedAvg, each site weighted by its number of cases. "equal_mean": every site has the same
+            weight. "median": for an even number of sites, the mean of the two in the middle. "trimmed_mean": the mean
+            without the lowest and the highest fifth of the sites, at least one each.
 
     Raises:
         InputError: where there is no update, numbers of cases give no weights, or the average is not finite.

@@ -103,13 +103,13 @@ def check_checkpoint(
     weights: Mapping[str, Tensor],
     clients: Mapping[str, Any],
 ) -> None:
-    """Raise `InputError`, naming file and field, for what no run wrote: a checkpoint that was altered.
+    """Raise `InputError`, naming file and field, for a checkpoint that was altered after it was written.
 
     Args:
-        state: what was read.
+        state: the checkpoint.
         path: of the file.
         rounds: of the whole run.
-        weights, clients: global weights, and the clients' states, of a run that begins.
+        weights, clients: global weights, and the clients' states, of a new run.
     """
     count, history = state["round"], state["history"]
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= rounds:
@@ -129,15 +129,15 @@ def check_checkpoint(
 
 
 def check_state(found: Any, like: Any, path: Path, field: str = "") -> None:
-    """Hold what was read to the state of a run that begins: names, types, shapes, and numbers that are finite.
+    """Compare a state that was read with the state of a new run: names, types, shapes, and finite numbers.
 
-    What a run that begins has none of, such as the moments of an optimiser, may be there, of finite numbers.
+    It may have entries that a new run does not have yet, such as the moments of an optimiser, if they are finite.
 
     Args:
-        found: what was read.
-        like: the state of a run that begins.
+        found: the state that was read.
+        like: the state of a new run.
         path: of the file, for the message.
-        field: the place of it in the file.
+        field: of the file that holds the state, for the message.
 
     Raises:
         InputError: naming file and field.

@@ -10,9 +10,9 @@
 # limitations under the License.
 """The server's step: plain averaging, or averaging with momentum (FedAvgM).
 
-In FedAvg a site makes a few steps a round and the average of the sites goes no further than they went, so that a
-federation covers a fraction of the way that one training on pooled data goes in as many steps. Momentum at the server
-makes up for much of it, at no cost for the sites.
+In FedAvg each site makes a few steps per round, and their average moves no further than one site does. Training on
+pooled data makes as many steps per epoch as all sites together. Momentum at the server compensates for much of this
+difference, at no cost for the sites.
 """
 
 from __future__ import annotations

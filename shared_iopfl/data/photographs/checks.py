@@ -62,8 +62,8 @@ def check_colours(small: np.ndarray, name: str) -> None:
     if max(green, blue) > RED_FIRST * red or blue > GREEN_SECOND * green:
         raise InputError(
             f"the colours of {name} are not those of a fundus photograph (red {red:.0f}, green {green:.0f}, "
-            f"blue {blue:.0f}; red must be the strongest, then green, then blue): correct the order of its channels, or "
-            "give the original"
+            f"blue {blue:.0f}; red must be the strongest, then green, then blue): correct the order of its channels, "
+            "or give the original"
         )
 
 

@@ -10,9 +10,9 @@
 # limitations under the License.
 """The client of an NVIDIA FLARE job: the same site client as in one process, behind FLARE's Client API.
 
-Local weights, the number of training cases and figures leave the site. The data, the site's paths and what its errors
-say stay: they lie in ``<output_dir>/sites/<site>``. So does the personalised model, unless the site itself says that it
-publishes it (`PUBLISH`) and the job asks for it.
+Local weights, the number of training cases and figures leave the site. Data, paths and error messages stay in
+``<output_dir>/sites/<site>``. So does the personalised model, unless the site publishes it (`PUBLISH`) and the job asks
+for it.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Member:
     Args:
         job: what the job asks for, as `shared_iopfl.federation.flare.run` writes it into ``federation.json``.
         site: the site's name.
-        environment: of the process; what it says in the variables of `ENVIRONMENT` goes before the job's word.
+        environment: of the process; the variables of `ENVIRONMENT` take precedence over the job.
     """
 
     def __init__(self, job: Mapping[str, Any], site: str, environment: Mapping[str, str] = os.environ) -> None:
@@ -91,9 +91,9 @@ class Member:
     def client(self, done: int) -> SiteClient:
         """The site's client, as it was after a round: the last one in which its update counted.
 
-        Made at the first task, so that what is wrong at a site fails that task and not the process. It begins with what
-        the site has kept of this run: the process may be new, the server have fallen back behind the site, or the
-        site's last update have come too late or been refused.
+        It is made at the first task, so that an error at a site fails that task and not the process. It starts from the
+        state that the site kept of this run: the process may be new, the server may have gone back to an earlier round,
+        or the site's last update may have arrived too late or been refused.
         """
         if self._round != done:
             self._client = None
@@ -114,7 +114,7 @@ class Member:
         return client, bool(earlier)
 
     def _put_back(self, personalised: Mapping[str, Tensor] | None) -> None:
-        """Write the site's own model: what lies in its folder may be of an update that did not count."""
+        """Write the site's personalised model again: its file may stem from an update that was not averaged."""
         path = Path(model_path(str(self.folder), "personalised", self.site))
         if personalised is not None:
             save_atomically({key: tensor.cpu() for key, tensor in personalised.items()}, path)
@@ -247,7 +247,7 @@ class Member:
 
     @contextmanager
     def own_log(self) -> Iterator[None]:
-        """Have what the training logs in the site's own file: FLARE hands a site's error log on to the server."""
+        """Write the log of the training to the site's own file: FLARE sends a site's error log to the server."""
         handler = logging.FileHandler(self.folder / LOG_FILE, encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
         loggers = [logging.getLogger(name) for name in PRIVATE_LOGGERS]

@@ -45,11 +45,11 @@ from shared_iopfl.utils.errors import InputError, root_input_error
 from shared_iopfl.utils.names import nearest
 
 SCRIPT = "iopfl_site.py"
-# short, so that a site sees at a glance what it is asked to run
+# short, so that a site can read what it is asked to run
 SCRIPT_TEXT = "from shared_iopfl.federation.flare.client import run\n\nrun(__file__)\n"
 # what belongs to a machine, not to the federation
 OF_THE_MACHINE = ("bundle_root", "dataset_dir", "output_dir", "ckpt_dir", "device")
-# a site outside is routed through published models only; and how long a site may take is round_timeout
+# outside sites need published models; the time limit of a site is round_timeout
 OF_ONE_PROCESS = ("outside_sites", "mode", "preset", "routing", "site_timeout")
 
 

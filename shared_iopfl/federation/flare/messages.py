@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What server and sites of a job tell each other besides weights and figures, and what a site says of itself."""
+"""Keys of the messages between server and sites besides weights and figures, and a site's environment variables."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from __future__ import annotations
 COUNTED = "counted"
 # the task after the last round: to select the personalised model, or to score a model
 LAST, SELECT, SCORE = "last", "select", "score"
-# what a job says to the sites
+# file with the settings that a job sends to the sites
 JOB_FILE = "federation.json"
-# what a site says about itself goes before what the job says
+# variables of a site, which take precedence over the settings of the job
 ENVIRONMENT = {
     "bundle": "IOPFL_BUNDLE",
     "dataset_dir": "IOPFL_DATASET_DIR",
     "output_dir": "IOPFL_OUTPUT_DIR",
     "device": "IOPFL_DEVICE",
 }
-# "True": the site hands its personalised model to the others if the job asks for it; never the job's word alone
+# "True": the site sends its personalised model to the others if the job asks for it as well
 PUBLISH = "IOPFL_PUBLISH"

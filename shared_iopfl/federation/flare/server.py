@@ -10,8 +10,8 @@
 # limitations under the License.
 """The controller at the NVIDIA FLARE server: the rounds.
 
-The server needs this package and no data. It receives local weights and numbers, checks and averages them with the
-very functions of the one-process run, in the order of the sites: both engines give the same global weights.
+The server needs this package but no data. It receives local weights and numbers, and checks and averages them with the
+functions of the one-process run, in the order of the sites: both engines give the same global weights.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ MOST_CASES = 1e9  # more than any site has: what claims more would be the averag
 class Rounds(ModelController):
     """FedAvg over all the sites: train, check, average, and have the sites score what came out.
 
-    FLARE's own `FedAvg` adds updates up in the order of their arrival, in single precision, integer buffers too; waits
-    for every site without end, or takes a random choice of them; and leaves the last global model without a score.
+    FLARE's own `FedAvg` sums updates in the order of their arrival, in single precision, including integer buffers;
+    waits for every site without a limit, or samples the sites at random; and does not score the last global model.
 
-    A site that fails, does not answer in time or sends what does not fit is left out of the round. It is asked again in
-    the next one, and told which of its updates was the last to count: from there it goes on.
+    A site that fails, does not answer in time or sends an update that does not fit is left out of the round. It is
+    asked again in the next one, and continues from its last update that was averaged.
 
     Args:
         sites: the sites, in the order in which they are averaged.
@@ -71,8 +71,8 @@ class Rounds(ModelController):
             moving average.
         round_timeout: seconds to train, and again to score, after which a round goes on without those who have not
             answered; 0: wait for all.
-        publish: ask the sites for their personalised models once they are what each keeps, and have every site score
-            those of the others. A site sends its own only if it says so itself.
+        publish: ask the sites for their final personalised models, and have every site score those of the others. A
+            site sends its own only if it allows that itself.
         averaging: "mean", "median" or "trimmed_mean"; see :func:`~shared_iopfl.federation.averaging.average_updates`.
     """
 
@@ -259,7 +259,7 @@ class Rounds(ModelController):
 
 
 def _number(value: Any) -> float:
-    """What a site tells besides weights is numbers; anything else is refused."""
+    """A number that a site sent besides weights; anything else is refused."""
     if isinstance(value, (bool, torch.Tensor)) or not isinstance(value, (int, float)) or math.isinf(value):
         raise InputError(f"a number is expected, but {type(value).__name__} {str(value)[:40]!r} was sent.")
     return float(value)
