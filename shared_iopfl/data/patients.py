@@ -10,7 +10,8 @@
 # limitations under the License.
 """The patient of each file: declared by a pattern, a table or a datalist, or recognised from file names.
 
-Two eyes, two visits and two series of a patient look alike: where one trains a network, the other must not test it.
+Both eyes, two visits or two series of a patient look alike. If one is used for training, the other must not be used for
+testing.
 """
 
 from __future__ import annotations

@@ -127,9 +127,9 @@ def split_cases(
     """Split cases by patient into parts, such as ``"train"``, ``"validation"`` and ``"test"``.
 
     A patient's part depends on a hash of seed and patient alone, so a patient stays where it is when cases are added.
-    With few patients the parts can be uneven. A part that would have less than half of its share, or nobody, takes the
-    patients nearest to its interval from the part with the most above its share: the one thing that can move a patient
-    when cases are added.
+    With few patients the parts can be uneven. A part that would have less than half of its share, or no patient, takes
+    the patients nearest to its interval from the part that exceeds its share most. Only this can move a patient to
+    another part when cases are added.
 
     Args:
         cases: cases of one site, as `find_cases` returns them.
@@ -160,7 +160,7 @@ def split_cases(
     expected = {part: (high - low) * len(position) for part, (low, high) in intervals.items()}
     for part, (low, high) in intervals.items():
         while len(members[part]) < max(1, math.ceil(expected[part] / 2)):
-            # nobody at all is worse than less than half: an empty part may take from any that keeps one
+            # no patient is worse than less than half: an empty part may take one from any part that keeps one
             spare = {o: len(members[o]) - max(1, math.ceil(expected[o] / 2) * bool(members[part])) for o in members}
             givers = [other for other, count in spare.items() if count > 0]
             if not givers:
@@ -218,7 +218,7 @@ def fold_cases(
 
 
 def pooled(sites: Iterable[str], cases_of: Callable[[str], Sequence[Case]]) -> list[Case]:
-    """The cases of several sites in one list, as if they lay in one hospital: what federated training is held against.
+    """The cases of several sites in one list, for pooled training, which federated training is compared with.
 
     Args:
         sites: names of the sites.

@@ -10,8 +10,8 @@
 # limitations under the License.
 """Whether the personalised models of a run are better than its global model, from the scores in its folder.
 
-After few rounds a site's own model may be worse than the global one: what it is an average of has not yet come to rest,
-and what the site trains on for itself (``own_rounds``) follows its few cases.
+After few rounds a site's personalised model may be worse than the global one: the local models that it averages have
+not converged, and the rounds at the site alone (``own_rounds``) overfit to its few cases.
 """
 
 from __future__ import annotations

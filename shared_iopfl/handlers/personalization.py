@@ -65,8 +65,8 @@ class PersonalizationHandler(EMAHandler):
     Args:
         network: the network that is trained.
         alpha: in [0, 1); 0 keeps the newest local model.
-        start_epoch: up to this epoch p is the newest local model; the average begins after it. A long memory of the
-            early, large-rate rounds is what made a large alpha lag in trials.
+        start_epoch: up to this epoch p is the newest local model; the average begins after it. Otherwise, with a large
+            alpha, the early rounds of large learning rate would dominate the average.
         correct_start: weigh as if the average had no beginning, as Adam does: the n-th update uses
             ``(1 - alpha) / (1 - alpha^n)`` in place of ``1 - alpha``. Without it, alpha -> 1 keeps the first model.
         save_path: where p is written after each round; None: nowhere.

@@ -27,7 +27,7 @@ States = Mapping[str, Weights]
 
 
 class BriefWeights(dict[str, Tensor]):
-    """A state_dict of few words: MONAI Label writes an inferer's attributes into its log at every request."""
+    """A state_dict with a short `repr`: MONAI Label logs an inferer's attributes at every request."""
 
     def __repr__(self) -> str:
         return f"{len(self)} tensors"

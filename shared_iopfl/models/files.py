@@ -44,7 +44,7 @@ from shared_iopfl.utils.reading import parse_json, read_json
 
 GLOBAL = "global"
 USUAL_SHIFT = "usual_shift"  # in scores.json, next to the experts' names
-# of a state_dict's tensors; what is left out (complex, quantised, float8) no network here is made of
+# of a state_dict's tensors; no network here has others (complex, quantised, float8)
 HALF = {torch.float16, torch.bfloat16}
 DTYPES = {
     *HALF,
@@ -100,8 +100,8 @@ def save_atomically(content: Any, path: str | os.PathLike, previous: str | os.Pa
 def load_weights(path: str | os.PathLike) -> dict[str, Tensor]:
     """A plain state_dict from a file, on the CPU; nothing in the file is executed.
 
-    A file of a published set is held to its manifest first. Half precision, in which a set may be stored, comes back
-    as float32.
+    A file of a published set is checked against its manifest first. Half precision, in which a set may be stored, is
+    converted to float32.
 
     Raises:
         InputError: where there is no file, it is not the published one, or it holds anything but finite, dense tensors
@@ -165,7 +165,7 @@ def load_experts(
         equal_too: also those of sites that kept the global model for their own: they add nothing to a routing space.
 
     Raises:
-        InputError: as :func:`load_weights`; one that is there and that the manifest does not list is an error too.
+        InputError: as :func:`load_weights`, and for a model that the manifest does not list.
     """
     if sites is None:
         files = published_files(ckpt_dir) or {}
@@ -198,10 +198,10 @@ def _check_named(sites: Sequence[str], folder: Path) -> None:
 
 
 def _tell_apart(ckpt_dir: str) -> None:
-    """Give models of one time, as archives and containers' layers unpack them, times of their own, where that may be.
+    """Give models with the same modification time, as after unpacking an archive, different times, if permitted.
 
-    MONAI Label, which keeps one network across requests, knows by a file's time alone whether another model was chosen:
-    else all would be served by the first.
+    MONAI Label keeps one network across requests and recognises by the modification time alone whether another model
+    was chosen: with equal times, all requests would be served by the first model.
     """
     times: set[float] = set()
     with suppress(OSError):

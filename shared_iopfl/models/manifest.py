@@ -10,10 +10,9 @@
 # limitations under the License.
 """The manifest of a folder of models: what they were trained with and, once published, checksums and terms.
 
-``manifest.json`` lies beside the models. Training writes the architecture (see `architecture`); publishing adds terms,
-figures and checksums. Every file of a published set is held to its size and SHA-256 at the moment it is read, before
-any of it reaches a network; the same bytes that were checked are the ones that are used. A folder that was not
-published is read as it is.
+``manifest.json`` is beside the models. Training writes the architecture (see `architecture`); publishing adds terms,
+figures and checksums. The size and SHA-256 of each file of a published set are checked when it is read, on the same
+bytes that are then used. Folders that were not published are read without such checks.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from shared_iopfl.utils.tables import write_json
 MANIFEST = "manifest.json"
 SCORES = "scores.json"
 FORMAT = 1
-# one file may have so many bytes: far more than any network of this kind, far less than fills a machine
+# largest file, in bytes: far more than any network of this kind needs, and less than the memory of a machine
 LIMIT = 4 * 2**30
 # what is loaded as the global model or as an expert; model_final.pt is MONAI FL's name for the last global model
 MODEL_FILE = re.compile(r"model(?:_(?!final\.pt)(.+))?\.pt")
@@ -141,7 +140,7 @@ def published_files(models_dir: str | os.PathLike) -> dict[str, Any] | None:
 
 
 def read_checked(path: str | os.PathLike) -> bytes | None:
-    """The content of a file of a models' folder, held to the manifest beside it where there is one.
+    """The content of a file of a models' folder, checked against the manifest beside it if there is one.
 
     Returns:
         The bytes that were checked; None where there is no such file and none is listed.
@@ -169,7 +168,7 @@ def read_checked(path: str | os.PathLike) -> bytes | None:
 
 
 def check_manifest(models_dir: str | os.PathLike) -> dict[str, Any]:
-    """Hold a whole published set to its manifest.
+    """Check a whole published set against its manifest.
 
     Returns:
         The manifest.
@@ -226,10 +225,10 @@ def check_setting(name: str, value: T, path: str | os.PathLike) -> T:
 
 
 def release(models_dir: str | os.PathLike, names: Iterable[str]) -> None:
-    """Let training write some models of a published set: from now on they are this machine's own.
+    """Let training replace some models of a published set.
 
-    They are no longer held to what was published, or missed; the other files are, and the architecture stays. Without
-    a manifest there is nothing to do.
+    From then on these files are not checked against the manifest, and may be missing. The other files still are, and
+    the architecture stays. Without a manifest nothing is done.
 
     Args:
         models_dir: the folder.
@@ -264,7 +263,7 @@ def _check_size(path: Path, size: int) -> None:
 
 
 def _read(path: Path, limit: int = LIMIT) -> bytes:
-    """The bytes of a file that lies in its folder, itself and not by a link to elsewhere, and is not too large."""
+    """The bytes of a file that is in its folder, not a link to another one, and is not too large."""
     if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(path.parent)):
         raise InputError(f"{path} is a link that leads out of its folder: put the file itself there.")
     return read_bounded(path, limit)

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Reading files of others with limits: regular files only, of limited size, JSON of limited depth."""
+"""Reading files of unknown origin with limits: regular files only, of limited size, JSON of limited depth."""
 
 from __future__ import annotations
 

@@ -40,12 +40,12 @@ OBLONG = 1.3
 def site_crop(crop: str, cases: Sequence[Case]) -> str:
     """How to crop the pictures of one site: ``"crops"`` for ``"auto"`` where most of them are crops around the disc.
 
-    One picture may mislead: in a crop by an older camera the disc is hard to be sure of, and dark corners look like
-    the border of a whole photograph. What most of a site's pictures are, all of them are.
+    A single picture may be misjudged: in a crop by an older camera the disc is hard to find, and dark corners look like
+    the border of a whole photograph. All pictures of a site are therefore treated as most of them are.
 
     Args:
         crop: as of `CropToDiscd`; anything but ``"auto"`` stays.
-        cases: of the site. Nine of them, evenly spread, are looked at; of a single one nothing is said.
+        cases: of the site. Nine of them, evenly spread, are examined; with a single case `crop` stays.
     """
     if crop != "auto" or len(cases) < 2:
         return crop
@@ -59,7 +59,7 @@ def site_crop(crop: str, cases: Sequence[Case]) -> str:
 
 
 def _is_crop(path: str) -> bool | None:
-    """Whether a picture is a crop around the disc; None for one that cannot be read, which its reader will tell."""
+    """Whether a picture is a crop around the disc; None for one that cannot be read, which its reader will report."""
     try:
         status = Path(path).stat()
     except OSError:

@@ -38,7 +38,7 @@ LONGEST_HEADER = 2**16
 
 
 def check_header(path: Path) -> None:
-    """Raise `InputError`, or what a library raises, where a file's header is broken or asks for what it has not.
+    """Raise `InputError`, or an error of a library, if a header is broken or announces more than the file holds.
 
     DICOM and pictures are left to their readers.
     """

@@ -10,10 +10,9 @@
 # limitations under the License.
 """The output folder of a run: it belongs to one run, and nothing else in it is written over.
 
-A run claims its folder before it reads any data. From then on the folder holds ``run.json``, ``written.jsonl``, which
-lists what the run wrote, and a lock that goes with the process. What is in the folder and in no such list belongs to
-somebody else. A later run of the same kind replaces what the earlier one wrote, and only that, with ``overwrite``, or
-goes on with it, with ``resume``.
+A run claims its folder before it reads any data. From then on the folder holds ``run.json``, the list of written files
+``written.jsonl``, and a lock that ends with the process. Files that are not in the list are of another origin. A later
+run of the same kind replaces the listed files, and no others, with ``overwrite``, or continues the run with ``resume``.
 """
 
 from __future__ import annotations
@@ -60,9 +59,9 @@ class RunFolder:
         self.thread = threading.current_thread()
         self.replaced: set[Path] = set()  # not in the list, but the user wants them replaced
         self.described: dict[str, Any] = {}  # of run.json, where it is not written yet
-        self.has_begun = True  # what an earlier run has left, run.json too, stays as it is until this run writes a file
+        self.has_begun = True  # False: the files of an earlier run, with run.json, stay until this run writes one
         self.is_finished = False
-        self._outdated: Path | None = None  # what is below it goes with the first file of this run
+        self._outdated: Path | None = None  # files below it are removed when this run writes its first file
         self._lock = FolderLock(folder, shown)
         self.written = Written(folder)
         self._found = {path for path in folder.rglob("*") if path not in self.written} if kind == "flare" else set()
@@ -122,7 +121,7 @@ class RunFolder:
             self._note_events()
 
     def replace(self, folder: Path) -> None:
-        """Remove what earlier runs wrote below a folder, once this one has something to put in its place."""
+        """Remove what earlier runs wrote below a folder, as soon as this run writes its first file."""
         self.written.check_unchanged(folder)
         self._outdated, self.has_begun = folder, False
 
