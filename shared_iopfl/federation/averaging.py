@@ -62,17 +62,16 @@ def average_updates(
         if of_first.is_floating_point() or of_first.is_complex():
             wide = torch.complex128 if of_first.is_complex() else torch.float64
             values = [update[key].to(wide) for update in updates.values()]
-            middle = _trimmed(values, averaging) if averaging in ROBUST else _mean(values, shares)
+            if averaging in ROBUST:
+                middle = _trimmed(values, averaging)
+            else:
+                middle = torch.as_tensor(sum(value * share for value, share in zip(values, shares)))
             average[key] = middle.to(of_first.dtype)
         else:
             average[key] = of_first.clone()
         if not torch.isfinite(average[key]).all():
             raise InputError(f"the average of '{key}' is not finite: the sites' weights or numbers of cases are wrong.")
     return average
-
-
-def _mean(values: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
-    return torch.as_tensor(sum(value * share for value, share in zip(values, shares)))
 
 
 def _trimmed(values: Sequence[Tensor], averaging: Averaging) -> Tensor:

@@ -285,8 +285,6 @@ def time_limit(site: str, seconds: float) -> Iterator[None]:
 
 
 def check_time_limit(seconds: float) -> None:
-    """Raise `InputError` where there can be no such limit."""
-    if not seconds >= 0:
-        raise InputError(f"site_timeout must be 0 (no limit) or so many seconds, but is {seconds!r}.")
+    """Raise `InputError` if a time limit is wanted where none can be set."""
     if seconds and not (hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()):
         raise InputError("site_timeout needs the main thread of a process on Linux or macOS: run without, or by FLARE.")

@@ -127,7 +127,9 @@ class Newcomer:
         held_out = [client.measurable(self.models[GLOBAL])[1] for client in clients]
         network = clients[0].measurable(self.models[GLOBAL])[0]
         check_experts(network, self.models)
-        distances = [[_distances(network, self.models, stack) for stack in stacks] for stacks in held_out]
+        distances = [
+            [scan_distances(network, self.models, scan_slices(stack), BATCH) for stack in stacks] for stacks in held_out
+        ]
 
         starts = []
         for fold, client in enumerate(clients):
@@ -256,10 +258,6 @@ class Newcomer:
             for fold, value in enumerate(dice)
         ]
         write_rows(self.output_dir / CANDIDATES, COLUMNS, rows)
-
-
-def _distances(network: nn.Module, models: Mapping[str, Weights], stack: Tensor) -> Tensor:
-    return scan_distances(network, models, scan_slices(stack), BATCH)
 
 
 def _flat(parts: Sequence[Sequence[Tensor]], known: Sequence[int]) -> list[Tensor]:
