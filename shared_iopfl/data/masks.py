@@ -92,7 +92,7 @@ class KeepMiddleComponentd(EachKey):
 
 
 class SaveMaskd(MapTransform):
-    """Write a mask in the grid, orientation and format of the scan it was predicted from.
+    """Write a mask in the grid, orientation and format of the scan it was predicted from; `SaveImaged` has one format.
 
     Comes last in a bundle's postprocessing: the mask is inverted (`Invertd`) and discrete (`AsDiscreted`), so (1,
     *spatial) in the axes of the scan's file. Shape and affine (qform and sform, or origin, spacing and direction) are

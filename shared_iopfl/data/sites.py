@@ -126,10 +126,10 @@ def split_cases(
 ) -> dict[str, list[Case]]:
     """Split cases by patient into parts, such as ``"train"``, ``"validation"`` and ``"test"``.
 
-    A patient's part depends on a hash of seed and patient alone, so a patient stays where it is when cases are added.
-    With few patients the parts can be uneven. A part that would have less than half of its share, or no patient, takes
-    the patients nearest to its interval from the part that exceeds its share most. Only this can move a patient to
-    another part when cases are added.
+    A patient's part depends on a hash of seed and patient alone, so a patient stays where it is when cases are added,
+    unlike with MONAI's `partition_dataset`. With few patients the parts can be uneven. A part that would have less than
+    half of its share, or no patient, takes the patients nearest to its interval from the part that exceeds its share
+    most. Only this can move a patient to another part when cases are added.
 
     Args:
         cases: cases of one site, as `find_cases` returns them.

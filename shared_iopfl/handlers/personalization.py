@@ -36,6 +36,7 @@ class DecayThenTail:
     """A learning-rate factor for `LambdaLR`: cosine from 1 to `floor`, then constant for the last part of the run.
 
     The small-rate tail matters more than alpha: a personalised model should be the average of a site's models there.
+    A `SequentialLR` of `CosineAnnealingLR` and `ConstantLR` would need three components for one formula.
 
     Args:
         epochs: of the whole run, over all rounds.

@@ -160,7 +160,7 @@ def test_ctrl_c_says_how_to_go_on_and_no_summary(scans, models, tmp_path, capsys
     out, settings = tmp_path / "masks", ["--ckpt_dir", str(models), *TINY, "--overlays", "False"]
     with pytest.raises(KeyboardInterrupt) as ended:
         main(["segment", "prostate", str(scans / "one.nii.gz"), str(out), *settings])
-    one_line_errors()
+    one_line_errors(in_any_process=True)
     with pytest.raises(SystemExit):
         sys.excepthook(KeyboardInterrupt, ended.value, None)
     said = capsys.readouterr()

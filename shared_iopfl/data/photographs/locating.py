@@ -166,7 +166,7 @@ def _glow(bright: np.ndarray, extent: int) -> np.ndarray:
 
 
 def _vessels(green: np.ndarray, widths: tuple[float, float] = (1.5, 2.5)) -> tuple[np.ndarray, np.ndarray]:
-    """How strongly each pixel lies on a dark ridge, and the ridge's direction (radians from the first axis)."""
+    """Strength and direction (radians from the first axis) of dark ridges; scikit-image's filters give no direction."""
     strength, angle = np.zeros_like(green), np.zeros_like(green)
     for width in widths:
         aa, ab, bb = (
@@ -183,7 +183,10 @@ def _vessels(green: np.ndarray, widths: tuple[float, float] = (1.5, 2.5)) -> tup
 def _candidates(
     bright: np.ndarray, inside: np.ndarray, diameters: np.ndarray, count: int = 12
 ) -> list[tuple[float, float, float]]:
-    """Row, column and diameter of the discs that differ most from the ring around them, at half resolution."""
+    """Row, column and diameter of the discs that differ most from the ring around them, at half resolution.
+
+    scikit-image's `peak_local_max` has one minimum distance; here it grows with the diameter.
+    """
     half = ndimage.uniform_filter(bright, 2)[::2, ::2]
     weight = inside[::2, ::2].astype(float)
     margin = int(0.95 * diameters.max() / 2) + 2
