@@ -17,24 +17,22 @@ import math
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from shared_iopfl.evaluation.run.found import check_settings
+from shared_iopfl.federation.state import FederationState
 from shared_iopfl.federation.updates import FAILED, HISTORY
 from shared_iopfl.models.files import save_atomically
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.tables import write_rows
 
-if TYPE_CHECKING:
-    from shared_iopfl.federation.simulation import Federation
-
 logger = logging.getLogger(__name__)
 
 
-def save(run: Federation) -> None:
+def save(run: FederationState) -> None:
     """Write tables and checkpoint of the rounds so far."""
     # the history first: a run interrupted between the two does this round again, and writes it again
     write_rows(run.output_dir / "history.csv", HISTORY, run.history)
@@ -56,7 +54,7 @@ def save(run: Federation) -> None:
         run.previous.unlink(missing_ok=True)  # another run's
 
 
-def resume(run: Federation) -> None:
+def resume(run: FederationState) -> None:
     """Go on from the newest checkpoint that can be read, if there is any."""
     state, path, unreadable = read_newest((run.checkpoint, run.previous))
     if state is None:

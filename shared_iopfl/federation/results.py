@@ -22,11 +22,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from shared_iopfl.federation.client import time_limit
+from shared_iopfl.federation.state import FederationState
 from shared_iopfl.federation.updates import FAILURES, last_rounds
 from shared_iopfl.handlers.norm_statistics import STATISTICS
 from shared_iopfl.models.files import GLOBAL, USUAL_SHIFT, model_path, save_atomically
@@ -34,13 +34,10 @@ from shared_iopfl.models.weights import Weights
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.tables import write_json, write_rows
 
-if TYPE_CHECKING:
-    from shared_iopfl.federation.simulation import Federation
-
 CROSS_SITE, MATRIX = "cross_site.csv", ("model", "site", "dice")
 
 
-def publish(run: Federation) -> None:
+def publish(run: FederationState) -> None:
     """Write the models, and how each of them does at the inside sites it was not made for."""
     folder = run.output_dir / "models"
     delivered = last_rounds(run.history)
@@ -61,7 +58,7 @@ def publish(run: Federation) -> None:
         )
 
 
-def select_personalised(run: Federation, sites: Sequence[str]) -> None:
+def select_personalised(run: FederationState, sites: Sequence[str]) -> None:
     """Have each site select its personalised model; where that fails, the moving average stays."""
     shares = {}
     for site in tqdm(sites, desc="own rounds", unit="site", disable=not run.own_rounds):
@@ -75,7 +72,9 @@ def select_personalised(run: Federation, sites: Sequence[str]) -> None:
         write_json(run.output_dir / "models" / "shares.json", shares)
 
 
-def cross_site_scores(run: Federation, models: Mapping[str, Weights], judges: Sequence[str]) -> dict[str, float | None]:
+def cross_site_scores(
+    run: FederationState, models: Mapping[str, Weights], judges: Sequence[str]
+) -> dict[str, float | None]:
     """The content of ``scores.json``, from the validation Dice of each model at the other sites.
 
     Each Dice is written to ``cross_site.csv``. A site that fails scores no models.
@@ -126,7 +125,7 @@ def expert_scores(dice: Mapping[str, Mapping[str, float]], shifts: Sequence[floa
     return {**known, USUAL_SHIFT: shift if math.isfinite(shift) else None}
 
 
-def compare_statistics(run: Federation, judges: Sequence[str]) -> None:
+def compare_statistics(run: FederationState, judges: Sequence[str]) -> None:
     """Write how the global model does at each site by its running statistics, and by the site's own."""
     rows = []
     for site in judges:
@@ -137,7 +136,7 @@ def compare_statistics(run: Federation, judges: Sequence[str]) -> None:
 
 
 @contextmanager
-def _left_out_if_it_fails(run: Federation, site: str, times: int) -> Iterator[None]:
+def _left_out_if_it_fails(run: FederationState, site: str, times: int) -> Iterator[None]:
     """Record the failure of a site, or that it exceeds `times` the limit of a round, and go on with the others."""
     try:
         with time_limit(site, run.site_timeout * times):

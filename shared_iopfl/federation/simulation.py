@@ -23,9 +23,8 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +33,13 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from shared_iopfl.federation.averaging import Averaging, average_updates
+from shared_iopfl.federation.averaging import average_updates
 from shared_iopfl.federation.checkpoint import resume, save
-from shared_iopfl.federation.client import SiteClient, check_time_limit, time_limit
+from shared_iopfl.federation.client import SiteClient, time_limit
 from shared_iopfl.federation.results import publish
-from shared_iopfl.federation.server_momentum import ServerMomentum
+from shared_iopfl.federation.state import FederationState
 from shared_iopfl.federation.updates import (
     UPDATE_NORM,
-    Failures,
     accepted_norms,
     check_update,
     draw,
@@ -51,16 +49,13 @@ from shared_iopfl.federation.updates import (
 )
 from shared_iopfl.models.files import model_path
 from shared_iopfl.models.weights import Weights
-from shared_iopfl.utils.checks import check_values
 from shared_iopfl.utils.errors import InputError, root_input_error
-from shared_iopfl.utils.names import check_sites
 
 logger = logging.getLogger(__name__)
 UNFINISHED = "." + 12 * "[0-9a-f]" + "_*"  # files that a run was writing when it was killed; see `whole_file`
 
 
-@dataclass(eq=False)
-class Federation:
+class Federation(FederationState):
     """The whole inside run: FedAvg over the sites, with a personalised model at each.
 
     Writes ``models/model.pt`` (global), ``models/model_<site>.pt`` (personalised) and ``models/scores.json`` (how
@@ -92,55 +87,10 @@ class Federation:
             :meth:`~shared_iopfl.federation.client.SiteClient.select_personalised`. 0 and none: the plain
             moving average.
         server_momentum: of the global weights from round to round; see
-            :class:`~shared_iopfl.federation.server_momentum.ServerMomentum`. 0: plain averaging.
+            :class:`~shared_iopfl.federation.averaging.ServerMomentum`. 0: plain averaging.
         resume: go on from ``federation.pt`` where there is one.
         seed: of the first global model.
     """
-
-    bundle_root: str
-    sites: list[str]
-    rounds: int
-    output_dir: Path
-    local_epochs: int = 1
-    overrides: dict[str, Any] = field(default_factory=dict)
-    val_interval: int = 1
-    min_sites: int = 0
-    max_update_norm: float = 10.0
-    site_timeout: float = 0.0
-    own_rounds: int = 0
-    shares: Sequence[float] = ()
-    server_momentum: float = 0.0
-    resume: bool = False
-    seed: int = 0
-    averaging: Averaging = "mean"
-
-    def __post_init__(self) -> None:
-        """Check the values, before any data are read."""
-        if isinstance(self.sites, str) or not self.sites or len(set(self.sites)) != len(self.sites):
-            raise InputError(
-                f"sites must be a list of different names, such as \"['BIDMC','HK']\", but is {self.sites!r}."
-            )
-        check_values({**self.overrides, **vars(self)})
-        check_time_limit(self.site_timeout)
-        self.sites = check_sites(self.sites)
-        self.output_dir = Path(self.output_dir)
-        self.overrides = dict(self.overrides)
-        self.server = ServerMomentum(self.server_momentum)
-        self.failures = Failures(len(self.sites), self.min_sites)
-        self.round = 0
-        self.weights: dict[str, Tensor] = {}
-        self.clients: dict[str, SiteClient] = {}
-        self.history: list[dict[str, Any]] = []
-
-    @property
-    def checkpoint(self) -> Path:
-        """The path of the newest checkpoint."""
-        return self.output_dir / "federation.pt"
-
-    @property
-    def previous(self) -> Path:
-        """The path of the checkpoint before."""
-        return self.output_dir / "federation_previous.pt"
 
     def start(self) -> None:
         """Make the clients (which reads and checks every site's training cases), and resume if asked to.
@@ -248,16 +198,6 @@ class Federation:
 
     def _note(self, site: str, model: str, metrics: Mapping[str, float]) -> None:
         self.history += figures(self.round, site, model, metrics)
-
-    def settings(self) -> dict[str, Any]:
-        """What has to be the same when a run is resumed; folders and the device may change."""
-        training = {
-            key: list(value) if isinstance(value, (list, tuple)) else str(value) if isinstance(value, str) else value
-            for key, value in self.overrides.items()
-            if isinstance(value, (bool, int, float, str, list, tuple)) and key not in ("dataset_dir", "device")
-        }
-        own = {"sites": self.sites, "rounds": self.rounds, "local_epochs": self.local_epochs, "seed": self.seed}
-        return {**training, **own, "server_momentum": self.server_momentum, "averaging": self.averaging}
 
 
 @contextmanager

@@ -19,8 +19,7 @@ import torch
 from fake_clients import SITES, equal, fakes, make  # noqa: F401
 from networks import unet
 
-from shared_iopfl.federation.averaging import average_updates
-from shared_iopfl.federation.server_momentum import ServerMomentum
+from shared_iopfl.federation.averaging import ServerMomentum, average_updates
 from shared_iopfl.federation.simulation import Federation
 from shared_iopfl.utils.errors import InputError
 

@@ -31,11 +31,11 @@ from torch import Tensor
 
 from shared_iopfl.evaluation.run.found import check_settings
 from shared_iopfl.evaluation.scoring import Scoring
+from shared_iopfl.federation.averaging import ServerMomentum
 from shared_iopfl.federation.flare.client import bundle_fingerprint
 from shared_iopfl.federation.flare.messages import JOB_FILE
 from shared_iopfl.federation.flare.persistor import CHECKPOINT, ServerFiles
 from shared_iopfl.federation.flare.server import Rounds
-from shared_iopfl.federation.server_momentum import ServerMomentum
 from shared_iopfl.federation.simulation import Federation
 from shared_iopfl.models.architecture import describe_architecture, network_of
 from shared_iopfl.models.files import save_atomically

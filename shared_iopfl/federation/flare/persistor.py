@@ -24,8 +24,8 @@ from nvflare.app_opt.pt.decomposers import TensorDecomposer
 from nvflare.fuel.utils import fobs
 from torch import Tensor
 
+from shared_iopfl.federation.averaging import ServerMomentum
 from shared_iopfl.federation.results import write_matrix
-from shared_iopfl.federation.server_momentum import ServerMomentum
 from shared_iopfl.federation.updates import FAILED, FAILURES, HISTORY, last_rounds
 from shared_iopfl.handlers.norm_statistics import STATISTICS
 from shared_iopfl.models.files import model_path, save_atomically

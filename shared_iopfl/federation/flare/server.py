@@ -29,10 +29,9 @@ from nvflare.app_common.workflows.model_controller import ModelController
 from torch import Tensor
 
 from shared_iopfl.evaluation.run.provenance import report_to_nobody
-from shared_iopfl.federation.averaging import Averaging, average_updates
+from shared_iopfl.federation.averaging import Averaging, ServerMomentum, average_updates
 from shared_iopfl.federation.flare.messages import COUNTED, LAST, SCORE, SELECT
 from shared_iopfl.federation.results import expert_scores
-from shared_iopfl.federation.server_momentum import ServerMomentum
 from shared_iopfl.federation.updates import (
     FAILURES,
     UPDATE_NORM,
