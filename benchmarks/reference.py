@@ -55,7 +55,7 @@ class NaiveInferer(TestTimeRoutingInferer):
             rows.append(torch.stack(distances).mean())
         return torch.stack(rows).float().cpu()
 
-    def _settled(self, routed: RoutedNetwork, some: Tensor) -> nn.Module:
+    def _plain_for(self, routed: RoutedNetwork, some: Tensor) -> nn.Module:
         assert not self.settings.steps, "the naive path does not adapt"
         slow = naive(routed)
         slow(some)  # for the statistics of the scan

@@ -90,7 +90,11 @@ def _federation(
     quiet = {"val_interval": 0, "save_checkpoints": False, "verbose": False}
     common = {"dataset_dir": f"{folder}/sites", "image_size": size, **quiet}
     federation = Federation(
-        str(BUNDLES / f"{task}_iopfl"), names, output_dir=folder, overrides={**common, **overrides}, **options
+        str(BUNDLES / f"{task}_iopfl"),
+        list(names),
+        output_dir=Path(folder),
+        overrides={**common, **overrides},
+        **options,
     )
     federation.start()
     return federation

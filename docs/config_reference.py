@@ -153,7 +153,6 @@ SETTINGS = {
 COMPONENTS = {
     "imports": "modules for expressions",
     "+imports": "further imports",
-    "checked": "settings whose values are checked before the data are read",
     "run_settings": "settings that are recorded in `run.json`",
     "settings": "settings that are recorded in `run.json`",
     "site_config": "settings that are passed on to `train.json`",

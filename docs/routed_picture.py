@@ -27,9 +27,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from shared_iopfl.evaluation.scores import read_columns, read_scores
+from shared_iopfl.evaluation.scores import read_scores
 from shared_iopfl.report.gallery import best_median_worst
 from shared_iopfl.report.pictures import WIDTH, case_views, colours, draw_view, load_case, plain, png
+from shared_iopfl.utils.tables import read_rows
 
 TASKS = {"prostate": "prostate, T2 MRI", "fundus": "optic disc and cup"}
 
@@ -42,7 +43,7 @@ def outside_site(run: Path) -> str:
 def draw_cases(panels: list[Axes], run: Path) -> dict[str, Line2D]:
     """The outside site's worst, median and best scan with the outlines of both models and of the reference."""
     dice = read_scores(run)["dice"]["outside", outside_site(run)]
-    files = {(row["model"], row["case"]): row for row in read_columns(run / "cases.csv", "model case image label mask")}
+    files = {(row["model"], row["case"]): row for row in read_rows(run / "cases.csv", "model case image label mask")}
     seen: dict[str, Line2D] = {}
     for panel, (what, case) in zip(panels, reversed(best_median_worst(dice["routed"], list(dice["routed"])))):
         routed, common = (files[model, case] for model in ("routed", "global"))
@@ -59,7 +60,7 @@ def routes_of(run: Path) -> dict[str, dict[str, float]]:
     """How much of each expert each scan's network is made of, the mean over its layers: expert -> case -> weight."""
     weights: dict[str, dict[str, list[float]]] = {}
     for path in run.glob(f"**/{outside_site(run)}/**/routes.csv"):
-        for row in read_columns(path, "case expert weight"):
+        for row in read_rows(path, "case expert weight"):
             weights.setdefault(row["expert"], {}).setdefault(row["case"], []).append(float(row["weight"]))
     return {
         expert: {case: sum(layers) / len(layers) for case, layers in cases.items()} for expert, cases in weights.items()

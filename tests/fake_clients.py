@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from shared_iopfl.federation import simulation as federation
-from shared_iopfl.federation.averaging import weighted_average
+from shared_iopfl.federation.averaging import average_updates
 from shared_iopfl.federation.simulation import Federation
 from shared_iopfl.models.files import save_atomically
 
@@ -91,5 +91,5 @@ def by_hand(folder: Path, absent: Mapping[int, str], rounds: int = 3) -> tuple[S
     for number in range(1, rounds + 1):
         there = [site for site in SITES if site not in absent.get(number, "")]
         updates = {site: clients[site].train(weights) for site in there}
-        weights = weighted_average(updates, {site: clients[site].cases for site in there})
+        weights = average_updates(updates, {site: clients[site].cases for site in there})
     return weights, clients  # type: ignore[return-value]

@@ -166,7 +166,7 @@ class FakeClient:
             for key, tensor in update.items()
         }
 
-    def settle(self, weights: Mapping[str, Tensor], own_rounds: int, shares: Sequence[float]) -> float:
+    def select_personalised(self, weights: Mapping[str, Tensor], own_rounds: int, shares: Sequence[float]) -> float:
         for _ in range(own_rounds):
             self.train(weights)
         return shares[-1]

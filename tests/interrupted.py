@@ -94,7 +94,7 @@ class OneProcess:
 
 def _main(dataset_dir: str, folder: str, options: str) -> None:
     limits = json.loads(options)
-    one_line_errors()
+    one_line_errors(in_any_process=True)
     run = TinyRun(Path(dataset_dir)).federation(Path(folder), resume=True)
     start, run_round = run.start, run.run_round
 

@@ -14,13 +14,11 @@ from __future__ import annotations
 
 import ast
 import importlib
-import sys
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
-from typed import typed
 
 from docs import file_list
 
@@ -108,28 +106,6 @@ def test_the_architecture_page_lists_every_file() -> None:
 def test_public_names_are_imported_from_their_folder(name: str) -> None:
     folder, attribute = name.split(".")
     assert hasattr(importlib.import_module(f"shared_iopfl.{folder}"), attribute)
-
-
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        ("phantom_prostate", "data.phantoms.prostate"),
-        ("scans", "data.loading"),
-        ("settings", "routing.settings"),
-        ("site_client", "federation.client"),
-    ],
-)
-def test_a_module_is_found_by_its_name_of_version_0_1(old: str, new: str) -> None:
-    code = f"import shared_iopfl.{old} as old, shared_iopfl.{new} as new; print(old is new, new.__spec__.name)"
-    told = typed("-c", code)
-    assert told.stdout.split() == ["True", f"shared_iopfl.{new}"]
-
-
-def test_all_names_of_version_0_1_lead_to_a_module() -> None:
-    (finder,) = [found for found in sys.meta_path if type(found).__name__ == "_MovedModules"]
-    for new in finder.new_names.values():  # type: ignore[attr-defined]
-        path = PACKAGE.parent / new.replace(".", "/")
-        assert path.with_suffix(".py").is_file() or (path / "__init__.py").is_file(), new
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(PACKAGE).as_posix())

@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     Args:
         argv: its words; None: those of the command line.
     """
-    one_line_errors()
+    one_line_errors(in_any_process=True)
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help", "help"):
         print(HELP.format(tasks=" or ".join(own_bundles()) or "a task"), end="")

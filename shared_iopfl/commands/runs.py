@@ -73,7 +73,7 @@ def _as_overrides(settings: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in settings.items():
         if key not in (*NAMES, *PATHS, *WORDS) and isinstance(value, (str, list, tuple, dict)) and not is_data(value):
             raise InputError(
-                f"{key} {value!r:.80} is no plain value; expressions are for python -m monai.bundle run alone."
+                f"{key} {value!r:.80} is not a plain value; expressions are for python -m monai.bundle run alone."
             )
     return as_values(settings)
 

@@ -34,15 +34,12 @@ def prepare(
     patient: str = AUTO,
     fold: int = 0,
     folds: int = 1,
-    seed: int | None = None,
     masks: bool = True,
 ) -> None:
     """List the sites of a folder, their cases and patients, how these would be split, and what values their masks hold.
 
-    Every mask is opened, unless --masks False is given. The other options are those of the bundles' configs; --seed is
-    an older name of --split_seed.
+    Every mask is opened, unless --masks False is given. The other options are those of the bundles' configs.
     """
-    split_seed = split_seed if seed is None else seed
     check_values({"split_seed": split_seed, "patient": patient, "fold": fold, "folds": folds})
     for site in list_sites(dataset_dir):
         parts = []

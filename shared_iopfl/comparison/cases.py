@@ -25,11 +25,12 @@ from scipy.stats import spearmanr
 from shared_iopfl.comparison.scores import Site
 from shared_iopfl.comparison.tables import Contest
 from shared_iopfl.evaluation.intervals import FEWEST_CASES
-from shared_iopfl.evaluation.scores import MINUS, finite_mean, read_columns, read_json, show
+from shared_iopfl.evaluation.scores import MINUS, finite_mean, read_json, show
 from shared_iopfl.report import charts, pictures
 from shared_iopfl.report.documents import Block, Heading, Picture
 from shared_iopfl.report.gallery import left_out_note
 from shared_iopfl.report.pages import picture
+from shared_iopfl.utils.tables import read_rows
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +105,7 @@ def cases_section(output_dir: Path, contest: Contest) -> list[Block]:
         return []
     files: dict[tuple[str, str, str, str], tuple[Path, dict[str, str]]] = {}
     for seed, path in _runs(output_dir, contest.role, "cases.csv"):
-        for row in read_columns(path, "site case model image label mask"):
+        for row in read_rows(path, "site case model image label mask"):
             if row["image"] and row["mask"] and row["model"] in (contest.own, contest.reference):
                 files[seed, row["site"], row["case"], row["model"]] = path.parent, row
     colour = {**pictures.colours(()), **contest.colour}

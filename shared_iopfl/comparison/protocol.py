@@ -26,10 +26,9 @@ from typing import Any
 
 from torch import Tensor
 
-from shared_iopfl.comparison.fine_tuning import fine_tune
 from shared_iopfl.comparison.runs import Runs, best_of
 from shared_iopfl.comparison.tables import LABELLED, POOLED
-from shared_iopfl.comparison.training import EXPERTS, Trainings, keep_models
+from shared_iopfl.comparison.training import EXPERTS, Trainings, fine_tune, keep_models
 from shared_iopfl.data.layouts import PARTS
 from shared_iopfl.evaluation.scores import finite_mean
 from shared_iopfl.evaluation.scoring import raise_failures
@@ -195,13 +194,13 @@ class Comparison:
                 self.runs.score(folder, site, method, str(path), **options)
 
     def _personal(self, federation: Federation, run: Path, test: Mapping[str, Any]) -> None:
-        """What each site makes of FedAvg for itself: the moving average, what it settles on, fine-tuning."""
+        """What each site makes of FedAvg for itself: the moving average, what it selects, fine-tuning."""
         shares: dict[str, list[float]] = {}
         for site, client in federation.clients.items():
             before = copy.deepcopy(client.state_dict())
             made: dict[str, Mapping[str, Tensor]] = {}
-            for name, settled in zip(PERSONAL, ((0, ()), (0, self.shares), (self.own_rounds, self.shares))):
-                shares.setdefault(site, []).append(client.settle(federation.weights, *settled))
+            for name, how in zip(PERSONAL, ((0, ()), (0, self.shares), (self.own_rounds, self.shares))):
+                shares.setdefault(site, []).append(client.select_personalised(federation.weights, *how))
                 made[name] = {key: tensor.cpu().clone() for key, tensor in client.personalised.items()}
                 client.load_state_dict(before)
             if self.fine_tuning:

@@ -62,8 +62,7 @@ class Runs:
 
     def rows(self, run: Path, site: str, method: str) -> list[dict[str, str]]:
         """The scores of a method on a site."""
-        rows = read_rows(run / "metrics.csv") if (run / "metrics.csv").is_file() else []
-        return [row for row in rows if row["site"] == site and row["model"] == method]
+        return [row for row in read_rows(run / "metrics.csv") if (row["site"], row["model"]) == (site, method)]
 
     def scored(self, run: Path, site: str, method: str) -> bool:
         """Whether a method has been scored on a site."""

@@ -25,8 +25,9 @@ from pathlib import Path
 import numpy as np
 
 from shared_iopfl.evaluation.intervals import case_interval, resampled_means, site_interval
-from shared_iopfl.evaluation.scores import ROLES, number, read_columns
+from shared_iopfl.evaluation.scores import ROLES, number
 from shared_iopfl.utils.errors import InputError
+from shared_iopfl.utils.tables import read_rows
 
 WIN = 0.005  # Dice: what is less is a tie
 EXPERT = "expert "
@@ -197,7 +198,7 @@ def read_comparison(output_dir: str | Path) -> dict[str, dict[str, RoleScores]]:
         InputError: when the file is not there or not as it must be, or a method lacks a case that others have.
     """
     path = Path(output_dir) / "comparison.csv"
-    rows = read_columns(path, "seed fold site role method case metric value")
+    rows = read_rows(path, "seed fold site role method case metric value")
     if not rows:
         raise InputError(f"{path} holds no scores: run the bundle's compare.json with this folder as output_dir first")
     found: dict[tuple[str, str], dict[str, dict[str, _Values]]] = {}
@@ -207,9 +208,9 @@ def read_comparison(output_dir: str | Path) -> dict[str, dict[str, RoleScores]]:
         value = number(row["value"], path)
         where = f"{path}: case '{row['case']}' of site '{row['site']}', method '{row['method']}', seed {row['seed']}"
         if role not in COMPARED:
-            raise InputError(f"{where}: role {role!r} is none of {', '.join(COMPARED)}: mend or delete this row")
+            raise InputError(f"{where}: role {role!r} is none of {', '.join(COMPARED)}: correct or delete this row")
         if metric.startswith("dice") and not (0 <= value <= 1 or math.isnan(value)):
-            raise InputError(f"{where}: {metric} {value:g} is not between 0 and 1: mend or delete this row")
+            raise InputError(f"{where}: {metric} {value:g} is not between 0 and 1: correct or delete this row")
         of_method = found.setdefault((role, metric), {}).setdefault(row["site"], {}).setdefault(row["method"], {})
         if key in of_method:
             raise InputError(f"{where}: {metric} stands there twice: delete one of the rows")

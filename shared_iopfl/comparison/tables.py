@@ -279,5 +279,5 @@ def choices_table(output_dir: Path, name: str = "choices.json") -> Table | None:
             cells = [str(choice["seed"]), str(choice["choice"]), *(show("dice", value) for value in values)]
             rows.append(Row(str(choice["fold"]), cells, bold))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InputError(f"{path} is no list of choices ({error!r}): mend or delete it") from None
+        raise InputError(f"{path} is not a list of choices ({error!r}): correct or delete it") from None
     return Table(["site left out", "seed", "chosen", *names], rows) if rows else None

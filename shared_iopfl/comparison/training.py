@@ -8,13 +8,14 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What a comparison trains: federations, a model on pooled data, and routes fitted with labels.
+"""What a comparison trains: federations, fine-tuned models, a model on pooled data, and routes fitted with labels.
 
 Nothing is trained twice: what lies in the folder of an earlier run is taken from there.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,9 +68,9 @@ class Trainings:
         overrides = {key: value for key, value in overrides.items() if key not in server}
         federation = Federation(
             self.bundle_root,
-            sites,
+            list(sites),
             self.rounds,
-            str(run),
+            run,
             overrides={**self.training, "dataset_dir": self.dataset_dir, "seed": seed, **overrides},
             val_interval=0,
             resume=True,
@@ -163,6 +164,31 @@ class Trainings:
         overrides = {**self.training, "dataset_dir": self.dataset_dir, "site": site, "validate#dataset#data": data}
         parser.update(as_values({"bundle_root": self.bundle_root, **overrides}))
         return parser
+
+
+def fine_tune(client: SiteClient, weights: Mapping[str, Tensor], rounds: int) -> dict[str, Tensor]:
+    """Global weights trained further at a site, without averaging: at the tail's small rate once the run is over.
+
+    The client is left as it was: its personalised model and all that survives an interruption.
+
+    Args:
+        client: of the site.
+        weights: the global ones.
+        rounds: of local training.
+
+    Returns:
+        The site's weights.
+    """
+    before, personalization = copy.deepcopy(client.state_dict()), client.kept["personalization"]
+    path, personalization.save_path = personalization.save_path, None  # what is published is not this
+    tuned = dict(weights)
+    try:
+        for _ in range(rounds):
+            tuned = client.train(tuned)
+    finally:
+        personalization.save_path = path
+        client.load_state_dict(before)
+    return tuned
 
 
 def keep_models(federation: Federation, kind: str, models: Path) -> None:

@@ -10,10 +10,10 @@
 # limitations under the License.
 """Layouts of a site's folder: the public data sets as they are unpacked, or a MONAI datalist.
 
-What lies in ``dataset_dir`` tells the layout, site by site:
+The layout of each site is recognised from the content of ``dataset_dir``:
 
-1. ``SITE.json``: a MONAI datalist, its paths relative to ``dataset_dir``; goes before a folder of the same name. The
-   folders that it names hold its cases, and are no sites of their own.
+1. ``SITE.json``: a MONAI datalist, its paths relative to ``dataset_dir``. It takes precedence over a folder of the same
+   name. The folders that it names hold its cases, and are not sites of their own.
 2. ``SITE/images/NAME.png`` and ``SITE/masks/NAME.png``.
 3. ``SITE/{train,test}/ROIs/{image,mask}/NAME.png``: the public four-domain fundus set (DoFE).
 4. ``SITE/NAME.nii.gz`` and ``SITE/NAME_segmentation.nii.gz``: the public six-site prostate set (SAML), and PROMISE12
@@ -63,7 +63,7 @@ def known_sites(root: Path) -> list[str]:
 
 
 def _listed_folders(datalist: Path) -> set[str]:
-    """The folders whose files a datalist names: they hold the list's cases, and are no sites of their own."""
+    """The folders whose files a datalist names: they hold the list's cases, and are not sites of their own."""
     try:
         content = read_json(datalist)
     except InputError:
@@ -79,7 +79,7 @@ def _items(listed: Any) -> list[Any]:
 
 
 def _is_there(datalist: Path) -> bool:
-    """Whether there is such a list, or something in its place that cannot be read as one, such as a pipe."""
+    """Whether there is a datalist, or something of its name that cannot be read, such as a pipe."""
     return datalist.exists() and not datalist.is_dir()
 
 
@@ -89,7 +89,7 @@ def _is_datalist(path: Path) -> bool:
     try:
         content = read_json(path)
     except InputError:
-        return True  # listed, so that whoever asks for the site hears what is wrong with it
+        return True  # listed, so that reading the site reports the error
     return isinstance(content, dict) and not DATALIST_KEYS.keys().isdisjoint(content)
 
 
@@ -233,7 +233,7 @@ def _read_datalist(path: Path, root: Path) -> tuple[dict[str, list[tuple[Path, P
     """
     content = read_json(path)
     if not isinstance(content, dict):
-        raise InputError(f"{path} is no datalist, but a {type(content).__name__}: take it away or mend it.")
+        raise InputError(f"{path} is not a datalist but a {type(content).__name__}: take it away or correct it.")
     pairs: dict[str, list[tuple[Path, Path]]] = {}
     patients: dict[Path, str] = {}
     headers: dict[Path, str] = {}

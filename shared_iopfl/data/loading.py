@@ -31,11 +31,12 @@ from shared_iopfl.data.volumes.geometry import check_affine, describe_grid, in_g
 from shared_iopfl.data.volumes.headers import check_header, import_itk, millimetres
 from shared_iopfl.utils.errors import InputError
 
+LABEL = "label"  # the key of labels
 ROUNDING = 1e-3  # by which a label may be off a whole number
 
 
 class LoadCased(MapTransform):
-    """Load a case's image and label, or say in one line what is wrong with which file.
+    """Load a case's image and its label, if it has one, or say in one line what is wrong with which file.
 
     The result is, for every key, a float32 `MetaTensor` (channels, *spatial) in the file's own axes and with its
     affine (RAS, mm, whatever unit its header has). Volumes come from NIfTI, MGZ, MHA, MHD, NRRD, a DICOM file or a
@@ -50,12 +51,10 @@ class LoadCased(MapTransform):
     numbers stand for them).
 
     Args:
-        keys: keys of the paths to load.
+        keys: keys of the paths to load: "label", and those of images. A case may lack some of them.
         spatial_dims: 2 or 3.
         channels: channels of an image; a label has one.
         reader: how to read, one MONAI reader for all keys or one a key; None: by the file's ending.
-        allow_missing_keys: whether cases without a label may come, as an outside site's do.
-        label_key: the key under which labels come; all other keys are images.
 
     Raises:
         InputError: when a file is refused.
@@ -67,13 +66,10 @@ class LoadCased(MapTransform):
         spatial_dims: int = 3,
         channels: int = 1,
         reader: ImageReader | Sequence[ImageReader | None] | None = None,
-        allow_missing_keys: bool = True,
-        label_key: str = "label",
     ) -> None:
-        super().__init__(keys, allow_missing_keys)
+        super().__init__(keys, allow_missing_keys=True)
         self.spatial_dims = spatial_dims
         self.channels = channels
-        self.label_key = label_key
         self.readers = ensure_tuple_rep(reader, len(self.keys))
         self._load_image = LoadImage(dtype=np.float32)
 
@@ -82,15 +78,15 @@ class LoadCased(MapTransform):
         images = []
         for key, reader in self.key_iterator(d, self.readers):
             path = Path(d[key])
-            is_label = key == self.label_key
+            is_label = key == LABEL
             d[key] = self._load(path, reader, channels=1 if is_label else self.channels)
             if is_label:
                 d[key] = _whole_numbers(d[key], path)
             else:
                 _check_image(d[key], path)
                 images.append(d[key])
-        if images and isinstance(d.get(self.label_key), MetaTensor):
-            d[self.label_key] = self._match(images[0], d[self.label_key])
+        if images and isinstance(d.get(LABEL), MetaTensor):
+            d[LABEL] = self._match(images[0], d[LABEL])
         return d
 
     def _load(self, path: Path, reader: ImageReader | None, channels: int) -> MetaTensor:
@@ -147,7 +143,7 @@ class LoadCased(MapTransform):
             names = [tensor.meta["filename_or_obj"] for tensor in (image, label)]
             raise InputError(
                 f"{names[1]} is not in the grid of its image {names[0]}: {describe_grid(*label_grid)} instead of "
-                f"{describe_grid(*image_grid)}; resample the mask to its image, or mend the header that is wrong"
+                f"{describe_grid(*image_grid)}; resample the mask to its image, or correct the header that is wrong"
             )
         label = MetaTensor(torch.from_numpy(values)[None], meta=label.meta)
         label.affine = image.affine.clone()

@@ -23,7 +23,7 @@ MOST = 8  # values that are named
 
 
 def mask_values(cases: Sequence[Case]) -> str:
-    """Open every mask of a site, and name the values in them, and where they differ which mask holds which.
+    """Open every mask of a site and list its values; where they differ, with an example for each set of values.
 
     Args:
         cases: of the site.

@@ -21,7 +21,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import torch
-from monai.config import DtypeLike, KeysCollection, NdarrayOrTensor
+from monai.config import KeysCollection, NdarrayOrTensor
 from monai.data import MetaTensor
 from monai.transforms import MapTransform, Transform
 from monai.utils import convert_data_type, convert_to_dst_type
@@ -45,11 +45,10 @@ class EachKey(MapTransform):
     Args:
         keys: keys of the arrays.
         transform: of one array.
-        allow_missing_keys: don't raise when a key is missing.
     """
 
-    def __init__(self, keys: KeysCollection, transform: Transform, allow_missing_keys: bool = False) -> None:
-        super().__init__(keys, allow_missing_keys)
+    def __init__(self, keys: KeysCollection, transform: Transform) -> None:
+        super().__init__(keys)
         self.transform = transform
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -86,19 +85,14 @@ class KeepMiddleComponent(Transform):
 
 
 class KeepMiddleComponentd(EachKey):
-    """Dictionary-based `KeepMiddleComponent`.
+    """Dictionary-based `KeepMiddleComponent`."""
 
-    Args:
-        keys: keys of the masks.
-        allow_missing_keys: don't raise when a key is missing.
-    """
-
-    def __init__(self, keys: KeysCollection, allow_missing_keys: bool = False) -> None:
-        super().__init__(keys, KeepMiddleComponent(), allow_missing_keys)
+    def __init__(self, keys: KeysCollection) -> None:
+        super().__init__(keys, KeepMiddleComponent())
 
 
 class SaveMaskd(MapTransform):
-    """Write a mask in the grid, orientation and format of the scan it was predicted from.
+    """Write a mask in the grid, orientation and format of the scan it was predicted from; `SaveImaged` has one format.
 
     Comes last in a bundle's postprocessing: the mask is inverted (`Invertd`) and discrete (`AsDiscreted`), so (1,
     *spatial) in the axes of the scan's file. Shape and affine (qform and sform, or origin, spacing and direction) are
@@ -111,9 +105,6 @@ class SaveMaskd(MapTransform):
         keys: keys of the masks.
         image_key: key of the image they belong to, whose metadata names the file.
         output_dir: folder to write to; made if it is not there.
-        name: file name without ending, in which ``{case}`` and other strings of the case (``{site}``) are filled in.
-        dtype: an integer type.
-        allow_missing_keys: whether cases without a mask may come.
 
     Raises:
         InputError: when a mask cannot be written, holds NaN, or would replace its scan.
@@ -125,15 +116,10 @@ class SaveMaskd(MapTransform):
         keys: KeysCollection = "pred",
         image_key: str = "image",
         output_dir: str | os.PathLike = ".",
-        name: str = "{case}",
-        dtype: DtypeLike = np.uint8,
-        allow_missing_keys: bool = False,
     ) -> None:
-        super().__init__(keys, allow_missing_keys)
+        super().__init__(keys)
         self.image_key = image_key
         self.output_dir = Path(output_dir)
-        self.name = name
-        self.dtype = np.dtype(dtype)
         self._written: dict[Path, tuple[Path, Hashable]] = {}
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -159,19 +145,12 @@ class SaveMaskd(MapTransform):
             raise InputError(
                 f"the mask of {source} holds NaN: the model's weights or the scan's intensities are broken"
             )
-        limits = np.iinfo(self.dtype)
-        if (array != np.round(array)).any() or array.min() < limits.min or array.max() > limits.max:
-            raise ValueError(f"a mask holds whole numbers from {limits.min} to {limits.max}: AsDiscreted(argmax=True)?")
-        return array[0].astype(self.dtype)
+        if (array != np.round(array)).any() or array.min() < 0 or array.max() > 255:
+            raise ValueError("a mask holds whole numbers from 0 to 255: AsDiscreted(argmax=True)?")
+        return array[0].astype(np.uint8)
 
     def _target(self, data: Mapping[Hashable, Any], source: Path, key: Hashable) -> Path:
-        fields = {str(k): v for k, v in data.items() if isinstance(v, str)}
-        fields = {"case": case_name(source), "key": str(key), **fields}
-        try:
-            name = self.name.format(**fields)
-        except (KeyError, IndexError) as error:
-            raise InputError(f"cannot name a mask {self.name!r}: known of {source} are {', '.join(fields)}") from error
-        ending = _mask_ending(source)
+        name, ending = str(data.get("case", case_name(source))), _mask_ending(source)
         target, number = self.output_dir / f"{name}{ending}", 2
         while self._written.get(target, (source, key)) != (source, key):
             target, number = self.output_dir / f"{name}_{number}{ending}", number + 1

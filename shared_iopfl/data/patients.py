@@ -10,7 +10,8 @@
 # limitations under the License.
 """The patient of each file: declared by a pattern, a table or a datalist, or recognised from file names.
 
-Two eyes, two visits and two series of a patient look alike: where one trains a network, the other must not test it.
+Both eyes, two visits or two series of a patient look alike. If one is used for training, the other must not be used for
+testing.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def patients_of(names: Mapping[Path, str], patient: str = AUTO, site: str = "") 
 def _by_table(names: Mapping[Path, str], table: Path) -> dict[Path, str]:
     rows = read_rows(table) if table.is_file() else None
     if rows is None or (rows and not {"file", "patient"} <= rows[0].keys()):
-        raise InputError(f"{table} is no table of patients: it needs the columns file and patient.")
+        raise InputError(f"{table} is not a table of patients: it needs the columns file and patient.")
     listed = {row["file"]: row["patient"] for row in rows}
     patients = {}
     for path in names:

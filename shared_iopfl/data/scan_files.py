@@ -58,11 +58,11 @@ def find_scans(path: str | Path, pictures: bool = False) -> list[Case]:
     """The scans to segment, as ``{"image", "case"}``, sorted by path.
 
     Args:
-        path: one scan (NIfTI, MGZ, MHA, MHD, NRRD, a picture, a DICOM file), or a folder. Of a folder count all scans
-            in it and below it; a folder that holds DICOM files is one scan. What is passed over, `not_taken` tells:
-            masks, by their names, their folders or their few whole numbers; pictures where there are volumes; the
-            output of a run, and its overlays where they lie beside what they show; files of other kinds.
-        pictures: whether pictures are wanted, and volumes are what is passed over.
+        path: one scan (NIfTI, MGZ, MHA, MHD, NRRD, a picture, a DICOM file), or a folder, which is searched with its
+            subfolders; a folder that holds DICOM files is one scan. Not taken, and listed by `not_taken`, are masks
+            (recognised by name, folder, or few integer values), pictures where there are volumes, the output of a run
+            and its overlays beside the scans, and other kinds of files.
+        pictures: take pictures, and no volumes.
 
     Raises:
         InputError: when there is nothing at ``path``, or nothing that can be read as a scan.
@@ -95,12 +95,12 @@ def not_taken(path: str | Path, pictures: bool = False) -> str:
 
 
 class NotTaken:
-    """Says at the end of a run what of its folder was not taken for a scan.
+    """Reports at the end of a run which files of its folder were not taken for scans.
 
     Args:
-        dataset_dir: as for `find_scans`. It is looked at when the handler is made, before a run writes anything.
+        dataset_dir: as for `find_scans`. It is searched when the handler is made, before a run writes anything.
         pictures: as for `find_scans`.
-        output_dir: where ``not_taken.csv`` lists all of them; None: no table, as their names may tell whose they are.
+        output_dir: folder of the table ``not_taken.csv``; None: no table, as file names may identify patients.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class NotTaken:
 
 @dataclass
 class _Survey:
-    """What lies in a folder: scans, and by reason what is none."""
+    """The scans of a folder, and the other files by the reason why they are not taken."""
 
     scans: list[Path] = field(default_factory=list)
     others: dict[str, list[str]] = field(default_factory=dict)
@@ -210,7 +210,7 @@ def _written_by_a_run(folder: Path) -> set[str]:
 
 
 def _without_masks(found: list[Path], root: Path, survey: _Survey) -> list[Path]:
-    """The scans that are no masks or overlays by their names, and a scan beside them, or masks by their values."""
+    """The scans without masks and overlays, recognised by their names beside a scan, or by their values."""
     base = {scan: base_of_mask(scan) if scan.is_file() else None for scan in found}
     named = {scan for scan in found if base[scan] is not None}
     scans_in: dict[Path, set[str]] = {}

@@ -10,7 +10,7 @@
 # limitations under the License.
 """File formats of scans, case names, and names that mark masks.
 
-What a file is, is told by its name, and for DICOM by four letters in it; no more of it is read here.
+The kind of a file is recognised by its name, and DICOM also by the letters DICM in it; nothing else is read here.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def base_of_mask(path: Path) -> str | None:
 
 
 def is_dicom(path: Path) -> bool:
-    """By its name, or by the letters DICM at byte 128 where the name says nothing, as scanners and archives have it."""
+    """Whether a file is DICOM, by its ending or, for a name without a known ending, by the letters DICM at byte 128."""
     if file_ending(path) or path.name.upper() == "DICOMDIR":
         return file_ending(path) == ".dcm"
     if not path.is_file():

@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from shared_iopfl.data.layouts import PARTS, known_sites, published_parts
@@ -29,6 +29,7 @@ from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.names import check_sites
 
 FRACTIONS = (0.6, 0.15, 0.25)
+SHARES = dict(zip(PARTS, FRACTIONS))
 
 
 def list_sites(dataset_dir: str | Path) -> list[str]:
@@ -97,7 +98,7 @@ def site_cases(
     lacking = [part for part in PARTS if not official[part]]
     if official["train"] and (split == "train" or split in lacking):
         parts = {part: shares[part] for part in ("train", *lacking)}
-        official.update(_split(official["train"], parts, seed, f"{dataset_dir}/{site}"))
+        official.update(split_cases(official["train"], seed, parts, f"{dataset_dir}/{site}"))
     if not official[split]:
         raise InputError(f"no {split} cases in {dataset_dir}/{site}: its list is empty or its fraction is 0")
     return _sorted(official[split])
@@ -120,24 +121,55 @@ def has_test_cases(
     return folds > 1 or _checked(fractions)[2] > 0 or bool(published_parts(Path(dataset_dir), site, patient)["test"])
 
 
-def split_cases(cases: Sequence[Case], seed: int = 0, fractions: Sequence[float] = FRACTIONS) -> dict[str, list[Case]]:
-    """Split cases by patient into ``"train"``, ``"validation"`` and ``"test"``.
+def split_cases(
+    cases: Sequence[Case], seed: int = 0, shares: Mapping[str, float] = SHARES, where: str = "a list"
+) -> dict[str, list[Case]]:
+    """Split cases by patient into parts, such as ``"train"``, ``"validation"`` and ``"test"``.
 
-    A patient's part depends on a hash of seed and patient alone, so a patient stays where it is when cases are added.
-    With few patients the parts can be uneven. A part that would have less than half of its share, or nobody, takes the
-    patients nearest to its interval from the part with the most above its share: the one thing that can move a patient
-    when cases are added.
+    A patient's part depends on a hash of seed and patient alone, so a patient stays where it is when cases are added,
+    unlike with MONAI's `partition_dataset`. With few patients the parts can be uneven. A part that would have less than
+    half of its share, or no patient, takes the patients nearest to its interval from the part that exceeds its share
+    most. Only this can move a patient to another part when cases are added.
 
     Args:
         cases: cases of one site, as `find_cases` returns them.
         seed: another seed, another split.
-        fractions: how much of the patients to train, validate and test on; they sum to 1, and a 0 leaves a part empty.
+        shares: part -> how much of the patients it has, relative to the others; a 0 leaves a part empty.
+        where: the cases come from, for the message.
 
     Raises:
         InputError: when there are fewer patients than parts.
     """
-    where = f"site {cases[0].get('site', '?')}" if cases else "an empty list"
-    return _split(cases, dict(zip(PARTS, _checked(fractions))), seed, where)
+    position = {case["patient"]: _position(seed, case["patient"]) for case in cases}
+    wanted = [part for part, share in shares.items() if share > 0]
+    if len(position) < len(wanted):
+        verbs = {"train": "train", "validation": "validate", "test": "test"}
+        *first, last = (verbs[part] for part in wanted)
+        each = f" (one each to {', '.join(first)} and {last})" if first else ""
+        raise InputError(f"needs at least {len(wanted)} cases{each}, found {len(position)} in {where}")
+
+    intervals, low = {}, 0.0
+    for part in wanted:
+        high = low + shares[part] / sum(shares.values())
+        intervals[part] = (low, high if part != wanted[-1] else 1.0)
+        low = high
+    members = {
+        part: {patient for patient, at in position.items() if low <= at < high}
+        for part, (low, high) in intervals.items()
+    }
+    expected = {part: (high - low) * len(position) for part, (low, high) in intervals.items()}
+    for part, (low, high) in intervals.items():
+        while len(members[part]) < max(1, math.ceil(expected[part] / 2)):
+            # no patient is worse than less than half: an empty part may take one from any part that keeps one
+            spare = {o: len(members[o]) - max(1, math.ceil(expected[o] / 2) * bool(members[part])) for o in members}
+            givers = [other for other, count in spare.items() if count > 0]
+            if not givers:
+                break
+            largest = members[max(givers, key=lambda other: len(members[other]) - expected[other])]
+            nearest = min(largest, key=lambda name: (max(low - position[name], position[name] - high), name))
+            largest.remove(nearest)
+            members[part].add(nearest)
+    return {part: _sorted(case for case in cases if case["patient"] in members.get(part, ())) for part in shares}
 
 
 def fold_cases(
@@ -186,7 +218,7 @@ def fold_cases(
 
 
 def pooled(sites: Iterable[str], cases_of: Callable[[str], Sequence[Case]]) -> list[Case]:
-    """The cases of several sites in one list, as if they lay in one hospital: what federated training is held against.
+    """The cases of several sites in one list, for pooled training, which federated training is compared with.
 
     Args:
         sites: names of the sites.
@@ -212,40 +244,6 @@ def fingerprint(cases: Sequence[Case]) -> str:
                     raise InputError(f"{path} cannot be read: {error.strerror}") from error
                 lines.append(json.dumps([case.get("site"), case["case"], key, sizes]))
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
-
-
-def _split(cases: Sequence[Case], shares: dict[str, float], seed: int, where: str) -> dict[str, list[Case]]:
-    """Split by patient into the parts named in ``shares``, which are scaled to sum to 1."""
-    position = {case["patient"]: _position(seed, case["patient"]) for case in cases}
-    wanted = [part for part, share in shares.items() if share > 0]
-    if len(position) < len(wanted):
-        verbs = {"train": "train", "validation": "validate", "test": "test"}
-        *first, last = (verbs[part] for part in wanted)
-        each = f" (one each to {', '.join(first)} and {last})" if first else ""
-        raise InputError(f"needs at least {len(wanted)} cases{each}, found {len(position)} in {where}")
-
-    intervals, low = {}, 0.0
-    for part in wanted:
-        high = low + shares[part] / sum(shares.values())
-        intervals[part] = (low, high if part != wanted[-1] else 1.0)
-        low = high
-    members = {
-        part: {patient for patient, at in position.items() if low <= at < high}
-        for part, (low, high) in intervals.items()
-    }
-    expected = {part: (high - low) * len(position) for part, (low, high) in intervals.items()}
-    for part, (low, high) in intervals.items():
-        while len(members[part]) < max(1, math.ceil(expected[part] / 2)):
-            # nobody at all is worse than less than half: an empty part may take from any that keeps one
-            spare = {o: len(members[o]) - max(1, math.ceil(expected[o] / 2) * bool(members[part])) for o in members}
-            givers = [other for other, count in spare.items() if count > 0]
-            if not givers:
-                break
-            largest = members[max(givers, key=lambda other: len(members[other]) - expected[other])]
-            nearest = min(largest, key=lambda name: (max(low - position[name], position[name] - high), name))
-            largest.remove(nearest)
-            members[part].add(nearest)
-    return {part: _sorted(case for case in cases if case["patient"] in members.get(part, ())) for part in shares}
 
 
 def _position(seed: int, patient: str) -> float:

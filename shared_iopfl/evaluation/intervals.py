@@ -13,7 +13,8 @@
 Cases drawn with replacement spread by ``(n - 1) / n`` of their variance, and the tails of a few are short: with two
 cases a site the plain percentile interval leaves out the truth in one of four comparisons. Here the deviations of the
 resamples are widened by ``sqrt(n / (n - 1))`` and by the ratio of Student's t to the normal distribution, with the
-degrees of freedom of Welch and Satterthwaite. With many cases both factors are 1.
+degrees of freedom of Welch and Satterthwaite. With many cases both factors are 1. `scipy.stats.bootstrap` has
+neither factor.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@
 # limitations under the License.
 """Whether the personalised models of a run are better than its global model, from the scores in its folder.
 
-After few rounds a site's own model may be worse than the global one: what it is an average of has not yet come to rest,
-and what the site trains on for itself (``own_rounds``) follows its few cases.
+After few rounds a site's personalised model may be worse than the global one: the local models that it averages have
+not converged, and the rounds at the site alone (``own_rounds``) overfit to its few cases.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from shared_iopfl.evaluation.scores import finite_mean, number, read_columns, read_json, read_scores, show
+from shared_iopfl.evaluation.scores import finite_mean, number, read_json, read_scores, show
+from shared_iopfl.utils.tables import read_rows
 
 Dice = Mapping[str, Mapping[str, float]]  # {site: {model: mean}}
 
@@ -83,7 +84,7 @@ def _lower(dice: Dice, where: str) -> str:
 
 
 def _last_round(path: Path) -> dict[str, dict[str, float]]:
-    rows = [row for row in read_columns(path, "round site model metric value") if row["metric"] == "val_mean_dice"]
+    rows = [row for row in read_rows(path, "round site model metric value") if row["metric"] == "val_mean_dice"]
     last = max((number(row["round"], path) for row in rows), default=0)
     dice: dict[str, dict[str, float]] = {}
     for row in rows:

@@ -30,21 +30,21 @@ COLUMNS = ("pseudonym", "file")
 
 
 def under_pseudonyms(scans: Sequence[Case], table: str | os.PathLike, output_dir: str | os.PathLike) -> list[Case]:
-    """The scans by links called ``scan_0001`` and so on, so that nothing that is written or logged names a file.
+    """The scans as links called ``scan_0001`` and so on, so that no output and no log contains a file name.
 
-    Which is which stands in the table alone. A scan that it knows keeps its pseudonym, so that a folder can be served
-    again when scans have been added. The links lie in a folder of their own, which goes when the process ends. An MHD
-    file, whose voxels lie in another one, cannot be read by a link.
+    Only the table assigns pseudonyms to files. A scan that is in the table keeps its pseudonym, so that a folder can be
+    segmented again when scans have been added. The links are in a temporary folder, which is removed when the process
+    ends. An MHD file, whose voxels are in another file, cannot be read through a link.
 
     Args:
         scans: as of :func:`~shared_iopfl.data.scan_files.find_scans`.
-        table: a CSV file, made if it is not there; it belongs where only those may look who may know. "": no
+        table: a CSV file, created if it does not exist; it identifies patients and needs a protected folder. "": no
             pseudonyms.
         output_dir: where the masks go.
 
     Raises:
-        InputError: where the table would lie among the masks, is none, or has a pseudonym that is no plain name or
-            stands for two files.
+        InputError: where the table would be in the folder of the masks, is not such a table, or has a pseudonym that
+            is not a plain name or is used for two files.
     """
     if not table:
         return list(scans)
@@ -53,7 +53,7 @@ def under_pseudonyms(scans: Sequence[Case], table: str | os.PathLike, output_dir
         raise InputError(f"the table of pseudonyms {table} would lie among the masks: keep it somewhere else.")
     rows = read_rows(table)
     if any(not row.get(column) for row in rows for column in COLUMNS) or (table.exists() and not rows):
-        raise InputError(f"{table} is no table of pseudonyms: its columns are {' and '.join(COLUMNS)}.")
+        raise InputError(f"{table} is not a table of pseudonyms: its columns are {' and '.join(COLUMNS)}.")
     known = _checked(rows, table)
     taken = {name.casefold() for name in known.values()}
     free = (name for number in count(len(known) + 1) if (name := f"scan_{number:04d}") not in taken)
@@ -62,7 +62,7 @@ def under_pseudonyms(scans: Sequence[Case], table: str | os.PathLike, output_dir
     served = []
     for scan in scans:
         file = os.path.abspath(scan["image"])
-        # what no table can hold (a name that is not UTF-8) is kept escaped
+        # a name that is not UTF-8 is escaped in the table
         told = file.encode(errors="backslashreplace").decode()
         name = known[told] = known.get(told) or next(free)
         link = folder / f"{name}{file_ending(file)}"

@@ -11,7 +11,7 @@
 """The review list: which masks to look at first, without labels; beside the Dice where labels exist.
 
 The quality of a mask is how far the views of its scan agree on it (`shared_iopfl.routing.objectives.view_agreement`).
-It ranks the scans of one list; it is no estimate of their Dice, and says nothing across models or tasks.
+It ranks the scans of one list; it is not an estimate of their Dice, and says nothing across models or tasks.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ DISAGREEMENT = 0.9  # below this quality the views are said to disagree
 
 
 class ReviewRecorder(ServedRecorder):
-    """Writes ``review.csv``, as scans are served: the worst masks first, and what speaks against each.
+    """Writes ``review.csv`` as scans are segmented: the worst masks first, with the reasons to check them.
 
-    Prediction from a single view (the presets soup and paper) knows no quality: the list then has those first against
-    which something speaks. No file is written for plain inference.
+    Prediction from a single view (the presets soup and paper) has no quality: the list then begins with the masks that
+    have a reason. No file is written for plain inference.
 
     Args:
         inferer: what it reports of a scan stands in the engine's output as "report": `RoutesRecorder` comes first.
@@ -79,14 +79,14 @@ class ReviewRecorder(ServedRecorder):
 
     def write(self) -> None:
         """Write ``review.csv``, the masks to look at first on top."""
-        usual = getattr(self.inferer, "usual_shift", 0)  # a method next to ours knows none
+        usual = getattr(self.inferer, "usual_shift", 0)  # inferers of other methods have none
         rows = review_rows(self.reports, LARGE_SHIFT * usual or math.inf)
         if rows:
             write_rows(self.output_dir / "review.csv", COLUMNS, rows)
 
 
 def _written(output: Mapping[str, Any]) -> dict[str, bool]:
-    """Whether the mask that is written is empty; nothing where the output is none, but what a network gives."""
+    """Whether the mask that is written is empty; nothing where the output is not a mask but logits."""
     mask = output.get("pred")
     if not isinstance(mask, torch.Tensor) or mask.is_floating_point():
         return {}

@@ -37,16 +37,7 @@ def number(text: Any, path: Path) -> float:
     try:
         return float(text) if text not in (None, "", "None") else math.nan
     except ValueError:
-        raise InputError(f"{path}: {text!r} is not a number: mend or delete this row") from None
-
-
-def read_columns(path: Path, columns: str) -> list[dict[str, str]]:
-    """The rows of a CSV file, of these columns only; none where there is no file."""
-    rows = read_rows(path)
-    lacking = [name for name in columns.split() if rows and name not in rows[0]]
-    if lacking:
-        raise InputError(f"{path} lacks the column {lacking[0]!r}: it must have {', '.join(columns.split())}")
-    return [{name: row[name] or "" for name in columns.split()} for row in rows]
+        raise InputError(f"{path}: {text!r} is not a number: correct or delete this row") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -65,10 +56,12 @@ def read_scores(output_dir: Path) -> dict[str, Scores]:
     """``metrics.csv`` by metric. A case that was scored again counts once, with its last value."""
     path = output_dir / "metrics.csv"
     found: dict[str, Scores] = {}
-    rows = read_columns(path, "site role case model metric value")
+    rows = read_rows(path, "site role case model metric value")
     for row in rows:
         if row["role"] not in ROLES:
-            raise InputError(f"{path}: role {row['role']!r} is neither 'inside' nor 'outside': mend or delete this row")
+            raise InputError(
+                f"{path}: role {row['role']!r} is neither 'inside' nor 'outside': correct or delete this row"
+            )
     models = in_order(row["model"] for row in rows)
     for row in sorted(rows, key=lambda row: (ROLES.index(row["role"]), models.index(row["model"]))):
         by_model = found.setdefault(row["metric"], {}).setdefault((row["role"], row["site"]), {})

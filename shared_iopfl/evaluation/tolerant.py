@@ -10,7 +10,7 @@
 # limitations under the License.
 """Inference and evaluation that go on after a bad scan, which is named in ``failed.csv``.
 
-For inference and for scoring. In training a bad scan ends the run: what is learnt must be what was asked.
+For inference and for scoring. In training a bad scan ends the run, so that no case is left out unnoticed.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Failure(NamedTuple):
 class TolerantDataset(Dataset):
     """A dataset whose items are `Failure` where a scan cannot be loaded; see `tolerant_collate`.
 
-    A scan given alone raises what is wrong with it: there is nothing to go on with. So does a lack of memory.
+    The error of a single scan is raised, as there is no other scan to continue with; so is a lack of memory.
 
     Args:
         data: cases with the path of their scan under `image_key`.
@@ -143,8 +143,8 @@ class TolerantEvaluator(SupervisedEvaluator):
     file when none has. When all scans have had their turn the run ends with an `InputError` that counts the failures,
     and so with a status other than 0.
 
-    Not taken for a fault of the scan, and so ending the run at once: a lack of memory, and an `output_dir` that is full
-    or cannot be written to. With more than one scan in a batch they fail together.
+    A lack of memory, and an `output_dir` that is full or cannot be written to, are not errors of a scan and end the run
+    at once. Scans in one batch fail together.
 
     Args:
         output_dir: where ``failed.csv`` goes.
@@ -254,7 +254,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _is_hopeless(error: Exception) -> bool:
-    """Whether the next scan would fare no better: no memory, no room on the disk.
+    """Whether the next scan would fail for the same reason: no memory, no space on the disk.
 
     A reader that cannot allocate what a scan's header asks for has refused that scan, as an `InputError`.
     """

@@ -17,24 +17,22 @@ import math
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from shared_iopfl.evaluation.run.found import check_settings
+from shared_iopfl.federation.state import FederationState
 from shared_iopfl.federation.updates import FAILED, HISTORY
 from shared_iopfl.models.files import save_atomically
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.tables import write_rows
 
-if TYPE_CHECKING:
-    from shared_iopfl.federation.simulation import Federation
-
 logger = logging.getLogger(__name__)
 
 
-def save(run: Federation) -> None:
+def save(run: FederationState) -> None:
     """Write tables and checkpoint of the rounds so far."""
     # the history first: a run interrupted between the two does this round again, and writes it again
     write_rows(run.output_dir / "history.csv", HISTORY, run.history)
@@ -56,7 +54,7 @@ def save(run: Federation) -> None:
         run.previous.unlink(missing_ok=True)  # another run's
 
 
-def resume(run: Federation) -> None:
+def resume(run: FederationState) -> None:
     """Go on from the newest checkpoint that can be read, if there is any."""
     state, path, unreadable = read_newest((run.checkpoint, run.previous))
     if state is None:
@@ -103,13 +101,13 @@ def check_checkpoint(
     weights: Mapping[str, Tensor],
     clients: Mapping[str, Any],
 ) -> None:
-    """Raise `InputError`, naming file and field, for what no run wrote: a checkpoint that was altered.
+    """Raise `InputError`, naming file and field, for a checkpoint that was altered after it was written.
 
     Args:
-        state: what was read.
+        state: the checkpoint.
         path: of the file.
         rounds: of the whole run.
-        weights, clients: global weights, and the clients' states, of a run that begins.
+        weights, clients: global weights, and the clients' states, of a new run.
     """
     count, history = state["round"], state["history"]
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= rounds:
@@ -125,19 +123,19 @@ def check_checkpoint(
         known = isinstance(rows, list) and all(isinstance(row, Mapping) and {*named} <= {*row} for row in rows)
         numbers = {"round": int, "value": float}
         if not known or any(not isinstance(r[c], kind) for r in rows for c, kind in numbers.items() if c in r):
-            raise InputError(f"{path}: {field} is no table of a run; take the file away, or start afresh.")
+            raise InputError(f"{path}: {field} is not a table of a run; take the file away, or start afresh.")
 
 
 def check_state(found: Any, like: Any, path: Path, field: str = "") -> None:
-    """Hold what was read to the state of a run that begins: names, types, shapes, and numbers that are finite.
+    """Compare a state that was read with the state of a new run: names, types, shapes, and finite numbers.
 
-    What a run that begins has none of, such as the moments of an optimiser, may be there, of finite numbers.
+    It may have entries that a new run does not have yet, such as the moments of an optimiser, if they are finite.
 
     Args:
-        found: what was read.
-        like: the state of a run that begins.
+        found: the state that was read.
+        like: the state of a new run.
         path: of the file, for the message.
-        field: the place of it in the file.
+        field: of the file that holds the state, for the message.
 
     Raises:
         InputError: naming file and field.

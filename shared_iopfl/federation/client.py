@@ -40,14 +40,14 @@ from shared_iopfl.utils.stacks import scan_slices
 
 
 class SiteClient:
-    """One site's `MonaiAlgo` on the bundle's training config, and what of it has to survive an interruption.
+    """One site's `MonaiAlgo` on the bundle's training config, and the part of its state that is kept in checkpoints.
 
     Args:
         bundle_root: the bundle.
         site: the site's name.
         local_epochs: epochs a round.
-        overrides: of the training config, id -> value; of texts only an `Expression` is evaluated. Besides, ``filters``
-            names the bundle's config of what the site holds back of its updates, such as "fl_filters"; "": nothing.
+        overrides: of the training config, id -> value; strings are not evaluated unless they are an `Expression`. The
+            further key ``filters`` names the bundle's config of privacy filters, such as "fl_filters"; "": no filters.
 
     Raises:
         InputError: where there are no such filters.
@@ -88,7 +88,7 @@ class SiteClient:
         self.kept: dict[str, Any] = {name: item for name, item in state.items() if item is not None}
 
     def _name_all(self, error: Exception) -> None:
-        """Where training cases cannot be read, check those for validation as well, so that one error names all."""
+        """If training cases cannot be read, check the validation cases as well, so that one error names all."""
         fault = root_input_error(error)
         if fault is None or self.algo.eval_workflow is not None:
             return
@@ -125,20 +125,20 @@ class SiteClient:
         _return_memory()
         return {key: tensor.clone() for key, tensor in update.items()}
 
-    def settle(self, weights: Weights, own_rounds: int, shares: Sequence[float]) -> float:
-        """Make the personalised model what the site keeps for good, once the last round is over (issue 4).
+    def select_personalised(self, weights: Weights, own_rounds: int, shares: Sequence[float]) -> float:
+        """Train on at this site alone after the last round, then select the personalised model by validation Dice.
 
-        From the last global weights the site trains on for itself, which the moving average follows. Of the models
-        between the global one and the average as it is before, half-way and after, it then takes the one that does best
-        on its validation cases, if it has any: a site of few cases may be better off without. Nothing of it is sent.
+        The site trains on from the last global weights, and the moving average with it. Candidates are interpolations
+        between the global model and the moving average before, half-way through and after these rounds. A site without
+        validation cases keeps the last moving average. Nothing is sent.
 
         Args:
             weights: the last global ones.
-            own_rounds: how many rounds it trains on, at the tail's small rate.
-            shares: of the average, among which it chooses; none: the average as it is in the end.
+            own_rounds: number of rounds at this site alone, at the small learning rate of the end of the run.
+            shares: weights of the moving average in the interpolations; none: the last moving average is kept.
 
         Returns:
-            The share.
+            The weight of the moving average in the selected model.
         """
         own, averages = dict(weights), []
         for trained in range(own_rounds + 1):
@@ -149,10 +149,10 @@ class SiteClient:
                 averages.append(_copy(self.personalised))
         if not shares or not len(cast(Any, self.algo.evaluator).data_loader):
             return 1.0
-        share, settled = validated_interpolation(
+        share, selected = validated_interpolation(
             weights, averages, lambda state: self.validate(state)["val_mean_dice"], shares
         )
-        self.kept["personalization"].ema_model.load_state_dict(settled)
+        self.kept["personalization"].ema_model.load_state_dict(selected)
         return share
 
     def metrics(self) -> dict[str, float]:
@@ -167,11 +167,11 @@ class SiteClient:
         return {name: float(value) for name, value in (result or {}).items()}
 
     def dice_by_statistics(self, weights: Weights) -> dict[str, float]:
-        """Validation Dice of weights by their own running statistics, and by those of the site's validation cases.
+        """Validation Dice of a model with its own running statistics, and with those of the site's validation cases.
 
-        Where the second is much the better, the running statistics do not fit this site (see
-        :mod:`shared_iopfl.handlers.norm_statistics`): a fault of how the model was trained, or a scanner unlike the
-        others.
+        Where the second is much higher, the running statistics do not fit this site (see
+        :mod:`shared_iopfl.handlers.norm_statistics`), because of how the model was trained or because the scanner
+        differs from the others.
 
         Returns:
             "global" and "own", in [0, 1]; nothing where it cannot be measured, as in :meth:`shift`.
@@ -186,8 +186,8 @@ class SiteClient:
     def shift(self, weights: Weights) -> float | None:
         """Mean distance of the site's validation cases from a model, as test-time routing measures it.
 
-        What is usual inside, against which an outside scan's shift is held: a number a site, which tells of no case.
-        None where it cannot be measured: no case, no batch norm, an inferer that does not say what a network input is.
+        The shift of an outside scan is judged in units of this one. It is one number per site and reveals nothing about
+        a single case. None where it cannot be measured: without cases, batch norms, or an inferer with `stacks`.
         """
         network, stacks = self.measurable(weights)
         size, distances = cast(Any, self.algo.evaluator).inferer.batch_size if stacks else 0, []
@@ -197,8 +197,8 @@ class SiteClient:
         return fmean(distances) if distances else None
 
     def measurable(self, weights: Weights) -> tuple[torch.nn.Module, list[Tensor]]:
-        """A copy of the network with these weights, and its inputs of each validation case; none where it has no batch
-        norm, or the inferer does not say what a network input is."""
+        """A copy of the network with these weights, and its inputs from each validation case; no inputs where it has no
+        batch norm, or the inferer has no method `stacks`."""
         evaluator = cast(Any, self.algo.evaluator)
         network = copy_network(evaluator.network)
         network.load_state_dict(weights)
@@ -257,10 +257,10 @@ def _filters(bundle_root: str, name: str) -> str:
 
 @contextmanager
 def time_limit(site: str, seconds: float) -> Iterator[None]:
-    """Raise `InputError` in what a site does, once it has taken so many seconds; 0: no limit.
+    """Raise `InputError` in the body once it has taken `seconds`; 0: no limit.
 
-    By the process's alarm clock, which breaks off Python code and waiting (for a disk, a network, a worker process) as
-    Ctrl-C does: in the main thread, and not before a running call into a library returns.
+    SIGALRM interrupts Python code and waits (for a disk, a network, a worker process) as Ctrl-C does: only in the main
+    thread, and not before a running call into a library returns.
     """
     if not seconds:
         yield
@@ -285,8 +285,6 @@ def time_limit(site: str, seconds: float) -> Iterator[None]:
 
 
 def check_time_limit(seconds: float) -> None:
-    """Raise `InputError` where there can be no such limit."""
-    if not seconds >= 0:
-        raise InputError(f"site_timeout must be 0 (no limit) or so many seconds, but is {seconds!r}.")
+    """Raise `InputError` if a time limit is wanted where none can be set."""
     if seconds and not (hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()):
         raise InputError("site_timeout needs the main thread of a process on Linux or macOS: run without, or by FLARE.")

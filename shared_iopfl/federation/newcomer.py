@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,13 @@ from shared_iopfl.data.patients import AUTO
 from shared_iopfl.data.scan_files import Case
 from shared_iopfl.data.sites import find_cases
 from shared_iopfl.evaluation.scores import finite_mean, show
-from shared_iopfl.federation.averaging import weighted_average
+from shared_iopfl.federation.averaging import average_updates
 from shared_iopfl.federation.client import SiteClient
 from shared_iopfl.handlers.norm_statistics import mixed_batches, with_own_statistics
 from shared_iopfl.models.architecture import write_architecture
 from shared_iopfl.models.files import GLOBAL, load_experts, load_scores, load_weights, model_path, save_atomically
 from shared_iopfl.models.manifest import SCORES, read_manifest
-from shared_iopfl.models.weights import Weights, interpolate
+from shared_iopfl.models.weights import Weights, check_experts, interpolate
 from shared_iopfl.routing.distances import distance_routes, scan_distances
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.names import check_site
@@ -66,6 +67,7 @@ def deal(cases: Sequence[Case], folds: int) -> list[list[Case]]:
     return [[case for case in cases if case["patient"] in group] for group in groups]
 
 
+@dataclass(eq=False)
 class Newcomer:
     """Makes a personalised model for a site that did not take part in the federation.
 
@@ -88,31 +90,30 @@ class Newcomer:
         InputError: where the site is one of those that the models are of.
     """
 
-    def __init__(
-        self,
-        bundle_root: str,
-        dataset_dir: str,
-        site: str,
-        ckpt_dir: str,
-        output_dir: str,
-        overrides: Mapping[str, Any] | None = None,
-        rounds: int = 8,
-        folds: int = 5,
-        shares: Sequence[float] = (0.5, 1.0),
-        patient: str = AUTO,
-        seed: int = 0,
-    ) -> None:
-        self.bundle_root, self.dataset_dir, self.site = bundle_root, dataset_dir, check_site(site)
-        self.ckpt_dir, self.output_dir = ckpt_dir, Path(output_dir)
-        self.overrides, self.rounds, self.shares = dict(overrides or {}), rounds, sorted({*shares} - {0.0})
-        self.groups = deal(find_cases(dataset_dir, site, patient), folds)
-        self.seed = seed
-        self.models: dict[str, State] = {GLOBAL: load_weights(model_path(ckpt_dir)), **load_experts(ckpt_dir)}
+    bundle_root: str
+    dataset_dir: str
+    site: str
+    ckpt_dir: str
+    output_dir: Path
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    rounds: int = 8
+    folds: int = 5
+    shares: Sequence[float] = (0.5, 1.0)
+    patient: str = AUTO
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Find the cases and read the models."""
+        self.output_dir = Path(self.output_dir)
+        self.shares = sorted({*self.shares} - {0.0})
+        self.groups = deal(find_cases(self.dataset_dir, check_site(self.site), self.patient), self.folds)
+        self.models: dict[str, State] = {GLOBAL: load_weights(model_path(self.ckpt_dir)), **load_experts(self.ckpt_dir)}
         self.dice: dict[str, list[float]] = {}  # candidate -> of each fold
         self.chosen = ""
-        if Path(model_path(ckpt_dir, "personalised", site)).is_file():
+        if Path(model_path(self.ckpt_dir, "personalised", self.site)).is_file():
             raise InputError(
-                f"{ckpt_dir} holds a personalised model of '{site}' already: use it, or give your site another name."
+                f"{self.ckpt_dir} holds a personalised model of '{self.site}' already: use it, or give your site "
+                "another name."
             )
 
     def run(self) -> State:
@@ -125,7 +126,10 @@ class Newcomer:
         clients = [self._client(self._all_but(fold), held) for fold, held in enumerate(self.groups)]
         held_out = [client.measurable(self.models[GLOBAL])[1] for client in clients]
         network = clients[0].measurable(self.models[GLOBAL])[0]
-        distances = [[_distances(network, self.models, stack) for stack in stacks] for stacks in held_out]
+        check_experts(network, self.models)
+        distances = [
+            [scan_distances(network, self.models, scan_slices(stack), BATCH) for stack in stacks] for stacks in held_out
+        ]
 
         starts = []
         for fold, client in enumerate(clients):
@@ -203,10 +207,10 @@ class Newcomer:
         """
         found = {GLOBAL_MODEL: self.models[GLOBAL]}
         if len(self.models) > 1:
-            found["equal mixture"] = weighted_average(self.models, dict.fromkeys(self.models, 1.0))
+            found["equal mixture"] = average_updates(self.models, dict.fromkeys(self.models, 1.0))
             if stacks:
                 routes = distance_routes(torch.stack(list(distances)).mean(0)).tolist()
-                found["mixture by distance"] = weighted_average(self.models, dict(zip(self.models, routes)))
+                found["mixture by distance"] = average_updates(self.models, dict(zip(self.models, routes)))
         if stacks:
             batches = mixed_batches(stacks)
             for name, weights in [*found.items()]:
@@ -254,10 +258,6 @@ class Newcomer:
             for fold, value in enumerate(dice)
         ]
         write_rows(self.output_dir / CANDIDATES, COLUMNS, rows)
-
-
-def _distances(network: nn.Module, models: Mapping[str, Weights], stack: Tensor) -> Tensor:
-    return scan_distances(network, models, scan_slices(stack), BATCH)
 
 
 def _flat(parts: Sequence[Sequence[Tensor]], known: Sequence[int]) -> list[Tensor]:

@@ -11,21 +11,22 @@
 """The end of a federation: final models, their scores at other sites, and the usual shift.
 
 Writes ``models/``, ``scores.json``, ``shares.json``, ``cross_site.csv`` and ``statistics.csv``. A site that fails here
-judges nothing; the others' figures stand.
+scores no models; the scores of the other sites remain.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from shared_iopfl.federation.client import time_limit
+from shared_iopfl.federation.state import FederationState
 from shared_iopfl.federation.updates import FAILURES, last_rounds
 from shared_iopfl.handlers.norm_statistics import STATISTICS
 from shared_iopfl.models.files import GLOBAL, USUAL_SHIFT, model_path, save_atomically
@@ -33,19 +34,16 @@ from shared_iopfl.models.weights import Weights
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.tables import write_json, write_rows
 
-if TYPE_CHECKING:
-    from shared_iopfl.federation.simulation import Federation
-
 CROSS_SITE, MATRIX = "cross_site.csv", ("model", "site", "dice")
 
 
-def publish(run: Federation) -> None:
+def publish(run: FederationState) -> None:
     """Write the models, and how each of them does at the inside sites it was not made for."""
     folder = run.output_dir / "models"
     delivered = last_rounds(run.history)
     present = [site for site in run.sites if site in delivered]
     if run.own_rounds or run.shares:
-        settle(run, present)
+        select_personalised(run, present)
     models = {GLOBAL: run.weights, **{site: run.clients[site].personalised for site in present}}
     for name, weights in models.items():
         path = model_path(str(folder), GLOBAL if name == GLOBAL else "personalised", name)
@@ -60,44 +58,37 @@ def publish(run: Federation) -> None:
         )
 
 
-def settle(run: Federation, sites: Sequence[str]) -> None:
-    """Have each site make its personalised model what it keeps; where that fails, the moving average stays."""
+def select_personalised(run: FederationState, sites: Sequence[str]) -> None:
+    """Have each site select its personalised model; where that fails, the moving average stays."""
     shares = {}
     for site in tqdm(sites, desc="own rounds", unit="site", disable=not run.own_rounds):
         client = run.clients[site]
         before = copy.deepcopy(client.state_dict())
-        try:
-            with time_limit(site, run.site_timeout * max(1, run.own_rounds)):
-                shares[site] = client.settle(run.weights, run.own_rounds, run.shares)
-        except Exception as error:
+        with _left_out_if_it_fails(run, site, max(1, run.own_rounds)):
+            shares[site] = client.select_personalised(run.weights, run.own_rounds, run.shares)
+        if site not in shares:
             client.load_state_dict(before)
-            run.failures.add(run.round, site, error)
-    run.failures.write(run.output_dir)
     if run.shares:
         write_json(run.output_dir / "models" / "shares.json", shares)
 
 
-def cross_site_scores(run: Federation, models: Mapping[str, Weights], judges: Sequence[str]) -> dict[str, float | None]:
-    """How well each model does at the other sites; a site that fails at it judges nothing.
+def cross_site_scores(
+    run: FederationState, models: Mapping[str, Weights], judges: Sequence[str]
+) -> dict[str, float | None]:
+    """The content of ``scores.json``, from the validation Dice of each model at the other sites.
 
-    Each Dice stands in ``cross_site.csv``.
+    Each Dice is written to ``cross_site.csv``. A site that fails scores no models.
     """
     dice: dict[str, dict[str, float]] = {name: {} for name in models}
-    shifts = []
+    shifts: list[float] = []
     for site in judges:
         client = run.clients[site]
-        try:
-            with time_limit(site, run.site_timeout * len(models)):
-                found = {n: client.validate(w)["val_mean_dice"] for n, w in models.items() if n != site}
-                shift = client.shift(run.weights)
-        except Exception as error:
-            run.failures.add(run.round, site, error)
-            continue
-        for name, value in found.items():
-            dice[name][site] = value
-        if shift is not None:
-            shifts.append(shift)
-    run.failures.write(run.output_dir)
+        with _left_out_if_it_fails(run, site, len(models)):
+            found = {n: client.validate(w)["val_mean_dice"] for n, w in models.items() if n != site}
+            shift = client.shift(run.weights)
+            for name, value in found.items():
+                dice[name][site] = value
+            shifts += [] if shift is None else [shift]
     write_matrix(run.output_dir, dice)
     return expert_scores(dice, shifts)
 
@@ -111,8 +102,8 @@ def write_matrix(folder: Path, dice: Mapping[str, Mapping[str, float]]) -> None:
 def expert_scores(dice: Mapping[str, Mapping[str, float]], shifts: Sequence[float]) -> dict[str, float | None]:
     """The content of ``scores.json``: a score a model, and the usual shift.
 
-    As sites differ in difficulty, a personalised model is held against the global one at each of the other sites:
-    its score is the global model's mean over all sites plus the mean of those differences.
+    As sites differ in difficulty, a personalised model is compared with the global one at each of the other sites: its
+    score is the global model's mean over all sites plus the mean of these differences.
 
     Args:
         dice: model -> site -> validation Dice, without the model's own site.
@@ -134,15 +125,22 @@ def expert_scores(dice: Mapping[str, Mapping[str, float]], shifts: Sequence[floa
     return {**known, USUAL_SHIFT: shift if math.isfinite(shift) else None}
 
 
-def compare_statistics(run: Federation, judges: Sequence[str]) -> None:
+def compare_statistics(run: FederationState, judges: Sequence[str]) -> None:
     """Write how the global model does at each site by its running statistics, and by the site's own."""
     rows = []
     for site in judges:
-        try:
-            with time_limit(site, run.site_timeout * 2):
-                if dice := run.clients[site].dice_by_statistics(run.weights):
-                    rows.append({"site": site, **dice})
-        except Exception as error:
-            run.failures.add(run.round, site, error)
-    run.failures.write(run.output_dir)
+        with _left_out_if_it_fails(run, site, 2):
+            if dice := run.clients[site].dice_by_statistics(run.weights):
+                rows.append({"site": site, **dice})
     write_rows(run.output_dir / STATISTICS, ("site", "global", "own"), rows)
+
+
+@contextmanager
+def _left_out_if_it_fails(run: FederationState, site: str, times: int) -> Iterator[None]:
+    """Record the failure of a site, or that it exceeds `times` the limit of a round, and go on with the others."""
+    try:
+        with time_limit(site, run.site_timeout * times):
+            yield
+    except Exception as error:
+        run.failures.add(run.round, site, error)
+        run.failures.write(run.output_dir)

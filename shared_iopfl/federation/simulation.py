@@ -10,11 +10,11 @@
 # limitations under the License.
 """A federation in one process: rounds of FedAvg over one `MonaiAlgo` client per site.
 
-Knows clients and weights, nothing of images. Only the local weights leave a client; its personalised model is written
-by the client itself, next to the global one, because here both ends are one machine.
+It knows clients and weights, not images. Only local weights leave a client. Each client writes its personalised model
+itself, next to the global one, because here all sites are on one machine.
 
-A site that fails a round, or takes too long, is left out of it and comes back in the next. Whatever a site does can be
-ended only where it has a process of its own: by FLARE's time limits (``round_timeout`` in
+A site that fails a round, or takes too long, is left out of that round and asked again in the next one. Code that does
+not return can be ended only in a process of its own, by FLARE's time limits (``round_timeout`` in
 `shared_iopfl.federation.flare.run`).
 """
 
@@ -23,7 +23,7 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -33,14 +33,13 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from shared_iopfl.federation.averaging import Averaging, average_updates
+from shared_iopfl.federation.averaging import average_updates
 from shared_iopfl.federation.checkpoint import resume, save
-from shared_iopfl.federation.client import SiteClient, check_time_limit, time_limit
+from shared_iopfl.federation.client import SiteClient, time_limit
 from shared_iopfl.federation.results import publish
-from shared_iopfl.federation.server_momentum import ServerMomentum
+from shared_iopfl.federation.state import FederationState
 from shared_iopfl.federation.updates import (
     UPDATE_NORM,
-    Failures,
     accepted_norms,
     check_update,
     draw,
@@ -50,15 +49,13 @@ from shared_iopfl.federation.updates import (
 )
 from shared_iopfl.models.files import model_path
 from shared_iopfl.models.weights import Weights
-from shared_iopfl.utils.checks import check_values
 from shared_iopfl.utils.errors import InputError, root_input_error
-from shared_iopfl.utils.names import check_sites
 
 logger = logging.getLogger(__name__)
 UNFINISHED = "." + 12 * "[0-9a-f]" + "_*"  # files that a run was writing when it was killed; see `whole_file`
 
 
-class Federation:
+class Federation(FederationState):
     """The whole inside run: FedAvg over the sites, with a personalised model at each.
 
     Writes ``models/model.pt`` (global), ``models/model_<site>.pt`` (personalised) and ``models/scores.json`` (how
@@ -87,79 +84,13 @@ class Federation:
         site_timeout: a site may take so many seconds for a round's training, and as many to score a model; 0: no limit.
             See :func:`~shared_iopfl.federation.client.time_limit` for what it can break off.
         own_rounds, shares: what each site makes of its personalised model once the last round is over; see
-            :meth:`~shared_iopfl.federation.client.SiteClient.settle`. 0 and none: the moving average as it is.
+            :meth:`~shared_iopfl.federation.client.SiteClient.select_personalised`. 0 and none: the plain
+            moving average.
         server_momentum: of the global weights from round to round; see
-            :class:`~shared_iopfl.federation.server_momentum.ServerMomentum`. 0: plain averaging.
+            :class:`~shared_iopfl.federation.averaging.ServerMomentum`. 0: plain averaging.
         resume: go on from ``federation.pt`` where there is one.
         seed: of the first global model.
     """
-
-    def __init__(
-        self,
-        bundle_root: str,
-        sites: Sequence[str],
-        rounds: int,
-        output_dir: str,
-        local_epochs: int = 1,
-        overrides: Mapping[str, Any] | None = None,
-        val_interval: int = 1,
-        min_sites: int = 0,
-        max_update_norm: float = 10.0,
-        site_timeout: float = 0.0,
-        own_rounds: int = 0,
-        shares: Sequence[float] = (),
-        server_momentum: float = 0.0,
-        resume: bool = False,
-        seed: int = 0,
-        averaging: Averaging = "mean",
-    ) -> None:
-        if isinstance(sites, str) or not sites or len(set(sites)) != len(sites):
-            raise InputError(f"sites must be a list of different names, such as \"['BIDMC','HK']\", but is {sites!r}.")
-        own = {
-            "rounds": rounds,
-            "local_epochs": local_epochs,
-            "val_interval": val_interval,
-            "min_sites": min_sites,
-            "max_update_norm": max_update_norm,
-            "site_timeout": site_timeout,
-            "own_rounds": own_rounds,
-            "shares": shares,
-            "resume": resume,
-            "seed": seed,
-            "averaging": averaging,
-        }
-        check_values({**(overrides or {}), **own})
-        check_time_limit(site_timeout)
-        self.bundle_root = bundle_root
-        self.sites = check_sites(sites)
-        self.rounds = rounds
-        self.output_dir = Path(output_dir)
-        self.local_epochs = local_epochs
-        self.overrides = dict(overrides or {})
-        self.val_interval = val_interval
-        self.max_update_norm = max_update_norm
-        self.site_timeout = site_timeout
-        self.own_rounds = own_rounds
-        self.shares = tuple(shares)
-        self.server = ServerMomentum(server_momentum)
-        self.resume = resume
-        self.seed = seed
-        self.averaging: Averaging = averaging
-        self.round = 0
-        self.weights: dict[str, Tensor] = {}
-        self.clients: dict[str, SiteClient] = {}
-        self.history: list[dict[str, Any]] = []
-        self.failures = Failures(len(self.sites), min_sites)
-
-    @property
-    def checkpoint(self) -> Path:
-        """The path of the newest checkpoint."""
-        return self.output_dir / "federation.pt"
-
-    @property
-    def previous(self) -> Path:
-        """The path of the checkpoint before."""
-        return self.output_dir / "federation_previous.pt"
 
     def start(self) -> None:
         """Make the clients (which reads and checks every site's training cases), and resume if asked to.
@@ -240,7 +171,7 @@ class Federation:
         for site, update in updates.items():
             self._note(site, "local", {**metrics[site], UPDATE_NORM: update_norm(update, self.weights)})
         counts = {site: self.clients[site].cases for site in updates}
-        average = average_updates(updates, counts, self.averaging, self.weights)
+        average = average_updates(updates, counts, self.averaging)
         parameters = self.clients[self.sites[0]].parameters if self.server.momentum else ()
         self.weights = self.server.step(self.weights, average, parameters)
         if self.val_interval and (self.round % self.val_interval == 0 or self.round == self.rounds):
@@ -267,16 +198,6 @@ class Federation:
 
     def _note(self, site: str, model: str, metrics: Mapping[str, float]) -> None:
         self.history += figures(self.round, site, model, metrics)
-
-    def settings(self) -> dict[str, Any]:
-        """What has to be the same when a run is resumed; folders and the device may change."""
-        training = {
-            key: list(value) if isinstance(value, (list, tuple)) else str(value) if isinstance(value, str) else value
-            for key, value in self.overrides.items()
-            if isinstance(value, (bool, int, float, str, list, tuple)) and key not in ("dataset_dir", "device")
-        }
-        own = {"sites": self.sites, "rounds": self.rounds, "local_epochs": self.local_epochs, "seed": self.seed}
-        return {**training, **own, "server_momentum": self.server.momentum, "averaging": self.averaging}
 
 
 @contextmanager

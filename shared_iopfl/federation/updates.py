@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Checks of the sites' updates, and what is noted of a run: figures of each round, and the sites that failed it."""
+"""Checks of the sites' updates, and the tables of a run: figures of each round, and the sites that failed it."""
 
 from __future__ import annotations
 
@@ -31,43 +31,44 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 logger = logging.getLogger(__name__)
-PROGRAM_FAULTS = (TypeError, AttributeError, NameError)  # no site is left out for what is wrong with the code
+PROGRAM_FAULTS = (TypeError, AttributeError, NameError)  # errors of the code end the run; they are not a site's
 HISTORY = ("round", "site", "model", "metric", "value")  # columns of history.csv
 FAILURES, FAILED = "failures.csv", ("round", "site", "reason")  # the file and its columns
 UPDATE_NORM = "update_norm"  # in the history: how far an accepted update moved the global model
 
 
-def check_update(site: str, update: Weights, reference: Weights, whose: str = "the global model") -> dict[str, Tensor]:
-    """A site's weights in the types of the global model, if they can be let in.
+def check_update(site: str, update: Weights, reference: Weights) -> dict[str, Tensor]:
+    """A site's weights in the types of the global model, if they can be averaged with those of the others.
 
-    They are cast before they are looked at: what is finite in double precision may be none in single precision.
+    They are cast before they are checked: a number that is finite in double precision may be infinite in single.
 
     Args:
-        site: who sent them.
+        site: name of the sender.
         update: the weights.
-        reference: what they must be like, in keys, kinds and shapes.
-        whose: what `reference` is called in an error.
+        reference: the global model, which they must be like in keys, kinds and shapes.
 
     Raises:
-        InputError: naming site and key, where they are not, are not finite, or hold a negative variance.
+        InputError: naming site and key, where they differ from it, are not finite, or hold a negative variance.
     """
     if not isinstance(update, Mapping):
         raise InputError(f"site '{site}' sent a {type(update).__name__}, not weights by name.")
     if difference := set(update) ^ set(reference):
         key = min(difference, key=str)
-        raise InputError(f"site '{site}' sent other keys than {whose}: '{key}' is in one of them only.")
+        raise InputError(f"site '{site}' sent other keys than the global model: '{key}' is in one of them only.")
     checked = {}
     for key, like in reference.items():
         tensor = update[key]
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
             kind = type(tensor).__name__ if not isinstance(tensor, Tensor) else "sparse tensor"
-            raise InputError(f"site '{site}' sent a {kind} as '{key}', not a plain tensor as {whose}.")
+            raise InputError(f"site '{site}' sent a {kind} as '{key}', not a plain tensor as the global model.")
         if tensor.shape != like.shape:
-            shapes = f"{tuple(tensor.shape)}, not {tuple(like.shape)} as {whose}"
+            shapes = f"{tuple(tensor.shape)}, not {tuple(like.shape)} as the global model"
             raise InputError(f"site '{site}' sent '{key}' of shape {shapes}.")
         # precision may differ, as a filter on the way may lower it; a complex or an integer weight is a mistake
         if tensor.is_floating_point() != like.is_floating_point() or tensor.is_complex() != like.is_complex():
-            raise InputError(f"site '{site}' sent '{key}' of type {tensor.dtype}, not {like.dtype} as {whose}.")
+            raise InputError(
+                f"site '{site}' sent '{key}' of type {tensor.dtype}, not {like.dtype} as the global model."
+            )
         cast = tensor.detach().to(like)
         if not torch.isfinite(cast).all():
             raise InputError(f"site '{site}' sent NaN or infinite values in '{key}', as {like.dtype}.")
@@ -80,23 +81,23 @@ def check_update(site: str, update: Weights, reference: Weights, whose: str = "t
 def far_off(
     updates: Mapping[str, Weights], reference: Weights, factor: float, earlier: Sequence[float] = ()
 ) -> dict[str, InputError]:
-    """Which sites moved the global model too far: more than `factor` times as far as is usual.
+    """The sites whose update is more than `factor` times as long as usual.
 
-    Usual is the norm of the global model itself, or the median of the accepted updates of earlier rounds where that is
-    the larger, so that one site alone is bounded too, from its first round on. From three sites on, the median of the
-    others' updates of the round is a second measure: two sites cannot say which of them is off. Others that all stood
-    still are no measure for one that moved.
+    The usual length is the norm of the global model or, if larger, the median of the accepted updates of earlier
+    rounds; so a single site is bounded as well, from its first round on. With three sites or more, the median of the
+    other updates of the round is a second bound; with two sites it could not tell which of them is wrong. A bound of 0,
+    when the other sites did not move at all, is ignored.
 
     The norm is Euclidean, of all floating-point entries, in double precision.
 
     Args:
         updates: site -> weights, checked (see :func:`check_update`).
         reference: the global weights that the round began with.
-        factor: how many times as far is too far; 0: any distance is let in.
+        factor: largest accepted multiple of the usual length; 0: any length is accepted.
         earlier: norms of the updates that were accepted in earlier rounds (see :func:`accepted_norms`).
 
     Returns:
-        site -> what is wrong with it.
+        site -> the error that describes its update.
     """
     if factor <= 0:
         return {}
@@ -133,7 +134,7 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def figures(number: int, site: str, model: str, metrics: Mapping[str, float]) -> list[dict[str, Any]]:
-    """Rows of a run's history: what a site tells of round `number`; `model` is "local", "global" or "personalised"."""
+    """Rows of a run's history: a site's figures of round `number`; `model` is "local", "global" or "personalised"."""
     row = {"round": number, "site": site, "model": model}
     return [{**row, "metric": metric, "value": float(value)} for metric, value in metrics.items()]
 
@@ -174,11 +175,11 @@ class Failures:
         self.rows: list[dict[str, Any]] = []
 
     def add(self, number: int, site: str, error: Exception) -> None:
-        """Note that a site failed round `number`; at most once a round.
+        """Record that a site failed round `number`; at most once per round.
 
         Raises:
-            Exception: the site's own `error`, where all sites have to deliver, or where the program is at fault.
-            InputError: where too few are left.
+            Exception: the given `error`, if all sites have to deliver, or if it is an error of the program.
+            InputError: if too few sites are left.
         """
         if self.min_sites == self.sites or isinstance(error, PROGRAM_FAULTS):
             raise error
@@ -203,7 +204,7 @@ class Failures:
         self.rows = [dict(row) for row in rows]
 
     def write(self, folder: Path) -> None:
-        """Write the table, once there is a failure; what lies there from an earlier run does not stay."""
+        """Write the table if there is a failure, or to replace the table of an earlier run."""
         path = folder / FAILURES
         if self.rows or path.exists():
             write_rows(path, FAILED, self.rows)

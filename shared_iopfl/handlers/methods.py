@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from shared_iopfl.models.weights import Weights
 from shared_iopfl.routing.network import NORMS
-from shared_iopfl.utils.errors import InputError
+from shared_iopfl.utils.checks import check_values
 
 
 class _Anchor:
@@ -55,7 +55,8 @@ class ProximalHandler:
 
     def __init__(self, network: nn.Module, mu: float) -> None:
         self.network = network
-        self.mu = _not_negative(mu, "proximal")
+        check_values({"proximal": mu})
+        self.mu = mu
 
     def attach(self, engine: Engine) -> None:
         """Register the handlers with an ignite engine."""
@@ -146,7 +147,8 @@ class DittoHandler:
 
     def __init__(self, network: nn.Module, optimizer: torch.optim.Optimizer, pull: float) -> None:
         self.network = network
-        self.pull = _not_negative(pull, "ditto")
+        check_values({"ditto": pull})
+        self.pull = pull
         copies: dict[int, Any] = {}  # through it the copied optimiser finds the copied parameters
         self.model = copy.deepcopy(network, copies)
         self.optimizer = copy.deepcopy(optimizer, copies)
@@ -193,9 +195,3 @@ class DittoHandler:
         """Restore a state from :meth:`state_dict`."""
         self.begun = bool(state["begun"])
         self.model.load_state_dict(state["model"])
-
-
-def _not_negative(value: float, name: str) -> float:
-    if not 0 <= value < float("inf"):
-        raise InputError(f"{name} must be 0 (off) or positive, but is {value}.")
-    return value

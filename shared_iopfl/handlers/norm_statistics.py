@@ -52,10 +52,10 @@ class NormStatisticsHandler:
       are (FixBN, Zhong et al. 2023, arXiv 2303.06530). Each site then trains the very function that the global model
       is, and their average fits its statistics;
     - "blend": as "global", but in half of the steps, drawn at random, mixed with those of the batch,
-      :math:`s \, \mu_{global} + (1 - s) \, \mu_{batch}` with :math:`s \sim U(0, 1)`, variances alike and one share for
-      all layers of a step: the network learns to bear other statistics than the global ones.
+      :math:`s \, \mu_{global} + (1 - s) \, \mu_{batch}` with :math:`s \sim U(0, 1)`, the variances likewise, with one
+      share for all layers of a step: the network becomes robust to other statistics than the global ones.
 
-    Before `start_epoch` every choice trains by batch statistics: the running ones of a new network describe nothing.
+    Before `start_epoch` every choice trains by batch statistics: the running ones of a new network are arbitrary.
 
     Args:
         network: the network that is trained; its batch norms are found by module type. Other norms have no running
@@ -172,12 +172,10 @@ def print_statistics(output_dir: str | Path) -> str:
     Returns:
         The text that was printed.
     """
-    path = Path(output_dir) / STATISTICS
-    rows = read_rows(path) if path.is_file() else []
     lines = [
         f"{row['site']}: Dice {100 * float(row['global']):.1f} by the global statistics, "
         f"{100 * float(row['own']):.1f} by its own"
-        for row in rows
+        for row in read_rows(Path(output_dir) / STATISTICS)
     ]
     text = "\n".join(["norm statistics, global model on validation cases", *lines]) if lines else ""
     if text:

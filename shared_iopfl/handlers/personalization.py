@@ -36,6 +36,7 @@ class DecayThenTail:
     """A learning-rate factor for `LambdaLR`: cosine from 1 to `floor`, then constant for the last part of the run.
 
     The small-rate tail matters more than alpha: a personalised model should be the average of a site's models there.
+    A `SequentialLR` of `CosineAnnealingLR` and `ConstantLR` would need three components for one formula.
 
     Args:
         epochs: of the whole run, over all rounds.
@@ -65,8 +66,8 @@ class PersonalizationHandler(EMAHandler):
     Args:
         network: the network that is trained.
         alpha: in [0, 1); 0 keeps the newest local model.
-        start_epoch: up to this epoch p is the newest local model; the average begins after it. A long memory of the
-            early, large-rate rounds is what made a large alpha lag in trials.
+        start_epoch: up to this epoch p is the newest local model; the average begins after it. Otherwise, with a large
+            alpha, the early rounds of large learning rate would dominate the average.
         correct_start: weigh as if the average had no beginning, as Adam does: the n-th update uses
             ``(1 - alpha) / (1 - alpha^n)`` in place of ``1 - alpha``. Without it, alpha -> 1 keeps the first model.
         save_path: where p is written after each round; None: nowhere.

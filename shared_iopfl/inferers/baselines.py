@@ -178,7 +178,7 @@ class BatchStatisticsInferer(ScanInferer):
         return collapse(routed).eval()
 
     def _learn(self, routed: RoutedNetwork, images: Tensor) -> None:
-        """Here: nothing."""
+        """Train the routed network on the scan; nothing here."""
 
 
 class TentInferer(BatchStatisticsInferer):
@@ -232,7 +232,9 @@ def labelled_routes(
     with torch.inference_mode(False), torch.enable_grad():
         routed = route(network, experts, per="layer", sample=batches[0][0])
         optimizer = torch.optim.Adam(routed.trainable(), lr=learning_rate)
-        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)  # else the last batch had its way
+        schedule = torch.optim.lr_scheduler.LinearLR(
+            optimizer, 1.0, 0.0, steps
+        )  # otherwise the last batch would dominate
         for step in range(steps):
             images, labels = batches[step % len(batches)]
             optimizer.zero_grad()

@@ -254,9 +254,9 @@ class TestTimeRoutingInferer(ViewsOfScans):
         """The network for each share of own statistics, each to be used before the next is asked for."""
         for share in shares:
             routed.set_statistics(share)
-            yield self._settled(routed, some)
+            yield self._plain_for(routed, some)
 
-    def _settled(self, routed: RoutedNetwork, some: Tensor) -> nn.Module:
+    def _plain_for(self, routed: RoutedNetwork, some: Tensor) -> nn.Module:
         """The plain network that a routed one is for a scan, known by some of its slices; plain speed, any batch size.
 
         Where the routes themselves depend on the slice (``per`` sample or volume) it stays as it is.

@@ -27,7 +27,7 @@ States = Mapping[str, Weights]
 
 
 class BriefWeights(dict[str, Tensor]):
-    """A state_dict of few words: MONAI Label writes an inferer's attributes into its log at every request."""
+    """A state_dict with a short `repr`: MONAI Label logs an inferer's attributes at every request."""
 
     def __repr__(self) -> str:
         return f"{len(self)} tensors"
@@ -73,11 +73,9 @@ def expert_of(network: object, experts: States) -> str | None:
     """The expert that a network is, by value, among several; None where it is none of them."""
     if not isinstance(network, nn.Module) or len(experts) < 2:
         return None
-    state = network.state_dict()
-    for name, expert in experts.items():
-        if state.keys() == expert.keys() and all(torch.equal(state[key].cpu(), expert[key].cpu()) for key in state):
-            return name
-    return None
+    state = {key: tensor.cpu() for key, tensor in network.state_dict().items()}
+    on_cpu = ((name, {key: tensor.cpu() for key, tensor in expert.items()}) for name, expert in experts.items())
+    return next((name for name, expert in on_cpu if equal_weights(state, expert)), None)
 
 
 def find_start(

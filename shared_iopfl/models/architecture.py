@@ -10,9 +10,9 @@
 # limitations under the License.
 """What the models of a folder were trained with: network, size, channels; written by training, checked at use.
 
-A network runs at another size, or on images normalised in another way, without any complaint, and finds nothing. The
-``architecture`` of ``manifest.json`` holds what must be the same: network, image size, channels, normalisation, crop;
-and beside it what is only of use, such as the coding of the masks.
+A network runs without an error on images of another size or normalisation, but its masks are wrong. The
+``architecture`` of ``manifest.json`` holds the settings that must be the same: network, image size, channels,
+normalisation, crop; and others for information, such as the coding of the masks.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from shared_iopfl.utils.tables import write_json
 
 logger = logging.getLogger(__name__)
 NETWORK = "network_def"
-# only of use: masks of other sites may be coded in another way
+# for information: masks of other sites may be coded in another way
 FREE = ("coding", "codings")
-# what is decided by each site's pictures contradicts nothing
+# a setting that each site's pictures decide agrees with any value
 BY_SITE = "auto"
 WIDTHS = (1, 2, 4, 8, 16, 1)  # of the levels of a U-Net, in units of the first
 
@@ -88,14 +88,14 @@ def write_architecture(ckpt_dir: str | os.PathLike, architecture: Mapping[str, A
 def check_architecture(
     ckpt_dir: str | os.PathLike, values: Mapping[str, Any], match: bool = True, network_def: Any = None
 ) -> None:
-    """Hold the settings with which models are run to those with which they were trained.
+    """Compare the settings with which models are run with those with which they were trained.
 
-    Of models without a manifest, as older runs have left them, one line says that nothing could be compared.
+    For models without a manifest, a warning says that nothing could be compared.
 
     Args:
-        ckpt_dir: folder of the models; what is in none has nothing to say.
+        ckpt_dir: folder of the models.
         values, network_def: as for :func:`describe_architecture`.
-        match: False: whatever differs is as it was asked for.
+        match: False: differences are intended and not reported.
 
     Raises:
         InputError: naming the first setting that differs, both values, and what to do.

@@ -44,7 +44,7 @@ from shared_iopfl.utils.reading import parse_json, read_json
 
 GLOBAL = "global"
 USUAL_SHIFT = "usual_shift"  # in scores.json, next to the experts' names
-# of a state_dict's tensors; what is left out (complex, quantised, float8) no network here is made of
+# of a state_dict's tensors; no network here has others (complex, quantised, float8)
 HALF = {torch.float16, torch.bfloat16}
 DTYPES = {
     *HALF,
@@ -100,8 +100,8 @@ def save_atomically(content: Any, path: str | os.PathLike, previous: str | os.Pa
 def load_weights(path: str | os.PathLike) -> dict[str, Tensor]:
     """A plain state_dict from a file, on the CPU; nothing in the file is executed.
 
-    A file of a published set is held to its manifest first. Half precision, in which a set may be stored, comes back
-    as float32.
+    A file of a published set is checked against its manifest first. Half precision, in which a set may be stored, is
+    converted to float32.
 
     Raises:
         InputError: where there is no file, it is not the published one, or it holds anything but finite, dense tensors
@@ -124,7 +124,7 @@ def load_weights(path: str | os.PathLike) -> dict[str, Tensor]:
     if not isinstance(state, Mapping) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
     ):
-        raise InputError(f"{path} is no plain state_dict (name -> tensor); save the network's state_dict() alone.")
+        raise InputError(f"{path} is not a plain state_dict (name -> tensor); save the network's state_dict() alone.")
     if sum(tensor.numel() * tensor.element_size() for tensor in state.values()) > LIMIT:
         raise InputError(f"{path} holds more than {LIMIT} bytes of tensors; train or download it again.")
     return {key: _checked(tensor, key, path) for key, tensor in state.items()}
@@ -133,7 +133,7 @@ def load_weights(path: str | os.PathLike) -> dict[str, Tensor]:
 def _check_archive(content: bytes) -> None:
     """Raise unless this is the archive that `torch.save` writes, and it does not unpack to more than it is."""
     if not content.startswith(b"PK\3\4"):  # what else torch would read is of before 2020
-        raise zipfile.BadZipFile("it is no file of torch.save, or damaged")
+        raise zipfile.BadZipFile("it is not a file of torch.save, or damaged")
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         if sum(member.file_size for member in archive.infolist()) > len(content):
             raise zipfile.BadZipFile("it unpacks to more than it is")
@@ -165,7 +165,7 @@ def load_experts(
         equal_too: also those of sites that kept the global model for their own: they add nothing to a routing space.
 
     Raises:
-        InputError: as :func:`load_weights`; one that is there and that the manifest does not list is an error too.
+        InputError: as :func:`load_weights`, and for a model that the manifest does not list.
     """
     if sites is None:
         files = published_files(ckpt_dir) or {}
@@ -198,10 +198,10 @@ def _check_named(sites: Sequence[str], folder: Path) -> None:
 
 
 def _tell_apart(ckpt_dir: str) -> None:
-    """Give models of one time, as archives and containers' layers unpack them, times of their own, where that may be.
+    """Give models with the same modification time, as after unpacking an archive, different times, if permitted.
 
-    MONAI Label, which keeps one network across requests, knows by a file's time alone whether another model was chosen:
-    else all would be served by the first.
+    MONAI Label keeps one network across requests and recognises by the modification time alone whether another model
+    was chosen: with equal times, all requests would be served by the first model.
     """
     times: set[float] = set()
     with suppress(OSError):
@@ -222,7 +222,7 @@ def load_scores(ckpt_dir: str) -> dict[str, float] | None:
         from the global model, which has no unit. What is unknown (null) is left out.
 
     Raises:
-        InputError: for a Dice that is no number from 0 to 1, or a shift that is none from 0.
+        InputError: for a Dice that is not a number from 0 to 1, or a shift that is none from 0.
     """
     path = Path(ckpt_dir) / SCORES
     content = read_checked(path)

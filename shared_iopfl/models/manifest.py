@@ -10,10 +10,9 @@
 # limitations under the License.
 """The manifest of a folder of models: what they were trained with and, once published, checksums and terms.
 
-``manifest.json`` lies beside the models. Training writes the architecture (see `architecture`); publishing adds terms,
-figures and checksums. Every file of a published set is held to its size and SHA-256 at the moment it is read, before
-any of it reaches a network; the same bytes that were checked are the ones that are used. A folder that was not
-published is read as it is.
+``manifest.json`` is beside the models. Training writes the architecture (see `architecture`); publishing adds terms,
+figures and checksums. The size and SHA-256 of each file of a published set are checked when it is read, on the same
+bytes that are then used. Folders that were not published are read without such checks.
 """
 
 from __future__ import annotations
@@ -35,13 +34,10 @@ from shared_iopfl.utils.tables import write_json
 MANIFEST = "manifest.json"
 SCORES = "scores.json"
 FORMAT = 1
-# one file may have so many bytes: far more than any network of this kind, far less than fills a machine
+# largest file, in bytes: far more than any network of this kind needs, and less than the memory of a machine
 LIMIT = 4 * 2**30
 # what is loaded as the global model or as an expert; model_final.pt is MONAI FL's name for the last global model
 MODEL_FILE = re.compile(r"model(?:_(?!final\.pt)(.+))?\.pt")
-# sizes and numbers of features beyond this are no settings but a way to fill the memory
-LARGEST = 10_000
-LARGEST_OF = {"image_size": 2048, "features": 4096, "slices": 99}
 # what publishing adds
 PUBLISHED = {"sites": list, "terms": str, "files": dict}
 AGAIN = "download the models again, or publish them anew."
@@ -51,7 +47,9 @@ T = TypeVar("T")
 def plain_name(name: str) -> str:
     """The name, or `InputError` where it would lead out of the folder it is looked up in."""
     if not name or name != os.path.basename(name) or name in (".", "..") or set(name) & set("/\\\0"):
-        raise InputError(f"{name!r} is no plain name: it must not be a path, as it names a file in the models' folder.")
+        raise InputError(
+            f"{name!r} is not a plain name: it must not be a path, as it names a file in the models' folder."
+        )
     return name
 
 
@@ -105,7 +103,7 @@ def read_manifest(models_dir: str | os.PathLike) -> dict[str, Any] | None:
     """The manifest of a folder, or None where there is none.
 
     Raises:
-        InputError: where it cannot be read, or is no manifest that this version knows.
+        InputError: where it cannot be read, or is not a manifest that this version knows.
     """
     path = Path(models_dir) / MANIFEST
     if not os.path.lexists(path):
@@ -142,7 +140,7 @@ def published_files(models_dir: str | os.PathLike) -> dict[str, Any] | None:
 
 
 def read_checked(path: str | os.PathLike) -> bytes | None:
-    """The content of a file of a models' folder, held to the manifest beside it where there is one.
+    """The content of a file of a models' folder, checked against the manifest beside it if there is one.
 
     Returns:
         The bytes that were checked; None where there is no such file and none is listed.
@@ -170,7 +168,7 @@ def read_checked(path: str | os.PathLike) -> bytes | None:
 
 
 def check_manifest(models_dir: str | os.PathLike) -> dict[str, Any]:
-    """Hold a whole published set to its manifest.
+    """Check a whole published set against its manifest.
 
     Returns:
         The manifest.
@@ -198,45 +196,39 @@ def setting(models_dir: str | os.PathLike, name: str, default: T) -> T:
         default: where there is no manifest, or it does not say.
 
     Raises:
-        InputError: where the manifest has something else than the default is: positive whole numbers of sensible size,
-            a number from 0, a truth value, a dictionary, or text (which may be a dictionary, one text a site).
+        InputError: where the manifest has a value that the setting may not have (see `checks.RULES`), or of another
+            type than the default; text may also be a dictionary, one text a site.
     """
     value = ((read_manifest(models_dir) or {}).get("architecture") or {}).get(name, default)
-    path = Path(models_dir) / MANIFEST
-    if isinstance(default, float):
-        if not (rule := checks.number(0)).holds(value):
-            raise InputError(f"{path} has {name} {value!r:.80}, not {rule.allowed}; {AGAIN}")
-        return value
-    if not isinstance(default, (bool, str, dict)):
-        return check_setting(name, value, path)
-    if not isinstance(value, (str, dict) if isinstance(default, str) else type(default)):
+    kinds = (str, dict) if isinstance(default, str) else type(default)
+    if name not in checks.RULES and not isinstance(value, kinds):
+        path = Path(models_dir) / MANIFEST
         raise InputError(f"{path} has {name} {value!r:.80}, not such a value as {default!r:.40}; {AGAIN}")
-    return value
+    return check_setting(name, value, Path(models_dir) / MANIFEST)
 
 
 def check_setting(name: str, value: T, path: str | os.PathLike) -> T:
-    """The value of a setting of the architecture, if it is positive whole numbers of sensible size.
+    """The value of a setting as a file has it, if it is one that the setting may have.
 
     Args:
         name: such as ``features``.
-        value: a number, or a list of them, as a file has it.
+        value: what the file has.
         path: of that file, for the message.
 
     Raises:
-        InputError: for anything else.
+        InputError: for a value that `checks.RULES` does not allow.
     """
-    largest = LARGEST_OF.get(name, LARGEST)
-    numbers = value if isinstance(value, list) else [value]
-    if not 0 < len(numbers) < 100 or not all(type(number) is int and 0 < number <= largest for number in numbers):
-        raise InputError(f"{path} has {name} {value!r:.80}, not whole numbers from 1 to {largest}; {AGAIN}")
+    rule = checks.RULES.get(name)
+    if rule is not None and not rule.holds(value):
+        raise InputError(f"{path} has {name} {value!r:.80}, not {rule.allowed}; {AGAIN}")
     return value
 
 
 def release(models_dir: str | os.PathLike, names: Iterable[str]) -> None:
-    """Let training write some models of a published set: from now on they are this machine's own.
+    """Let training replace some models of a published set.
 
-    They are no longer held to what was published, or missed; the other files are, and the architecture stays. Without
-    a manifest there is nothing to do.
+    From then on these files are not checked against the manifest, and may be missing. The other files still are, and
+    the architecture stays. Without a manifest nothing is done.
 
     Args:
         models_dir: the folder.
@@ -271,7 +263,7 @@ def _check_size(path: Path, size: int) -> None:
 
 
 def _read(path: Path, limit: int = LIMIT) -> bytes:
-    """The bytes of a file that lies in its folder, itself and not by a link to elsewhere, and is not too large."""
+    """The bytes of a file that is in its folder, not a link to another one, and is not too large."""
     if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(path.parent)):
         raise InputError(f"{path} is a link that leads out of its folder: put the file itself there.")
     return read_bounded(path, limit)

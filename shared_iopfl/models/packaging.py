@@ -50,11 +50,11 @@ from shared_iopfl.utils.names import check_file_name
 from shared_iopfl.utils.reading import parse_json, read_json
 from shared_iopfl.utils.tables import read_rows, write_json
 
-# what a run before there were manifests of runs tells of its models in run.json
+# settings in run.json that describe the models of a run without a manifest
 ARCHITECTURE = ("features", "image_size", "slices")
-# what of a run's settings tells of the machine and not of the models
+# settings of a run that belong to the machine and not to the models
 OF_THE_MACHINE = {"dataset_dir", "output_dir", "ckpt_dir", "device", "verbose", "save_checkpoints", "val_interval"}
-# the shared package travels in the bundle's `scripts`, where MONAI has a bundle's own code; its name stays
+# the shared package is packed into the bundle's `scripts`, where MONAI has a bundle's own code, under its own name
 SCRIPTS = """\
 # The code that the configs refer to lies beside this file; importing `scripts` makes it known, whether it is installed
 # or not. MONAI finds `scripts` when it is run in the bundle's folder, or with that folder on PYTHONPATH.
@@ -172,12 +172,12 @@ def _mean_scores(summary: Path) -> dict[str, Any]:
             figure = {"mean": float(row["mean"]), "cases": int(row["cases"])}
             means.setdefault(row["site"], {}).setdefault(row["model"], {})[row["metric"]] = figure
     except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{summary} is no summary of a run ({error}): mend it or take it away.") from error
+        raise InputError(f"{summary} is not a summary of a run ({error}): correct it or take it away.") from error
     return means
 
 
 def _make_room(target: Path, overwrite: bool) -> None:
-    """Take an earlier set away, but for its manifest: until there is a new one, nothing that lies there passes."""
+    """Remove an earlier set except its manifest: until there is a new one, no file there passes the check."""
     found = sorted(
         path for path in target.glob("*") if MODEL_FILE.fullmatch(path.name) or path.name in (MANIFEST, SCORES)
     )

@@ -24,12 +24,12 @@ Weights = Mapping[str, Tensor]  # of a state_dict
 
 
 def is_weight(tensor: Tensor) -> bool:
-    """Whether a tensor of a state is mixed: real or complex numbers; counters are not."""
+    """Whether a tensor of a state_dict is averaged or mixed: real or complex numbers; integer counters are not."""
     return tensor.is_floating_point() or tensor.is_complex()
 
 
 def equal_weights(one: Weights, other: Weights) -> bool:
-    """Whether two states are the same in keys, place, type and value."""
+    """Whether two states are the same in keys, device, type and value."""
     if one.keys() != other.keys():
         return False
     pairs = [(tensor, other[key]) for key, tensor in one.items()]
@@ -99,7 +99,7 @@ def validated_interpolation(
     validate: Callable[[dict[str, Tensor]], float],
     shares: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
 ) -> tuple[float, dict[str, Tensor]]:
-    """The interpolation that does best on a site's validation cases, hence never worse there than the global model.
+    """The interpolation with the highest Dice on a site's validation cases, never below that of the global model.
 
     Args:
         global_state: the global model.
@@ -108,7 +108,7 @@ def validated_interpolation(
         shares: of the personalised model, to choose among; 0, the global model, is always one of them.
 
     Returns:
-        The share and the weights; where some do equally well, of the first such model and its smallest such share.
+        The share and the weights; of equal ones, those of the first model and its smallest share.
     """
     tries = [(0.0, global_state)]
     tries += [(share, state) for state in personalised_states for share in sorted(set(shares) - {0.0})]

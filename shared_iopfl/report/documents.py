@@ -19,7 +19,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-# what Markdown, and GitHub's formulas, would take for theirs; no more, for the file is read as plain text too
+# characters with a meaning in Markdown or GitHub's formulas; no others, as the file is also read as plain text
 _SPECIAL = re.compile(r"([\\`*<>|$~]|(?<!\w)_|_(?!\w)|\](?=\())")
 
 
@@ -64,7 +64,7 @@ class Bullets:
         return "\n".join(f"- **{_plain(what)}**: {_plain(text)}" for what, text in self.points)
 
 
-# a figure, or with what stands behind it in small letters and never breaks apart, such as its interval
+# a figure, or a figure with a text in small letters, such as its interval; the two are never split over lines
 Cell = str | tuple[str, str]
 
 

@@ -17,10 +17,11 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from shared_iopfl.evaluation.scores import Scores, read_columns, show
+from shared_iopfl.evaluation.scores import Scores, show
 from shared_iopfl.report import pictures
 from shared_iopfl.report.documents import Block, Heading, Text
 from shared_iopfl.report.pages import picture
+from shared_iopfl.utils.tables import read_rows
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ def overlays_section(output_dir: Path, dice: Scores, colour: Mapping[str, str]) 
         colour: colour of each model.
     """
     cases: dict[tuple[str, str], dict[str, dict[str, dict[str, str]]]] = {}
-    for row in read_columns(output_dir / "cases.csv", "site role case model image label mask"):
+    for row in read_rows(output_dir / "cases.csv", "site role case model image label mask"):
         if row["image"] and row["mask"]:
             cases.setdefault((row["role"], row["site"]), {}).setdefault(row["model"], {})[row["case"]] = row
     blocks: list[Block] = []

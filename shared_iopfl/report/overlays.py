@@ -43,12 +43,9 @@ class SaveOverlayd(MapTransform):
         keys: keys of the masks; the data has ``<key>_file``, the mask that was written.
         image_key: key of the image, whose metadata names the scan.
         output_dir: folder to write to; made if it is not there.
-        name: file name without ending; ``{case}`` is the name of the mask's file, which is the case's own.
-        allow_missing_keys: whether cases without a mask may come.
 
     Raises:
-        InputError: when there is something else than ``{case}`` to fill in, the picture would replace the mask or the
-            scan, or it cannot be written.
+        InputError: when the picture would replace the scan, or cannot be written.
     """
 
     def __init__(
@@ -56,19 +53,10 @@ class SaveOverlayd(MapTransform):
         keys: KeysCollection = "pred",
         image_key: str = "image",
         output_dir: str | os.PathLike = ".",
-        name: str = "{case}_overlay",
-        allow_missing_keys: bool = False,
     ) -> None:
-        super().__init__(keys, allow_missing_keys)
+        super().__init__(keys)
         self.image_key = image_key
         self.output_dir = Path(output_dir)
-        self.name = name
-        try:
-            fixed = name.format(case="") == name
-        except (KeyError, IndexError, ValueError) as error:
-            raise InputError(f"cannot name overlays {name!r}: only {{case}} can be filled in") from error
-        if fixed:
-            raise InputError(f"all overlays would be called {name!r}: put {{case}} into their name")
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """The data as it came."""
@@ -79,12 +67,12 @@ class SaveOverlayd(MapTransform):
 
     def _save(self, scan: Path, mask: Path) -> None:
         case = case_name(mask)
-        target = self.output_dir / f"{self.name.format(case=case)}.png"
+        target = self.output_dir / f"{case}_overlay.png"
         if len(os.fsencode(target.name)) > LONGEST_NAME:
             logger.warning("no overlay of %s: its name would be too long", case)
             return
-        if any(target.exists() and file.exists() and target.samefile(file) for file in (scan, mask)):
-            raise InputError(f"the overlay {target} would replace the scan or its mask: choose another name")
+        if target.exists() and scan.exists() and target.samefile(scan):
+            raise InputError(f"the overlay {target} would replace the scan itself: choose another output_dir")
         try:
             views = pictures.case_views(pictures.load_case(scan, {"mask": mask}), "mask", case)
             drawn = pictures.png(pictures.overlay_picture(views, "mask", COLOURS, columns=1))

@@ -94,7 +94,7 @@ def load_case(image: Path, masks: Mapping[str, Path]) -> CaseImages:
     """Load a scan and its masks; volumes are turned by their affine so that slices show in radiological convention.
 
     Raises:
-        ValueError: when a file cannot be read, or a mask has another shape than its scan or is no mask.
+        ValueError: when a file cannot be read, or a mask has another shape than its scan or is not a mask.
     """
     readers = PhotographReader(grey="replicate", min_size=1), CodedMaskReader(min_size=1)
     load, turn = LoadImage(ensure_channel_first=True), Orientation("LPS", labels=None)

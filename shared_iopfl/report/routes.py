@@ -20,17 +20,18 @@ from typing import Any
 
 import numpy as np
 
-from shared_iopfl.evaluation.scores import DASH, number, read_columns, read_json
+from shared_iopfl.evaluation.scores import DASH, number, read_json
 from shared_iopfl.report import charts
 from shared_iopfl.report.documents import Block, Heading, Row, Table, Text
 from shared_iopfl.report.pages import picture, without_path
+from shared_iopfl.utils.tables import read_rows
 
 
 def routes_section(output_dir: Path) -> list[Block]:
     """The weights of the experts by layer and by case, from every ``routes.csv`` below the folder."""
     groups: dict[tuple[str, tuple[str, ...]], list[dict[str, str]]] = {}
     for path in sorted(output_dir.glob("**/routes.csv")):
-        rows = read_columns(path, "case layer expert weight")
+        rows = read_rows(path, "case layer expert weight")
         experts = tuple(dict.fromkeys(row["expert"] for row in rows))
         key = _group(path, (row["case"] for row in rows), output_dir), experts
         groups.setdefault(key, []).extend({**row, "weight": str(number(row["weight"], path))} for row in rows)

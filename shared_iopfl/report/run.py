@@ -38,7 +38,6 @@ from shared_iopfl.evaluation.scores import (
     heading,
     in_order,
     number,
-    read_columns,
     read_json,
     read_scores,
     show,
@@ -54,6 +53,7 @@ from shared_iopfl.report.pages import page, picture, without_path
 from shared_iopfl.report.routes import decisions_section, routes_section
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.files import write_text
+from shared_iopfl.utils.tables import read_rows
 
 DIFFERENCES = (("personalised", "global"), ("routed", "global"), ("soup", "global"), ("routed", "soup"))
 
@@ -176,7 +176,7 @@ def _rates(history: Sequence[Mapping[str, str]], path: Path, colour: Mapping[str
 
 def _cross_site_section(path: Path) -> list[Block]:
     """How each model does at the other sites: a row a model, a column a site."""
-    dice = {(row["model"], row["site"]): number(row["dice"], path) for row in read_columns(path, "model site dice")}
+    dice = {(row["model"], row["site"]): number(row["dice"], path) for row in read_rows(path, "model site dice")}
     models, sites = (list(dict.fromkeys(names)) for names in zip(*dice)) if dice else ([], [])
     if len(sites) < 2:
         return []
@@ -191,7 +191,7 @@ def _cross_site_section(path: Path) -> list[Block]:
 
 def _failures_section(path: Path) -> list[Block]:
     """Which rounds went on without which site, and why."""
-    found = read_columns(path, "round site reason")
+    found = read_rows(path, "round site reason")
     rows = [Row(row["round"], [row["site"], without_path(row["reason"])]) for row in found]
     text = (
         "A round's update that failed or was refused counts for nothing in that round; a scoring that failed leaves "
@@ -245,7 +245,7 @@ def write_report(output_dir: str | Path, title: str = "IOP-FL") -> Path:
     output_dir = Path(output_dir)
     found = read_scores(output_dir)
     history_path = output_dir / "history.csv"
-    history = read_columns(history_path, "round site model metric value")
+    history = read_rows(history_path, "round site model metric value")
     if not found and not history:
         raise InputError(
             f"{output_dir} has neither metrics.csv nor history.csv: run the bundle's federate.json or evaluate.json "

@@ -10,9 +10,9 @@
 # limitations under the License.
 """Whether a network can be routed: checks of each layer, and one of the whole network on a real input.
 
-A routed network replaces each layer of a copy of the network. A forward that asks what its layers are, reads their
-weights or holds on to a layer outside the module tree then computes something else, in silence. One forward of the
-routed network against the plain one with the mixed weights finds that.
+A routed network replaces each layer of a copy of the network. If a forward depends on the types of its layers, reads
+their weights, or keeps a layer outside the module tree, its result is wrong without an error. Comparing one forward of
+the routed network with the plain network of the mixed weights finds this.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@
 # limitations under the License.
 """Distances of a scan from the experts by batch-norm statistics, and the routes that follow from them.
 
-Forward only, no training. Every expert's batch norms remember the statistics of what it was trained on. A scan is run
-through each expert once, and the statistics of each batch norm's *input* are held against those the expert remembers.
+Forward passes only, no training. The batch norms of an expert store the statistics of its training data. A scan is run
+through each expert once, and the statistics of each batch norm's *input* are compared with the stored ones.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ class _Moments:
 def distribution_distance(
     network: nn.Module, experts: Mapping[str, Mapping[str, Tensor]], batches: Iterable[Tensor]
 ) -> Tensor:
-    """How far a scan's features are from those that each expert's batch norms remember.
+    """The distance between a scan's features and the statistics stored in each expert's batch norms.
 
     For a batch norm with C channels: ``d = mean_c (log var_c(scan) - log running_var_c)^2``, as measured on real sites
-    (squared log ratio of variances; the means added nothing). A constant channel, whose logarithm is without bound,
-    counts as much as the farthest of the others.
+    (squared log ratio of variances; the means added nothing). A constant channel, whose logarithm is unbounded, is
+    counted with the largest distance of the others.
 
     Args:
         network: the architecture; untouched.
@@ -70,7 +70,7 @@ def distribution_distance(
         the network's order.
 
     Raises:
-        InputError: where the network has no batch norm with running statistics, or a variance is none.
+        InputError: where the network has no batch norm with running statistics, or a variance is not valid.
     """
     # frozen, because autocast would keep the half-precision copies of the first expert's weights for all the others
     probe = copy_network(network).eval().requires_grad_(False)
@@ -109,7 +109,7 @@ def distribution_distance(
             finite.append(torch.isfinite(squares).all())
             names.append((name, expert))
         rows.append(torch.stack(distances))
-    # asked once for all: each question lets an accelerator run dry
+    # one synchronisation for all: each one makes an accelerator wait
     if not (answers := torch.stack(finite).cpu()).all():
         name, expert = names[answers.tolist().index(False)]
         raise InputError(

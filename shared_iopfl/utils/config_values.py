@@ -35,6 +35,7 @@ from fire.parser import DefaultParseValue
 from monai.bundle import ConfigWorkflow
 from monai.bundle.reference_resolver import ReferenceResolver
 
+from shared_iopfl.utils.checks import RULES, check_values
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.files import check_writable
 from shared_iopfl.utils.names import check_sites, nearest, parse_names
@@ -89,7 +90,7 @@ def as_values(pairs: Mapping[str, Any]) -> dict[str, Any]:
 def check_key(name: Any) -> str:
     """The id of an override, unless it says what MONAI is to build or to leave out (``loss#_target_``)."""
     if not isinstance(name, str) or any(part.startswith("_") for part in re.split("#|::", name)):
-        raise InputError(f"{name!r:.80} is no setting, but would change what is built: leave it out.")
+        raise InputError(f"{name!r:.80} is not a setting but would change what is built: leave it out.")
     return name
 
 
@@ -123,7 +124,8 @@ def check_settings() -> None:
     """Check the settings of the config in which this is evaluated, before any of them is looked at.
 
     Paths and names are text, as they were typed: Python Fire makes numbers of ``2024`` and ``1e3``, and a tuple of
-    ``a,b``; they are put back. An expression among them is refused, and so is a setting that nothing reads.
+    ``a,b``; they are put back. An expression among them is refused, and so is a setting that nothing reads. Every
+    hyper-parameter at the top of the config is held to its range, in the order of the config.
 
     Raises:
         InputError: in one line that names the setting.
@@ -138,6 +140,8 @@ def check_settings() -> None:
     if changed:
         parser.update(changed)
         parser.parse(reset=True)
+    for name in [name for name in parser.config if name in RULES]:
+        check_values({name: parser.get_parsed_content(name)})
     if "tracking_uri" in parser.config and parser.config.get("save_execute_config") is None:
         _save_executed(parser)
 

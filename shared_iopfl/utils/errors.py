@@ -65,12 +65,19 @@ def when_interrupted(advice: str) -> None:
     _advice = advice
 
 
-def one_line_errors() -> None:
+def one_line_errors(in_any_process: bool = False) -> None:
     """Make an uncaught `InputError` end the process with ``error: <its line>`` and status 1, without a traceback.
 
     Ctrl-C is one line too, with status 130. What ends a thread only, such as TensorBoard's where the disk is full, is a
-    warning of one line. Called by the bundles' ``initialize``; every other exception is shown as before.
+    warning of one line. Every other exception is shown as before. Called by the bundles' ``initialize``: in the process
+    of another program, such as MONAI Label, a client of MONAI FL or a notebook, it changes nothing.
+
+    Args:
+        in_any_process: also where the process was not started as ``python -m monai.bundle`` or ``shared_iopfl``.
     """
+    started = getattr(sys.modules.get("__main__"), "__spec__", None)
+    if not in_any_process and (started is None or started.name.partition(".")[0] not in ("monai", "shared_iopfl")):
+        return
 
     def excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if isinstance(error, KeyboardInterrupt):

@@ -24,7 +24,7 @@ from shared_iopfl.utils.errors import InputError
 
 
 class Keeper(Protocol):
-    """Whoever wants to know what is written: a run that owns its folder."""
+    """An object that is told of every written file: a run that owns its folder."""
 
     def check(self, target: Path) -> None:
         """Raise `InputError` where a file must not be written."""

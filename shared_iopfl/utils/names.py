@@ -40,7 +40,7 @@ def check_site(name: Any) -> str:
     Raises:
         InputError: for any other name.
     """
-    if not isinstance(name, str) or not SITE.fullmatch(name) or len(name.encode(errors="replace")) > LONGEST:
+    if not _is_plain(name):
         raise InputError(
             f"site {_shown(name)} has no name that a site may have: use letters, digits, '_', '-', '.' and spaces, "
             f"beginning with a letter or digit, at most {LONGEST} bytes."
@@ -68,8 +68,8 @@ def check_file_name(name: Any, what: str) -> str:
         name: the name, without its ending.
         what: what it is, for the message.
     """
-    if not isinstance(name, str) or not SITE.fullmatch(name) or len(name.encode(errors="replace")) > LONGEST:
-        raise InputError(f"{what} {_shown(name)} is no plain name: use letters, digits, '_', '-', '.' and spaces.")
+    if not _is_plain(name):
+        raise InputError(f"{what} {_shown(name)} is not a plain name: use letters, digits, '_', '-', '.' and spaces.")
     return name
 
 
@@ -95,6 +95,10 @@ def shortened(text: str, longest: int) -> str:
     """The text, or its beginning and end where it has more than so many characters."""
     half = (longest - 3) // 2
     return text if len(text) <= longest else f"{text[:half]}...{text[-half:]}"
+
+
+def _is_plain(name: Any) -> bool:
+    return isinstance(name, str) and bool(SITE.fullmatch(name)) and len(name.encode(errors="replace")) <= LONGEST
 
 
 def _shown(name: Any) -> str:

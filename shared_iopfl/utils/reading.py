@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Reading files of others with limits: regular files only, of limited size, JSON of limited depth."""
+"""Reading files of unknown origin with limits: regular files only, of limited size, JSON of limited depth."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def read_bounded(path: str | os.PathLike, limit: int) -> bytes:
     """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
-            raise InputError(f"{path} is no regular file, but a folder, a pipe or a device: put a file there.")
+            raise InputError(f"{path} is not a regular file but a folder, a pipe or a device: put a file there.")
         # the file may be another one by now
         with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)), "rb") as file:
             about = os.fstat(file.fileno())
@@ -65,7 +65,7 @@ def parse_json(content: bytes, path: str | os.PathLike) -> Any:
         path: of that file, for the message.
 
     Raises:
-        InputError: in one line, where it is no JSON, is nested more than 100 deep, or has one key twice.
+        InputError: in one line, where it is not JSON, is nested more than 100 deep, or has one key twice.
     """
     encoding = "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
     try:
@@ -73,7 +73,7 @@ def parse_json(content: bytes, path: str | os.PathLike) -> Any:
         _check_depth(text)
         return json.loads(text, object_pairs_hook=_unique)
     except ValueError as error:  # of decoding, too
-        raise InputError(f"{path} cannot be read as JSON: {str(error)[:160]}; mend or replace it.") from error
+        raise InputError(f"{path} cannot be read as JSON: {str(error)[:160]}; correct or replace it.") from error
 
 
 def _check_depth(text: str) -> None:

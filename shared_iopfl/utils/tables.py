@@ -80,13 +80,21 @@ def _as_text(value: Any) -> Any:
 
 
 def _from_text(value: Any) -> Any:
-    """What `_as_text` was given; a row that is too short has None, one that is too long a list."""
+    """What `_as_text` was given; "" for what a row that is too short lacks. One that is too long has a list."""
     is_text = isinstance(value, str) and value.startswith("'") and FORMULA.match(value)
-    return value[1:] if is_text else value
+    return value[1:] if is_text else "" if value is None else value
 
 
-def read_rows(path: str | os.PathLike) -> list[dict[str, str]]:
-    """The rows of a CSV file with a header; none where there is no file."""
+def read_rows(path: str | os.PathLike, columns: str = "") -> list[dict[str, str]]:
+    """The rows of a CSV file with a header; none where there is no file.
+
+    Args:
+        path: of the file.
+        columns: that it must have, with spaces between their names.
+
+    Raises:
+        InputError: where it cannot be read, or lacks a column.
+    """
     if not os.path.isfile(path):
         return []
     try:
@@ -94,6 +102,10 @@ def read_rows(path: str | os.PathLike) -> list[dict[str, str]]:
         rows = list(csv.DictReader(io.StringIO(text, newline="")))
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"cannot read the table {path}: {error}; move it away.") from error
+    lacking = [name for name in columns.split() if rows and name not in rows[0]]
+    if lacking:
+        wanted = ", ".join(columns.split())
+        raise InputError(f"{path} lacks the column {lacking[0]!r}: it must have {wanted}; correct it or move it away.")
     return [{column: _from_text(value) for column, value in row.items()} for row in rows]
 
 
@@ -107,9 +119,5 @@ def aligned(rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> list
 def replace_rows(path: str | os.PathLike, columns: Sequence[str], rows: Sequence[Row], same: Sequence[str]) -> None:
     """Add rows to a CSV file in place of those that agree with one of them in all columns of `same`."""
     renewed = {tuple(str(row[column]) for column in same) for row in rows}
-    old = read_rows(path)
-    missing = next((column for column in columns if old and column not in old[0]), None)
-    if missing is not None:
-        raise InputError(f"{path} is no table of ours: it has no column '{missing}'; choose another output_dir.")
-    kept = [row for row in old if tuple(row[column] for column in same) not in renewed]
+    kept = [row for row in read_rows(path, " ".join(columns)) if tuple(row[column] for column in same) not in renewed]
     write_rows(path, columns, [*kept, *rows])

@@ -348,7 +348,7 @@ def test_commands_on_the_shipped_weights(name: str, tmp_path: Path, make_sites: 
 def test_logging_is_quiet_where_progress_bars_run(name: str) -> None:
     """What engines and clients say in every round is not shown, clients' warnings and what handlers say are.
 
-    An engine's errors are exceptions too, which are shown as such, or in one line where a user can mend them.
+    An engine's errors are exceptions too, which are shown as such, or in one line where a user can correct them.
     """
     quiet = ("ignite.engine.engine.SupervisedTrainer", "monai.fl.client.monai_algo", "monai.networks.utils")
     code = (

@@ -41,13 +41,6 @@ def test_a_gain_that_is_the_same_everywhere_has_an_interval_of_no_width():
     assert made(one=dice(0) - 0.02, two=dice(0)).difference("one", "two").verdict == "worse"
 
 
-def test_identical_methods_tie():
-    scores = made(one=dice(0), two=dice(0))
-    found = scores.difference("one", "two")
-    assert (found.mean, found.low, found.high, found.verdict) == (0, 0, 0, "tie")
-    assert scores.wins_and_losses("one", "two") == (0, 0)
-
-
 def test_a_wide_interval_around_zero_is_no_tie():
     found = made(one=np.array([[0.5, 0.7] * 5]), two=np.full((1, 10), 0.6)).difference("one", "two")
     assert found.low < -0.005 < 0.005 < found.high

@@ -22,7 +22,7 @@ import pytest
 import torch
 from trained_sites import State, _process_as_it_was, equal  # noqa: F401
 
-from shared_iopfl.comparison.fine_tuning import fine_tune
+from shared_iopfl.comparison.training import fine_tune
 from shared_iopfl.data.phantoms.sites import make_prostate_sites
 from shared_iopfl.federation.simulation import Federation, SiteClient
 from shared_iopfl.models.files import load_weights
@@ -103,7 +103,7 @@ def test_switches_change_what_is_learnt_and_fine_tuning_changes_nothing_else(sit
 
 
 @pytest.mark.slow
-def test_settled_model_goes_on_from_the_average_and_is_what_is_published(sites_dir, tmp_path):
+def test_selected_model_goes_on_from_the_average_and_is_what_is_published(sites_dir, tmp_path):
     """By the formula: two rounds of its own from the global weights, averaged on; the global weights stay."""
     plain = federation(sites_dir, tmp_path / "plain")
     plain.run()
@@ -121,20 +121,20 @@ def test_settled_model_goes_on_from_the_average_and_is_what_is_published(sites_d
         }
         averages.append(expected)
     client.load_state_dict(before)
-    assert client.settle(plain.weights, 2, ()) == 1.0
+    assert client.select_personalised(plain.weights, 2, ()) == 1.0
     assert equal(client.personalised, expected)
 
-    settled = federation(sites_dir, tmp_path / "settled")
-    settled.own_rounds, settled.shares = 2, (0.5, 1.0)
-    settled.run()
-    assert equal(settled.weights, plain.weights)
-    shares = json.loads((tmp_path / "settled" / "models" / "shares.json").read_text())
-    published = load_weights(tmp_path / "settled" / "models" / "model_A.pt")
+    selected = federation(sites_dir, tmp_path / "selected")
+    selected.own_rounds, selected.shares = 2, (0.5, 1.0)
+    selected.run()
+    assert equal(selected.weights, plain.weights)
+    shares = json.loads((tmp_path / "selected" / "models" / "shares.json").read_text())
+    published = load_weights(tmp_path / "selected" / "models" / "model_A.pt")
     assert shares.keys() == {"A", "B"} and shares["A"] in (0.0, 0.5, 1.0)
     assert any(equal(published, interpolate(plain.weights, average, shares["A"])) for average in averages)
     dice = [client.validate(weights)["val_mean_dice"] for weights in (published, plain.weights, *averages)]
     assert dice[0] >= max(dice[1:]), "never worse on its validation cases than the models it lies between"
-    again = federation(sites_dir, tmp_path / "settled", resume=True)
+    again = federation(sites_dir, tmp_path / "selected", resume=True)
     again.own_rounds, again.shares = 2, (0.5, 1.0)
     again.run()
-    assert equal(load_weights(tmp_path / "settled" / "models" / "model_A.pt"), published)
+    assert equal(load_weights(tmp_path / "selected" / "models" / "model_A.pt"), published)

@@ -165,13 +165,9 @@ def test_scans_of_one_name_do_not_overwrite_each_other(tmp_path, caplog):
     assert str(tmp_path / "B" / "a.nii.gz") in caplog.text
 
 
-def test_names_are_filled_in(tmp_path):
-    data = {**predicted(tmp_path), "case": "Case7", "site": "UCL"}
-    assert SaveMaskd(output_dir=tmp_path, name="{site}_{case}_pred")(data)["pred_file"].endswith(
-        "/UCL_Case7_pred.nii.gz"
-    )
-    with pytest.raises(InputError, match=r"known of .* are case"):
-        SaveMaskd(output_dir=tmp_path, name="{ward}")(data)
+def test_a_mask_has_the_name_of_its_case(tmp_path):
+    data = {**predicted(tmp_path), "case": "Case7"}
+    assert SaveMaskd(output_dir=tmp_path)(data)["pred_file"] == str(tmp_path / "Case7.nii.gz")
 
 
 def test_a_scan_is_never_replaced_by_its_mask(tmp_path):

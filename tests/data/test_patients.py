@@ -209,8 +209,6 @@ def test_prepare_tells_patients_and_values_of_masks(tmp_path, capsys):
     assert {name: sum(pair) for name, pair in shown.items()}.keys() == set(PARTS)
     assert [sum(column) for column in zip(*shown.values())] == [9, 5]
     assert line.endswith("masks of 0, 1 in 8; 0, 1, 255 in 1 (9)")
-    prepare(str(tmp_path), seed=1)  # its older name
-    assert capsys.readouterr().out.splitlines() == [line]
 
 
 def test_prepare_names_a_mask_without_a_label(tmp_path):

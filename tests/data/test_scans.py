@@ -131,7 +131,7 @@ def test_broken_affines(tmp_path, value, field):
         header["srow_x"] = value
     content = path.read_bytes()
     path.write_bytes(header.binaryblock + content[len(header.binaryblock) :])
-    refused(path, "mend its header")
+    refused(path, "correct its header")
 
 
 def test_colours_are_counted(tmp_path):

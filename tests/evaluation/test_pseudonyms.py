@@ -69,5 +69,5 @@ def test_new_scans_get_names_that_no_row_has(tmp_path: Path, scans: list[Case]) 
 
 def test_a_pipe_is_no_table(tmp_path: Path, scans: list[Case]) -> None:
     os.mkfifo(tmp_path / "table.csv")
-    with pytest.raises(InputError, match="no table of pseudonyms"):
+    with pytest.raises(InputError, match="not a table of pseudonyms"):
         under_pseudonyms(scans, tmp_path / "table.csv", tmp_path / "out")

@@ -74,10 +74,6 @@ def test_update_of_another_kind_is_refused(wrong):
         check_update("HK", {"w": wrong}, {"w": torch.ones(2)})
 
 
-def test_lower_precision_on_the_way_is_let_in():
-    check_update("HK", {"w": torch.ones(2, dtype=torch.bfloat16)}, {"w": torch.ones(2)})
-
-
 # ---- rounds that go on without a site -------------------------------------------------------------------------------
 
 

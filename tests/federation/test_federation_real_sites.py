@@ -29,7 +29,7 @@ from interrupted import OneProcess, TinyRun
 from monai.utils import set_determinism
 from torch import Tensor
 
-from shared_iopfl.federation.averaging import weighted_average
+from shared_iopfl.federation.averaging import average_updates
 from shared_iopfl.federation.simulation import SiteClient
 from shared_iopfl.models.files import load_weights
 from shared_iopfl.utils.tables import read_rows
@@ -66,7 +66,7 @@ def test_real_site_that_breaks_off_in_the_middle_of_a_round_trains_again_in_the_
     for number in (1, 2, 3):
         there = ["A"] if number == 2 else ["A", "B"]
         updates = {site: asleep.clients[site].train(weights) for site in there}
-        weights = weighted_average(updates, {site: asleep.clients[site].cases for site in there})
+        weights = average_updates(updates, {site: asleep.clients[site].cases for site in there})
 
     run = tiny.federation(tmp_path / "run", rounds=3, min_sites=1, val_interval=1)
     start = run.start

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from shared_iopfl.federation import updates
-from shared_iopfl.federation.averaging import Averaging, average_updates, weighted_average
+from shared_iopfl.federation.averaging import Averaging, average_updates
 from shared_iopfl.federation.results import cross_site_scores
 from shared_iopfl.federation.simulation import Federation
 from shared_iopfl.federation.updates import accepted_norms, check_update, far_off, update_norm
@@ -137,8 +137,8 @@ def test_what_was_usual_is_known_after_a_resumption(tmp_path, monkeypatch):
 @pytest.mark.parametrize("averaging", AVERAGES)
 def test_update_of_another_precision_leaves_the_averages_type_as_it_was(dtype, averaging):
     updates = {"A": moved(1.0, dtype), "B": moved(1.0), "C": moved(1.0)}
-    assert check_update("A", updates["A"], MODEL)["w"].dtype == torch.float32
-    average = average_updates(updates, dict.fromkeys(updates, 1), averaging, MODEL)
+    checked = {site: check_update(site, update, MODEL) for site, update in updates.items()}
+    average = average_updates(checked, dict.fromkeys(updates, 1), averaging)
     assert average["w"].dtype == torch.float32
     assert average["n"].dtype == torch.int64
     torch.testing.assert_close(average["w"], moved(1.0)["w"])
@@ -165,7 +165,7 @@ def test_negative_variance_is_refused():
 @pytest.mark.parametrize("counts", [{"A": 1e308, "B": 1e308}, {"A": 1.0, "B": float("inf")}, {"A": 0, "B": 1}])
 def test_numbers_of_cases_that_leave_no_average_are_refused(counts):
     with pytest.raises(InputError, match="numbers of cases"):
-        weighted_average({"A": moved(1.0), "B": moved(1.0)}, counts)
+        average_updates({"A": moved(1.0), "B": moved(1.0)}, counts)
 
 
 # ---- averages that a few cannot move --------------------------------------------------------------------------------

@@ -46,8 +46,8 @@ ALTERED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         lambda state: state.update(server={"velocity": {"0.bias": torch.ones(5)}}),
         r"server\.velocity\.0\.bias must have shape",
     ),
-    "history": (lambda state: state.update(history=[{"round": 1}]), "history is no table"),
-    "figures": (lambda state: state["history"][0].update(value="high"), "history is no table"),
+    "history": (lambda state: state.update(history=[{"round": 1}]), "history is not a table"),
+    "figures": (lambda state: state["history"][0].update(value="high"), "history is not a table"),
 }
 
 

@@ -24,7 +24,7 @@ from networks import mixture, unet
 from torch import Tensor, nn
 from trained_sites import Site, State, _process_as_it_was, batches, equal  # noqa: F401
 
-from shared_iopfl.federation.averaging import weighted_average
+from shared_iopfl.federation.averaging import average_updates
 from shared_iopfl.handlers.methods import DittoHandler, LocalNormsHandler, ProximalHandler
 from shared_iopfl.handlers.personalization import PersonalizationHandler, RoundHandler, round_state
 from shared_iopfl.models.weights import interpolate, validated_interpolation
@@ -107,7 +107,7 @@ def test_norms_are_the_sites_own_and_all_else_is_global():
             for key, tensor in handler.begun.items():
                 expected = before[name] if before and key in own else weights
                 assert torch.equal(tensor, expected[key]), key
-        weights = weighted_average(local, {"A": 1, "B": 1})
+        weights = average_updates(local, {"A": 1, "B": 1})
     personal = {name: handler.personal_state(weights) for name, handler in handlers.items()}
     for key, tensor in personal["A"].items():
         assert torch.equal(tensor, local["A"][key] if key in own else weights[key])

@@ -182,10 +182,10 @@ def test_a_small_file_of_huge_tensors_is_refused(tmp_path):
 def test_formats_before_the_archive_are_refused(tmp_path):
     """They are read by other code of torch's, which nothing written today needs."""
     torch.save(STATE, tmp_path / "model.pt", _use_new_zipfile_serialization=False)
-    assert "no file of torch.save" in one_line(tmp_path / "model.pt")
+    assert "not a file of torch.save" in one_line(tmp_path / "model.pt")
     save_atomically(STATE, tmp_path / "whole.pt")
     (tmp_path / "both.pt").write_bytes((tmp_path / "model.pt").read_bytes() + (tmp_path / "whole.pt").read_bytes())
-    assert "no file of torch.save" in one_line(tmp_path / "both.pt")
+    assert "not a file of torch.save" in one_line(tmp_path / "both.pt")
 
 
 def test_experts_of_a_folder(tmp_path):
@@ -237,7 +237,7 @@ def test_paths_of_models():
 def test_no_name_of_a_site_leads_out_of_the_folder(tmp_path, site):
     """Neither for reading nor for writing."""
     for action in (lambda: model_path("models", "personalised", site), lambda: load_experts(str(tmp_path), [site])):
-        with pytest.raises(InputError, match=r"no name that a site may have|no plain name"):
+        with pytest.raises(InputError, match=r"no name that a site may have|not a plain name"):
             action()
 
 

@@ -141,17 +141,11 @@ def test_half_a_picture_is_never_left(tmp_path, monkeypatch):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["p1.nii.gz"]
 
 
-@pytest.mark.parametrize("name, message", [("{ward}_overlay", "only {case}"), ("overlay", "put {case}")])
-def test_a_name_that_cannot_tell_cases_apart_is_refused_at_once(name, message):
-    with pytest.raises(InputError, match=message):
-        SaveOverlayd(name=name)
-
-
-def test_neither_mask_nor_scan_is_replaced(tmp_path):
-    (tmp_path / "in").mkdir()
-    Image.fromarray(np.random.RandomState(0).randint(0, 255, (40, 30, 3)).astype(np.uint8)).save(tmp_path / "in/p.png")
-    case = LoadCased("image", spatial_dims=2, channels=3, reader=PhotographReader())({"image": tmp_path / "in/p.png"})
-    data = SaveMaskd(output_dir=tmp_path / "out")({**case, "pred": torch.ones(1, 30, 40, dtype=torch.uint8)})
-    for folder in ("in", "out"):
-        with pytest.raises(InputError, match="would replace"):
-            SaveOverlayd(output_dir=tmp_path / folder, name="{case}")(data)
+def test_a_scan_is_never_replaced(tmp_path):
+    """A scan that is called as the overlay of another case would be."""
+    scan = tmp_path / "p_overlay.png"
+    Image.fromarray(np.random.RandomState(0).randint(0, 255, (40, 30, 3)).astype(np.uint8)).save(scan)
+    case = LoadCased("image", spatial_dims=2, channels=3, reader=PhotographReader())({"image": scan, "case": "p"})
+    data = SaveMaskd(output_dir=tmp_path)({**case, "pred": torch.ones(1, 30, 40, dtype=torch.uint8)})
+    with pytest.raises(InputError, match="would replace"):
+        SaveOverlayd(output_dir=tmp_path)(data)

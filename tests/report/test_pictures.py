@@ -107,9 +107,3 @@ def test_a_photograph_is_shown_as_the_camera_says_with_the_mask_that_lies_on_it(
     Image.fromarray(np.ones((30, 20), np.uint8)).save(tmp_path / "mask.png")
     case = pictures.load_case(tmp_path / "image.jpg", {"routed": tmp_path / "mask.png"})
     assert case.image.shape[1:] == case.masks["routed"].shape == (20, 30, 1)  # width, height
-
-
-def test_an_empty_mask_shows_the_middle_slice_and_says_so():
-    case = pictures.CaseImages(np.ones((1, 8, 8, 5)), {"routed": np.zeros((8, 8, 5))}, 1.0, True)
-    (view,) = pictures.case_views(case, "routed", "case")
-    assert (view.index, view.title) == (2, "case\nslice 3/5, nothing found")

@@ -25,11 +25,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import experts, images, mixture, routes_of, unet
 
+from shared_iopfl.data.layouts import PARTS
 from shared_iopfl.data.loading import LoadCased
 from shared_iopfl.data.photographs.reader import CodedMaskReader, PhotographReader
 from shared_iopfl.data.scan_files import case_name, file_ending, find_scans, printable, unique_names
 from shared_iopfl.data.sites import fold_cases, split_cases
-from shared_iopfl.federation.averaging import weighted_average
+from shared_iopfl.federation.averaging import average_updates
 from shared_iopfl.routing.network import collapse, route
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.stacks import evenly, from_stack, to_stack
@@ -50,7 +51,7 @@ def cases_of(counts: list[int]) -> list[dict[str, str]]:
 @settings(max_examples=50, deadline=None)
 def test_a_split_covers_all_cases_once_and_divides_no_patient(counts, seed, shares):
     cases = cases_of(counts)
-    parts = split_cases(cases, seed, shares)
+    parts = split_cases(cases, seed, dict(zip(PARTS, shares)))
     assert sorted(case["case"] for part in parts.values() for case in part) == sorted(case["case"] for case in cases)
     patients = [{case["patient"] for case in part} for part in parts.values()]
     assert all(patients)
@@ -111,12 +112,12 @@ def test_an_average_lies_between_the_sites_in_any_order(counts, seed, order):
     """Convex, whatever the counts; the sites' order and the counts' unit do not matter."""
     updates = {str(n): {"w": images(4, 3, seed=seed + n)} for n in range(len(counts))}
     sizes = {str(n): count for n, count in enumerate(counts)}
-    mean = weighted_average(updates, sizes)["w"]
+    mean = average_updates(updates, sizes)["w"]
     every = torch.stack([update["w"] for update in updates.values()])
     assert (mean >= every.amin(0) - 1e-6).all() and (mean <= every.amax(0) + 1e-6).all()
     names = list(updates)
     order.shuffle(names)
-    again = weighted_average({name: updates[name] for name in names}, {name: 7 * sizes[name] for name in names})["w"]
+    again = average_updates({name: updates[name] for name in names}, {name: 7 * sizes[name] for name in names})["w"]
     torch.testing.assert_close(again, mean, rtol=1e-6, atol=1e-6)
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 from config_start import BUNDLES, start
 
-import shared_iopfl.utils.checks as checks
+import shared_iopfl.utils.config_values as config_values
 from shared_iopfl.commands.tools import prepare
 from shared_iopfl.utils.checks import RULES, check_values
 from shared_iopfl.utils.errors import InputError, root_input_error
@@ -82,13 +82,12 @@ def test_every_config_checks_every_hyper_parameter_that_it_has(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     seen: set[str] = set()
-    monkeypatch.setattr(checks, "check_values", lambda settings: seen.update(settings))
+    monkeypatch.setattr(config_values, "check_values", lambda settings: seen.update(settings))
     sites = {"sites": ["A", "B"]} if config in ("federate", "compare") else {"dataset_dir": str(tmp_path / "none")}
     given: dict[str, Any] = {**sites, **({"site": "A"} if config == "personalise" else {})}
     start(config, bundle=bundle, **given)
     keys = json.loads((bundle / "configs" / f"{config}.json").read_text()).keys()
-    # derived from the device, which is checked, and from the scans
-    assert (keys & RULES.keys()) - {"amp", "mode"} <= seen
+    assert seen == keys & RULES.keys()
 
 
 def test_prepare_checks_its_seed(tmp_path: Path) -> None:

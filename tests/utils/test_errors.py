@@ -8,20 +8,21 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Errors that a user can mend end in one line; a program's own faults keep their traceback."""
+"""Errors that a user can correct end in one line; a program's own faults keep their traceback."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 
 import pytest
 from monai.data import DataLoader, Dataset
 from monai.transforms import Compose
 
-from shared_iopfl.utils.errors import InputError, root_input_error
+from shared_iopfl.utils.errors import InputError, one_line_errors, root_input_error
 
-START = "from shared_iopfl.utils.errors import InputError, one_line_errors\none_line_errors()\n"
+START = "from shared_iopfl.utils.errors import InputError, one_line_errors\none_line_errors(True)\n"
 
 
 def run(code: str) -> subprocess.CompletedProcess[str]:
@@ -104,3 +105,10 @@ def test_ctrl_c_is_one_line_that_says_how_to_go_on_with_status_130():
     )
     assert ended.returncode == 130
     assert ended.stderr == "interrupted: go on\n"
+
+
+def test_the_process_of_another_program_keeps_its_hooks():
+    """Such as MONAI Label, a client of MONAI FL, a notebook, or pytest."""
+    hooks = sys.excepthook, threading.excepthook
+    one_line_errors()
+    assert (sys.excepthook, threading.excepthook) == hooks

@@ -108,7 +108,7 @@ def test_bad_scores_and_runs_are_one_line(tmp_path: Path, kind: str) -> None:
 def test_a_pipe_among_the_sites_is_listed_and_waits_for_nobody(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "notes.json")
     assert known_sites(tmp_path) == ["notes"]
-    with pytest.raises(InputError, match="no regular file"):
+    with pytest.raises(InputError, match="not a regular file"):
         published_parts(tmp_path, "notes")
 
 

@@ -10,10 +10,10 @@
 # limitations under the License.
 """Whether a picture can be a colour photograph of the fundus of one eye.
 
-A network gives a confident mask to whatever looks a little like its training pictures: to a red-free photograph, to one
-whose channels were swapped on the way, to two eyes in one picture. The limits lie well beyond what public sets show:
-of 349 pictures by four cameras the green mean is 0.35 to 0.85 of the red one, the blue mean 0.05 to 0.85 of the green
-one, and the saturation 0.34 at least.
+A network gives a confident mask to any picture that resembles its training pictures: a red-free photograph, one with
+swapped channels, or two eyes in one picture. The limits here are well outside the range of public data sets: in 349
+pictures by four cameras, the mean of green is 0.35 to 0.85 of that of red, the mean of blue 0.05 to 0.85 of that of
+green, and the saturation at least 0.34.
 """
 
 from __future__ import annotations
@@ -61,8 +61,9 @@ def check_colours(small: np.ndarray, name: str) -> None:
     red, green, blue = _seen(small).mean(axis=0)
     if max(green, blue) > RED_FIRST * red or blue > GREEN_SECOND * green:
         raise InputError(
-            f"the colours of {name} are no fundus photograph's (red {red:.0f}, green {green:.0f}, blue {blue:.0f}; red "
-            "must be the strongest, then green, then blue): mend the order of its channels, or give the original"
+            f"the colours of {name} are not those of a fundus photograph (red {red:.0f}, green {green:.0f}, "
+            f"blue {blue:.0f}; red must be the strongest, then green, then blue): correct the order of its channels, "
+            "or give the original"
         )
 
 

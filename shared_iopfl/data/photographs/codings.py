@@ -18,28 +18,28 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.config import DtypeLike, KeysCollection, NdarrayOrTensor
+from monai.config import KeysCollection, NdarrayOrTensor
 from monai.transforms import FillHoles, KeepLargestConnectedComponent, Transform
 from monai.utils import convert_to_dst_type, convert_to_tensor, ensure_tuple_rep
 
 from shared_iopfl.data.masks import EachKey
 from shared_iopfl.utils.errors import InputError
 
-BACKGROUND = "background"  # the one name in a coding that is no target
+BACKGROUND = "background"  # the one name in a coding that is not a target
 Coding = Mapping[str, Sequence[int]]
 
 
-def coding_of(site: str, coding: Coding | str | Mapping[str, Coding | str], default: str = "index") -> Coding | str:
+def coding_of(site: str, coding: Coding | str | Mapping[str, Coding | str]) -> Coding | str:
     """The coding of one site's masks, for `DecodeMaskd`.
 
     Args:
         site: the site's name.
-        coding: one coding, or its name, for all sites; or a dictionary of these by site.
-        default: the coding of sites that such a dictionary leaves out.
+        coding: one coding, or its name, for all sites; or a dictionary of these by site, where sites that it leaves out
+            have the coding "index".
     """
     if isinstance(coding, str) or BACKGROUND in coding:
         return coding  # type: ignore[return-value]
-    return coding.get(site, default)  # type: ignore[return-value]
+    return coding.get(site, "index")  # type: ignore[return-value]
 
 
 class DecodeMask(Transform):
@@ -110,16 +110,10 @@ class DecodeMask(Transform):
 
 
 class DecodeMaskd(EachKey):
-    """Dictionary-based `DecodeMask`: (1, ...) of file values -> (T, ...) of binary targets.
+    """Dictionary-based `DecodeMask`, with the same further arguments."""
 
-    Args:
-        keys: the coded masks.
-        args, kwargs: as for `DecodeMask`.
-        allow_missing_keys: don't raise when a key is missing, as in a case without a mask.
-    """
-
-    def __init__(self, keys: KeysCollection, *args: Any, allow_missing_keys: bool = False, **kwargs: Any) -> None:
-        super().__init__(keys, DecodeMask(*args, **kwargs), allow_missing_keys)
+    def __init__(self, keys: KeysCollection, *args: Any, **kwargs: Any) -> None:
+        super().__init__(keys, DecodeMask(*args, **kwargs))
 
 
 class EnforceNesting(Transform):
@@ -138,77 +132,50 @@ class EnforceNesting(Transform):
 
 
 class EnforceNestingd(EachKey):
-    """Dictionary-based `EnforceNesting`: (T, ...) -> (T, ...), each target inside the one before it.
+    """Dictionary-based `EnforceNesting`."""
 
-    Args:
-        keys: the probabilities or binary targets.
-        allow_missing_keys: don't raise when a key is missing.
-    """
-
-    def __init__(self, keys: KeysCollection, allow_missing_keys: bool = False) -> None:
-        super().__init__(keys, EnforceNesting(), allow_missing_keys)
+    def __init__(self, keys: KeysCollection) -> None:
+        super().__init__(keys, EnforceNesting())
 
 
 class EncodeMask(Transform):
     """Turn nested targets (T, ...), probabilities or binary, the outermost first, into one coded mask (1, ...).
 
-    A pixel's value tells how many of the nested targets hold it: 0 background, 1 only the outermost one (the rim of
-    the disc), T the innermost one (the cup); `values` replaces these by a file's own, as in ``[255, 128, 0]``.
+    A pixel's value, uint8, tells how many of the nested targets hold it: 0 background, 1 only the outermost one (the
+    rim of the disc), T the innermost one (the cup). A target holds the pixels whose probability is at least 0.5.
 
     Args:
-        threshold: a target holds the pixels whose probability is at least this.
         largest: whether each target keeps its largest connected component only; one flag, or one a target.
         fill: whether holes in each target are filled; one flag, or one a target.
-        values: T + 1 file values, from the background to the innermost target; 0 ... T if None.
-        dtype: of the coded mask.
     """
 
-    def __init__(
-        self,
-        threshold: float = 0.5,
-        largest: bool | Sequence[bool] = False,
-        fill: bool | Sequence[bool] = False,
-        values: Sequence[int] | None = None,
-        dtype: DtypeLike | torch.dtype = np.uint8,
-    ) -> None:
-        self.threshold = threshold
+    def __init__(self, largest: bool | Sequence[bool] = False, fill: bool | Sequence[bool] = False) -> None:
         self.largest, self.fill = largest, fill
-        self.values = None if values is None else list(values)
-        self.dtype = dtype
         self._keep_largest = KeepLargestConnectedComponent(is_onehot=False)
         self._fill_holes = FillHoles()
 
     def __call__(self, targets: NdarrayOrTensor) -> NdarrayOrTensor:
         t: torch.Tensor = convert_to_tensor(targets, track_meta=False)
-        values = list(range(len(t) + 1)) if self.values is None else self.values
-        if len(values) != len(t) + 1:
-            raise InputError(f"{len(t)} targets need {len(t) + 1} mask values, got {values}")
         largest, fill = ensure_tuple_rep(self.largest, len(t)), ensure_tuple_rep(self.fill, len(t))
-        coded = torch.full_like(t[:1], values[0], dtype=torch.int64)
+        coded = torch.zeros_like(t[:1], dtype=torch.int64)
         outer = torch.ones_like(t[:1], dtype=torch.bool)
         for step, target in enumerate(t):
-            inner = outer & (target[None] >= self.threshold)
+            inner = outer & (target[None] >= 0.5)
             if largest[step] and inner.any():
                 inner = convert_to_tensor(self._keep_largest(inner.to(torch.uint8)), track_meta=False) > 0
             if fill[step]:
                 # a hole of the inner target may be a hole of the outer one that was to stay: hence nest again
                 inner = outer & (convert_to_tensor(self._fill_holes(inner.to(torch.uint8)), track_meta=False) > 0)
-            coded[inner] = values[step + 1]
+            coded[inner] = step + 1
             outer = inner
-        return convert_to_dst_type(coded, targets, dtype=self.dtype)[0]
+        return convert_to_dst_type(coded, targets, dtype=np.uint8)[0]
 
 
 class EncodeMaskd(EachKey):
-    """Dictionary-based `EncodeMask`: (T, ...) nested targets -> (1, ...) coded mask.
+    """Dictionary-based `EncodeMask`, with the same further arguments."""
 
-    Args:
-        keys: the probabilities or binary targets.
-        args, kwargs: as for `EncodeMask`.
-        allow_missing_keys: don't raise when a key is missing.
-    """
-
-    def __init__(self, keys: KeysCollection, *args: Any, allow_missing_keys: bool = False, **kwargs: Any) -> None:
-        super().__init__(keys, EncodeMask(*args, **kwargs), allow_missing_keys)
+    def __init__(self, keys: KeysCollection, *args: Any, **kwargs: Any) -> None:
+        super().__init__(keys, EncodeMask(*args, **kwargs))
 
 
 def _check(coding: Coding) -> None:

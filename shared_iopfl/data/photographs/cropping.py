@@ -26,6 +26,7 @@ from monai.transforms import Crop, InvertibleTransform, MapTransform
 
 from shared_iopfl.data.photographs.locating import Disc, find_disc
 from shared_iopfl.data.photographs.reader import PhotographReader
+from shared_iopfl.data.scan_files import Case
 from shared_iopfl.utils.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -36,21 +37,20 @@ LOOKED_AT = 9  # of a site's pictures, to tell whether they are crops
 OBLONG = 1.3
 
 
-def site_crop(crop: str, cases: Sequence[Mapping[str, Any]], image_key: str = "image") -> str:
+def site_crop(crop: str, cases: Sequence[Case]) -> str:
     """How to crop the pictures of one site: ``"crops"`` for ``"auto"`` where most of them are crops around the disc.
 
-    One picture may mislead: in a crop by an older camera the disc is hard to be sure of, and dark corners look like
-    the border of a whole photograph. What most of a site's pictures are, all of them are.
+    A single picture may be misjudged: in a crop by an older camera the disc is hard to find, and dark corners look like
+    the border of a whole photograph. All pictures of a site are therefore treated as most of them are.
 
     Args:
         crop: as of `CropToDiscd`; anything but ``"auto"`` stays.
-        cases: of the site. Nine of them, evenly spread, are looked at; of a single one nothing is said.
-        image_key: key of the picture's path.
+        cases: of the site. Nine of them, evenly spread, are examined; with a single case `crop` stays.
     """
     if crop != "auto" or len(cases) < 2:
         return crop
     step = max(1, -(-len(cases) // LOOKED_AT))
-    looked = [_is_crop(str(case[image_key])) for case in cases[::step]]
+    looked = [_is_crop(case["image"]) for case in cases[::step]]
     known = [one for one in looked if one is not None]
     if 2 * sum(known) <= len(known):
         return crop
@@ -59,7 +59,7 @@ def site_crop(crop: str, cases: Sequence[Mapping[str, Any]], image_key: str = "i
 
 
 def _is_crop(path: str) -> bool | None:
-    """Whether a picture is a crop around the disc; None for one that cannot be read, which its reader will tell."""
+    """Whether a picture is a crop around the disc; None for one that cannot be read, which its reader will report."""
     try:
         status = Path(path).stat()
     except OSError:
@@ -89,40 +89,30 @@ class CropToDiscd(MapTransform, InvertibleTransform):
     ``crop_confidence`` (0 to 1; NaN when nobody looked), and ``remarks``, what a person should look at ("": nothing).
 
     Args:
-        keys: what to crop: the picture, its mask.
-        image_key: the picture (3, W, H) to look for the disc in; the first of `keys` if None.
+        keys: what to crop: first the picture (3, W, H) to look for the disc in, then its mask.
         size_ratio: the square's side in disc diameters. 2 lies between the public crops, whose discs take from a
             quarter to three quarters of the side.
         crop: ``"auto"`` crops whole photographs and leaves crops, ``"always"`` crops both, ``"never"`` leaves both
             without a look, ``"crops"`` says that all are crops: none is cropped, and one in which the disc is unsure
             is taken with a remark. `site_crop` chooses the last for a site.
-        allow_missing_keys: don't raise when a key is missing, as in a case without a mask.
 
     Raises:
         InputError: (on call) when no disc is found, or one that is too unsure.
     """
 
-    def __init__(
-        self,
-        keys: KeysCollection,
-        image_key: str | None = None,
-        size_ratio: float = 2.0,
-        crop: str = "auto",
-        allow_missing_keys: bool = False,
-    ) -> None:
-        super().__init__(keys, allow_missing_keys)
+    def __init__(self, keys: KeysCollection, size_ratio: float = 2.0, crop: str = "auto") -> None:
+        super().__init__(keys)
         if crop not in CROPS:
             raise InputError(f'crop must be "auto", "always", "never" or "crops", got "{crop}"')
         if not size_ratio >= 1:
             raise InputError(f"size_ratio must be at least 1 disc diameter, got {size_ratio}")
-        self.image_key = self.keys[0] if image_key is None else image_key
         self.size_ratio = size_ratio
         self.crop = crop
         self.cropper = Crop()
 
     def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict[Hashable, MetaTensor]:
         d: dict[Hashable, Any] = dict(data)
-        image = d[self.image_key]
+        image = d[self.keys[0]]
         shape = tuple(image.shape[1:])
         start, size, confidence, remarks = self._square(image)
         if remarks:
@@ -130,7 +120,7 @@ class CropToDiscd(MapTransform, InvertibleTransform):
         for key in self.key_iterator(d):
             if tuple(d[key].shape[1:]) != shape:
                 raise InputError(
-                    f"{key} has {_size(d[key])} pixels but {self.image_key} has {_size(image)}: {_file(d[key])}"
+                    f"{key} has {_size(d[key])} pixels but {self.keys[0]} has {_size(image)}: {_file(d[key])}"
                 )
             # also when nothing is cut off: then every picture has the same trace to invert
             d[key] = self.cropper(d[key], tuple(slice(a, a + n) for a, n in zip(start, size)))

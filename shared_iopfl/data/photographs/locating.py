@@ -12,7 +12,7 @@
 
 The locator is classical and needs no training. In a small copy of the picture it
 1. tells the field of view from the dark around it: a dark border all round means a whole photograph;
-2. removes what is no disc: vessels by a closing, illumination and glow (anything wider than a disc) by an opening;
+2. removes what is not a disc: vessels by a closing, illumination and glow (anything wider than a disc) by an opening;
 3. looks for discs brighter than the ring around them, over all places and the diameters that a disc can have relative
    to the field, by normalised convolution, so that the field's edge neither attracts nor repels;
 4. ranks the best few by how clearly disc and ring differ, how much, how many dark vessels cross the disc, and
@@ -31,7 +31,7 @@ from scipy import fft, ndimage
 
 from shared_iopfl.data.photographs.field_of_view import field_of_view, is_bordered, is_reddish
 
-MOST_OBLONG = 4  # a picture longer than this many times its width is no fundus photograph
+MOST_OBLONG = 4  # a picture longer than this many times its width is not a fundus photograph
 FIELD = 400  # side, in pixels, of the copy in which a whole field of view is searched
 CROP = 160  # and of that in which a crop is: a disc is then about as many pixels wide, and so are its vessels
 IN_FIELD = (0.09, 0.28)  # disc diameters relative to the field's: 60 degree cameras to 30 degree ones, small to large
@@ -166,7 +166,7 @@ def _glow(bright: np.ndarray, extent: int) -> np.ndarray:
 
 
 def _vessels(green: np.ndarray, widths: tuple[float, float] = (1.5, 2.5)) -> tuple[np.ndarray, np.ndarray]:
-    """How strongly each pixel lies on a dark ridge, and the ridge's direction (radians from the first axis)."""
+    """Strength and direction (radians from the first axis) of dark ridges; scikit-image's filters give no direction."""
     strength, angle = np.zeros_like(green), np.zeros_like(green)
     for width in widths:
         aa, ab, bb = (
@@ -183,7 +183,10 @@ def _vessels(green: np.ndarray, widths: tuple[float, float] = (1.5, 2.5)) -> tup
 def _candidates(
     bright: np.ndarray, inside: np.ndarray, diameters: np.ndarray, count: int = 12
 ) -> list[tuple[float, float, float]]:
-    """Row, column and diameter of the discs that differ most from the ring around them, at half resolution."""
+    """Row, column and diameter of the discs that differ most from the ring around them, at half resolution.
+
+    scikit-image's `peak_local_max` has one minimum distance; here it grows with the diameter.
+    """
     half = ndimage.uniform_filter(bright, 2)[::2, ::2]
     weight = inside[::2, ::2].astype(float)
     margin = int(0.95 * diameters.max() / 2) + 2

@@ -15,23 +15,21 @@ from __future__ import annotations
 import torch
 
 
-def vertical_ratio(inner: torch.Tensor, outer: torch.Tensor, axis: int = -1) -> float:
-    """The extent of one binary target along an axis, over that of the target around it.
+def vertical_ratio(inner: torch.Tensor, outer: torch.Tensor) -> float:
+    """The height of one binary target over that of the target around it.
 
-    The extent is the number of rows from the first to the last that the target touches, as clinicians measure the
+    The height is the number of rows from the first to the last that the target touches, as clinicians measure the
     vertical cup-to-disc ratio.
 
     Args:
-        inner: the inner target, (W, H) or with further dimensions; above 0.5 is inside.
+        inner: the inner target, (..., W, H) as MONAI's readers load pictures; above 0.5 is inside.
         outer: the outer target, of the same shape.
-        axis: the axis to measure along. The default is the vertical one of photographs as MONAI's readers load them,
-            (width, height); it is -2 for arrays of (height, width).
 
     Returns:
         The ratio, 0 or more (at most 1 when the targets are nested); 0 without inner target, NaN without outer one.
     """
-    outer_extent = _extent(outer, axis)
-    return _extent(inner, axis) / outer_extent if outer_extent else float("nan")
+    outer_height = _height(outer)
+    return _height(inner) / outer_height if outer_height else float("nan")
 
 
 def predicted_ratio(pred: torch.Tensor, label: torch.Tensor) -> float:
@@ -54,6 +52,6 @@ def ratio_of_mask(mask: torch.Tensor) -> float:
     return vertical_ratio(mask == 2, mask >= 1)
 
 
-def _extent(target: torch.Tensor, axis: int) -> int:
-    touched = torch.movedim(torch.as_tensor(target) > 0.5, axis, 0).flatten(1).any(dim=1).nonzero()
+def _height(target: torch.Tensor) -> int:
+    touched = (torch.as_tensor(target) > 0.5).flatten(0, -2).any(dim=0).nonzero()
     return int(touched[-1] - touched[0]) + 1 if len(touched) else 0

@@ -47,12 +47,11 @@ class _PictureReader(PILReader):
     """What the two readers share: opening a file as the upright picture, or saying in one line why that fails.
 
     Args:
-        reverse_indexing: whether arrays are (width, height), as all MONAI readers give them, or (height, width).
         min_size: the least width and height in pixels; smaller pictures are thumbnails or broken.
     """
 
-    def __init__(self, reverse_indexing: bool = True, min_size: int = 16) -> None:
-        super().__init__(reverse_indexing=reverse_indexing)
+    def __init__(self, min_size: int = 16) -> None:
+        super().__init__()
         self.min_size = min_size
 
     def verify_suffix(self, filename: Sequence[PathLike] | PathLike) -> bool:
@@ -73,7 +72,7 @@ class _PictureReader(PILReader):
         picture, meta = self._open(img.name)
         array = self._pixels(picture, str(meta["format"]), img.name)
         meta["original_channel_dim"] = float("nan") if array.ndim == 2 else -1
-        return (np.ascontiguousarray(array.swapaxes(0, 1)) if self.reverse_indexing else array), meta
+        return np.ascontiguousarray(array.swapaxes(0, 1)), meta
 
     def _open(self, name: str) -> tuple[Image.Image, dict]:
         """The decoded picture, turned upright by its EXIF orientation, and its metadata."""
@@ -104,7 +103,7 @@ class _PictureReader(PILReader):
             raise InputError(
                 f"only {picture.width}x{picture.height} pixels in {name}: at least {self.min_size} on each side needed"
             )
-        meta["spatial_shape"] = np.asarray(picture.size if self.reverse_indexing else picture.size[::-1])
+        meta["spatial_shape"] = np.asarray(picture.size)
         return picture, meta
 
     def _pixels(self, picture: Image.Image, file_format: str, name: str) -> np.ndarray:
@@ -141,7 +140,6 @@ class PhotographReader(_PictureReader):
         grey: what to do with a picture of one channel, of three (nearly) equal ones, or of a single colour, as red-free
             ones are: ``"refuse"`` it, and other colours than a fundus has; or ``"replicate"`` the one channel three
             times, and take other colours as they are.
-        reverse_indexing: whether arrays are (width, height), as all MONAI readers give them, or (height, width).
         min_size: the least width and height in pixels.
 
     Raises:
@@ -149,8 +147,8 @@ class PhotographReader(_PictureReader):
             photograph of one fundus, as `photograph_checks` tells.
     """
 
-    def __init__(self, grey: str = "refuse", reverse_indexing: bool = True, min_size: int = 16) -> None:
-        super().__init__(reverse_indexing, min_size)
+    def __init__(self, grey: str = "refuse", min_size: int = 16) -> None:
+        super().__init__(min_size)
         if grey not in ("refuse", "replicate"):
             raise InputError(f'grey must be "refuse" or "replicate", got "{grey}"')
         self.grey = grey
@@ -204,7 +202,6 @@ class CodedMaskReader(_PictureReader):
     What the integers mean is for `shared_iopfl.data.photographs.codings.DecodeMaskd` to say.
 
     Args:
-        reverse_indexing: whether arrays are (width, height), as all MONAI readers give them, or (height, width).
         min_size: the least width and height in pixels.
 
     Raises:

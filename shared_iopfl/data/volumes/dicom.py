@@ -10,8 +10,8 @@
 # limitations under the License.
 """DICOM series, from a folder or a file, in the grid that their slices define.
 
-ITK's own reader of series takes one of several, passes over what it cannot read, and makes a grid up where the slices
-do not say where they lie. Here each of these is refused in a line; the voxels are read by ITK.
+ITK's own reader of series takes one series of several, skips files that it cannot read, and invents a grid if the
+slices have no position. Here each of these cases is an error; the voxels are read by ITK.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ UNEVEN = 0.1  # by which a gap between slices may differ from the others, relati
 
 
 class _Slice(NamedTuple):
-    """What a file says of its place: mm, in DICOM's own axes (LPS)."""
+    """The position of a slice as its file states it, in mm and DICOM's axes (LPS)."""
 
     file: Path
     size: tuple[str, ...]

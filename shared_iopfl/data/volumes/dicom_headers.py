@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What a DICOM file says of itself, read without MONAI: whether it holds a picture, and whose series it is."""
+"""Tags of DICOM files, read without MONAI: whether a file holds an image, its patient and its series."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _tag(path: Path, tag: str) -> str:
         io.ReadImageInformation()
         found = io.GetMetaDataDictionary()
         return str(found[tag]).strip() if found.HasKey(tag) else ""
-    except Exception:  # whoever reads the scan says what is wrong with it
+    except Exception:  # reading the scan will report the error
         return ""
 
 
@@ -61,7 +61,7 @@ def _storage_class(file: Path) -> str:
     try:
         with open(file, "rb") as stream:
             start = stream.read(1024)
-    except OSError:  # such as a link that leads nowhere: whoever reads it says so
+    except OSError:  # such as a dangling link: reading the file will report it
         return ""
     at = start.find(b"\x02\x00\x02\x00UI")
     if start[128:132] != b"DICM" or at < 0:

@@ -55,7 +55,7 @@ class SaveDicomd(MapTransform):
         pseudonyms: of the run; refused together with DICOM.
 
     Raises:
-        InputError: when the library is not installed, pseudonyms are asked for, or a scan is no DICOM series.
+        InputError: when the library is not installed, pseudonyms are asked for, or a scan is not a DICOM series.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class SaveDicomd(MapTransform):
     def _save(self, mask: np.ndarray, source: Path, affine: np.ndarray, case: str) -> None:
         files = _files(source)
         if not files:
-            raise InputError(f"{source} is no DICOM series, the input that {' and '.join(self.formats)} must have.")
+            raise InputError(f"{source} is not a DICOM series, the input that {' and '.join(self.formats)} must have.")
         import pydicom
 
         read = [pydicom.dcmread(file, stop_before_pixels=True) for file in files]

@@ -56,7 +56,7 @@ def check_affine(affine: np.ndarray, path: Path) -> None:
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     if not np.isfinite(affine).all() or not spacing.all() or abs(np.linalg.det(affine[:3, :3] / spacing)) < 1e-6:
         rows = np.array2string(affine[:3], precision=3, separator=" ").replace("\n", "")
-        raise InputError(f"{path} has a broken affine or voxel size ({rows}): mend its header")
+        raise InputError(f"{path} has a broken affine or voxel size ({rows}): correct its header")
 
 
 def check_forms(header: Any, shape: Sequence[int], path: Path) -> None:

@@ -38,7 +38,7 @@ LONGEST_HEADER = 2**16
 
 
 def check_header(path: Path) -> None:
-    """Raise `InputError`, or what a library raises, where a file's header is broken or asks for what it has not.
+    """Raise `InputError`, or an error of a library, if a header is broken or announces more than the file holds.
 
     DICOM and pictures are left to their readers.
     """
@@ -71,7 +71,7 @@ def millimetres(path: Path) -> float:
     if unit != 1 and (sizes.min() < LEAST_VOXEL or sizes.max() > LARGEST_VOXEL):
         raise InputError(
             f"{path} has voxels of {'x'.join(f'{size:.4g}' for size in sizes)} mm by the unit in its header "
-            "(xyzt_units): mend the unit, or the voxel size"
+            "(xyzt_units): correct the unit, or the voxel size"
         )
     return unit
 
@@ -108,7 +108,7 @@ def _check_nifti(image: Any, path: Path) -> None:
         raw = type(image.header).from_fileobj(file, check=False)  # with the check, a voxel size of 0 becomes 1 mm
     sizes = raw["pixdim"][1 : 1 + min(len(image.shape), 3)]
     if raw["sform_code"] == 0 and not np.all(np.abs(sizes) > 0):
-        raise InputError(f"{path} has voxels of size {tuple(sizes.tolist())} mm: mend its header")
+        raise InputError(f"{path} has voxels of size {tuple(sizes.tolist())} mm: correct its header")
 
 
 def _unpacked(path: Path, limit: int) -> int:

@@ -32,8 +32,8 @@ LEAST_PACKED = 0.25  # bytes a voxel to which a compressed scan shrinks, at leas
 def is_label_map(path: Path) -> bool:
     """Whether a volume holds at least two and at most eight values, all of them whole numbers from 0 to 255.
 
-    A scan shows that it is none in its first slices, and a compressed one by its size alone; what cannot be read is
-    left to whoever reads it as a scan.
+    A scan is mostly ruled out by its middle slice, and a compressed one by the size of its file. A file that cannot be
+    read is not a label map; reading it as a scan will report the error.
     """
     values: set[float] = set()
     try:

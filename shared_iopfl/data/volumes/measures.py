@@ -89,13 +89,12 @@ class FieldOfViewd(EachKey, InvertibleTransform):
     Args:
         keys: keys of the volumes.
         side: in millimetres.
-        allow_missing_keys: don't raise when a key is missing.
     """
 
     transform: FieldOfView
 
-    def __init__(self, keys: KeysCollection, side: float, allow_missing_keys: bool = False) -> None:
-        super().__init__(keys, FieldOfView(side), allow_missing_keys)
+    def __init__(self, keys: KeysCollection, side: float) -> None:
+        super().__init__(keys, FieldOfView(side))
 
     def inverse(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Back in the field of view of the scan."""

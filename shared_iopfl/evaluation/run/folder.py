@@ -10,15 +10,15 @@
 # limitations under the License.
 """The output folder of a run: it belongs to one run, and nothing else in it is written over.
 
-A run claims its folder before it reads any data. From then on the folder holds ``run.json``, ``written.jsonl``, which
-lists what the run wrote, and a lock that goes with the process. What is in the folder and in no such list belongs to
-somebody else. A later run of the same kind replaces what the earlier one wrote, and only that, with ``overwrite``, or
-goes on with it, with ``resume``.
+A run claims its folder before it reads any data. From then on the folder holds ``run.json``, the list of written files
+``written.jsonl``, and a lock that ends with the process. Files that are not in the list are of another origin. A later
+run of the same kind replaces the listed files, and no others, with ``overwrite``, or continues the run with ``resume``.
 """
 
 from __future__ import annotations
 
 import atexit
+import json
 import os
 import socket
 import threading
@@ -27,7 +27,19 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from shared_iopfl.evaluation.run.found import RESUMED, RUN, SCORED, check_apart, make_room, read_run
+from shared_iopfl.evaluation.run.found import (
+    ANYWHERE,
+    KINDS,
+    RESUMED,
+    RUN,
+    SCORED,
+    UNFINISHED,
+    WITH_MODELS,
+    check_apart,
+    check_settings,
+    check_strangers,
+    read_run,
+)
 from shared_iopfl.evaluation.run.lock import FolderLock
 from shared_iopfl.evaluation.run.written import LIST, Written
 from shared_iopfl.utils import errors
@@ -43,15 +55,53 @@ class RunFolder:
     def __init__(self, folder: Path, kind: str, shown: str) -> None:
         self.folder = folder
         self.kind = kind
+        self.shown = shown
         self.thread = threading.current_thread()
         self.replaced: set[Path] = set()  # not in the list, but the user wants them replaced
         self.described: dict[str, Any] = {}  # of run.json, where it is not written yet
-        self.has_begun = True  # what an earlier run has left, run.json too, stays as it is until this run writes a file
+        self.has_begun = True  # False: the files of an earlier run, with run.json, stay until this run writes one
         self.is_finished = False
-        self._outdated: Path | None = None  # what is below it goes with the first file of this run
+        self._outdated: Path | None = None  # files below it are removed when this run writes its first file
         self._lock = FolderLock(folder, shown)
         self.written = Written(folder)
         self._found = {path for path in folder.rglob("*") if path not in self.written} if kind == "flare" else set()
+
+    def make_room(self, settings: Mapping[str, Any], overwrite: bool, resume: bool, part: Path | None) -> None:
+        """Raise `InputError` unless the run may write into its folder; remove what it replaces. Args: see `claim`."""
+        folder, written = self.folder, self.written
+        earlier = read_run(folder) if (folder / RUN) in written else {}
+        files = written.below(folder)
+        if set(files) - {folder / RUN}:  # a run that ended at once leaves nothing to lose
+            kind, status = earlier.get("kind", self.kind), earlier.get("status", "unfinished")
+            found = f"{self.shown} holds {KINDS.get(kind, 'something else')} ({status}, {len(files)} files)"
+            if kind != self.kind and not (part is not None and kind in SCORED):
+                raise InputError(f"{found}: choose another output_dir.")
+            if part is not None:
+                self._make_room_for_part(part, overwrite)
+            elif resume:
+                begun, now = earlier.get("settings"), json.loads(json.dumps(dict(settings), default=str))
+                begun = begun if isinstance(begun, dict) else {}
+                same = {name: value for name, value in now.items() if name in begun and name not in ANYWHERE}
+                check_settings(begun, same, self.shown)
+            elif not overwrite:
+                go_on = ", or go on with it with --resume True" * (self.kind in RESUMED)
+                raise InputError(f"{found}: choose another output_dir, or replace it with --overwrite True{go_on}.")
+            else:
+                self.replace(folder)
+            if self.kind not in WITH_MODELS:
+                self.begin()
+            for path in [path for path in folder.rglob(".*") if UNFINISHED.fullmatch(path.name)]:
+                path.unlink(missing_ok=True)
+        check_strangers(folder, written, self.kind, self.shown)
+
+    def _make_room_for_part(self, part: Path, overwrite: bool) -> None:
+        if part.is_relative_to(self.folder) and self.written.below(part):
+            if not overwrite:
+                raise InputError(
+                    f"{part} holds an evaluation of this model at this site: choose another output_dir, or replace it "
+                    "with --overwrite True."
+                )
+            self.replace(part)
 
     def check(self, target: Path) -> None:
         """Raise `InputError` where writing to `target` would replace a file of another origin."""
@@ -71,7 +121,7 @@ class RunFolder:
             self._note_events()
 
     def replace(self, folder: Path) -> None:
-        """Remove what earlier runs wrote below a folder, once this one has something to put in its place."""
+        """Remove what earlier runs wrote below a folder, as soon as this run writes its first file."""
         self.written.check_unchanged(folder)
         self._outdated, self.has_begun = folder, False
 
@@ -154,7 +204,7 @@ def claim(
     _take_over(folder, output_dir)
     run = RunFolder(folder, kind, str(output_dir))
     try:
-        make_room(run, str(output_dir), settings or {}, overwrite, resume, part)
+        run.make_room(settings or {}, overwrite, resume, None if part is None else Path(os.path.abspath(part)))
         keepers.append(run)
         if part is None or not set(run.written.below(folder)) - {folder / RUN}:
             begun = read_run(folder) if resume else {}

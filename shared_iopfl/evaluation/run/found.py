@@ -12,20 +12,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from shared_iopfl.data.scan_names import file_ending, is_dicom
 from shared_iopfl.evaluation.run.written import LIST, Written
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.reading import read_json
-
-if TYPE_CHECKING:
-    from shared_iopfl.evaluation.run.folder import RunFolder
 
 RUN = "run.json"
 KINDS = {
@@ -69,54 +65,6 @@ def check_apart(folder: Path, data: Path) -> None:
     raise InputError(f"output_dir {folder} is {where} dataset_dir {data}: keep what a run writes apart from its data.")
 
 
-def make_room(
-    run: RunFolder, shown: str, settings: Mapping[str, Any], overwrite: bool, resume: bool, part: Any
-) -> None:
-    """Raise unless the run may write into its folder; take away what it replaces."""
-    folder, written = run.folder, run.written
-    earlier = read_run(folder) if (folder / RUN) in written else {}
-    if set(written.below(folder)) - {folder / RUN}:  # a run that ended at once leaves nothing to lose
-        kind = earlier.get("kind", run.kind)
-        found = (
-            f"{shown} holds {KINDS.get(kind, 'something else')} ({earlier.get('status', 'unfinished')}, "
-            f"{len(written.below(folder))} files)"
-        )
-        if kind != run.kind and not (part is not None and kind in SCORED):
-            raise InputError(f"{found}: choose another output_dir.")
-        if part is not None:
-            _make_room_for_part(run, Path(os.path.abspath(part)), overwrite)
-        elif resume:
-            begun, now = earlier.get("settings"), json.loads(json.dumps(dict(settings), default=str))
-            begun = begun if isinstance(begun, dict) else {}
-            same = {name: value for name, value in now.items() if name in begun and name not in ANYWHERE}
-            check_settings(begun, same, shown)
-        elif not overwrite:
-            go_on = ", or go on with it with --resume True" * (run.kind in RESUMED)
-            raise InputError(f"{found}: choose another output_dir, or replace it with --overwrite True{go_on}.")
-        else:
-            run.replace(folder)
-        if run.kind not in WITH_MODELS:
-            run.begin()
-        for path in [path for path in folder.rglob(".*") if UNFINISHED.fullmatch(path.name)]:
-            path.unlink(missing_ok=True)
-    stranger = next(_in_the_way(folder, written, run.kind), None)
-    if stranger is not None:
-        raise InputError(
-            f"{shown} holds {stranger.relative_to(folder)}, which no run is known to have written: choose an empty or "
-            "new output_dir."
-        )
-
-
-def _make_room_for_part(run: RunFolder, part: Path, overwrite: bool) -> None:
-    if part.is_relative_to(run.folder) and run.written.below(part):
-        if not overwrite:
-            raise InputError(
-                f"{part} holds an evaluation of this model at this site: choose another output_dir, or replace it with "
-                "--overwrite True."
-            )
-        run.replace(part)
-
-
 def check_settings(begun: Mapping[str, Any], now: Mapping[str, Any], what: str) -> None:
     """Raise `InputError` where a run would go on with other settings than it was begun with.
 
@@ -132,7 +80,23 @@ def check_settings(begun: Mapping[str, Any], now: Mapping[str, Any], what: str) 
             )
 
 
-def _in_the_way(folder: Path, written: Written, kind: str) -> Iterator[Path]:
+def check_strangers(folder: Path, written: Written, kind: str, shown: str) -> None:
+    """Raise `InputError` for a file that is in the way of a run, and that no run is known to have written.
+
+    Args:
+        folder: of the run.
+        written: what runs wrote there.
+        kind: of the run.
+        shown: what the folder is called in the message.
+    """
+    for stranger in _strangers(folder, written, kind):
+        raise InputError(
+            f"{shown} holds {stranger.relative_to(folder)}, which no run is known to have written: choose an empty or "
+            "new output_dir."
+        )
+
+
+def _strangers(folder: Path, written: Written, kind: str) -> Iterator[Path]:
     """What nobody is known to have written and that the run could write over, or that would be mixed with its masks."""
     for parent, folders, files in os.walk(folder):
         here = Path(parent)

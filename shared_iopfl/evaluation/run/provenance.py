@@ -41,14 +41,13 @@ PACKAGES = ("shared_iopfl", "torch", "monai", "pytorch-ignite", "numpy", "nibabe
 
 
 def report_to_nobody() -> None:
-    """Keep MLflow from reporting to its makers that it was used, unless its own variable says that it may.
+    """Switch MLflow's telemetry off, unless its own environment variable is set.
 
-    Nothing leaves a hospital unasked. Called by the bundles' ``initialize``, before a run is tracked; importing this
-    package changes nothing.
+    Called by the bundles' ``initialize``, before a run is tracked; importing this package changes nothing.
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     telemetry = sys.modules.get("mlflow.telemetry")
-    if telemetry is not None:  # MONAI has imported it already: let it look at the variable again
+    if telemetry is not None:  # MONAI has imported it already: make it read the variable again
         telemetry.set_telemetry_client()
 
 

@@ -59,12 +59,12 @@ def read_served(output_dir: str | os.PathLike) -> list[ServedScan]:
         InputError: when a table of the run is not as a run writes it.
     """
     folder = Path(output_dir)
-    review = {row["case"]: row for row in _rows(folder / "review.csv", "case", "quality", "reasons")}
-    measures = {row.pop("case"): row for row in _rows(folder / "measures.csv", "case")}
+    review = {row["case"]: row for row in read_rows(folder / "review.csv", "case quality reasons")}
+    measures = {row.pop("case"): row for row in read_rows(folder / "measures.csv", "case")}
     routes = _routes(folder / "routes.json")
     whole_site = routes.pop(SITE, {}) if SITE not in measures and SITE not in review else {}
     failed = {row["case"] for row in read_failed(folder)}
-    scans = [row["case"] for row in _rows(folder / "scans.csv", "case") if row["case"] not in failed]
+    scans = [row["case"] for row in read_rows(folder / "scans.csv", "case") if row["case"] not in failed]
     served = []
     for case in dict.fromkeys([*review, *measures, *routes, *scans]):
         facts = routes.get(case, {})
@@ -84,26 +84,19 @@ def read_served(output_dir: str | os.PathLike) -> list[ServedScan]:
 
 def read_failed(output_dir: str | os.PathLike) -> list[dict[str, str]]:
     """The scans that failed, with ``case`` and ``reason``."""
-    return _rows(Path(output_dir) / "failed.csv", "case", "reason")
+    return read_rows(Path(output_dir) / "failed.csv", "case reason")
 
 
 def read_passed_over(output_dir: str | os.PathLike) -> list[dict[str, str]]:
     """The files that were not taken for scans, with ``file`` and ``reason``."""
-    return _rows(Path(output_dir) / "not_taken.csv", "file", "reason")
-
-
-def _rows(path: Path, *columns: str) -> list[dict[str, str]]:
-    rows = read_rows(path)
-    if rows and not {*columns} <= rows[0].keys():
-        raise InputError(f"{path} is no table of a run: it needs the columns {', '.join(columns)}.")
-    return rows
+    return read_rows(Path(output_dir) / "not_taken.csv", "file reason")
 
 
 def _routes(path: Path) -> dict[str, dict[str, Any]]:
     content = read_json(path) if path.is_file() else {}
     cases = content.get("cases", {}) if isinstance(content, dict) else None
     if not isinstance(cases, dict) or not all(isinstance(facts, dict) for facts in cases.values()):
-        raise InputError(f"{path} is no table of routes of a run.")
+        raise InputError(f"{path} is not a table of routes of a run.")
     return cases
 
 

@@ -10,7 +10,7 @@
 # limitations under the License.
 """Tables that grow as scans are served, so that an interrupted run has a row for each mask.
 
-A scan's rows are written before its mask gets its name, and taken back where the mask then cannot be written.
+A scan's rows are written before its mask is renamed to its final name, and removed if the mask cannot be written.
 """
 
 from __future__ import annotations

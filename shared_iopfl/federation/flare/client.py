@@ -10,9 +10,9 @@
 # limitations under the License.
 """The client of an NVIDIA FLARE job: the same site client as in one process, behind FLARE's Client API.
 
-Local weights, the number of training cases and figures leave the site. The data, the site's paths and what its errors
-say stay: they lie in ``<output_dir>/sites/<site>``. So does the personalised model, unless the site itself says that it
-publishes it (`PUBLISH`) and the job asks for it.
+Local weights, the number of training cases and figures leave the site. Data, paths and error messages stay in
+``<output_dir>/sites/<site>``. So does the personalised model, unless the site publishes it (`PUBLISH`) and the job asks
+for it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from nvflare.client.tracking import SummaryWriter
 from torch import Tensor
 
 from shared_iopfl.federation.client import SiteClient, time_limit
-from shared_iopfl.federation.flare.messages import COUNTED, ENVIRONMENT, JOB_FILE, LAST, PUBLISH, SCORE, SETTLE
+from shared_iopfl.federation.flare.messages import COUNTED, ENVIRONMENT, JOB_FILE, LAST, PUBLISH, SCORE, SELECT
 from shared_iopfl.models.files import model_path, save_atomically
 from shared_iopfl.utils.errors import InputError, root_input_error
 from shared_iopfl.utils.files import check_writable
@@ -65,7 +65,7 @@ class Member:
     Args:
         job: what the job asks for, as `shared_iopfl.federation.flare.run` writes it into ``federation.json``.
         site: the site's name.
-        environment: of the process; what it says in the variables of `ENVIRONMENT` goes before the job's word.
+        environment: of the process; the variables of `ENVIRONMENT` take precedence over the job.
     """
 
     def __init__(self, job: Mapping[str, Any], site: str, environment: Mapping[str, str] = os.environ) -> None:
@@ -91,9 +91,9 @@ class Member:
     def client(self, done: int) -> SiteClient:
         """The site's client, as it was after a round: the last one in which its update counted.
 
-        Made at the first task, so that what is wrong at a site fails that task and not the process. It begins with what
-        the site has kept of this run: the process may be new, the server have fallen back behind the site, or the
-        site's last update have come too late or been refused.
+        It is made at the first task, so that an error at a site fails that task and not the process. It starts from the
+        state that the site kept of this run: the process may be new, the server may have gone back to an earlier round,
+        or the site's last update may have arrived too late or been refused.
         """
         if self._round != done:
             self._client = None
@@ -114,7 +114,7 @@ class Member:
         return client, bool(earlier)
 
     def _put_back(self, personalised: Mapping[str, Tensor] | None) -> None:
-        """Write the site's own model: what lies in its folder may be of an update that did not count."""
+        """Write the site's personalised model again: its file may stem from an update that was not averaged."""
         path = Path(model_path(str(self.folder), "personalised", self.site))
         if personalised is not None:
             save_atomically({key: tensor.cpu() for key, tensor in personalised.items()}, path)
@@ -157,20 +157,20 @@ class Member:
         self._round = number
 
     def answer(self, task: str, received: FLModel) -> FLModel:
-        """Do a task; what goes wrong is told by its kind alone, and in full in the site's own ``training.log``."""
-        # a process's alarm clock rings in its main thread, which does the work where each task has a process of its own
+        """Do a task. Of an error the server learns the class; the message is in the site's own ``training.log``."""
+        # SIGALRM works in the main thread only, which does the work if each task has a process of its own
         main = threading.current_thread() is threading.main_thread()
         last = received.meta.get(LAST, "")
-        settle = last == SETTLE
-        seconds = self.job["round_timeout"] * (max(1, self.job["own_rounds"]) if settle else 1)
+        selects = last == SELECT
+        seconds = self.job["round_timeout"] * (max(1, self.job["own_rounds"]) if selects else 1)
         try:
             with time_limit(self.site, seconds if main else 0):
                 if last == SCORE:
                     return self.score(received)
                 # the newest global model, beside the site's own
                 save_atomically(dict(received.params), model_path(str(self.folder)))
-                if settle:
-                    return self.settle(received)
+                if selects:
+                    return self.select(received)
                 return self.validate(received) if task == "validate" else self.train(received)
         except Exception as error:
             kind = type(root_input_error(error) or error).__name__
@@ -213,17 +213,17 @@ class Member:
             for name, value in metrics.items():
                 self.stream(name, float(value), received.current_round + 1)
 
-    def settle(self, received: FLModel) -> FLModel:
-        """Make the personalised model what the site keeps, and send it where the site publishes it.
+    def select(self, received: FLModel) -> FLModel:
+        """Select the personalised model after the last round, and send it if the site publishes it.
 
-        What is told is the share that its validation cases chose, how far they are from the global model, and how that
-        does on them by its running statistics and by the site's own.
-        Asked again, as after the server's death, it begins again from the last round.
+        The answer holds the selected share, the shift of the site's validation cases, and their Dice with the global
+        model's running statistics and with the site's own. When the task is repeated, for example after the server was
+        restarted, it starts from the state after the last round.
         """
         client = self.client(self._counted(received))
         before = {key: tensor.clone() for key, tensor in client.personalised.items()}
         try:
-            share = client.settle(received.params, self.job["own_rounds"], self.job["shares"])
+            share = client.select_personalised(received.params, self.job["own_rounds"], self.job["shares"])
         except Exception:
             self._put_back(before)
             raise
@@ -247,7 +247,7 @@ class Member:
 
     @contextmanager
     def own_log(self) -> Iterator[None]:
-        """Have what the training logs in the site's own file: FLARE hands a site's error log on to the server."""
+        """Write the log of the training to the site's own file: FLARE sends a site's error log to the server."""
         handler = logging.FileHandler(self.folder / LOG_FILE, encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
         loggers = [logging.getLogger(name) for name in PRIVATE_LOGGERS]

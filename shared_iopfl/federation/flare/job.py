@@ -31,11 +31,11 @@ from torch import Tensor
 
 from shared_iopfl.evaluation.run.found import check_settings
 from shared_iopfl.evaluation.scoring import Scoring
+from shared_iopfl.federation.averaging import ServerMomentum
 from shared_iopfl.federation.flare.client import bundle_fingerprint
 from shared_iopfl.federation.flare.messages import JOB_FILE
 from shared_iopfl.federation.flare.persistor import CHECKPOINT, ServerFiles
 from shared_iopfl.federation.flare.server import Rounds
-from shared_iopfl.federation.server_momentum import ServerMomentum
 from shared_iopfl.federation.simulation import Federation
 from shared_iopfl.models.architecture import describe_architecture, network_of
 from shared_iopfl.models.files import save_atomically
@@ -45,11 +45,11 @@ from shared_iopfl.utils.errors import InputError, root_input_error
 from shared_iopfl.utils.names import nearest
 
 SCRIPT = "iopfl_site.py"
-# short, so that a site sees at a glance what it is asked to run
+# short, so that a site can read what it is asked to run
 SCRIPT_TEXT = "from shared_iopfl.federation.flare.client import run\n\nrun(__file__)\n"
 # what belongs to a machine, not to the federation
 OF_THE_MACHINE = ("bundle_root", "dataset_dir", "output_dir", "ckpt_dir", "device")
-# a site outside is routed through published models only; and how long a site may take is round_timeout
+# outside sites need published models; the time limit of a site is round_timeout
 OF_ONE_PROCESS = ("outside_sites", "mode", "preset", "routing", "site_timeout")
 
 
@@ -119,7 +119,7 @@ def describe(bundle: Path, given: Mapping[str, Any]) -> tuple[Federation, Scorin
             raise InputError(f"'{key}' is a setting of the one-process run; docs/flare.md says what to do instead.")
         if name in OF_THE_MACHINE or not any(key in config for config in configs):
             hint = nearest(key, [key for config in configs for key in config])
-            missing = f": it is no key of {bundle}/configs/federate.json or train.json"
+            missing = f": it is not a key of {bundle}/configs/federate.json or train.json"
             raise InputError(f"unknown setting '{name}'{missing}{hint or '.'}")
         if key in configs[0]:
             federate[name] = value
@@ -153,7 +153,7 @@ def first_state(bundle: Path, federation: Federation) -> dict[str, Any]:
     run = uuid.uuid4().hex[:12]
     tables: dict[str, list] = {"history": [], "failures": []}
     settings = federation.settings()
-    begun = {"settings": settings, "run": run, "round": 0, "settled": False}
+    begun = {"settings": settings, "run": run, "round": 0, "selected": False}
     server = ServerMomentum().state_dict()
     return {**begun, "weights": weights, "parameters": parameters, "server": server, **tables}
 

@@ -8,22 +8,22 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What server and sites of a job tell each other besides weights and figures, and what a site says of itself."""
+"""Keys of the messages between server and sites besides weights and figures, and a site's environment variables."""
 
 from __future__ import annotations
 
-# what the server tells besides weights and round: site -> the last round in which its update was averaged
+# sent with weights and round: site -> the last round in which its update was averaged
 COUNTED = "counted"
-# which task it is once all rounds are done: to make the personalised model what the site keeps, or to score a model
-LAST, SETTLE, SCORE = "last", "settle", "score"
-# what a job says to the sites
+# the task after the last round: to select the personalised model, or to score a model
+LAST, SELECT, SCORE = "last", "select", "score"
+# file with the settings that a job sends to the sites
 JOB_FILE = "federation.json"
-# what a site says about itself goes before what the job says
+# variables of a site, which take precedence over the settings of the job
 ENVIRONMENT = {
     "bundle": "IOPFL_BUNDLE",
     "dataset_dir": "IOPFL_DATASET_DIR",
     "output_dir": "IOPFL_OUTPUT_DIR",
     "device": "IOPFL_DEVICE",
 }
-# "True": the site hands its personalised model to the others if the job asks for it; never the job's word alone
+# "True": the site sends its personalised model to the others if the job asks for it as well
 PUBLISH = "IOPFL_PUBLISH"

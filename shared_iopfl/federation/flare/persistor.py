@@ -24,8 +24,8 @@ from nvflare.app_opt.pt.decomposers import TensorDecomposer
 from nvflare.fuel.utils import fobs
 from torch import Tensor
 
+from shared_iopfl.federation.averaging import ServerMomentum
 from shared_iopfl.federation.results import write_matrix
-from shared_iopfl.federation.server_momentum import ServerMomentum
 from shared_iopfl.federation.updates import FAILED, FAILURES, HISTORY, last_rounds
 from shared_iopfl.handlers.norm_statistics import STATISTICS
 from shared_iopfl.models.files import model_path, save_atomically
@@ -83,14 +83,14 @@ class ServerFiles(ModelPersistor):
         save_atomically(weights, model_path(str(self._folder(fl_ctx) / "models")))
         save_atomically(self.state, self._folder(fl_ctx) / CHECKPOINT)
 
-    def save_settled(
+    def save_selected(
         self,
         shares: Mapping[str, float],
         scores: Mapping[str, float | None],
         statistics: Sequence[Mapping[str, Any]],
         fl_ctx: FLContext,
     ) -> None:
-        """Note that the sites have made their personalised models what they keep, and what they told besides.
+        """Record that the sites have selected their personalised models, and what they reported.
 
         Args:
             shares: site -> share of its own model.
@@ -98,7 +98,7 @@ class ServerFiles(ModelPersistor):
             statistics: rows of ``statistics.csv``.
             fl_ctx: of FLARE.
         """
-        self.state = {**self.state, "settled": True, "history": self.history, "failures": self.failures}
+        self.state = {**self.state, "selected": True, "history": self.history, "failures": self.failures}
         models = self._folder(fl_ctx) / "models"
         if shares:
             write_json(models / "shares.json", dict(shares))

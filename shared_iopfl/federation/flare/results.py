@@ -115,5 +115,5 @@ def checked_names(sites: Sequence[str]) -> list[str]:
         raise InputError(f"sites must be a list of names, such as \"['BIDMC','HK']\", but is {sites!r}.")
     for site in sites:
         if not re.fullmatch(r"[A-Za-z0-9_-]+", str(site)) or str(site).lower() == "server":
-            raise InputError(f"site {site!r} can be no client of FLARE: use letters, digits, '-' and '_'.")
+            raise InputError(f"site {site!r} cannot be a client of FLARE: use letters, digits, '-' and '_'.")
     return check_sites(str(site) for site in sites)

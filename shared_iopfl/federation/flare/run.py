@@ -260,7 +260,7 @@ class FlareRun:
     def _finish(self, result: Path) -> Path:
         """Bring what the server left to the output folder; once all rounds are done, score and report."""
         state = collect(result, self.output_dir, self.federation, self.state["run"]) or self.state
-        if not (state["round"] == self.federation.rounds and state["settled"]):
+        if not (state["round"] == self.federation.rounds and state["selected"]):
             rows = read_rows(self.output_dir / FAILURES)
             why = f"round {rows[-1]['round']}: {rows[-1]['reason']} " if rows else ""
             done = f"{state['round']} of {self.federation.rounds} rounds"

@@ -10,14 +10,15 @@
 # limitations under the License.
 """The controller at the NVIDIA FLARE server: the rounds.
 
-The server needs this package and no data. It receives local weights and numbers, checks and averages them with the
-very functions of the one-process run, in the order of the sites: both engines give the same global weights.
+The server needs this package but no data. It receives local weights and numbers, and checks and averages them with the
+functions of the one-process run, in the order of the sites: both engines give the same global weights.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,10 +29,9 @@ from nvflare.app_common.workflows.model_controller import ModelController
 from torch import Tensor
 
 from shared_iopfl.evaluation.run.provenance import report_to_nobody
-from shared_iopfl.federation.averaging import Averaging, average_updates
-from shared_iopfl.federation.flare.messages import COUNTED, LAST, SCORE, SETTLE
+from shared_iopfl.federation.averaging import Averaging, ServerMomentum, average_updates
+from shared_iopfl.federation.flare.messages import COUNTED, LAST, SCORE, SELECT
 from shared_iopfl.federation.results import expert_scores
-from shared_iopfl.federation.server_momentum import ServerMomentum
 from shared_iopfl.federation.updates import (
     FAILURES,
     UPDATE_NORM,
@@ -47,14 +47,15 @@ from shared_iopfl.utils.errors import InputError
 MOST_CASES = 1e9  # more than any site has: what claims more would be the average
 
 
+@dataclass(eq=False)
 class Rounds(ModelController):
     """FedAvg over all the sites: train, check, average, and have the sites score what came out.
 
-    FLARE's own `FedAvg` adds updates up in the order of their arrival, in single precision, integer buffers too; waits
-    for every site without end, or takes a random choice of them; and leaves the last global model without a score.
+    FLARE's own `FedAvg` sums updates in the order of their arrival, in single precision, including integer buffers;
+    waits for every site without a limit, or samples the sites at random; and does not score the last global model.
 
-    A site that fails, does not answer in time or sends what does not fit is left out of the round. It is asked again in
-    the next one, and told which of its updates was the last to count: from there it goes on.
+    A site that fails, does not answer in time or sends an update that does not fit is left out of the round. It is
+    asked again in the next one, and continues from its last update that was averaged.
 
     Args:
         sites: the sites, in the order in which they are averaged.
@@ -65,41 +66,31 @@ class Rounds(ModelController):
             :func:`~shared_iopfl.federation.updates.far_off`.
         server_momentum: of the global weights, as in one process.
         own_rounds, shares: what each site makes of its personalised model after the last round; see
-            :meth:`~shared_iopfl.federation.client.SiteClient.settle`. 0 and none: the moving average as it is.
+            :meth:`~shared_iopfl.federation.client.SiteClient.select_personalised`. 0 and none: the plain
+            moving average.
         round_timeout: seconds to train, and again to score, after which a round goes on without those who have not
             answered; 0: wait for all.
-        publish: ask the sites for their personalised models once they are what each keeps, and have every site score
-            those of the others. A site sends its own only if it says so itself.
+        publish: ask the sites for their final personalised models, and have every site score those of the others. A
+            site sends its own only if it allows that itself.
         averaging: "mean", "median" or "trimmed_mean"; see :func:`~shared_iopfl.federation.averaging.average_updates`.
     """
 
-    def __init__(
-        self,
-        sites: list[str],
-        rounds: int,
-        min_sites: int,
-        val_interval: int = 1,
-        max_update_norm: float = 10.0,
-        server_momentum: float = 0.0,
-        own_rounds: int = 0,
-        shares: Sequence[float] = (),
-        round_timeout: int = 0,
-        publish: bool = False,
-        averaging: Averaging = "mean",
-    ) -> None:
+    sites: list[str]
+    rounds: int
+    min_sites: int
+    val_interval: int = 1
+    max_update_norm: float = 10.0
+    server_momentum: float = 0.0
+    own_rounds: int = 0
+    shares: Sequence[float] = ()
+    round_timeout: int = 0
+    publish: bool = False
+    averaging: Averaging = "mean"
+
+    def __post_init__(self) -> None:
+        """Set FLARE's controller up."""
         super().__init__(ignore_result_error=True)
         report_to_nobody()  # the receiver of a tracked job is MLflow's
-        self.sites = sites
-        self.rounds = rounds
-        self.min_sites = min_sites
-        self.val_interval = val_interval
-        self.max_update_norm = max_update_norm
-        self.server_momentum = server_momentum
-        self.own_rounds = own_rounds
-        self.shares = shares
-        self.round_timeout = round_timeout
-        self.publish = publish
-        self.averaging: Averaging = averaging
         self.round = 0
         self._answered: list[str] = []  # in this round, with whatever update
 
@@ -118,8 +109,8 @@ class Rounds(ModelController):
                 if self.val_interval and (self.round % self.val_interval == 0 or self.round == self.rounds):
                     self._validate(model)
                 self.save_model(model)
-            if not self.persistor.state["settled"]:
-                self._settle(model)
+            if not self.persistor.state["selected"]:
+                self._select(model)
         finally:
             self.persistor.save_tables(self.fl_ctx)
 
@@ -152,13 +143,13 @@ class Rounds(ModelController):
             )
         for site, update in updates.items():
             self._note(site, "local", {**metrics[site], UPDATE_NORM: update_norm(update, model.params)})
-        return average_updates(updates, counts, self.averaging, model.params)
+        return average_updates(updates, counts, self.averaging)
 
     def _validate(self, model: FLModel) -> None:
         """The sites score the global model and their personalised ones; only the figures come here.
 
-        All that have answered are asked: by this one whose update was refused goes back to where it was, be it in the
-        last round. Its figures are of an older model, and left out.
+        All sites that answered are asked, because the request also makes a site whose update was refused restore its
+        earlier state. The figures of such a site belong to an older model and are left out.
         """
         counted = self.persistor.counted()
         for site, reply in self._ask(AppConstants.TASK_VALIDATION, model, self._answered).items():
@@ -174,14 +165,14 @@ class Rounds(ModelController):
                 if whose in ("global", "personalised"):  # what is noted of "local" bounds and counts a site's updates
                     self._note(site, whose, {metric: value})
 
-    def _settle(self, model: FLModel) -> None:
-        """Every site with a personalised model makes it what it keeps, and tells how far off its cases are."""
+    def _select(self, model: FLModel) -> None:
+        """Every site with a personalised model selects its final one, and reports the shift of its validation cases."""
         self.round = self.rounds
         model.current_round = self.rounds - 1
         counted = self.persistor.counted()
         sites = [site for site in self.sites if site in counted]
         shares, shifts, statistics, published = {}, {}, [], {}
-        for site, reply in self._ask(AppConstants.TASK_VALIDATION, model, sites, SETTLE).items():
+        for site, reply in self._ask(AppConstants.TASK_VALIDATION, model, sites, SELECT).items():
             try:
                 told = {name: _number(value) for name, value in reply.metrics.items()}
                 shares[site] = told["share"]
@@ -201,7 +192,7 @@ class Rounds(ModelController):
             dice = self._cross_site({GLOBAL: model.params, **published}, judges)
             self.persistor.save_published(published, dice, self.fl_ctx)
         scores = expert_scores(dice, list(shifts.values()))
-        self.persistor.save_settled(shares if self.shares else {}, scores, statistics, self.fl_ctx)
+        self.persistor.save_selected(shares if self.shares else {}, scores, statistics, self.fl_ctx)
 
     def _cross_site(
         self, models: Mapping[str, Mapping[str, Tensor]], judges: Sequence[str]
@@ -231,13 +222,13 @@ class Rounds(ModelController):
             task: FLARE's name of it.
             model: sent with it.
             sites: that are asked.
-            last: which of the tasks after the last round it is: SETTLE or SCORE.
+            last: which of the tasks after the last round it is: SELECT or SCORE.
         """
-        settle = last == SETTLE
+        selects = last == SELECT
         there = {client.name for client in self.engine.get_clients()}
         targets = [site for site in sites if site in there]
         model.meta = {COUNTED: self.persistor.counted(), LAST: last}
-        timeout = self.round_timeout * (max(1, self.own_rounds) if settle else 1)
+        timeout = self.round_timeout * (max(1, self.own_rounds) if selects else 1)
         replies = []
         if targets:  # to FLARE, no targets are all clients
             replies = self.send_model_and_wait(task_name=task, data=model, targets=targets, timeout=timeout)
@@ -267,7 +258,7 @@ class Rounds(ModelController):
 
 
 def _number(value: Any) -> float:
-    """What a site tells besides weights is numbers; anything else is refused."""
+    """A number that a site sent besides weights; anything else is refused."""
     if isinstance(value, (bool, torch.Tensor)) or not isinstance(value, (int, float)) or math.isinf(value):
         raise InputError(f"a number is expected, but {type(value).__name__} {str(value)[:40]!r} was sent.")
     return float(value)

@@ -50,7 +50,7 @@ class SelectiveSharing(Filter):
 
     Of full weights, only those are sent that had arrived before, changed in part as well.
 
-    This makes scans harder to reconstruct from one update. It is no differential privacy and gives no guarantee.
+    This makes scans harder to reconstruct from one update. It is not differential privacy and gives no guarantee.
 
     Args:
         arrived: what full weights are compared with; weight differences need none.

@@ -83,7 +83,7 @@ def _masks(served: Sequence[ServedScan], out: Path) -> list[Block]:
         cards.append(Card(scan.case, scan.reasons, figures, thumbnail(overlay), quote(overlay.name)))
     caption = (
         "Sorted by the review list: the masks that should be checked first come first. Quality is the agreement of the "
-        "masks of several views of a scan; it ranks these scans and is no estimate of Dice. A picture links to the "
+        "masks of several views of a scan; it ranks these scans and is not an estimate of Dice. A picture links to the "
         "overlay."
     )
     return [Heading("Masks"), Text(caption, "caption"), Cards(cards)] if cards else []

@@ -123,7 +123,7 @@ def test_a_table_among_the_masks_or_of_something_else_is_refused(scans, tmp_path
     with pytest.raises(InputError, match="among the masks"):
         under_pseudonyms(find_scans(scans), tmp_path / "masks" / "who.csv", tmp_path / "masks")
     (tmp_path / "other.csv").write_text("case,dice\na,1\n")
-    with pytest.raises(InputError, match="no table of pseudonyms"):
+    with pytest.raises(InputError, match="not a table of pseudonyms"):
         under_pseudonyms(find_scans(scans), tmp_path / "other.csv", tmp_path / "masks")
 
 

@@ -121,8 +121,8 @@ def test_job_carries_settings_for_the_named_sites_and_nothing_of_the_machine(tmp
         ({"sites": "A"}, "sites must be a list"),
         ({"sites": []}, "sites must be a list"),
         ({"sites": ["A", "A"]}, "different names"),
-        ({"sites": ["A", "B C"]}, "'B C' can be no client"),
-        ({"sites": ["A", "server"]}, "'server' can be no client"),
+        ({"sites": ["A", "B C"]}, "'B C' cannot be a client"),
+        ({"sites": ["A", "server"]}, "'server' cannot be a client"),
         ({"sites": ["A", "C"]}, "site 'C' is not known"),
         ({"sites": ["A", "one"]}, "needs at least 3 cases"),
         ({"rounds": 0}, "rounds must be a whole number from 1"),
@@ -191,7 +191,7 @@ def test_personalised_models_are_published_by_name_only(kept):
 
 @pytest.mark.parametrize(
     "sites, words",
-    [([], "must be a list"), ("A", "must be a list"), (["A", "C"], "no model at"), (["../A"], "can be no client")],
+    [([], "must be a list"), ("A", "must be a list"), (["A", "C"], "no model at"), (["../A"], "cannot be a client")],
 )
 def test_nothing_is_published_unless_all_that_is_named_is_there(sites, words, kept):
     with pytest.raises(InputError, match=words):
