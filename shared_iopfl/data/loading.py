@@ -22,7 +22,8 @@ import torch
 from monai.config import KeysCollection
 from monai.data import ImageReader, ITKReader, MetaTensor, NibabelReader, PILReader
 from monai.data.utils import is_no_channel, to_affine_nd
-from monai.transforms import LoadImage, MapTransform
+from monai.transforms import BorderPadd, LoadImage, MapTransform
+from monai.transforms.traits import RandomizableTrait
 from monai.utils import ensure_tuple_rep
 
 from shared_iopfl.data.scan_names import ITK, NIBABEL, PICTURES, VOLUMES, file_ending, is_dicom
@@ -154,6 +155,13 @@ class LoadCased(MapTransform):
         label.meta["original_affine"] = np.array(image.meta["original_affine"])
         label.meta["spatial_shape"] = np.asarray(label.shape[1:])
         return label
+
+
+class UncachedBorderPadd(BorderPadd, RandomizableTrait):
+    """A `BorderPadd` that begins what `CacheDataset` repeats each time: volumes are cached without their padding.
+
+    It is not random; the trait is where the cache ends.
+    """
 
 
 def _reader_for(path: Path) -> ImageReader:
