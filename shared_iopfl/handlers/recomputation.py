@@ -100,7 +100,11 @@ class _NoEmptyPadding(TorchFunctionMode):
     """
 
     def __torch_function__(
-        self, function: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+        self,
+        function: Callable[..., Any],
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Run a function of torch, or skip it."""
         if function is nn.functional.pad and len(args) > 1 and not any(args[1]):
