@@ -120,8 +120,8 @@ def measure(
     place = torch.device(device)
     network, scan = make_network(features, place), _volume(image_size, slices, place)
     plain = StackInferer()
-    # as for volumes: with the scan's own statistics, judged by the views
-    default = preset("default", {"statistics": 1.0, "views": "judge"})
+    # as for volumes: half of the statistics are the scan's own, judged by the views
+    default = preset("default", {"statistics": 0.5, "views": "judge"})
     ratios: dict[str, Any] = {}
     seconds: dict[str, Any] = {}
     differences: dict[str, float] = {}
@@ -148,7 +148,7 @@ def measure(
         over_plain("episodic", _inferer(network, experts, default))
         over_plain("episodic_averaged", _inferer(network, experts, replace(default, views="average")))
     if "adapted" in parts:
-        over_plain("adapted", _inferer(network, experts, preset("adapted", {"statistics": 1.0, "views": "judge"})))
+        over_plain("adapted", _inferer(network, experts, preset("adapted", {"statistics": 0.5, "views": "judge"})))
     if "site" in parts:
         one_view = replace(default, views="none")
         differences["site"] = _check_masks(network, experts, one_view, scan[..., : min(4, slices)])
@@ -181,7 +181,7 @@ def memory(device: str, experts: int, slices: int, size: int, features: int, nam
     """Adapt to one volume and print the peak, in a process of its own; started by :func:`measure`."""
     place = torch.device(device)
     network = make_network(features, place)
-    settings = preset(name, {"statistics": 1.0})
+    settings = preset(name, {"statistics": 0.5})
     # a second step takes the memory of a tenth
     inferer = _inferer(network, experts, replace(settings, steps=min(2, settings.steps)))
     with torch.no_grad():

@@ -172,9 +172,10 @@ class RoundHandler:
         self.forget(engine)
 
     def forget(self, engine: Engine) -> None:
-        """Forget the moments of the optimiser."""
+        """Forget the moments of the optimiser, and the gradients: other sites may train in this process."""
         if self.optimizer is not None:
             self.optimizer.state.clear()
+            self.optimizer.zero_grad()
 
 
 def round_state(optimizer: Any, lr_scheduler: Any, handlers: Iterable[Any]) -> dict[str, Any]:

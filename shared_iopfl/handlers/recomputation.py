@@ -17,11 +17,12 @@ the time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from shared_iopfl.routing.network import NORMS
@@ -56,7 +57,8 @@ def recomputed(network: nn.Module) -> Iterator[None]:
     for part in changed:
         part.forward = _recomputing(part)  # type: ignore[method-assign]
     try:
-        yield
+        with _NoEmptyPadding():
+            yield
     finally:
         for part in changed:
             del part.forward
@@ -83,7 +85,28 @@ def _buffers_kept(part: nn.Module) -> Iterator[None]:
     for module, name, buffer in buffers:
         setattr(module, name, buffer.clone())
     try:
-        yield
+        with _NoEmptyPadding():
+            yield
     finally:
         for module, name, buffer in buffers:
             setattr(module, name, buffer)
+
+
+class _NoEmptyPadding(TorchFunctionMode):
+    """Within it, padding by nothing returns its input instead of a copy.
+
+    `BasicUNet` pads at every level of its decoder, though the sizes fit where they are multiples of 16. The copies,
+    which autocast makes in float32, are kept to the end of the level.
+    """
+
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Run a function of torch, or skip it."""
+        if function is nn.functional.pad and len(args) > 1 and not any(args[1]):
+            return args[0]
+        return function(*args, **(kwargs or {}))

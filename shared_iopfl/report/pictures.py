@@ -45,6 +45,7 @@ _MODEL_COLOURS = {
 _OTHER_COLOURS = ("#56B4E9", "#8C6D31", "#7F7F7F", "#5B4B9A", "#1A1A1A", "#9C9E00")
 _REFERENCE_COLOUR = "#F0E442"
 MOST_VALUES = 10  # in a mask
+MOST_SHOWN = 2000  # pixels along a picture's longer side
 WIDTH = 10.5  # inches: the width of the report's page
 
 
@@ -113,7 +114,9 @@ def load_case(image: Path, masks: Mapping[str, Path]) -> CaseImages:
                 aspect = float(data.pixdim[1] / data.pixdim[0]) if name == "image" else aspect
         except Exception as error:  # readers raise whatever their library raises
             raise ValueError(f"{path} cannot be read ({type(error).__name__})") from error
-        loaded[name] = data.numpy() if data.ndim == 4 else data.numpy()[..., None]
+        # every second pixel of a large picture, every third of a larger one: an overlay shows fewer
+        step = max(1, max(data.shape[1:]) // MOST_SHOWN)
+        loaded[name] = data.numpy() if data.ndim == 4 else data.numpy()[:, ::step, ::step, None]
         if loaded[name].shape[1:] != loaded["image"].shape[1:]:
             raise ValueError(f"{path} has shape {loaded[name].shape[1:]}, its scan {loaded['image'].shape[1:]}")
         if name != "image" and (values := len(np.unique(loaded[name]))) > MOST_VALUES:

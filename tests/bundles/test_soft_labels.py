@@ -42,7 +42,7 @@ def on_grid(bundle: str, targets: Tensor, size: int, soft: bool) -> Tensor:
     """Targets (T, H, W) on the network's grid, by the config's transforms from the resizing on."""
     parser = config(bundle, image_size=size, soft_labels=soft)
     items = parser["preprocessing_transforms"]
-    resize = next(n for n, item in enumerate(items) if item["_target_"] == "Resized")
+    resize = next(n for n, item in enumerate(items) if item["_target_"].endswith("ResizedByParts"))
     parser["resize"] = {**items[resize], "allow_missing_keys": True}
     volume = bundle == "prostate_iopfl"
     targets = targets[..., None].expand(-1, -1, -1, 3).clone() if volume else targets

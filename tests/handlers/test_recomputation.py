@@ -96,6 +96,15 @@ def test_what_is_kept_between_forward_and_backward_is_a_fraction() -> None:
     assert recomputed < 0.25 * plain
 
 
+@pytest.mark.parametrize("side, padded", [(32, False), (40, True)])
+def test_only_a_padding_that_adds_something_is_run(side: int, padded: bool) -> None:
+    """`BasicUNet` pads at every level, though only sizes that are no multiple of 16 need it."""
+    network = NETWORKS["BasicUNet"]().train()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        AutocastInferer(False, True)(images(2, 3, side, side, seed=3), network).mean().backward()
+    assert any(event.name == "aten::replication_pad2d" for event in profile.events() or ()) == padded
+
+
 def test_an_error_in_the_forward_leaves_the_network_as_it_was() -> None:
     network = NETWORKS["BasicUNet"]()
     with pytest.raises(RuntimeError, match="channels"):

@@ -31,7 +31,7 @@ FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "GIF", "PPM")
 MOVING = ("WEBP", "GIF")
 LOSSY = ("JPEG", "MPO")  # MPO: how Pillow calls a JPEG with a second picture behind it, as some cameras write
 SUFFIXES = tuple(ending[1:] for ending in PICTURES)
-MOST_PIXELS = 90 * 10**6  # more than any fundus camera's; 3.5 GB while it is prepared
+MOST_PIXELS = 75 * 10**6  # more than any fundus camera's; within 4 GB in all
 SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N", "I")  # "I": some 16-bit files in 32-bit integers
 
 

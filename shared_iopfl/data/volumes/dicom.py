@@ -27,7 +27,7 @@ from monai.utils import ensure_tuple
 
 from shared_iopfl.data.scan_names import entries, is_dicom
 from shared_iopfl.data.volumes.dicom_headers import is_no_image
-from shared_iopfl.data.volumes.headers import import_itk
+from shared_iopfl.data.volumes.headers import check_size, import_itk
 from shared_iopfl.utils.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -91,6 +91,8 @@ class DicomReader(ITKReader):
             files = _in_order(path, [_slice(path, file, tags[file]) for file in files])
             if path.is_file() and tags[path][SERIES]:
                 _check_alone(itk, path, tags[path][SERIES])
+        counts = [int(tags[files[0]][tag] or 1) for tag in (*SIZE, FRAMES)]
+        check_size([*counts, len(files)] if len(files) > 1 else counts, path)
         names = [str(file) for file in files]
         # single precision: slices may differ in their rescaling, and the first one's type would cut the others' values
         return itk.imread(names[0] if len(names) == 1 else names, itk.F)

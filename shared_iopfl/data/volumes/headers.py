@@ -28,7 +28,7 @@ from shared_iopfl.data.scan_names import ITK, NIBABEL, file_ending
 from shared_iopfl.data.volumes.geometry import check_affine, check_forms
 from shared_iopfl.utils.errors import InputError
 
-MOST_VOXELS = 2**27  # of a scan: 1024 x 1024 x 128; more than any of this kind has, and 3 GB while it is prepared
+MOST_VOXELS = 2**26  # of a scan: 1024 x 1024 x 64; more than any of this kind has, and within 4 GB in all
 MILLIMETRES = {1: 1e3, 3: 1e-3}  # NIfTI's codes of metres and microns
 LEAST_VOXEL, LARGEST_VOXEL = 0.01, 50.0  # mm, of a scan in another unit
 SLACK = 2**20  # bytes that may follow the last voxel
@@ -53,7 +53,7 @@ def check_header(path: Path) -> None:
         if io is not None:  # else its reader says why
             io.SetFileName(str(path))
             io.ReadImageInformation()
-            _check_size([io.GetDimensions(axis) for axis in range(io.GetNumberOfDimensions())], path)
+            check_size([io.GetDimensions(axis) for axis in range(io.GetNumberOfDimensions())], path)
 
 
 def millimetres(path: Path) -> float:
@@ -89,7 +89,7 @@ def _check_nibabel(path: Path) -> None:
     check_affine(image.affine, path)
     if isinstance(image, nib.Nifti1Pair):
         check_forms(image.header, image.shape, path)
-    _check_size(image.shape, path)
+    check_size(image.shape, path)
     # a reader would first take the memory that the header asks for, and then find that the file is shorter
     voxels = Path(image.file_map["image"].filename)
     expected = image.dataobj.offset + math.prod(image.shape) * dtype.itemsize
@@ -141,7 +141,8 @@ def _check_data_file(path: Path) -> None:
             raise InputError(f"{path} takes its voxels from {name!r}: they must lie in it, or in one file beside it")
 
 
-def _check_size(shape: Sequence[int], path: Path) -> None:
+def check_size(shape: Sequence[int], path: Path) -> None:
+    """Raise `InputError` for more voxels than are taken for a scan."""
     if math.prod(max(1, length) for length in shape) > MOST_VOXELS:
         raise InputError(f"{path} has too many voxels, {tuple(shape)}: at most {MOST_VOXELS} are taken for a scan")
 

@@ -19,6 +19,7 @@ import pytest
 from tiny_scans import SERIES, dicom_report, dicom_series, rotation
 
 from shared_iopfl.data.loading import LoadCased
+from shared_iopfl.data.volumes import headers
 from shared_iopfl.report.pictures import load_case
 from shared_iopfl.utils.errors import InputError
 
@@ -55,6 +56,14 @@ def without(folder: Path, *tags: bytes) -> Path:
             data = data.replace(tag, tag[:2] + bytes([tag[2] + 1]) + tag[3:], 1)
         file.write_bytes(data)
     return folder
+
+
+def test_a_series_of_too_many_voxels_is_refused_unread(tmp_path, monkeypatch):
+    itk = pytest.importorskip("itk")
+    folder = dicom_series(tmp_path / "scan", SERIES)
+    monkeypatch.setattr(headers, "MOST_VOXELS", SERIES.size - 1)
+    monkeypatch.setattr(itk, "imread", None)
+    refused(folder, "too many voxels")
 
 
 def test_a_series_is_read_in_the_order_of_its_places(tmp_path):
