@@ -214,7 +214,7 @@ def has_begun(output_dir: str | os.PathLike) -> bool:
     return run is not None and run.has_begun
 
 
-def finish(output_dir: str | os.PathLike, report: Callable[[str | os.PathLike], Any] | None = None) -> None:
+def finish(output_dir: str | os.PathLike, report: Callable[[str], object] | None = None) -> None:
     """Say in ``run.json`` that a run has come to its end; nothing is said where no run of this process has the folder.
 
     Args:
@@ -226,7 +226,7 @@ def finish(output_dir: str | os.PathLike, report: Callable[[str | os.PathLike], 
         run.finish()
     try:
         if report is not None:
-            report(output_dir)
+            report(os.fspath(output_dir))
     except BaseException:
         if run is not None:
             run.finish(is_finished=False)

@@ -175,13 +175,13 @@ def test_a_run_that_is_not_gone_on_with_stays_as_it_was(tmp_path: Path) -> None:
 def test_a_run_whose_report_fails_is_unfinished(tmp_path: Path) -> None:
     """The report shows the status, so it is written once the run is over; what fails there is a part of the run."""
 
-    def status(folder: Path) -> str:
+    def status(folder: str | Path) -> str:
         return str(json.loads((Path(folder) / "run.json").read_text())["status"])
 
     seen: list[str] = []
     claim("federate", tmp_path)
 
-    def report(folder: Path) -> None:
+    def report(folder: str) -> None:
         seen.append(status(folder))
         if len(seen) == 1:
             raise InputError("metrics.csv: no column 'site'")
