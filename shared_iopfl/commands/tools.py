@@ -182,4 +182,4 @@ def _flare(module: str = "run") -> ModuleType:
     except ModuleNotFoundError as error:
         if "nvflare" not in str(error.name):
             raise
-        raise InputError("NVIDIA FLARE is not installed: pip install 'shared_iopfl[flare]'.") from error
+        raise InputError("NVIDIA FLARE is not installed: pip install 'nvflare==2.9.0'") from error

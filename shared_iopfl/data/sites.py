@@ -104,6 +104,21 @@ def site_cases(
     return _sorted(official[split])
 
 
+def cases_of_process(cases: Sequence[Case], rank: int, processes: int) -> list[Case]:
+    """The cases that one of several processes trains on; all have as many, so that some cases may be in two.
+
+    Raises:
+        InputError: with fewer cases than processes.
+    """
+    if len(cases) < processes:
+        raise InputError(
+            f"site {cases[0]['site']} has {len(cases)} training cases for {processes} processes: start at most "
+            f"{len(cases)} (--nproc_per_node)."
+        )
+    each = math.ceil(len(cases) / processes)
+    return [cases[(rank + step * processes) % len(cases)] for step in range(each)]
+
+
 def has_test_cases(
     dataset_dir: str | Path,
     site: str,

@@ -17,12 +17,34 @@ from pathlib import Path
 import pytest
 from site_folders import dofe, names, saml
 
-from shared_iopfl.data.sites import find_cases, fingerprint, fold_cases, has_test_cases, site_cases, split_cases
+from shared_iopfl.data.sites import (
+    cases_of_process,
+    find_cases,
+    fingerprint,
+    fold_cases,
+    has_test_cases,
+    site_cases,
+    split_cases,
+)
 from shared_iopfl.utils.errors import InputError
 
 
 def cases_of(*patients: str) -> list[dict[str, str]]:
     return [{"image": p, "label": p, "site": "A", "case": p, "patient": p} for p in patients]
+
+
+@pytest.mark.parametrize("count, processes", [(1, 1), (4, 2), (5, 2), (5, 4), (5, 5)])
+def test_processes_train_on_all_cases_and_each_on_as_many(count, processes):
+    """With fewer steps than the others, a process would leave them waiting for its gradient."""
+    cases = cases_of(*(f"p{n}" for n in range(count)))
+    parts = [cases_of_process(cases, rank, processes) for rank in range(processes)]
+    assert {case["case"] for part in parts for case in part} == {case["case"] for case in cases}
+    assert len({len(part) for part in parts}) == 1 and sum(map(len, parts)) < count + processes
+
+
+def test_more_processes_than_cases_are_refused():
+    with pytest.raises(InputError, match="site A has 2 training cases for 3 processes: start at most 2"):
+        cases_of_process(cases_of("p0", "p1"), 2, 3)
 
 
 def test_split_follows_the_fractions():

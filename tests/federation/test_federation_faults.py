@@ -30,6 +30,7 @@ from shared_iopfl.federation.simulation import Federation
 from shared_iopfl.federation.updates import check_update, far_off
 from shared_iopfl.models.files import load_weights
 from shared_iopfl.utils.errors import InputError, root_input_error
+from shared_iopfl.utils.reading import read_json
 from shared_iopfl.utils.tables import read_rows
 
 BUNDLE = Path(__file__).parents[2] / "bundles" / "prostate_iopfl"
@@ -241,6 +242,29 @@ def test_site_that_fails_when_the_models_are_judged_judges_none_and_is_named(ste
 
     monkeypatch.setattr(FakeClient, step, broken)
     assert cross_site_scores(run, models, SITES) == expected
+    assert [row["site"] for row in read_rows(tmp_path / "failures.csv")] == ["B"]
+
+
+@pytest.mark.usefixtures("fakes")
+def test_site_that_fails_to_select_publishes_its_moving_average(tmp_path, monkeypatch):
+    """It is named, judges no model and has chosen no share; its model is judged by the others."""
+    averages = {}
+
+    def fail(self: FakeClient, weights: Mapping[str, Tensor], own_rounds: int, shares: Any) -> float:
+        averages[self.site] = self.personalised
+        self.train(weights)
+        if self.site == "B":
+            raise OSError("disk of B")
+        return 1.0
+
+    monkeypatch.setattr(FakeClient, "select_personalised", fail, raising=False)
+    run = make(tmp_path)
+    run.shares = (1.0,)
+    run.run()
+    assert equal(load_weights(tmp_path / "models" / "model_B.pt"), averages["B"])
+    assert set(read_json(tmp_path / "models" / "shares.json")) == set(SITES) - {"B"}
+    matrix = {(row["model"], row["site"]) for row in read_rows(tmp_path / "cross_site.csv")}
+    assert ("B", "A") in matrix and "B" not in {site for _, site in matrix}
     assert [row["site"] for row in read_rows(tmp_path / "failures.csv")] == ["B"]
 
 

@@ -161,7 +161,7 @@ def _import_highdicom() -> Any:
     try:
         import highdicom
     except ImportError as error:
-        raise InputError("DICOM output needs highdicom: pip install 'shared_iopfl[dicom]'.") from error
+        raise InputError("DICOM output needs highdicom: pip install highdicom") from error
     return highdicom
 
 

@@ -22,7 +22,7 @@ import json
 import os
 import socket
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -149,14 +149,14 @@ class RunFolder:
                 if path.is_file() and self._is_kept(path) and path not in self._found:
                     self.written.add(path)
 
-    def finish(self) -> None:
-        """Say in ``run.json`` that the run has come to its end."""
+    def finish(self, is_finished: bool = True) -> None:
+        """Say in ``run.json`` that the run has come to its end, or that it has not after all."""
         self.begin()
         self._note_events()
         run = read_run(self.folder)
         if run.get("kind") == self.kind:
-            write_json(self.folder / RUN, {**run, "status": "finished"})
-        self.is_finished = True
+            write_json(self.folder / RUN, {**run, "status": "finished" if is_finished else "unfinished"})
+        self.is_finished = is_finished
 
     def release(self) -> None:
         """List the last files and release the lock."""
@@ -264,11 +264,23 @@ def has_begun(output_dir: str | os.PathLike) -> bool:
     return run is not None and run.has_begun
 
 
-def finish(output_dir: str | os.PathLike) -> None:
-    """Say in ``run.json`` that a run has come to its end; nothing where no run of this process has the folder."""
+def finish(output_dir: str | os.PathLike, report: Callable[[str], object] | None = None) -> None:
+    """Say in ``run.json`` that a run has come to its end; nothing is said where no run of this process has the folder.
+
+    Args:
+        output_dir: of the run.
+        report: is called with it and shows what ``run.json`` says; where that fails, the run is unfinished.
+    """
     run = _held.get(Path(os.path.abspath(output_dir)))
     if run is not None:
         run.finish()
+    try:
+        if report is not None:
+            report(os.fspath(output_dir))
+    except BaseException:
+        if run is not None:
+            run.finish(is_finished=False)
+        raise
 
 
 @atexit.register

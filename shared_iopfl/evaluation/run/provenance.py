@@ -31,7 +31,7 @@ from shared_iopfl.data.patients import AUTO
 from shared_iopfl.data.scan_files import Case
 from shared_iopfl.data.scan_names import printable
 from shared_iopfl.data.sites import find_cases, fingerprint
-from shared_iopfl.evaluation.run.folder import describe, finish
+from shared_iopfl.evaluation.run.folder import describe
 from shared_iopfl.models.manifest import MODEL_FILE
 from shared_iopfl.utils.config_values import as_values
 from shared_iopfl.utils.errors import InputError
@@ -110,7 +110,6 @@ class InferenceRecorder:
         ]
         write_rows(Path(self.output_dir) / "scans.csv", ("case", "file"), rows)
         _write(self.output_dir, {"settings": self.settings, "scans": data, "models": models})
-        finish(self.output_dir)
 
 
 def _is_there(scan: Case) -> bool:

@@ -37,7 +37,7 @@ from torch import Tensor
 
 from shared_iopfl.federation.client import SiteClient, time_limit
 from shared_iopfl.federation.flare.messages import COUNTED, ENVIRONMENT, JOB_FILE, LAST, PUBLISH, SCORE, SELECT
-from shared_iopfl.models.files import model_path, save_atomically
+from shared_iopfl.models.files import load_weights, model_path, save_atomically
 from shared_iopfl.utils.errors import InputError, root_input_error
 from shared_iopfl.utils.files import check_writable
 from shared_iopfl.utils.names import check_site
@@ -121,6 +121,11 @@ class Member:
         else:
             path.unlink(missing_ok=True)
 
+    def _own_model(self) -> dict[str, Tensor] | None:
+        """The personalised model as it lies in the site's folder: where settling failed, the moving average."""
+        path = Path(model_path(str(self.folder), "personalised", self.site))
+        return load_weights(str(path)) if path.is_file() else None
+
     def _make(self) -> SiteClient:
         bundle, dataset_dir = self._path("bundle"), self._path("dataset_dir")
         if bundle_fingerprint(bundle) != self.job["fingerprint"]:
@@ -179,7 +184,8 @@ class Member:
             shared.warning("'%s' failed with %s; see %s", task, kind, self.folder / LOG_FILE)
             # half a round may have passed; the next task begins with the last state that was kept
             self._client = self._judge = None
-            return FLModel(metrics={}, meta={"error": kind})
+            average = self._own_model() if selects and self.publishes else None
+            return FLModel(params=average, metrics={}, meta={"error": kind})
 
     def train(self, received: FLModel) -> FLModel:
         """Global weights in, local weights out; the personalised model moves on in the site's folder."""

@@ -268,6 +268,5 @@ class FlareRun:
         if self.dataset_dir is not None:
             score(self.scoring, self.output_dir, self.dataset_dir, self.sites, self.device)
         draw(self.output_dir)
-        write_report(self.output_dir)
-        finish(self.output_dir)
+        finish(self.output_dir, write_report)
         return Path(model_path(str(self.output_dir / "models")))

@@ -174,10 +174,12 @@ class Rounds(ModelController):
         shares, shifts, statistics, published = {}, {}, [], {}
         for site, reply in self._ask(AppConstants.TASK_VALIDATION, model, sites, SELECT).items():
             try:
-                told = {name: _number(value) for name, value in reply.metrics.items()}
-                shares[site] = told["share"]
                 if self.publish and reply.params:
                     published[site] = check_update(site, reply.params, model.params)
+                if reply.meta.get("error"):  # the moving average stays, as in one process
+                    continue
+                told = {name: _number(value) for name, value in reply.metrics.items()}
+                shares[site] = told["share"]
             except Exception as error:
                 self._fail(site, str(error))
                 continue
@@ -216,7 +218,9 @@ class Rounds(ModelController):
         return {row["site"] for row in self.persistor.failures if row["round"] == self.round}
 
     def _ask(self, task: str, model: FLModel, sites: Sequence[str], last: str = "") -> dict[str, FLModel]:
-        """The answers of some sites, in their order; one that has none is noted and left out.
+        """The answers of some sites, in their order; one that has none, or fails, is noted and left out.
+
+        A site whose settling failed is noted and may have sent its moving average all the same.
 
         Args:
             task: FLARE's name of it.
@@ -242,6 +246,8 @@ class Rounds(ModelController):
             elif error := by_site[site].meta.get("error"):
                 kind = str(error) if str(error).isidentifier() else "an error"  # a class's name, not any text
                 self._fail(site, f"{kind[:40]} at '{task}'; the site's own training.log tells more.")
+                if selects and by_site[site].params:
+                    answers[site] = by_site[site]
             else:
                 answers[site] = by_site[site]
         return answers

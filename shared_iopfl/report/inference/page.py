@@ -116,7 +116,8 @@ def _experts(served: Sequence[ServedScan]) -> list[Block]:
         rows.append(Row(scan.case, [f"{weight:.2f}" for weight in weights], shades=shades))
     caption = (
         f"The weight of each expert in the routed network, as the mean over its layers; an even mixture gives each "
-        f"{1 / len(experts):.2f}. routes.csv has the weights by layer."
+        f"{1 / len(experts):.2f}. Sites whose own model is the global one are not listed. "
+        "routes.csv has the weights by layer."
     )
     return [Heading("Experts"), Text(caption, "caption"), Table(["case", *experts], rows)]
 

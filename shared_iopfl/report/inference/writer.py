@@ -16,9 +16,11 @@ import os
 
 from ignite.engine import Engine, Events
 
+from shared_iopfl.evaluation.run.folder import finish
+
 
 class ReportWriter:
-    """Writes ``report.html`` of an inference, once all scans have had their turn.
+    """Writes ``report.html`` of an inference, once all scans have had their turn, which ends the run.
 
     Args:
         output_dir: of the run.
@@ -38,3 +40,4 @@ class ReportWriter:
         from shared_iopfl.report.inference.page import write_inference_report
 
         write_inference_report(self.output_dir, self.ckpt_dir)
+        finish(self.output_dir)

@@ -172,6 +172,27 @@ def test_a_run_that_is_not_gone_on_with_stays_as_it_was(tmp_path: Path) -> None:
     assert (now["status"], now["machine"], now["settings"]["rounds"]) == ("unfinished", "another", 2)
 
 
+def test_a_run_whose_report_fails_is_unfinished(tmp_path: Path) -> None:
+    """The report shows the status, so it is written once the run is over; what fails there is a part of the run."""
+
+    def status(folder: str | Path) -> str:
+        return str(json.loads((Path(folder) / "run.json").read_text())["status"])
+
+    seen: list[str] = []
+    claim("federate", tmp_path)
+
+    def report(folder: str) -> None:
+        seen.append(status(folder))
+        if len(seen) == 1:
+            raise InputError("metrics.csv: no column 'site'")
+
+    with pytest.raises(InputError, match="no column"):
+        finish(tmp_path, report)
+    assert status(tmp_path) == "unfinished"
+    finish(tmp_path, report)
+    assert status(tmp_path) == "finished" and seen == ["finished", "finished"]
+
+
 def test_models_that_training_would_replace_need_a_word(tmp_path: Path) -> None:
     model = tmp_path / "models" / "model.pt"
     write_text(model, "shipped")

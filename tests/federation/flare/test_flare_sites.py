@@ -21,7 +21,7 @@ import torch
 pytest.importorskip("nvflare", reason="NVIDIA FLARE is not installed: pip install '.[flare]'")
 
 from flare_here import _dataset, _fake, _process_as_it_was, flare_run, received, run_here  # noqa: F401
-from flare_runs import BUNDLE, REPOSITORY, SITES, TINY, matrix
+from flare_runs import BUNDLE, REPOSITORY, SITES, TINY, assert_same, matrix
 from nvflare.app_common.abstract.fl_model import FLModel
 
 from shared_iopfl.federation.flare import client as flare_client
@@ -30,6 +30,7 @@ from shared_iopfl.federation.flare.messages import PUBLISH
 from shared_iopfl.federation.flare.server import Rounds
 from shared_iopfl.models.files import load_weights
 from shared_iopfl.utils.errors import InputError
+from shared_iopfl.utils.reading import read_json
 from shared_iopfl.utils.tables import read_rows
 
 JOB: dict[str, Any] = {
@@ -150,6 +151,29 @@ def test_personalised_model_leaves_a_site_if_the_site_allows_it_and_the_job_asks
     assert published == {f"model_{site}.pt" for site in sent}
     models = {model for model, _ in matrix(tmp_path / "flare")}
     assert models == ({"global", *sent} if asked else set()), "where no site sends its own, of the global one alone"
+
+
+def test_site_that_fails_to_select_publishes_its_moving_average(dataset, tmp_path, fake, monkeypatch):
+    """As in one process: it is named, judges no model and has chosen no share; its model is judged by the others."""
+    averages = {}
+
+    def fail(self: Any, weights: Any, own_rounds: int, shares: Any) -> float:
+        averages[self.site] = {key: tensor.clone() for key, tensor in self.personalised.items()}
+        self.train(weights)
+        if self.site == "A":
+            raise RuntimeError("a scan went away")
+        return shares[-1]
+
+    monkeypatch.setenv(PUBLISH, "True")
+    monkeypatch.setattr(fake, "select_personalised", fail)
+    run = flare_run(tmp_path / "flare", dataset, publish=True, settings={**TINY, "device": "cpu", "min_sites": 1})
+    run_here(run, tmp_path / "work")
+    run._finish(tmp_path / "work")
+    assert_same(load_weights(tmp_path / "flare" / "models" / "model_A.pt"), averages["A"])
+    assert set(matrix(tmp_path / "flare")) == {("global", "B"), ("A", "B")}
+    assert set(read_json(tmp_path / "flare" / "models" / "shares.json")) == {"B"}
+    (failure,) = read_rows(tmp_path / "flare" / "failures.csv")
+    assert failure["site"] == "A" and "RuntimeError at 'validate'" in failure["reason"]
 
 
 def test_personalised_model_that_does_not_fit_is_not_handed_on(dataset, tmp_path, fake, monkeypatch):
