@@ -32,6 +32,7 @@ SMALLER = {
     "compare.json": {**TINY, "rounds": "1", "own_rounds": "1", "fine_tuning": "1", "passes": "1", "folds": "1"},
     "inference.json": {"empty_masks": "allow"},
     "evaluate.json": TINY,
+    "job.py": {**TINY, "rounds": "1"},
 }
 PLACES = re.compile(r"(?<![\w/.-])(DIR|OUT|MASKS)(?=[\s/_]|$)")
 STEP = re.compile(r"^([^\n]*)\n\n```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

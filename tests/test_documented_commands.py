@@ -63,6 +63,7 @@ ELSEWHERE_PAGES = {
     "extending/inside_method.md": "tests/test_extending.py",
     "extending/outside_method.md": "tests/test_extending.py",
     "extending/objective.md": "tests/test_extending.py",
+    "extending/plain_flare.md": "tests/test_extending.py",
 }
 FOLDERS = {"DIR": "DATA", "PHOTOS": "SCANS"}  # placeholders that stand for the same
 NETWORK = {"features": "4"}

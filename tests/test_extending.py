@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from extending import follow, run
 from monai.bundle import ConfigParser
 from PIL import Image
@@ -72,6 +73,19 @@ def test_a_task_by_json_alone(tmp_path: Path) -> None:
     metadata = json.loads((bundle / "configs" / "metadata.json").read_text())
     config = ConfigParser(ConfigParser.load_config_file(bundle / "configs" / "inference.json"))
     assert metadata["network_data_format"]["outputs"]["pred"]["num_channels"] == config["network_def#out_channels"] == 1
+
+
+@pytest.mark.slow
+def test_a_flare_job(tmp_path: Path) -> None:
+    """FLARE's average of the differences that the sites sent makes the mean of what they trained."""
+    pytest.importorskip("nvflare")
+    make_prostate_sites(tmp_path / "DIR", sites=("A", "B"), cases=4, size=(32, 32, 8))
+    path = follow("plain_flare.md", tmp_path).rpartition("global model: ")[2].split()[0]
+    found = torch.load(path, weights_only=True)["model"]
+    local = [torch.load(tmp_path / "OUT" / site / "local_model.pt", weights_only=True) for site in "AB"]
+    assert not equal_weights(*local)
+    for key, tensor in found.items():  # of as many cases each
+        torch.testing.assert_close(tensor.float(), (local[0][key].float() + local[1][key].float()) / 2)
 
 
 @pytest.mark.slow
