@@ -180,6 +180,12 @@ def is_given(name: str) -> bool:
     return workflow is not None and not isinstance(workflow.parser[name], str)
 
 
+def handed_over(name: str) -> Any:
+    """The value that was handed over, as for `is_given`; an empty list where none was."""
+    workflow = running_workflow()
+    return workflow.parser[name] if workflow is not None and is_given(name) else []
+
+
 def running_workflow() -> ConfigWorkflow | None:
     """The workflow that evaluates the present expression: MONAI hands expressions no reference to it."""
     frame = sys._getframe()
