@@ -232,9 +232,8 @@ def labelled_routes(
     with torch.inference_mode(False), torch.enable_grad():
         routed = route(network, experts, per="layer", sample=batches[0][0])
         optimizer = torch.optim.Adam(routed.trainable(), lr=learning_rate)
-        schedule = torch.optim.lr_scheduler.LinearLR(
-            optimizer, 1.0, 0.0, steps
-        )  # otherwise the last batch would dominate
+        # otherwise the last batch would dominate
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
         for step in range(steps):
             images, labels = batches[step % len(batches)]
             optimizer.zero_grad()
