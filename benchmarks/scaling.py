@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import fire
@@ -21,11 +22,14 @@ from torch import Tensor
 
 from benchmarks.networks import agree, make_experts, make_network, naive
 from benchmarks.timing import alternate, machine, peak_memory, print_peak
+from shared_iopfl.inferers.routing import TestTimeRoutingInferer
 from shared_iopfl.routing.network import RoutedNetwork, route
+from shared_iopfl.routing.settings import preset
+from shared_iopfl.utils.stacks import from_stack
 
 __all__ = ["measure"]
 
-KINDS = ("volume", "sample", "memory")
+KINDS = ("volume", "sample", "mask", "memory")
 
 
 def _routed(features: int, experts: int, place: torch.device, per: Any = "volume") -> RoutedNetwork:
@@ -57,7 +61,8 @@ def measure(
         slices, image_size: of the volume.
         features: of BasicUNet.
         repeats: timed pairs.
-        kinds: which to measure: routes a "volume" (one set a batch), a "sample", and "memory".
+        kinds: which to measure: a forward with routes a "volume" (one set a batch) and a "sample"; the time from a
+            scan to its "mask" by the default for volumes; and "memory".
     """
     place = torch.device(device)
     inputs = _volume(slices, image_size, place)
@@ -70,13 +75,26 @@ def measure(
     def through(network: RoutedNetwork) -> Any:
         return lambda: [network(batch) for batch in inputs.split(4)]
 
-    for kind in (kind for kind in KINDS[:-1] if kind in kinds):
+    for kind in (kind for kind in ("volume", "sample") if kind in kinds):
         small, large = (_routed(features, count, place, kind) for count in (few, many))
         for name, network in (("few", small), ("many", large)):
             differences[f"{name}_{kind}"] = agree(network(part), naive(network)(part))
         timed = alternate(through(large), through(small), place, repeats)
         ratios[f"many_over_few_{kind}"] = timed["ratio"]
         seconds.update({f"many_{kind}": timed["seconds"], f"few_{kind}": timed["seconds_of_other"]})
+    if "mask" in kinds:
+        # a scan from its slices to its mask, by the default for volumes, whose routed copy is built beforehand as for
+        # the second scan of a folder
+        network, scan = make_network(features, place), from_stack(inputs[:, :1])[None]
+        routing = preset("default", {"statistics": 0.5, "views": "judge"})
+        inferers = [
+            TestTimeRoutingInferer(make_experts(network, count - 1), settings=routing, flips=(0,))
+            for count in (few, many)
+        ]
+        masks = [partial(inferer, scan, network) for inferer in inferers]
+        timed = alternate(masks[1], masks[0], place, repeats)
+        ratios["many_over_few_mask"] = timed["ratio"]
+        seconds.update({"many_mask": timed["seconds"], "few_mask": timed["seconds_of_other"]})
     if "memory" in kinds:
         for name, count, batch in (("few", few, 1), ("many", many, 1), ("few_4", few, 4), ("many_4", many, 4)):
             arguments = [device, str(count), str(batch), str(image_size), str(features)]

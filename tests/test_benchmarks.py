@@ -123,6 +123,13 @@ def test_a_benchmark_that_failed_is_named_on_the_page():
     assert "| fundus | 2.0 | failed, see federation_fundus.log |" in written
 
 
+def test_a_benchmark_that_prints_no_json_does_not_stop_the_others(tmp_path, monkeypatch):
+    told = {"status": 0, "seconds": 1.0, "log": "routing.log", "stdout": "a library's banner\n{"}
+    monkeypatch.setattr(gpu, "_run", lambda *_: dict(told))
+    result = gpu._benchmark("routing", tmp_path, [])
+    assert result["status"] and result["log"] == "routing.log"
+
+
 def test_nothing_is_timed_where_fast_and_naive_path_differ():
     one = torch.ones(2)
     assert agree(one, one + 1e-6) > 0
@@ -157,7 +164,9 @@ def test_fast_paths_and_the_naive_loop_agree(per):
 def test_fast_inferer_and_the_naive_one_agree(settings):
     """Distances, statistics, kernels and views: each in batches and at once, and each slice, expert and view alone."""
     network = make_network(4, torch.device("cpu"))
-    scan = volume(20 if settings.per == "layer" else 16)  # routers see all slices at once, also those not measured on
+    scan = volume(
+        20 if settings.per == "layer" else stacks.SCAN_SLICES
+    )  # routers see all slices at once, also those not measured on
     masks = [
         kind(make_experts(network, 3), settings=settings, flips=(0,))(scan, network)
         for kind in (TestTimeRoutingInferer, NaiveInferer)
@@ -194,4 +203,4 @@ def test_scans_of_large_slices_are_measured_on_fewer(monkeypatch):
     inferer(volume(20), network)
     monkeypatch.setattr(stacks, "SCAN_PIXELS", 7 * 32 * 32)
     inferer(volume(20), network)
-    assert measured == [16, 7]
+    assert measured == [stacks.SCAN_SLICES, 7]
