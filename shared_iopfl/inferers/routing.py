@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from shared_iopfl.inferers.members import MeanOfNetworks, members_of
+from shared_iopfl.inferers.self_training import SelfTraining, training_inputs
 from shared_iopfl.inferers.start import BriefWeights, RoutedCopy, expert_of, find_start
 from shared_iopfl.inferers.views import ViewsOfScans
 from shared_iopfl.models.files import GLOBAL, USUAL_SHIFT
@@ -92,7 +93,10 @@ class TestTimeRoutingInferer(ViewsOfScans):
         check_values({"seed": seed})
         if mode not in get_args(Mode):
             raise InputError(f"unknown mode '{mode}': choose one of {', '.join(get_args(Mode))}.")
+        if mode == "episodic" and self.settings.self_training:
+            raise InputError("self-training learns from all scans of a site: choose mode 'site', or self_training=0.")
         self.mode: Mode = mode
+        self.seed = seed
         self.experts: dict[str, Mapping[str, Tensor]] = {
             name: BriefWeights(state) for name, state in (experts or {}).items()
         }
@@ -205,10 +209,22 @@ class TestTimeRoutingInferer(ViewsOfScans):
             members = list(self._networks(routed, some, report["statistics"]))
             report["routes"] = routed.last_routes().tolist()
             self.site_network = members[0] if len(members) == 1 else MeanOfNetworks(members, self.output)
+            if settings.self_training:
+                self.site_network = self._self_trained(members[-1], stacks, network, any(report["statistics"]))
+                report.update(decision="self-trained", reason=f"{settings.self_training} steps on masks of the site")
             self.site_shift = report.get("shift")
             routed.reset()
             report["seconds"] = round(time.perf_counter() - began, 3)
         return report
+
+    def _self_trained(self, start: nn.Module, stacks: Sequence[Tensor], network: nn.Module, own: bool) -> nn.Module:
+        """A network that learned the masks which routing makes of each scan; `own`: statistics of the site as well."""
+        steps = self.settings.self_training
+        training = SelfTraining(steps, self.views, self.output, self.batch_size, self.seed)
+        count = training.inputs_per_scan(len(stacks), stacks[0])
+        pairs = [training_inputs(stack, self.route_scan(stack, network)[0], count, self.output) for stack in stacks]
+        images, targets = (torch.cat(parts) for parts in zip(*pairs))
+        return training.train(start, images, targets, own)
 
     def _begin(self, samples: Sequence[Tensor], network: nn.Module) -> tuple[RoutedNetwork, dict[str, Any]]:
         """The routed network at its start for some slices of a scan, or of each of a site's; and the report so far."""

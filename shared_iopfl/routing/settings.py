@@ -70,6 +70,7 @@ class RoutingSettings:
         steps: optimiser steps of adaptation; 0 predicts from the starting routes.
         learning_rate: of Adam.
         agreement: the adapted mask must have at least this Dice with the starting one.
+        self_training: in mode "site", steps of training on the masks of the site's scans; 0: none.
         objective: of adaptation; given as a dictionary, the values replace those of the preset.
     """
 
@@ -84,6 +85,7 @@ class RoutingSettings:
     steps: int = 0
     learning_rate: float = 1e-2
     agreement: float = 0.9
+    self_training: int = 0
     objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
 
     def __post_init__(self) -> None:
@@ -125,6 +127,7 @@ LIMITS: dict[str, Rule] = {
     "steps": whole(0),
     "learning_rate": number(0),
     "agreement": number(0, 1),
+    "self_training": whole(0),
 }
 OBJECTIVE_LIMITS: dict[str, Rule] = {
     "consistency": number(0),
@@ -158,6 +161,8 @@ PRESETS: dict[str, RoutingSettings] = {
     "soup": RoutingSettings(views="none"),
     # the default, then a careful refinement of the routes alone
     "adapted": RoutingSettings(steps=10),
+    # for a site: a network trained on the masks that the default makes of its scans
+    "self_trained": RoutingSettings(self_training=400),
 }
 
 

@@ -27,7 +27,9 @@ Network = Callable[[Tensor], Tensor]
 # makes come fresh from the system, page by page, which costs more than a larger batch gains
 FORWARD_PIXELS, CPU_PIXELS = 2**19, 2**17
 
-SCAN_SLICES = 8  # of a volume that its statistics are measured and the routes adapted on; 16 gain nothing (docs/trials.md)
+SCAN_SLICES = (
+    8  # of a volume that its statistics are measured and the routes adapted on; 16 gain nothing (docs/trials.md)
+)
 SCAN_PIXELS = 3 * 2**18  # of the slices that a scan is measured on, one forward: 12 of 256 x 256, five of 384 x 384
 
 

@@ -71,10 +71,12 @@ def test_its_attributes_can_be_logged():
     assert len(str(inferer.__dict__)) < 20_000
 
 
+EPISODIC = [name for name, settings in PRESETS.items() if not settings.self_training]
+
 # ---- every preset, every kind of input ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", EPISODIC)
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, nullcontext])
 def test_presets_run_on_images_and_volumes(name, mode):
     """Finite logits of the right shape, one report a scan, and neither network nor random state is touched."""
@@ -117,7 +119,7 @@ def test_adapts_for_every_kind_of_routes_and_outputs(per, output, shape):
 
 
 @pytest.mark.parametrize("scan", [torch.zeros(1, 1, 32, 32, 2), torch.full((1, 1, 32, 32, 2), 1e6), 1e-6 * volume(2)])
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", EPISODIC)
 def test_odd_scans_do_not_break_it(scan, name):
     """Constant, huge and nearly empty images give finite logits."""
     logits = routing(name, overrides={"steps": min(1, PRESETS[name].steps)})(scan, unet())
@@ -306,7 +308,7 @@ def test_what_is_no_network_cannot_be_routed():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", EPISODIC)
 def test_cuda_gives_the_masks_of_the_cpu(gpu, name):
     """Logits within 1e-2 in full precision; under autocast finite, and the decision is reported."""
     network, scan = unet(), volume(3)
