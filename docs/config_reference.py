@@ -119,7 +119,7 @@ SETTINGS = {
     # inference
     "model": "model that is scored: `global`, `personalised`, `routed`, `soup` or the name of a site",
     "mode": "`episodic`: route each scan; `site`: one network for all scans of a folder; `off`: the global model",
-    "preset": "routing settings by name: `default`, `paper`, `soup` or `adapted`",
+    "preset": "routing settings by name: `default`, `paper`, `soup`, `adapted` or `self_trained`",
     "routing": "dictionary of single routing settings that replace those of the preset",
     "objective": "module that adaptation minimises; `null`: the objective of `routing`",
     "site_model": "file of a site's network: used if it exists, else written",

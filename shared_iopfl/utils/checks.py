@@ -230,7 +230,7 @@ RULES: dict[str, Rule] = {
     "labelled": switch,
     # inference
     "mode": word("episodic", "site", "off"),
-    "preset": word("default", "paper", "soup", "adapted"),
+    "preset": word("default", "paper", "soup", "adapted", "self_trained"),
     "one_component": switch,
     "overlays": switch,
     "empty_masks": word("fail", "allow"),

@@ -24,7 +24,7 @@ from typing import Any
 from shared_iopfl.utils.errors import InputError
 
 # names of models, of presets and in scores.json, which stand where sites' names do; and model_final.pt of a trainer
-PRESET_NAMES = ("adapted", "default", "paper", "soup")  # of `shared_iopfl.routing.settings`
+PRESET_NAMES = ("adapted", "default", "paper", "self_trained", "soup")  # of `shared_iopfl.routing.settings`
 RESERVED = tuple(sorted((*PRESET_NAMES, "final", "global", "personalised", "routed", "usual_shift")))
 SITE = re.compile(r"\w(?:[\w .-]*[\w.-])?")
 LONGEST = 100  # bytes: with what is put before and after it, a file's name has at most 255
