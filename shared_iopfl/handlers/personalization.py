@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
-from ignite.handlers import EMAHandler
 from monai.data.utils import set_rnd
 from monai.handlers import StatsHandler
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from shared_iopfl.models.files import save_atomically
 from shared_iopfl.models.weights import is_weight
@@ -54,7 +54,7 @@ class DecayThenTail:
         return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-class PersonalizationHandler(EMAHandler):
+class PersonalizationHandler:
     r"""Keeps a site's personalised model: a moving average of its own local models, updated after each round.
 
     .. math:: p \leftarrow \alpha \, p + (1 - \alpha) \, w
@@ -89,38 +89,34 @@ class PersonalizationHandler(EMAHandler):
     ) -> None:
         if not 0 <= alpha < 1:
             raise ValueError(f"alpha must be in [0, 1), but is {alpha}.")
-        super().__init__(network, handle_buffers="update")
-        self.momentum = 1 - alpha  # the parent's range leaves out 1, that is alpha 0
+        self.network = network
         self.alpha = alpha
         self.start_epoch = start_epoch
         self.correct_start = correct_start
         self.save_path = save_path
         self.count = 0
+        self._average = AveragedModel(network, avg_fn=self._averaged, use_buffers=True).requires_grad_(False).eval()
+        self.ema_model: nn.Module = self._average.module
 
-    def attach(  # type: ignore[override]
-        self, engine: Engine, name: str = "personalization_momentum", event: Events = Events.COMPLETED
-    ) -> None:
-        """Update after each round (COMPLETED) of `engine`."""
-        super().attach(engine, name=name, warn_if_exists=False, event=event)
+    def attach(self, engine: Engine) -> None:
+        """Register the handler with an ignite engine."""
+        engine.add_event_handler(Events.COMPLETED, self.update)
 
-    @torch.no_grad()
-    def _update_ema_model(self, engine: Engine, name: str) -> None:
+    def update(self, engine: Engine) -> None:
+        """Take the round's local model into the average, and write the personalised model."""
         # a model from before the start is what p is until then, but no part of the average
         self.count = 0 if engine.state.epoch <= self.start_epoch else self.count + 1
-        momentum = self.momentum
-        if self.count <= 1:
-            momentum = 1.0
-        elif self.correct_start:
-            momentum = (1 - self.alpha) / (1 - self.alpha**self.count)
-        setattr(engine.state, name, momentum)
-        local = self.model.state_dict()
-        for key, averaged in self.ema_model.state_dict().items():
-            if is_weight(averaged):
-                averaged.lerp_(local[key], momentum)
-            else:
-                averaged.copy_(local[key])
+        self._average.n_averaged.fill_(max(self.count - 1, 0))  # none before: copied
+        self._average.update_parameters(self.network)
         if self.save_path is not None:
             save_atomically({key: tensor.cpu() for key, tensor in self.ema_model.state_dict().items()}, self.save_path)
+
+    def _averaged(self, average: Tensor, local: Tensor, _: Tensor | int) -> Tensor:
+        """One tensor of the average with that of a further local model."""
+        if not is_weight(average):
+            return local
+        start = 1 - self.alpha**self.count if self.correct_start else 1
+        return torch.lerp(average, local, (1 - self.alpha) / start)
 
     def state_dict(self) -> dict[str, Any]:
         """What has to be kept to go on after an interruption."""
