@@ -27,7 +27,8 @@ from monai.transforms import Compose, RandGaussianNoise, ToTensor
 from networks import images, unet, untouched
 from torch import Tensor, nn
 
-from shared_iopfl.handlers.personalization import DecayThenTail, PersonalizationHandler, RoundHandler
+from shared_iopfl.handlers.personalization import PersonalizationHandler
+from shared_iopfl.handlers.rounds import DecayThenTail, RoundHandler
 from shared_iopfl.models.files import load_weights
 
 
