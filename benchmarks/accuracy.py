@@ -83,7 +83,7 @@ def measure(
                     "ckpt_dir": ckpt_dir or str(bundle / "models"),
                     "sites": [name for name in experts if name != site],
                     "validate#inferer#_target_": Expression(inferer),
-                    "validate#dataset#data": Expression(f"$sites.site_cases(@dataset_dir, @site, 'all')[:{cases:d}]"),
+                    "validate#dataset#data": Expression(f"$splits.site_cases(@dataset_dir, @site, 'all')[:{cases:d}]"),
                 }
                 Scoring(str(bundle), folder, {**overrides, **common}).score(site, "routed", role="outside")
                 dice[path], seconds[path] = _dice(Path(folder)), _seconds(Path(folder), site)

@@ -27,7 +27,7 @@ from benchmarks.networks import agree
 from benchmarks.timing import alternate, machine, now, peak_memory, print_peak, spread
 from shared_iopfl.data.phantoms.sites import make_fundus_sites, make_prostate_sites
 from shared_iopfl.federation.simulation import Federation, SiteClient
-from shared_iopfl.handlers.personalization import RoundHandler
+from shared_iopfl.handlers.rounds import RoundHandler
 from shared_iopfl.utils.config_values import Expression
 
 __all__ = ["measure"]

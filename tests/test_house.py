@@ -46,13 +46,6 @@ def imported(tree: ast.AST) -> Iterator[str]:
             yield from (alias.name for alias in node.names if alias.name.startswith("shared_iopfl."))
 
 
-def hints(tree: ast.AST) -> Iterator[str]:
-    """What is imported for type hints alone, which may point back within a folder."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
-            yield from imported(node)
-
-
 def parsed(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
@@ -79,8 +72,7 @@ def test_imports_run_down_only(path: Path) -> None:
 def test_no_module_imports_itself_by_way_of_others() -> None:
     graph = {}
     for path in MODULES:
-        tree = parsed(path)
-        graph[name_of(path)] = set(imported(tree)) - set(hints(tree)) - {name_of(path)}
+        graph[name_of(path)] = set(imported(parsed(path))) - {name_of(path)}
     list(TopologicalSorter(graph).static_order())
 
 

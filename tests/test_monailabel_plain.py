@@ -19,6 +19,7 @@ import json
 import os
 import shutil
 import subprocess
+import time
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -79,10 +80,10 @@ def visits(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Visit
         if bundle == PACKED:
             with zipfile.ZipFile(package(str(ROOT / "bundles" / bundle), str(folder / "zip"))) as packed:
                 packed.extractall(app / "model")
+                for entry in packed.infolist():  # as `unzip` does
+                    os.utime(app / "model" / entry.filename, (time.mktime((*entry.date_time, 0, 0, -1)),) * 2)
         else:
             shutil.copytree(ROOT / "bundles" / bundle, app / "model" / bundle)
-        for model in (app / "model" / bundle / "models").glob("*.pt"):
-            os.utime(model, (1_700_000_000,) * 2)  # as where they come out of an archive
     (folder / "studies").mkdir()
     command = ["monailabel", "start_server", "--app", app, "--studies", folder / "studies", "--host", "127.0.0.1"]
     command += ["--conf", "models", ",".join(BUNDLES), "--conf", "zoo_source", "ngc", "--conf", "sam2", "false"]

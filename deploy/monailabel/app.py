@@ -18,8 +18,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import sys
+import time
 from pathlib import Path
 
 BUNDLES = Path(__file__).resolve().parents[2] / "bundles"
@@ -61,8 +63,10 @@ def copy_models(source: Path, target: Path) -> bool:
     part = target.with_name("models.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
-    for file in (path for pattern in MODEL_SET for path in source.glob(pattern)):
+    began = time.time()
+    for number, file in enumerate(path for pattern in MODEL_SET for path in source.glob(pattern)):
         shutil.copyfile(file, part / file.name)
+        os.utime(part / file.name, (began - number,) * 2)  # the server distinguishes models by their time alone
     part.rename(target)
     return True
 

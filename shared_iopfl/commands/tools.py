@@ -21,7 +21,7 @@ from typing import Any
 from shared_iopfl.commands.summary import has_results
 from shared_iopfl.data.patients import AUTO
 from shared_iopfl.data.scan_files import find_scans, not_taken
-from shared_iopfl.data.sites import find_cases, list_sites, site_cases
+from shared_iopfl.data.splits import find_cases, list_sites, site_cases
 from shared_iopfl.utils.checks import check_values
 from shared_iopfl.utils.errors import InputError
 

@@ -144,9 +144,9 @@ class Comparison:
         def cases(split: str, site: str = "@site") -> str:
             seeded = f"seed={seed:d}, patient=@patient"
             if self.folds == 1:
-                return f"sites.site_cases(@dataset_dir, {site}, '{split}', {seeded}, fractions=@fractions)"
+                return f"splits.site_cases(@dataset_dir, {site}, '{split}', {seeded}, fractions=@fractions)"
             folds = f"fold={fold:d}, folds={self.folds:d}"
-            return f"sites.fold_cases(@dataset_dir, {site}, '{split}', {folds}, {seeded})"
+            return f"splits.fold_cases(@dataset_dir, {site}, '{split}', {folds}, {seeded})"
 
         parts = {split: Expression(f"${cases(split)}") for split in PARTS}
         data = {"train#dataset#data": parts["train"], "validate#dataset#data": parts["validation"]}
@@ -244,7 +244,7 @@ class Comparison:
             self.runs.score(run, site, f"expert {expert}", path, **self._outside(models, mode="off"))
         if self.pooled is not None and not self.runs.scored(run, site, POOLED):
             cases = (
-                f"sites.site_cases(@dataset_dir, site, 'train', seed={seed:d}, fractions={EXPERTS}, patient=@patient)"
+                f"splits.site_cases(@dataset_dir, site, 'train', seed={seed:d}, fractions={EXPERTS}, patient=@patient)"
             )
             path = self.trainings.pool(others, seed, run / "models" / POOLED, cases)
             self.runs.score(run, site, POOLED, path, **self._outside(models, mode="off"))

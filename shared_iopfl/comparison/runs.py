@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from shared_iopfl.comparison.scores import COMPARED
+from shared_iopfl.evaluation.failed_scans import Failure
 from shared_iopfl.evaluation.review import collect_review
 from shared_iopfl.evaluation.scores import finite_mean
 from shared_iopfl.evaluation.scoring import Scoring
-from shared_iopfl.evaluation.tolerant import Failure
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.tables import read_rows, write_json, write_rows
 

@@ -95,7 +95,7 @@ class Trainings:
         run = self.output_dir / f"seed{seed}" / (f"federation_{name}_" * bool(name) or "federation_")
         run = run.with_name(run.name + "+".join(sorted(sites)))
         if not (run / "models" / "scores.json").is_file():
-            cases = "$sites.site_cases(@dataset_dir, @site, '{}', seed={:d}, fractions={}, patient=@patient)"
+            cases = "$splits.site_cases(@dataset_dir, @site, '{}', seed={:d}, fractions={}, patient=@patient)"
             data = {
                 "train#dataset#data": Expression(cases.format("train", seed, EXPERTS)),
                 "validate#dataset#data": Expression(cases.format("validation", seed, EXPERTS)),
@@ -130,7 +130,7 @@ class Trainings:
                 "pooled_sites": list(sites),
                 "seed": seed,
                 "epochs": self.rounds,
-                "train#dataset#data": Expression(f"$sites.pooled(@pooled_sites, lambda site: {cases})"),
+                "train#dataset#data": Expression(f"$splits.pooled(@pooled_sites, lambda site: {cases})"),
                 "validate#dataset#data": [],
                 **(self.pooled or {}),
             }
@@ -160,7 +160,7 @@ class Trainings:
     def _config(self, site: str) -> ConfigParser:
         parser = ConfigParser()
         parser.read_config(str(Path(self.bundle_root) / "configs" / "train.json"))
-        data = Expression("$sites.site_cases(@dataset_dir, @site, 'all', patient=@patient)")
+        data = Expression("$splits.site_cases(@dataset_dir, @site, 'all', patient=@patient)")
         overrides = {**self.training, "dataset_dir": self.dataset_dir, "site": site, "validate#dataset#data": data}
         parser.update(as_values({"bundle_root": self.bundle_root, **overrides}))
         return parser

@@ -231,6 +231,7 @@ def _read_datalist(path: Path, root: Path) -> tuple[dict[str, list[tuple[Path, P
 
     A validation or test list without any label, as public challenges have it, cannot score anything and is left out.
     """
+    # not by MONAI's `load_decathlon_datalist`, which checks neither the items nor where their paths lead
     content = read_json(path)
     if not isinstance(content, dict):
         raise InputError(f"{path} is not a datalist but a {type(content).__name__}: take it away or correct it.")

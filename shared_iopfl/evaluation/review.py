@@ -26,7 +26,7 @@ import torch
 from ignite.engine import Engine
 
 from shared_iopfl.evaluation.records.routes import reported_case
-from shared_iopfl.evaluation.run.served import ServedRecorder, served_scans
+from shared_iopfl.evaluation.run.growing_tables import ServedRecorder, served_scans
 from shared_iopfl.inferers.routing import TestTimeRoutingInferer
 from shared_iopfl.routing.settings import LARGE_SHIFT
 from shared_iopfl.utils.tables import read_rows, write_rows

@@ -18,8 +18,8 @@ from typing import Any
 
 from monai.bundle import ConfigWorkflow
 
-from shared_iopfl.data.sites import has_test_cases
-from shared_iopfl.evaluation.tolerant import Failure
+from shared_iopfl.data.splits import has_test_cases
+from shared_iopfl.evaluation.failed_scans import Failure
 from shared_iopfl.utils.config_values import as_values
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.names import check_site, check_sites

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shared_iopfl.evaluation.run.found import check_settings
+from shared_iopfl.evaluation.run.earlier_run import check_settings
 from shared_iopfl.federation.state import FederationState
 from shared_iopfl.federation.updates import FAILED, HISTORY
 from shared_iopfl.models.files import save_atomically

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from shared_iopfl.data.patients import AUTO
 from shared_iopfl.data.scan_files import Case
-from shared_iopfl.data.sites import find_cases
+from shared_iopfl.data.splits import find_cases
 from shared_iopfl.evaluation.scores import finite_mean, show
 from shared_iopfl.federation.averaging import average_updates
 from shared_iopfl.federation.client import SiteClient

@@ -24,7 +24,7 @@ from monai.engines import SupervisedEvaluator
 from monai.transforms.transform import Transform
 from torch.nn.parallel import DistributedDataParallel
 
-from shared_iopfl.evaluation.tolerant import TolerantEvaluator
+from shared_iopfl.evaluation.failed_scans import TolerantEvaluator
 from shared_iopfl.models.files import load_weights
 from shared_iopfl.models.weights import check_experts
 

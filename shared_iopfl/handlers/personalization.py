@@ -8,53 +8,23 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The personalised model, a moving average of a site's local models, updated at the end of each round.
-
-`MonaiAlgo` keeps one trainer through all rounds and runs it once a round: STARTED and COMPLETED are the round's ends.
-"""
+"""The personalised model, a moving average of a site's local models, updated at the end of each round."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from ignite.engine import Engine, Events
-from ignite.handlers import EMAHandler
-from monai.data.utils import set_rnd
-from monai.handlers import StatsHandler
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from shared_iopfl.models.files import save_atomically
 from shared_iopfl.models.weights import is_weight
-from shared_iopfl.utils.errors import root_input_error
 
 
-class DecayThenTail:
-    """A learning-rate factor for `LambdaLR`: cosine from 1 to `floor`, then constant for the last part of the run.
-
-    The small-rate tail matters more than alpha: a personalised model should be the average of a site's models there.
-    A `SequentialLR` of `CosineAnnealingLR` and `ConstantLR` would need three components for one formula.
-
-    Args:
-        epochs: of the whole run, over all rounds.
-        tail: last part of the epochs, in [0, 1), at the constant small rate.
-        floor: the factor there.
-    """
-
-    def __init__(self, epochs: int, tail: float = 0.25, floor: float = 0.1) -> None:
-        # rounded down, as the epoch after which a personalised model is averaged: no model above the floor is in it
-        self.decay = max(1, math.floor((1 - tail) * epochs))
-        self.floor = floor
-
-    def __call__(self, epoch: int) -> float:
-        progress = min(1.0, epoch / self.decay)
-        return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-class PersonalizationHandler(EMAHandler):
+class PersonalizationHandler:
     r"""Keeps a site's personalised model: a moving average of its own local models, updated after each round.
 
     .. math:: p \leftarrow \alpha \, p + (1 - \alpha) \, w
@@ -89,38 +59,34 @@ class PersonalizationHandler(EMAHandler):
     ) -> None:
         if not 0 <= alpha < 1:
             raise ValueError(f"alpha must be in [0, 1), but is {alpha}.")
-        super().__init__(network, handle_buffers="update")
-        self.momentum = 1 - alpha  # the parent's range leaves out 1, that is alpha 0
+        self.network = network
         self.alpha = alpha
         self.start_epoch = start_epoch
         self.correct_start = correct_start
         self.save_path = save_path
         self.count = 0
+        self._average = AveragedModel(network, avg_fn=self._averaged, use_buffers=True).requires_grad_(False).eval()
+        self.ema_model: nn.Module = self._average.module
 
-    def attach(  # type: ignore[override]
-        self, engine: Engine, name: str = "personalization_momentum", event: Events = Events.COMPLETED
-    ) -> None:
-        """Update after each round (COMPLETED) of `engine`."""
-        super().attach(engine, name=name, warn_if_exists=False, event=event)
+    def attach(self, engine: Engine) -> None:
+        """Register the handler with an ignite engine."""
+        engine.add_event_handler(Events.COMPLETED, self.update)
 
-    @torch.no_grad()
-    def _update_ema_model(self, engine: Engine, name: str) -> None:
+    def update(self, engine: Engine) -> None:
+        """Take the round's local model into the average, and write the personalised model."""
         # a model from before the start is what p is until then, but no part of the average
         self.count = 0 if engine.state.epoch <= self.start_epoch else self.count + 1
-        momentum = self.momentum
-        if self.count <= 1:
-            momentum = 1.0
-        elif self.correct_start:
-            momentum = (1 - self.alpha) / (1 - self.alpha**self.count)
-        setattr(engine.state, name, momentum)
-        local = self.model.state_dict()
-        for key, averaged in self.ema_model.state_dict().items():
-            if is_weight(averaged):
-                averaged.lerp_(local[key], momentum)
-            else:
-                averaged.copy_(local[key])
+        self._average.n_averaged.fill_(max(self.count - 1, 0))  # none before: copied
+        self._average.update_parameters(self.network)
         if self.save_path is not None:
             save_atomically({key: tensor.cpu() for key, tensor in self.ema_model.state_dict().items()}, self.save_path)
+
+    def _averaged(self, average: Tensor, local: Tensor, _: Tensor | int) -> Tensor:
+        """One tensor of the average with that of a further local model."""
+        if not is_weight(average):
+            return local
+        start = 1 - self.alpha**self.count if self.correct_start else 1
+        return torch.lerp(average, local, (1 - self.alpha) / start)
 
     def state_dict(self) -> dict[str, Any]:
         """What has to be kept to go on after an interruption."""
@@ -130,61 +96,3 @@ class PersonalizationHandler(EMAHandler):
         """Restore a state from :meth:`state_dict`."""
         self.count = int(state["count"])
         self.ema_model.load_state_dict(state["model"])
-
-
-class OneLineStatsHandler(StatsHandler):
-    """MONAI's `StatsHandler`, which logs no traceback of an error that ends the run in one line anyway."""
-
-    def exception_raised(self, engine: Engine, e: Exception) -> None:
-        """Log an error of the input as one line, and raise it."""
-        if root_input_error(e) is not None:
-            raise e
-        super().exception_raised(engine, e)
-
-
-class RoundHandler:
-    """Makes each round start afresh: a new optimiser, and randomness that depends on seed and epoch alone.
-
-    Shuffling and augmentation are seeded from (seed, epoch), so that a round gives the same weights whether the process
-    has run since the first round or was resumed a moment ago; the global random state is not touched.
-
-    Args:
-        optimizer: its moments are forgotten (Jiang et al. 2023 make a new one each round); None keeps it.
-        seed: of shuffling and augmentation.
-    """
-
-    def __init__(self, optimizer: torch.optim.Optimizer | None = None, seed: int = 0) -> None:
-        self.optimizer = optimizer
-        self.seed = seed
-
-    def attach(self, engine: Engine) -> None:
-        """Register the handlers with an ignite engine."""
-        engine.add_event_handler(Events.STARTED, self.start)
-        engine.add_event_handler(Events.COMPLETED, self.forget)
-
-    def start(self, engine: Engine) -> None:
-        """Begin a round: seed shuffling and augmentation, forget the moments of the optimiser."""
-        seed = int(np.random.SeedSequence((self.seed, engine.state.epoch)).generate_state(1)[0])
-        loader: Any = engine.state.dataloader
-        if getattr(loader, "generator", None) is not None:
-            loader.generator.manual_seed(seed)
-        set_rnd(loader.dataset, seed=seed)
-        self.forget(engine)
-
-    def forget(self, engine: Engine) -> None:
-        """Forget the moments of the optimiser, and the gradients: other sites may train in this process."""
-        if self.optimizer is not None:
-            self.optimizer.state.clear()
-            self.optimizer.zero_grad()
-
-
-def round_state(optimizer: Any, lr_scheduler: Any, handlers: Iterable[Any]) -> dict[str, Any]:
-    """What a site keeps from round to round, by name, for a federation to continue from after an interruption.
-
-    Args:
-        optimizer, lr_scheduler: of the trainer.
-        handlers: of the trainer. Those with a state to be kept have the attribute ``state_name``, and the methods
-            ``state_dict`` and ``load_state_dict``.
-    """
-    named = {handler.state_name: handler for handler in handlers if hasattr(handler, "state_name")}
-    return {"optimizer": optimizer, "lr_scheduler": lr_scheduler, **named}

@@ -15,9 +15,9 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import sys
 import zipfile
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +175,7 @@ def load_experts(
         if not files:
             _check_named(sites, Path(ckpt_dir))
     sites = [check_site(site) for site in ([sites] if isinstance(sites, str) else sites)]
-    _tell_apart(ckpt_dir)
+    _check_times(ckpt_dir)
     models = {site: load_weights(model_path(ckpt_dir, "personalised", site)) for site in sites}
     if equal_too or not models or not os.path.isfile(model_path(ckpt_dir)):
         return models
@@ -197,21 +197,22 @@ def _check_named(sites: Sequence[str], folder: Path) -> None:
         )
 
 
-def _tell_apart(ckpt_dir: str) -> None:
-    """Give models with the same modification time, as after unpacking an archive, different times, if permitted.
+def _check_times(ckpt_dir: str) -> None:
+    """Raise where models in MONAI Label's process have the same modification time, as archives may unpack them.
 
-    MONAI Label keeps one network across requests and recognises by the modification time alone whether another model
-    was chosen: with equal times, all requests would be served by the first model.
+    It keeps one network across requests and recognises another model file by that time alone; neither network nor
+    inferer is told which file a request names, so that all requests would be served by the first one.
     """
-    times: set[float] = set()
-    with suppress(OSError):
-        for path in sorted(Path(ckpt_dir).glob("*.pt")):
-            time = given = path.stat().st_mtime
-            while time in times:
-                time -= 1
-            if time != given:
-                os.utime(path, (time, time))
-            times.add(time)
+    if "monailabel" not in sys.modules:
+        return
+    times: dict[float, str] = {}
+    for path in sorted(Path(ckpt_dir).glob("*.pt")):
+        other = times.setdefault(path.stat().st_mtime, path.name)
+        if other != path.name:
+            raise InputError(
+                f"{other} and {path.name} in {ckpt_dir} have the same modification time, by which alone MONAI Label "
+                "distinguishes models: give each file a time of its own (touch)."
+            )
 
 
 def load_scores(ckpt_dir: str) -> dict[str, float] | None:

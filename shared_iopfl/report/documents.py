@@ -10,7 +10,8 @@
 # limitations under the License.
 """Elements of a document: what a page shows, and which of it is written as Markdown too.
 
-`shared_iopfl.report.pages.page` makes HTML of them, by the macros of ``templates/blocks.html.jinja``.
+`shared_iopfl.report.pages.page` makes HTML of them, by the macros of ``templates/blocks.html.jinja``. It
+is not made of their Markdown, by the package `markdown`: pictures, notes and coloured heads are on the page alone.
 """
 
 from __future__ import annotations

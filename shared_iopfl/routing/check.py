@@ -17,9 +17,9 @@ the routed network with the plain network of the mixed weights finds this.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +28,6 @@ from torch.utils._pytree import tree_leaves
 
 from shared_iopfl.models.weights import is_weight
 from shared_iopfl.utils.errors import InputError
-
-if TYPE_CHECKING:
-    from shared_iopfl.routing.network import RoutedNetwork
 
 HALF = (torch.bfloat16, torch.float16)
 # of the largest output; an accelerator rounds the products of a convolution to ten bits
@@ -71,27 +68,32 @@ def mixed_states(states: Sequence[Mapping[str, Tensor]], routes: Tensor) -> dict
 
 
 @torch.no_grad()
-def check_routed(routed: RoutedNetwork, network: nn.Module, plain: nn.Module, routes: Tensor, sample: Tensor) -> None:
+def check_routed(
+    routed: nn.Module,
+    network: nn.Module,
+    plain: nn.Module,
+    collapsed: nn.Module,
+    layers: Sequence[str],
+    sample: Tensor,
+) -> None:
     """Raise unless the routed network, and the plain one it collapses to, compute what the mixed weights do.
 
     It costs four forwards of the sample: 0.3 s of one CPU core at 96 x 96 (`BasicUNet` of 16 features, four experts),
-    half of a plain forward over the 20 slices of a volume. Neither the network nor the global random state is touched;
-    the routed network is as it was made.
+    half of a plain forward over the 20 slices of a volume. Neither the network nor the global random state is touched.
 
     Args:
-        routed: not yet blending statistics.
+        routed: with routes that stay as they are, and not yet blending statistics.
         network: the one that was routed.
-        plain: a copy of it with the weights that `routes` mix.
-        routes: (E,).
+        plain: a copy of it with the weights that these routes mix.
+        collapsed: what the routed network collapses to.
+        layers: names of the routed layers, in the order of the network.
         sample: network inputs (B, C, *spatial); only the first is used.
 
     Raises:
         InputError: naming the first layer that differs.
     """
-    from shared_iopfl.routing.network import collapse
-
     sample = sample[:1]
-    with torch.autocast(sample.device.type, enabled=False), _fixed(routed, routes):
+    with torch.autocast(sample.device.type, enabled=False):
         expected = _forward(plain, sample)
         try:
             with _Watch(network) as watch:
@@ -102,17 +104,17 @@ def check_routed(routed: RoutedNetwork, network: nn.Module, plain: nn.Module, ro
                     "(a function that closes over the layer); reach it through self."
                 )
             if _differ(expected, found):
-                at = _first_difference(plain, routed, sample)
+                at = _first_difference(plain, routed, layers, sample)
                 raise InputError(
                     f"cannot route this network: at {at} the routed network does not compute what the plain one with "
                     "the same weights does; its forward must not ask for a layer's type, attributes or weights."
                 )
-            if _differ(expected, _forward(collapse(routed, routes).eval(), sample)):
+            if _differ(expected, _forward(collapsed, sample)):
                 raise InputError("cannot route this network: the plain network it collapses to does not compute it.")
         except (InputError, torch.OutOfMemoryError):
             raise
         except Exception as error:
-            at = _first_difference(plain, routed, sample)
+            at = _first_difference(plain, routed, layers, sample)
             reason = " ".join(str(error).split())[:200]
             raise InputError(
                 f"cannot route this network: at {at} its forward fails with routed layers ({type(error).__name__}: "
@@ -134,31 +136,6 @@ class _Watch(TorchFunctionMode):
             if not self.seen and id(value) in self.names:
                 self.seen = self.names[id(value)].rpartition(".")[0]
         return func(*args, **(kwargs or {}))
-
-
-class _Fixed(nn.Module):
-    """Routes (1, E) that nothing changes."""
-
-    def __init__(self, routes: Tensor) -> None:
-        super().__init__()
-        self.start = routes
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return self.start[None].to(inputs.device)
-
-
-@contextmanager
-def _fixed(routed: RoutedNetwork, routes: Tensor) -> Iterator[None]:
-    """Every layer has the same routes, whatever gives them otherwise."""
-    kept = [layer.routes for layer in routed._routed]
-    try:
-        for layer in routed._routed:
-            layer.routes = _Fixed(routes)  # type: ignore[assignment]
-        yield
-    finally:
-        for layer, own in zip(routed._routed, kept):
-            layer.routes = own
-        routed.reset()
 
 
 def _forward(network: nn.Module, sample: Tensor) -> list[Tensor]:
@@ -184,17 +161,17 @@ def _differ(expected: Sequence[Tensor], found: Sequence[Tensor]) -> bool:
     return False
 
 
-def _first_difference(plain: nn.Module, routed: RoutedNetwork, sample: Tensor) -> str:
+def _first_difference(plain: nn.Module, routed: nn.Module, layers: Sequence[str], sample: Tensor) -> str:
     """The first layer that one network runs and the other does not, or with another output."""
     calls: list[list[tuple[str, list[Tensor]]]] = []
-    for network in (plain, routed.network):
+    for network in (plain, routed):
         made: list[tuple[str, list[Tensor]]] = []
         calls.append(made)
 
         def note(name: str, made: list[tuple[str, list[Tensor]]] = made) -> Any:
             return lambda layer, inputs, output: made.append((name, [t.clone() for t in _tensors(output)]))
 
-        hooks = [network.get_submodule(name).register_forward_hook(note(name)) for name in routed.layers]
+        hooks = [network.get_submodule(name).register_forward_hook(note(name)) for name in layers]
         with suppress(Exception):  # what it fails at is what is looked for
             _forward(network, sample)
         for hook in hooks:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from shared_iopfl.models.weights import copy_network, is_weight
-from shared_iopfl.routing.routers import FreeRoutes, Router
+from shared_iopfl.routing.routers import FixedRoutes, FreeRoutes, Router
 from shared_iopfl.utils.errors import InputError
 
 # grouped convolutions are slow there: half as fast as one sample after another
@@ -57,7 +57,7 @@ class RoutedLayer(nn.Module):
         super().__init__()
         self.name = name
         self.layer = copy_network(layer).requires_grad_(False).eval()
-        self.routes = routes
+        self.routes: FixedRoutes | FreeRoutes | Router = routes
         self.names = [name for name, tensor in layer.state_dict().items() if is_weight(tensor)]
         for index, name in enumerate(self.names):
             like = layer.state_dict()[name]

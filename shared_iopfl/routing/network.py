@@ -21,7 +21,8 @@ code serves BasicUNet, UNet, SegResNet, DynUNet and whatever else is made of suc
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 from shared_iopfl.models.weights import check_experts, copy_network, is_weight
 from shared_iopfl.routing.check import check_layer, check_routed, mixed_states, uneven_routes
 from shared_iopfl.routing.layers import RoutedBatchNorm, RoutedLayer
-from shared_iopfl.routing.routers import Activation, FreeRoutes, Router
+from shared_iopfl.routing.routers import Activation, FixedRoutes, FreeRoutes, Router
 from shared_iopfl.utils.errors import InputError
 
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
@@ -111,6 +112,19 @@ class RoutedNetwork(nn.Module):
         for layer in self._norms:
             layer.last_statistics = layer.last_batch = None
             layer.frozen = False
+
+    @contextmanager
+    def fixed_routes(self, routes: Tensor) -> Iterator[None]:
+        """Every layer has the same routes (E,), whatever gives them otherwise; it is reset afterwards."""
+        kept = [layer.routes for layer in self._routed]
+        try:
+            for layer in self._routed:
+                layer.routes = FixedRoutes(routes)
+            yield
+        finally:
+            for layer, own in zip(self._routed, kept):
+                layer.routes = own
+            self.reset()
 
     def freeze_statistics(self, frozen: bool) -> None:
         """Keep blending with the batch statistics of the last forward: a scan's, whatever part of it is seen next."""
@@ -226,7 +240,9 @@ def route(
     if sample is not None:
         plain = copy_network(network).eval()
         plain.load_state_dict(mixed, strict=False)  # a layer of two names has its weights by the first
-        check_routed(routed_network, network, plain, uneven, sample)
+        with routed_network.fixed_routes(uneven):
+            collapsed = collapse(routed_network, uneven).eval()
+            check_routed(routed_network.network, network, plain, collapsed, routed_network.layers, sample)
     routed_network.set_statistics(statistics)
     return routed_network
 

@@ -50,6 +50,22 @@ class FreeRoutes(nn.Module):
         return _mixture(self.logits, self.start, self.activation)
 
 
+class FixedRoutes(nn.Module):
+    """Routes that nothing changes.
+
+    Args:
+        routes: (E,).
+    """
+
+    def __init__(self, routes: Tensor) -> None:
+        super().__init__()
+        self.start = routes
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Routes of shape (1, E)."""
+        return self.start[None].to(inputs.device)
+
+
 class Router(nn.Module):
     """Routes from a layer's input: global average pool, linear C -> 2C, ReLU, dropout, linear 2C -> E, normalised.
 

@@ -23,7 +23,7 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 
 from shared_iopfl.comparison.protocol import PERSONAL, Comparison
 from shared_iopfl.comparison.runs import COLUMNS, Runs
-from shared_iopfl.data.sites import find_cases
+from shared_iopfl.data.splits import find_cases
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.tables import read_rows, write_rows
 

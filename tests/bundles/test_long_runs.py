@@ -26,7 +26,7 @@ from interrupted import TinyRun
 from monai.bundle import ConfigWorkflow
 from monai.utils import set_determinism
 
-from shared_iopfl.evaluation.tolerant import TolerantEvaluator
+from shared_iopfl.evaluation.failed_scans import TolerantEvaluator
 from shared_iopfl.federation.simulation import Federation
 from shared_iopfl.utils.errors import root_input_error
 

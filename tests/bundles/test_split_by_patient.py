@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from typed import run_bundle, typed
 
-from shared_iopfl.data.sites import find_cases
+from shared_iopfl.data.splits import find_cases
 
 PATTERN = "(.*)_(OD|OS|rechts|links)"
 

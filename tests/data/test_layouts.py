@@ -19,7 +19,7 @@ import pytest
 from site_folders import datalist, dofe, names, saml, touch
 
 from shared_iopfl.data.layouts import published_parts
-from shared_iopfl.data.sites import find_cases, list_sites, site_cases
+from shared_iopfl.data.splits import find_cases, list_sites, site_cases
 from shared_iopfl.utils.errors import InputError
 
 

@@ -24,7 +24,7 @@ from site_folders import datalist, saml, touch
 
 from shared_iopfl.commands.tools import prepare
 from shared_iopfl.data import layouts
-from shared_iopfl.data.sites import find_cases, fold_cases, site_cases, split_cases
+from shared_iopfl.data.splits import find_cases, fold_cases, site_cases, split_cases
 from shared_iopfl.utils.checks import check_values
 from shared_iopfl.utils.errors import InputError, warn_once
 

@@ -24,7 +24,7 @@ from networks import unet
 from torch import Tensor
 
 from shared_iopfl.data.phantoms.sites import make_prostate_sites
-from shared_iopfl.data.sites import site_cases
+from shared_iopfl.data.splits import site_cases
 from shared_iopfl.federation.results import cross_site_scores
 from shared_iopfl.federation.simulation import Federation
 from shared_iopfl.federation.updates import check_update, far_off

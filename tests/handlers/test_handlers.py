@@ -27,7 +27,8 @@ from monai.transforms import Compose, RandGaussianNoise, ToTensor
 from networks import images, unet, untouched
 from torch import Tensor, nn
 
-from shared_iopfl.handlers.personalization import DecayThenTail, PersonalizationHandler, RoundHandler
+from shared_iopfl.handlers.personalization import PersonalizationHandler
+from shared_iopfl.handlers.rounds import DecayThenTail, RoundHandler
 from shared_iopfl.models.files import load_weights
 
 
@@ -107,6 +108,47 @@ def test_uncorrected_average_is_the_recursion():
     for state in local[1:]:
         p = alpha * p + (1 - alpha) * state["weight"].double()
     torch.testing.assert_close(handler.ema_model.state_dict()["weight"], p.float())
+
+
+@pytest.mark.parametrize("correct_start", [True, False])
+@pytest.mark.parametrize("start_epoch", [0, 2])
+@pytest.mark.parametrize("alpha", [0.0, 1 / 3, 0.9])
+def test_average_is_the_formula_to_the_bit(alpha, start_epoch, correct_start):
+    """Each tensor of a whole network, by one interpolation a round; counters are copied."""
+    network = unet()
+    handler = PersonalizationHandler(network, alpha, start_epoch, correct_start)
+    local = train(network, handler, 5)
+    first = max(start_epoch - 1, 0)  # the newest up to the start epoch is replaced by the first one after it
+    expected = {key: tensor.clone() for key, tensor in local[first].items()}
+    for count, state in enumerate(local[start_epoch:], start=1):
+        weight = (1 - alpha) / (1 - alpha**count if correct_start else 1)
+        for key, p in expected.items():
+            p.copy_(state[key] if count == 1 or not p.is_floating_point() else p.lerp(state[key], weight))
+    own = handler.ema_model.state_dict()
+    assert list(own) == list(expected)
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in own.items())
+
+
+def test_weights_that_two_layers_share_are_averaged_once():
+    network, alpha = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)), 0.5
+    network[1].weight = network[0].weight
+    handler = PersonalizationHandler(network, alpha)
+    local = [state["1.weight"] for state in train(network, handler, 3)]
+    for tensor in handler.ema_model.state_dict().values():
+        torch.testing.assert_close(tensor, averages(local, alpha).float())
+
+
+def test_state_of_an_earlier_release_is_resumed():
+    """A checkpoint has the count and the model's state_dict, and nothing of how the average is computed."""
+    network = nn.BatchNorm1d(3)
+    handler = PersonalizationHandler(network, 0.5)
+    model = {key: tensor + 1 for key, tensor in network.state_dict().items()}
+    handler.load_state_dict({"count": 2, "model": model})
+    local = train(network, handler, 1, first=3)[0]
+    expected = model["weight"].lerp(local["weight"], 0.5 / (1 - 0.5**3))
+    assert torch.equal(handler.ema_model.state_dict()["weight"], expected)
+    assert list(handler.state_dict()) == ["count", "model"]
+    assert list(handler.state_dict()["model"]) == list(model)
 
 
 def test_average_begins_after_the_start_epoch():

@@ -26,7 +26,8 @@ from trained_sites import Site, State, _process_as_it_was, batches, equal  # noq
 
 from shared_iopfl.federation.averaging import average_updates
 from shared_iopfl.handlers.methods import DittoHandler, LocalNormsHandler, ProximalHandler
-from shared_iopfl.handlers.personalization import PersonalizationHandler, RoundHandler, round_state
+from shared_iopfl.handlers.personalization import PersonalizationHandler
+from shared_iopfl.handlers.rounds import RoundHandler, round_state
 from shared_iopfl.models.weights import interpolate, validated_interpolation
 from shared_iopfl.utils.errors import InputError
 

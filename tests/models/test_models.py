@@ -15,8 +15,10 @@ from __future__ import annotations
 import os
 import pickle
 import stat
+import sys
 import zipfile
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -211,18 +213,19 @@ def test_site_that_kept_the_global_model_adds_no_expert(tmp_path):
     assert list(load_experts(str(tmp_path), equal_too=True)) == ["A", "B"]
 
 
-def test_models_of_one_time_get_times_of_their_own(tmp_path):
-    """By a file's time MONAI Label knows one model from another; where times differ, none is touched."""
-    names = ("model.pt", "model_A.pt", "model_B.pt", "model_C.pt")
-    for name, time in zip(names, (50, 50, 49, 10)):
+def test_models_of_one_time_are_refused_in_monai_label(tmp_path, monkeypatch):
+    """By a file's time it distinguishes models; nobody else does, and no file's time is changed."""
+    names = ("model.pt", "model_A.pt", "model_B.pt")
+    for name, time in zip(names, (50, 49, 50)):
         save_atomically(STATE, tmp_path / name)
         os.utime(tmp_path / name, (time, time))
     load_experts(str(tmp_path))
-    times = [(tmp_path / name).stat().st_mtime for name in names]
-    assert len(set(times)) == len(names)
-    assert (times[0], times[3]) == (50, 10)
+    monkeypatch.setitem(sys.modules, "monailabel", ModuleType("monailabel"))
+    with pytest.raises(InputError, match=r"model\.pt and model_B\.pt"):
+        load_experts(str(tmp_path))
+    assert [(tmp_path / name).stat().st_mtime for name in names] == [50, 49, 50]
+    os.utime(tmp_path / "model_B.pt", (51, 51))
     load_experts(str(tmp_path))
-    assert [(tmp_path / name).stat().st_mtime for name in names] == times
 
 
 def test_paths_of_models():

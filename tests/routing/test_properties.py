@@ -29,7 +29,7 @@ from shared_iopfl.data.layouts import PARTS
 from shared_iopfl.data.loading import LoadCased
 from shared_iopfl.data.photographs.reader import CodedMaskReader, PhotographReader
 from shared_iopfl.data.scan_files import case_name, file_ending, find_scans, printable, unique_names
-from shared_iopfl.data.sites import fold_cases, split_cases
+from shared_iopfl.data.splits import fold_cases, split_cases
 from shared_iopfl.federation.averaging import average_updates
 from shared_iopfl.routing.network import collapse, route
 from shared_iopfl.utils.errors import InputError

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from monai.bundle import ConfigParser
 from typed import typed
 
-from shared_iopfl.data.sites import list_sites
+from shared_iopfl.data.splits import list_sites
 from shared_iopfl.evaluation.scoring import Scoring
 from shared_iopfl.federation.client import SiteClient
 from shared_iopfl.federation.monai_fl.bundle_client import own_site

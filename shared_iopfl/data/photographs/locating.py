@@ -286,6 +286,7 @@ def _outline(
     if not beyond.any() or not disc.any():
         return row, column, diameter
     level = np.median(bright[beyond]) + 0.4 * (np.median(bright[disc]) - np.median(bright[beyond]))
+    # scikit-image's `regionprops` would measure all areas for the centre and the size of one
     areas, _ = ndimage.label(inside & (bright > level) & (distance < 1.6 * radius))
     area = areas == np.bincount(areas[disc & (areas > 0)], minlength=2)[1:].argmax() + 1
     if not area.any():

@@ -25,7 +25,7 @@ from monai.metrics import compute_average_surface_distance, compute_dice, comput
 from torch import Tensor
 
 from shared_iopfl.data.volumes.measures import spacing_mm
-from shared_iopfl.evaluation.run.served import served_scans
+from shared_iopfl.evaluation.run.growing_tables import served_scans
 from shared_iopfl.utils.tables import replace_rows
 
 METRICS = ("site", "role", "case", "model", "metric", "value")

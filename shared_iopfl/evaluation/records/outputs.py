@@ -20,7 +20,7 @@ from ignite.engine import Engine, Events
 from torch import Tensor
 from tqdm import tqdm
 
-from shared_iopfl.evaluation.run.served import GrowingFile, ServedRecorder, served_scans
+from shared_iopfl.evaluation.run.growing_tables import GrowingFile, ServedRecorder, served_scans
 from shared_iopfl.utils.tables import csv_text
 
 

@@ -25,7 +25,7 @@ from ignite.engine import Engine, Events
 from torch import Tensor, nn
 
 from shared_iopfl.data.scan_names import case_name
-from shared_iopfl.evaluation.run.served import GrowingFile, ServedRecorder, served_scans
+from shared_iopfl.evaluation.run.growing_tables import GrowingFile, ServedRecorder, served_scans
 from shared_iopfl.inferers.members import load_members
 from shared_iopfl.inferers.routing import TestTimeRoutingInferer
 from shared_iopfl.models.files import load_weights, save_atomically

@@ -27,7 +27,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from shared_iopfl.evaluation.run.found import (
+from shared_iopfl.evaluation.run.earlier_run import (
     ANYWHERE,
     KINDS,
     RESUMED,

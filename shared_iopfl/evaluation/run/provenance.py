@@ -30,7 +30,7 @@ from monai.bundle import ConfigParser
 from shared_iopfl.data.patients import AUTO
 from shared_iopfl.data.scan_files import Case
 from shared_iopfl.data.scan_names import printable
-from shared_iopfl.data.sites import find_cases, fingerprint
+from shared_iopfl.data.splits import find_cases, fingerprint
 from shared_iopfl.evaluation.run.folder import describe
 from shared_iopfl.models.manifest import MODEL_FILE
 from shared_iopfl.utils.config_values import as_values

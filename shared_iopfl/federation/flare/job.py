@@ -29,7 +29,7 @@ from nvflare.app_opt.pt.recipes.fedavg import FedAvgRecipe
 from nvflare.client.config import ExchangeFormat
 from torch import Tensor
 
-from shared_iopfl.evaluation.run.found import check_settings
+from shared_iopfl.evaluation.run.earlier_run import check_settings
 from shared_iopfl.evaluation.scoring import Scoring
 from shared_iopfl.federation.averaging import ServerMomentum
 from shared_iopfl.federation.flare.client import bundle_fingerprint

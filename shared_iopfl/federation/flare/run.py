@@ -29,7 +29,7 @@ from nvflare.fuel.flare_api.flare_api import new_secure_session
 from nvflare.recipe import PocEnv, ProdEnv, SimEnv
 from nvflare.recipe.utils import add_experiment_tracking
 
-from shared_iopfl.data.sites import site_cases
+from shared_iopfl.data.splits import site_cases
 from shared_iopfl.evaluation.run.folder import claim, finish
 from shared_iopfl.evaluation.run.provenance import write_run
 from shared_iopfl.federation.flare.job import (

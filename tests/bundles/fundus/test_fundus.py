@@ -38,7 +38,7 @@ from fundus_runs import (
 from PIL import Image
 from typed import run_bundle
 
-from shared_iopfl.data.sites import site_cases
+from shared_iopfl.data.splits import site_cases
 from shared_iopfl.evaluation.records import routes
 
 # enough for disc and cup to be learnt, in seconds

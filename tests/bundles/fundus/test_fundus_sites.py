@@ -35,7 +35,7 @@ from fundus_runs import (
 )
 from PIL import Image
 
-from shared_iopfl.data.sites import site_cases
+from shared_iopfl.data.splits import site_cases
 from shared_iopfl.federation.simulation import Federation
 
 

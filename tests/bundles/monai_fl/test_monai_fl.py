@@ -40,7 +40,7 @@ from monai.fl.utils.constants import ExtraItems, FlStatistics, ModelType, Weight
 from torch import Tensor
 from typed import typed
 
-from shared_iopfl.data.sites import site_cases
+from shared_iopfl.data.splits import site_cases
 
 pytestmark = pytest.mark.filterwarnings("ignore:executing the bundle config")
 

@@ -37,7 +37,7 @@ from monai.fl.client import MonaiAlgo
 from monai.fl.utils.constants import ExtraItems
 from torch import Tensor
 
-from shared_iopfl.data.sites import site_cases
+from shared_iopfl.data.splits import site_cases
 from shared_iopfl.federation.simulation import SiteClient
 from shared_iopfl.models.manifest import check_manifest, write_manifest
 from shared_iopfl.utils.errors import root_input_error

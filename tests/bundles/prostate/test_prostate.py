@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 from prostate_runs import BUNDLE, Run, dice, load, mask_of, rows, weights
 
-from shared_iopfl.data.sites import site_cases
+from shared_iopfl.data.splits import site_cases
 
 
 def test_train_evaluate_infer(

@@ -22,7 +22,7 @@ import pytest
 import torch
 from prostate_runs import FEDERATE, Run, equal, load, rows, weights
 
-from shared_iopfl.data.sites import site_cases
+from shared_iopfl.data.splits import site_cases
 from shared_iopfl.federation.simulation import Federation, SiteClient
 
 

@@ -21,7 +21,7 @@ import pytest
 from prostate_runs import BUNDLE, FEDERATE, Run
 from typed import run_bundle
 
-from shared_iopfl.data.sites import site_cases
+from shared_iopfl.data.splits import site_cases
 from shared_iopfl.utils.errors import root_input_error
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from site_folders import dofe, names, saml
 
-from shared_iopfl.data.sites import (
+from shared_iopfl.data.splits import (
     cases_of_process,
     find_cases,
     fingerprint,

@@ -29,8 +29,14 @@ from tiny_scans import VALUES, nifti
 from shared_iopfl.data.loading import LoadCased
 from shared_iopfl.data.masks import SaveMaskd
 from shared_iopfl.data.scan_files import find_scans
+from shared_iopfl.evaluation.failed_scans import (
+    Failure,
+    ScanWriter,
+    TolerantDataset,
+    TolerantEvaluator,
+    tolerant_collate,
+)
 from shared_iopfl.evaluation.records import RoutesRecorder
-from shared_iopfl.evaluation.tolerant import Failure, ScanWriter, TolerantDataset, TolerantEvaluator, tolerant_collate
 from shared_iopfl.inferers.routing import TestTimeRoutingInferer
 from shared_iopfl.utils.errors import InputError, root_input_error
 

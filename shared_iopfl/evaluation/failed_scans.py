@@ -32,7 +32,7 @@ from monai.utils import CommonKeys, ensure_tuple
 from shared_iopfl.data.loading import reason
 from shared_iopfl.data.scan_names import case_name, printable
 from shared_iopfl.evaluation.records.outputs import OutputWriter
-from shared_iopfl.evaluation.run.served import ServedEvents
+from shared_iopfl.evaluation.run.growing_tables import ServedEvents
 from shared_iopfl.utils.checks import check_values
 from shared_iopfl.utils.errors import InputError, root_input_error
 from shared_iopfl.utils.files import check_writable
