@@ -166,6 +166,7 @@ def page(found: dict[str, Any]) -> str:
                 lines += [f"| {name} | failed, see {told['log']} | | | |"]
             for kind in ("ratios", "seconds"):
                 for figure, of in told.get(kind, {}).items() if isinstance(told.get(kind), dict) else ():
+                    of = of if isinstance(of, dict) else {"median": of, "min": "", "max": ""}
                     lines += [f"| {name} | {figure}, {kind} | {of['median']} | {of['min']} | {of['max']} |"]
             for figure, peak in told.get("peak_memory_gib", {}).items():
                 lines += [f"| {name} | {figure}, peak GiB | {peak} | | |"]

@@ -127,4 +127,14 @@ def print_peak(device: torch.device) -> None:
     if device.type == "cuda":
         print(torch.cuda.max_memory_allocated(device) / 2**30)
     else:
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+        print(_peak_resident())
+
+
+def _peak_resident() -> float:
+    """The peak resident memory of this process in GiB."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        # getrusage would count what the parent process held when it started this one
+        peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(peak.split()[1]) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -22,6 +22,7 @@ from typed import typed
 from benchmarks import accuracy, gpu
 from benchmarks.networks import agree, make_experts, make_network, naive
 from benchmarks.reference import NaiveInferer
+from benchmarks.timing import _peak_resident
 from shared_iopfl.data.phantoms.sites import make_prostate_sites
 from shared_iopfl.inferers.routing import TestTimeRoutingInferer
 from shared_iopfl.routing.network import route
@@ -121,6 +122,14 @@ def test_a_benchmark_that_failed_is_named_on_the_page():
     assert "| routing | sample, ratios | 1.0 | 0.9 | 1.1 |" in written
     assert "| scaling | failed, see scaling.log" in written
     assert "| fundus | 2.0 | failed, see federation_fundus.log |" in written
+
+
+def test_the_peak_of_a_process_does_not_contain_that_of_its_parent():
+    held = bytearray(2**29)  # half a GiB, touched
+    held[:: 2**12] = b"1" * len(held[:: 2**12])
+    code = "import torch; from benchmarks.timing import print_peak; print_peak(torch.device('cpu'))"
+    of_child = float(typed("-c", code).stdout)
+    assert _peak_resident() > 0.5 and of_child < _peak_resident()
 
 
 def test_a_benchmark_that_prints_no_json_does_not_stop_the_others(tmp_path, monkeypatch):
