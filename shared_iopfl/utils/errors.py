@@ -69,8 +69,8 @@ def one_line_errors(in_any_process: bool = False) -> None:
 
     Ctrl-C also prints one line, with status 130. An input or file error that ends only a background thread, such as
     that of TensorBoard when the disk is full, is printed as a one-line warning. Other exceptions are shown as usual.
-    The bundles call this in ``initialize``; in the process of another program, such as MONAI Label, a MONAI FL client or a
-    notebook, it has no effect.
+    The bundles call this in ``initialize``; in the process of another program, such as MONAI Label, a MONAI FL
+    client or a notebook, it has no effect.
 
     Args:
         in_any_process: Also if the process was not started as ``python -m monai.bundle`` or ``shared_iopfl``.
