@@ -120,8 +120,8 @@ def measure(
     place = torch.device(device)
     network, scan = make_network(features, place), _volume(image_size, slices, place)
     plain = StackInferer()
-    # as for volumes: half of the statistics are the scan's own, judged by the views
-    default = preset("default", {"statistics": 0.5, "views": "judge"})
+    # as for volumes: half of the statistics are the scan's own
+    default = preset("default", {"statistics": 0.5})
     ratios: dict[str, Any] = {}
     seconds: dict[str, Any] = {}
     differences: dict[str, float] = {}
@@ -146,9 +146,9 @@ def measure(
     if "episodic" in parts:
         differences["episodic"] = _check_masks(network, experts, default, scan[..., : min(4, slices)])
         over_plain("episodic", _inferer(network, experts, default))
-        over_plain("episodic_averaged", _inferer(network, experts, replace(default, views="average")))
+        over_plain("episodic_one_view", _inferer(network, experts, replace(default, views="judge")))
     if "adapted" in parts:
-        over_plain("adapted", _inferer(network, experts, preset("adapted", {"statistics": 0.5, "views": "judge"})))
+        over_plain("adapted", _inferer(network, experts, preset("adapted", {"statistics": 0.5})))
     if "site" in parts:
         one_view = replace(default, views="none")
         differences["site"] = _check_masks(network, experts, one_view, scan[..., : min(4, slices)])

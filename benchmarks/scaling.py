@@ -85,13 +85,13 @@ def measure(
     if "mask" in kinds:
         # a scan from its slices to its mask, by the default for volumes, whose routed copy is built beforehand as for
         # the second scan of a folder
-        network, scan = make_network(features, place), from_stack(inputs[:, :1])[None]
-        routing = preset("default", {"statistics": 0.5, "views": "judge"})
+        plain, scan = make_network(features, place), from_stack(inputs[:, :1])[None]
+        routing = preset("default", {"statistics": 0.5})
         inferers = [
-            TestTimeRoutingInferer(make_experts(network, count - 1), settings=routing, flips=(0,))
+            TestTimeRoutingInferer(make_experts(plain, count - 1), settings=routing, flips=(0,))
             for count in (few, many)
         ]
-        masks = [partial(inferer, scan, network) for inferer in inferers]
+        masks = [partial(inferer, scan, plain) for inferer in inferers]
         timed = alternate(masks[1], masks[0], place, repeats)
         ratios["many_over_few_mask"] = timed["ratio"]
         seconds.update({"many_mask": timed["seconds"], "few_mask": timed["seconds_of_other"]})

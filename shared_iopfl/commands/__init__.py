@@ -8,8 +8,8 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The command ``iopfl`` and the Python API ``segment``: both run the bundles' configs and read what these write.
+"""The command ``iopfl`` and the Python API ``segment``: both run the bundles' configs and read their files.
 
-Above all other folders, and imported by none. Modules that need torch are imported when a command needs them, so that
-help and lists of files appear at once.
+No other folder imports this one. Modules that need torch are imported only when a command needs them, so that help
+texts and file lists appear at once.
 """

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The command ``iopfl``: its commands, their help, and how each is called."""
+"""The command ``iopfl``: its subcommands, their help texts, and how each of them is called."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from shared_iopfl.models.bundles import own_bundles
 from shared_iopfl.utils.errors import InputError, one_line_errors
 from shared_iopfl.utils.names import nearest, parse_names
 
-# command -> config of a bundle, its folders, what it does
+# command -> config of a bundle, its folders, description
 RUNS = {
     "segment": ("inference", ("SCANS", "OUT"), "segment scans without labels"),
-    "federate": ("federate", ("DATA", "OUT"), "train over the sites of a folder, in one process"),
+    "federate": ("federate", ("DATA", "OUT"), "train across the sites of a folder, in one process"),
     "personalise": ("personalise", ("DATA", "OUT"), "fit published models to a site with a few labelled cases"),
     "compare": ("compare", ("DATA", "OUT"), "compare methods inside and outside, site by site"),
 }
@@ -68,25 +68,25 @@ HELP = """\
 usage: iopfl COMMAND ...        (python -m shared_iopfl is the same command)
 
   iopfl segment TASK SCANS OUT     segment scans without labels; OUT/report.html shows the masks
-  iopfl federate TASK DATA OUT     train over the sites of a folder, in one process
+  iopfl federate TASK DATA OUT     train across the sites of a folder, in one process
   iopfl personalise TASK DATA OUT  fit published models to a site with a few labelled cases
   iopfl compare TASK DATA OUT      compare methods inside and outside, site by site
-  iopfl report OUT                 write the report of a run again
+  iopfl report OUT                 write the report of a finished run again
 
-  iopfl scans SCANS                list the scans of a folder, their names, and the files that are passed over
-  iopfl prepare DATA               list the sites of a folder, their cases, patients and splits
+  iopfl scans SCANS                list the scans of a folder with their names, and the files that would be skipped
+  iopfl prepare DATA               list the sites of a folder with their cases, patients and splits
   iopfl phantoms TASK DATA         write synthetic sites
-  iopfl publish OUT/models DIR --terms TEXT    copy the models of a run to where others get them
+  iopfl publish OUT/models DIR --terms TEXT    copy the models of a run to a folder, with a manifest, for others to use
   iopfl check DIR                  check published models against their manifest
-  iopfl package BUNDLE             pack a bundle as a zip
+  iopfl package BUNDLE             pack a bundle as a zip file
   iopfl configs BUNDLE             generate the configs of a bundle from its task.json
   iopfl flare ..., flare_publish   federate with NVIDIA FLARE
 
 TASK is {tasks}, or the folder of a bundle. `iopfl COMMAND --help` shows examples and options.
-The full interface is that of MONAI: python -m monai.bundle run --config_file ...
+The full interface is MONAI's own: python -m monai.bundle run --config_file ...
 """
 FLAGS = ("-h", "--help", "--quiet", "--verbose")
-# what is text even where it looks like a number or a tuple
+# options that are text even if they look like a number or a tuple
 TEXT = {"dataset_dir", "output_dir", "models_dir", "from_dir", "to_dir", "terms", "bundle", "env", "sites", "patient"}
 
 
@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run a command.
 
     Args:
-        argv: its words; None: those of the command line.
+        argv: The words of the command; None uses those of the command line.
     """
     one_line_errors(in_any_process=True)
     words = list(sys.argv[1:] if argv is None else argv)
@@ -109,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _run(command: str, words: Sequence[str]) -> None:
-    """A command that runs a bundle's config."""
+    """Run a command that is a config of a bundle."""
     config, folders, _ = RUNS[command]
     flags = [word for word in words if word in FLAGS]
     others = [word for word in words if word not in FLAGS]
@@ -123,7 +123,7 @@ def _run(command: str, words: Sequence[str]) -> None:
 
 
 def _sum_up(output_dir: str, began: float) -> None:
-    """Print what this run did, unless it ended before it did anything: then the folder may hold an earlier one."""
+    """Print a summary of this run. A run that stopped before it began prints none: its folder may hold an older run."""
     from shared_iopfl.commands.summary import has_results, summary
     from shared_iopfl.evaluation.run.folder import has_begun
 
@@ -138,35 +138,35 @@ def _parser(command: str) -> argparse.ArgumentParser:
         prog=f"iopfl {command}",
         description=f"{what[:1].upper()}{what[1:]}.",
         epilog=f"examples:\n{EXAMPLES[command]}\n\n"
-        f"Every key at the top of the bundle's {config}.json can be set after the folders, as --key value;\n"
-        "docs/reference/config.md lists them. Values are never evaluated as code.",
+        f"Every top-level key of the bundle's {config}.json can be set after the folders, as --key value.\n"
+        "They are listed in docs/reference/config.md. Values are never evaluated as code.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("TASK", help=f"{', '.join(own_bundles()) or 'a task'}, or the folder of a bundle")
     helps = {
         "SCANS": "a scan, a folder of scans, or a DICOM series",
-        "DATA": "the folder of the sites",
-        "OUT": "the folder to write to: empty or new",
+        "DATA": "the folder that contains one folder per site",
+        "OUT": "the folder to write to; it must be new or empty",
     }
     for folder in folders:
         parser.add_argument(folder, help=helps[folder])
     quiet, usual, verbose = AMOUNTS
     parser.set_defaults(amount=usual)
     amount = parser.add_mutually_exclusive_group()
-    amount.add_argument("--quiet", dest="amount", action="store_const", const=quiet, help="show errors alone")
-    amount.add_argument("--verbose", dest="amount", action="store_const", const=verbose, help="show what MONAI logs")
+    amount.add_argument("--quiet", dest="amount", action="store_const", const=quiet, help="show only errors")
+    amount.add_argument("--verbose", dest="amount", action="store_const", const=verbose, help="show MONAI's log too")
     return parser
 
 
 def _call(words: Sequence[str]) -> None:
-    """A command that is one function, by Python Fire; only its module is imported."""
+    """Run a command that is a single function, with Python Fire; only the function's module is imported."""
     import fire
 
     called = [name for name in TOOLS if name.split()[0] == words[0]]
     if not called:
         known = [*RUNS, *dict.fromkeys(name.split()[0] for name in TOOLS)]
-        raise InputError(f"no command {words[0]!r}{nearest(words[0], known)}; iopfl --help lists the commands.")
+        raise InputError(f"unknown command {words[0]!r}{nearest(words[0], known)}; iopfl --help lists the commands.")
     commands: dict[str, Any] = {}
     for name in called:
         module, _, function = TOOLS[name].partition(":")
@@ -177,7 +177,7 @@ def _call(words: Sequence[str]) -> None:
 
 
 def _as_typed(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The command, told paths and names as they are typed: Fire takes 2024 and 1e3 for numbers, and a,b for a tuple."""
+    """The command, with paths and names kept as typed: Fire would read 2024 and 1e3 as numbers and a,b as a tuple."""
     import fire
 
     text = {name: parse_names if name == "sites" else str for name in inspect.signature(command).parameters}

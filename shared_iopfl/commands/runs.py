@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Running a bundle's config with settings that were typed, and with as much or as little text as wanted."""
+"""Running a config of a bundle with settings from the command line, and showing more or less of its output."""
 
 from __future__ import annotations
 
@@ -27,23 +27,29 @@ from shared_iopfl.models.bundles import find_bundle
 from shared_iopfl.utils.errors import InputError, root_input_error
 from shared_iopfl.utils.names import parse_names
 
-AMOUNTS = ("quiet", "usual", "verbose")  # of text beside the result
-# they repeat an error with its traceback, or report what a user does not act on
+AMOUNTS = ("quiet", "usual", "verbose")  # how much text is shown
+# loggers that repeat an error with its traceback, or report what the user cannot act on
 SILENCED = (
     *("ignite.engine.engine", "monai.bundle.workflows", "monai.data.nvimgcodec_pydicom_plugin"),
-    # several lines a round and site; named before MONAI makes them, they get no handler of their own
+    # they log several lines per round and site; setting them up before MONAI does keeps it from adding handlers
     *("monai.fl.client.monai_algo", "monai.networks.utils"),
 )
 
 
 def parse_settings(words: Sequence[str]) -> dict[str, Any]:
-    """Settings as they are typed, ``--key value`` or ``--key=value``, as values: never as code.
+    """Read settings as typed on the command line, ``--key value`` or ``--key=value``. Nothing is evaluated as code.
 
-    Numbers, ``True``, ``None``, lists and dictionaries are read as such, but paths and names are kept as they are
-    typed. A key without a value is ``True``.
+    Numbers, ``True``, ``None``, lists and dictionaries are converted; paths and names stay as typed. A key without a
+    value is ``True``.
+
+    Args:
+        words: The words after the folders.
+
+    Returns:
+        The settings by name.
 
     Raises:
-        InputError: for a word that belongs to no key.
+        InputError: If a word does not follow a key.
     """
     from shared_iopfl.utils.config_values import NAMES, PATHS, WORDS
 
@@ -67,13 +73,13 @@ def parse_settings(words: Sequence[str]) -> dict[str, Any]:
 
 
 def _as_overrides(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings as MONAI has to get them, so that none is evaluated."""
+    """The settings as overrides for MONAI's config parser, protected from being evaluated."""
     from shared_iopfl.utils.config_values import NAMES, PATHS, WORDS, as_values, is_data
 
     for key, value in settings.items():
         if key not in (*NAMES, *PATHS, *WORDS) and isinstance(value, (str, list, tuple, dict)) and not is_data(value):
             raise InputError(
-                f"{key} {value!r:.80} is not a plain value; expressions are for python -m monai.bundle run alone."
+                f"{key} {value!r:.80} is not a plain value; expressions work only with python -m monai.bundle run."
             )
     return as_values(settings)
 
@@ -85,18 +91,18 @@ def run_config(
     amount: str = "usual",
     at_end: Callable[[], None] | None = None,
 ) -> None:
-    """Run a config of a bundle from its ``initialize`` to its ``finalize``.
+    """Run a config of a bundle from ``initialize`` to ``finalize``.
 
     Args:
-        task: as for `find_bundle`.
-        config: such as ``inference``.
-        settings: values that replace those of the config; text among them stays text.
-        amount: of `AMOUNTS`. "quiet" shows errors alone; "usual" shows progress, warnings and what the config prints;
-            "verbose" shows all that `python -m monai.bundle run` does.
-        at_end: called once the run is over or has failed, while it still has its folder; not after Ctrl-C.
+        task: A task or the folder of a bundle, see `find_bundle`.
+        config: Name of the config, such as ``inference``.
+        settings: Values that replace those of the config. Text stays text.
+        amount: One of `AMOUNTS`. "quiet" shows only errors; "usual" shows progress, warnings and the config's own
+            output; "verbose" shows everything that `python -m monai.bundle run` shows.
+        at_end: Called when the run has finished or failed, before its folder is released; not called after Ctrl-C.
 
     Raises:
-        InputError: as the config's steps raise it, and for text that the config would evaluate.
+        InputError: If a step of the config raises it, or if a setting is text that the config would evaluate.
     """
     root = find_bundle(task)
     with _shown(amount):
@@ -116,7 +122,7 @@ def run_config(
         except KeyboardInterrupt:
             at_end = None
             raise
-        except Exception as error:  # MONAI wraps what an expression raises
+        except Exception as error:  # MONAI wraps the exceptions of config expressions
             cause = root_input_error(error)
             if cause is None:
                 raise
@@ -129,7 +135,7 @@ def run_config(
 
 @contextmanager
 def _shown(amount: str) -> Iterator[None]:
-    """Show as much text as wanted, and leave logging, warnings and the reports of errors as they were."""
+    """Show as much text as requested; restore logging, warnings and exception hooks afterwards."""
     hooks = sys.excepthook, threading.excepthook
     try:
         with nullcontext() if amount == "verbose" else _less_shown(amount):

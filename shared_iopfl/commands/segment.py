@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Segmentation of one scan from Python: a volume or a picture in memory, or a file, in; its mask and routes out."""
+"""Segmentation of one scan from Python: from a file, a volume or a picture in memory to its mask and routes."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ CASE = "scan"
 
 @dataclass(frozen=True)
 class Segmentation:
-    """What was found in one scan.
+    """The result of segmenting one scan.
 
     Attributes:
-        mask: uint8, 0 is background. Of a volume (X, Y, Z) in the axes of the array or file that was given; of a
-            picture (height, width).
-        affine: (4, 4), voxel indices to RAS in mm; None for a picture.
-        quality: agreement of the masks of several views, from 0 to 1; None where the preset computes none.
-        routes: the mean weight of each expert over the layers; empty for plain inference.
-        measures: such as ``volume_ml``.
-        reasons: why the mask should be checked; empty if nothing was noticed.
+        mask: uint8, 0 is background. For a volume (X, Y, Z) in the axes of the given array or file; for a picture
+            (height, width).
+        affine: (4, 4), from voxel indices to RAS in mm; None for a picture.
+        quality: Agreement between the masks of several views, from 0 to 1; None if the preset does not compute it.
+        routes: Mean weight of each expert over the layers; empty for plain inference.
+        measures: Measures of the mask, such as ``volume_ml``.
+        reasons: Why the mask should be checked; empty if it was not flagged.
     """
 
     mask: np.ndarray
@@ -60,7 +60,7 @@ def segment(
     amount: str = "quiet",
     **settings: Any,
 ) -> Segmentation:
-    """Segment one scan with the inference of a bundle.
+    """Segment one scan with a bundle's inference config.
 
     Example::
 
@@ -70,18 +70,18 @@ def segment(
         print(result.quality, result.routes, result.mask.sum())
 
     Args:
-        task: a task, such as "prostate" or "fundus", or the folder of a bundle.
-        scan: a file, the folder of a DICOM series, a nibabel image, a volume (X, Y, Z), or an RGB picture (height,
-            width, 3), of uint8 or of floats from 0 to 1.
-        affine: of a volume, (4, 4), voxel indices to RAS in mm; a nibabel image has its own.
-        amount: of text that is shown: "quiet", "usual" or "verbose".
-        settings: keys of the bundle's ``inference.json``, such as ``ckpt_dir`` or ``preset``.
+        task: A task such as "prostate" or "fundus", or the folder of a bundle.
+        scan: A file, the folder of a DICOM series, a nibabel image, a volume (X, Y, Z), or an RGB picture (height,
+            width, 3) of uint8 or of floats from 0 to 1.
+        affine: Affine of a volume, (4, 4), from voxel indices to RAS in mm. Not needed for a nibabel image.
+        amount: How much text is shown: "quiet", "usual" or "verbose".
+        settings: Keys of the bundle's ``inference.json``, such as ``ckpt_dir`` or ``preset``.
 
     Returns:
-        Mask, quality and routes. An empty mask is not an error here.
+        The mask with its quality and routes. An empty mask is not an error.
 
     Raises:
-        InputError: when the scan cannot be read or segmented, a setting is not allowed, or a folder holds several
+        InputError: If the scan cannot be read or segmented, a setting is not allowed, or the folder holds several
             scans.
     """
     with tempfile.TemporaryDirectory(prefix="iopfl_") as folder:
@@ -89,14 +89,14 @@ def segment(
         given = isinstance(scan, (str, Path))
         source = Path(scan) if given else _written(scan, affine, Path(folder))  # type: ignore[arg-type]
         if source.is_dir() and (count := len(find_scans(source))) > 1:
-            raise InputError(f"{source} holds {count} scans: give one, or run iopfl segment on the folder.")
+            raise InputError(f"{source} holds {count} scans: pass one of them, or run iopfl segment on the folder.")
         settings = {"overlays": False, "empty_masks": "allow", **settings}
         try:
             run_config(task, "inference", {**settings, "dataset_dir": str(source), "output_dir": str(out)}, amount)
         except InputError as error:
             if given:
                 raise
-            # the caller knows of no file
+            # the caller passed no file, so the message must not name the temporary one
             raise InputError(str(error).replace(str(source), "the scan").replace(source.name, "the scan")) from None
         (one,) = read_served(out)
         mask, mask_affine = _mask(next(path for path in sorted(out.iterdir()) if _is_mask(path)))
@@ -104,7 +104,7 @@ def segment(
 
 
 def _written(scan: Any, affine: np.ndarray | None, folder: Path) -> Path:
-    """A scan in memory as a file, which the bundle reads and checks as any other."""
+    """Write a scan in memory to a file, which the bundle then reads and checks like any other."""
     import nibabel as nib
 
     is_image = isinstance(scan, SpatialImage)
@@ -112,7 +112,7 @@ def _written(scan: Any, affine: np.ndarray | None, folder: Path) -> Path:
     affine = scan.affine if is_image and affine is None else affine
     if array.ndim != 3 or not np.issubdtype(array.dtype, np.number):
         raise InputError(
-            f"a scan is an array of numbers, (X, Y, Z) or (height, width, 3), but this is {array.dtype} {array.shape}."
+            f"a scan must be numbers, (X, Y, Z) or (height, width, 3), but this is {array.dtype} {array.shape}."
         )
     if affine is None:
         from PIL import Image
@@ -121,7 +121,7 @@ def _written(scan: Any, affine: np.ndarray | None, folder: Path) -> Path:
         Image.fromarray(_as_picture(array)).save(path)
         return path
     if np.shape(affine) != (4, 4):
-        raise InputError(f"an affine has shape (4, 4), but this one has {np.shape(affine)}.")
+        raise InputError(f"the affine must have the shape (4, 4), but it has {np.shape(affine)}.")
     affine = np.asarray(affine, dtype=np.float64)
     check_affine(affine, Path("the scan"))
     image: Any = nib.Nifti1Image(array.astype(np.float32), affine)

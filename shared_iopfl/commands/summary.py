@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The summary of an inference at the end of a command: scans, seconds, measures, and what to check first."""
+"""The summary that is printed after an inference: scans, time, measures, and which masks to check first."""
 
 from __future__ import annotations
 
@@ -26,16 +26,19 @@ DASH = "-"
 
 
 def has_results(output_dir: str | Path) -> bool:
-    """Whether a run has served scans or named some that failed."""
+    """Whether a run has segmented any scan or recorded any failure."""
     return any((Path(output_dir) / name).is_file() for name in ("measures.csv", "failed.csv", "scans.csv"))
 
 
 def summary(output_dir: str | Path, seconds: float) -> str:
-    """What a run did, in at most some twenty lines.
+    """Summarise an inference in about twenty lines at most.
 
     Args:
-        output_dir: of the run.
-        seconds: that the run took.
+        output_dir: Folder of the run.
+        seconds: Duration of the run.
+
+    Returns:
+        The text of the summary.
     """
     out = Path(output_dir)
     served, failed, passed = read_served(out), read_failed(out), read_passed_over(out)
@@ -52,7 +55,7 @@ def summary(output_dir: str | Path, seconds: float) -> str:
     lines += [f"failed: {shortened(row['case'], WIDEST)}: {row['reason']}" for row in failed[:SHOWN]]
     lines += [f"... and {len(failed) - SHOWN} more: see {out / 'failed.csv'}"] * (len(failed) > SHOWN)
     lines += [
-        f"{len(passed)} file{'s were' if len(passed) != 1 else ' was'} not taken for scans: see {out / 'not_taken.csv'}"
+        f"{len(passed)} file{'s were' if len(passed) != 1 else ' was'} skipped, no scans: see {out / 'not_taken.csv'}"
     ] * bool(passed)
     page = out / "report.html"
     lines += [f"pictures of all masks: {page}"] * page.is_file()
@@ -60,7 +63,7 @@ def summary(output_dir: str | Path, seconds: float) -> str:
 
 
 def _table(served: Sequence[ServedScan]) -> list[str]:
-    """One line a scan."""
+    """A table with one line per scan."""
     measures = list(dict.fromkeys(name for scan in served for name in scan.measures))
     columns = ["case", *(NAMES.get(name, name) for name in measures), "quality", "seconds", "check because"]
     rows = [
@@ -84,14 +87,14 @@ def _figure(value: float | None, digits: int) -> str:
 
 
 def _first(served: Sequence[ServedScan], reviewed: bool) -> str:
-    """What to check first, in one line."""
+    """One line that says what to check first."""
     if not reviewed:
-        return "which masks to check first is not known: plain inference gives no review list"
+        return "no review list: plain inference does not estimate which masks to check first"
     noticed = [scan for scan in served if scan.reasons]
     if noticed:
         named = ", ".join(shortened(scan.case, WIDEST) for scan in noticed[:3]) + ", ..." * (len(noticed) > 3)
-        return f"check first: {named} ({len(noticed)} of {len(served)} masks were noticed)"
+        return f"check first: {named} ({len(noticed)} of {len(served)} masks were flagged)"
     if served[0].quality is not None and len(served) > 1:
         return f"check first: {shortened(served[0].case, WIDEST)}, whose views agree least"
-    meaning = "; quality is the agreement of the views of a scan, no estimate of its Dice"
-    return "nothing was noticed" + meaning * (served[0].quality is not None)
+    meaning = "; quality is the agreement between views of a scan, not an estimate of Dice"
+    return "no mask was flagged" + meaning * (served[0].quality is not None)

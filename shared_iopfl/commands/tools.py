@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Commands that need no bundle: lists of data, reports, published models, NVIDIA FLARE."""
+"""Commands that run no config: they list data, write reports, check published models, and start NVIDIA FLARE."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def prepare(
     folds: int = 1,
     masks: bool = True,
 ) -> None:
-    """List the sites of a folder, their cases and patients, how these would be split, and what values their masks hold.
+    """List the sites of a folder: their cases and patients, the split into parts, and the values in their masks.
 
-    Every mask is opened, unless --masks False is given. The other options are those of the bundles' configs.
+    Every mask is opened unless --masks False is given. The other options are those of the bundles' configs.
     """
     check_values({"split_seed": split_seed, "patient": patient, "fold": fold, "folds": folds})
     for site in list_sites(dataset_dir):
@@ -57,9 +57,9 @@ def _mask_values(dataset_dir: str, site: str, patient: str) -> str:
 
 
 def scans(dataset_dir: str, pictures: bool = False) -> None:
-    """List the scans of a folder that would be segmented, each with its name, and the files that would not.
+    """List the scans in a folder that would be segmented, with their names, and the files that would be skipped.
 
-    --pictures True lists photographs and passes volumes over, as the fundus bundle does.
+    --pictures True lists photographs and skips volumes, as the fundus bundle does.
     """
     for scan in find_scans(dataset_dir, pictures):
         print(f"{scan['case']}: {scan['image']}")
@@ -72,9 +72,9 @@ def _count(number: int, what: str) -> str:
 
 
 def report(output_dir: str) -> None:
-    """Write ``report.html`` of a run: of an inference its masks, else the scores, whose table is printed.
+    """Write ``report.html`` of a run, with the masks of an inference or with scores; scores are printed too.
 
-    A folder with a ``comparison.csv`` is a comparison: its tables are computed again from the scores of the cases.
+    For a folder with a ``comparison.csv``, the tables are computed again from the scores of the cases.
     """
     if (Path(output_dir) / "comparison.csv").is_file():
         from shared_iopfl.comparison.report import print_comparison, write_comparison
@@ -94,7 +94,7 @@ def report(output_dir: str) -> None:
 
 
 def check(models_dir: str) -> None:
-    """Hold a published model set to its manifest, read what is in it, and say what it is."""
+    """Check published models against their manifest, read every file, and print the sites and the terms of use."""
     from shared_iopfl.models.files import check_models
     from shared_iopfl.models.manifest import check_manifest
 
@@ -105,11 +105,11 @@ def check(models_dir: str) -> None:
 
 
 def configs(*tasks: str) -> None:
-    """Generate the configs of bundles, each named by its folder, from its ``task.json``; see docs/extending/task.md."""
+    """Generate the configs of bundles from their ``task.json``. Takes bundle folders; see docs/extending/task.md."""
     from shared_iopfl.models.bundle_configs import write_configs
 
     if not tasks:
-        raise InputError("no bundle is named: give the folders of the bundles whose configs are to be generated.")
+        raise InputError("no bundle given: name the folders of the bundles whose configs are to be generated.")
     for task in tasks:
         for path in write_configs(str(task)):
             print(path)
@@ -132,22 +132,23 @@ def flare(
 ) -> None:
     """Federate with NVIDIA FLARE; see docs/flare.md.
 
-    Further options are every key of the bundle's federate.json and train.json, such as --min_sites.
+    Every key of the bundle's federate.json and train.json is an option too, such as --min_sites.
 
     Args:
-        bundle: the bundle's folder.
-        sites: names of the inside sites.
-        output_dir: where the files go.
-        env: "sim" or "poc" on this machine, "prod" over several: the job is exported, or submitted with a startup kit.
-        rounds: number of rounds.
-        dataset_dir: folder of the sites; in production each site names its own.
-        round_timeout: seconds after which a round goes on without those who have not answered; 0: wait for all.
-        own_process: a site does each task in a process of its own; by default in production.
-        startup_kit: folder of the FLARE admin who submits the job.
-        username: the admin's name; by default the folder's.
-        tracking: "tensorboard" or "mlflow": the server keeps the figures as the sites tell them.
-        publish: at the end, sites that allow it hand their personalised models to the others, which score them.
-        settings: every other key of the config.
+        bundle: Folder of the bundle.
+        sites: Names of the inside sites.
+        output_dir: Folder to write to.
+        env: "sim" or "poc" on this machine; "prod" over several machines: the job is exported, or submitted if
+            a startup kit is given.
+        rounds: Number of rounds.
+        dataset_dir: Folder of the sites. In production each site sets its own.
+        round_timeout: Seconds after which a round continues without the sites that have not answered; 0 waits for all.
+        own_process: Whether a site runs each task in a process of its own; by default only in production.
+        startup_kit: Startup kit of the FLARE admin who submits the job, a folder.
+        username: The admin's name; by default the name of that folder.
+        tracking: "tensorboard" or "mlflow": the server records the metrics while the sites report them.
+        publish: At the end, sites that allow it send their personalised models to the others, which score them.
+        settings: Other keys of the configs.
     """
     from shared_iopfl.evaluation.personalised_verdict import print_personalised_verdict
     from shared_iopfl.evaluation.scores import print_table
@@ -158,7 +159,7 @@ def flare(
     how = (round_timeout, own_process, settings, tracking, publish)
     run = _flare().FlareRun(str(bundle), sites, rounds, str(output_dir), dataset_dir, *how)
     if env == "prod" and dataset_dir is not None:
-        raise InputError("in production each site names its own data (IOPFL_DATASET_DIR there): leave out dataset_dir.")
+        raise InputError("in production each site sets its own data (IOPFL_DATASET_DIR there): leave out dataset_dir.")
     if env == "prod" and startup_kit is None:
         job = run.export()
         print(f"job: {job}\nsubmit it: nvflare job submit -j {job}")
@@ -171,7 +172,7 @@ def flare(
 
 
 def flare_publish(output_dir: str, sites: Sequence[str]) -> None:
-    """Publish personalised models of a FLARE run: those of the named sites, and no others."""
+    """Publish the personalised models of a FLARE run, only those of the given sites."""
     for path in _flare("results").publish_sites(output_dir, sites):
         print(path)
 

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The protocol that compares methods over sites, seeds and folds: trainings, scores, tables, report.
+"""The comparison of methods over sites, seeds and folds: trainings, scores, tables and the report.
 
-It knows every other folder, and none of them knows it.
+It may import every other folder except `commands`; no other folder but `commands` imports it.
 """

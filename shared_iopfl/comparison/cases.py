@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Single cases of a comparison: their gain against their shift, and the cases that differ most, as pictures."""
+"""Single cases of a comparison: the gain against the shift, and pictures of the cases with the largest differences."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ logger = logging.getLogger(__name__)
 
 
 def _runs(output_dir: Path, role: str, file: str) -> Iterator[tuple[str, Path]]:
-    """``(seed, path)`` of a file of each run of a role."""
+    """``(seed, path)`` of each file of this name in the runs of a role."""
     for path in sorted(output_dir.glob(f"seed*/{role}_*/{file}")):
         yield path.relative_to(output_dir).parts[0].removeprefix("seed"), path
 
 
 @dataclass(frozen=True)
 class Shifts:
-    """How far the scans of each site were found to be from the experts, and what our own method gained on them.
+    """The shifts of the scans of each site, and the gain of our own method on them.
 
     Attributes:
-        contest: the role's methods.
-        points: site -> ``(shift, gain)`` of each case with a known shift, its seeds averaged.
+        contest: The methods of the role.
+        points: site -> ``(shift, gain)`` of each case with a known shift, averaged over seeds.
     """
 
     contest: Contest
@@ -58,14 +58,14 @@ class Shifts:
         return {site: float(np.mean(points, axis=0)[0]) for site, points in self.points.items()}
 
     def in_short(self) -> list[tuple[str, str]]:
-        """How closely the gain follows the shift, as `Contest.in_short` has it."""
+        """How the gain depends on the shift, in the form of `Contest.in_short`."""
         shift, gain = np.concatenate([np.asarray(points) for points in self.points.values()]).T
         if len(shift) < FEWEST_CASES or np.ptp(shift) == 0 or np.ptp(gain) == 0:
             return []
         thirds = np.array_split(gain[np.argsort(shift, kind="stable")], 3)
         low, high = (show("dice", float(third.mean()), "+") for third in (thirds[0], thirds[-1]))
         correlation = f"{spearmanr(shift, gain).statistic:.2f}".replace("-", MINUS)
-        text = f"{low} points in the third of the cases with the smallest shift, {high} in that with the largest"
+        text = f"{low} points in the third of the cases with the smallest shift, {high} in the third with the largest"
         return [(f"Gain and shift {self.contest.role}", f"{text}; rank correlation {correlation}, n = {len(shift)}.")]
 
     def picture(self) -> Picture:
@@ -76,7 +76,7 @@ class Shifts:
 
 
 def read_shifts(output_dir: Path, contest: Contest) -> Shifts | None:
-    """The shifts in ``masks/<site>/<own method>/routes.json`` of each run; nothing where none is written."""
+    """Read the shifts from ``masks/<site>/<own method>/routes.json`` of each run; None if there are none."""
     if contest.own is None or contest.own == contest.reference:
         return None
     shifts: dict[str, dict[str, list[float]]] = {}
@@ -89,7 +89,7 @@ def read_shifts(output_dir: Path, contest: Contest) -> Shifts | None:
     for name, site in contest.dice.sites.items():
         of_site = shifts.get(name, {})
         for case, gain in zip(site.cases, contest.dice.gains(contest.own, contest.reference, site).tolist()):
-            # one network for the whole site has one shift, written as that of the case "site"
+            # if one network serves the whole site, its single shift is stored under the case name "site"
             known = of_site.get(case) or of_site.get("site")
             if known:
                 points.setdefault(name, []).append((finite_mean(known), gain))
@@ -97,9 +97,9 @@ def read_shifts(output_dir: Path, contest: Contest) -> Shifts | None:
 
 
 def cases_section(output_dir: Path, contest: Contest) -> list[Block]:
-    """Of each site the worst case of our own method, the one that gained and the one that lost most, as pictures.
+    """Pictures of three cases per site: the worst one of our own method, and those with the largest gain and loss.
 
-    Nothing comes back where the runs have no ``cases.csv`` with scans and masks.
+    The result is empty if the runs have no ``cases.csv`` with scans and masks.
     """
     if contest.own is None:
         return []
@@ -124,7 +124,7 @@ def cases_section(output_dir: Path, contest: Contest) -> list[Block]:
                 masks["reference"] = folder / row["label"]
             try:
                 images = pictures.load_case(folder / row["image"], masks)
-                # of a volume the slice that shows it: what was wrong, and is right where it gained
+                # show the slice that explains the title: where the reference method was wrong if the case gained
                 wrong = "global" if what == "most gained" and "global" in masks else contest.own
                 views.append(pictures.case_views(images, wrong, title, disagreement=True)[-1])
             except ValueError as error:  # the log says which file; the report shows no paths
@@ -141,7 +141,7 @@ def cases_section(output_dir: Path, contest: Contest) -> list[Block]:
 def _remarkable(
     contest: Contest, name: str, site: Site, there: set[tuple[str, str, str]]
 ) -> list[tuple[str, str, str, tuple[float, float]]]:
-    """``(what, seed, case, (own, reference))`` of up to three different masks among those whose files are `there`."""
+    """``(what, seed, case, (own, reference))`` of up to three different masks whose files are in `there`."""
     methods = (cast(str, contest.own), contest.reference)
     own, reference = (site.values[contest.dice.at(method)] for method in methods)
     found = [

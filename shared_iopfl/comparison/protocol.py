@@ -8,12 +8,13 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The protocol of a comparison: all methods on all sites, by folds inside and with each site left out in turn.
+"""The protocol of a comparison: all methods on all sites, in folds inside, and with each site left out in turn.
 
-Inside, all sites are federated, each site's test cases are scored once (by the published split, or cross-validated by
-patient), and what a method has to choose it chooses on the sites' validation cases. Outside, each site is left out in
-turn: the others are federated, and all its cases are scored without a label of it having been used; settings can be
-chosen by an inner leave-one-site-out among the sites inside. Nothing is run twice: an interrupted comparison goes on.
+Inside: all sites are federated, and the test cases of each site are scored once, by the published split or by
+cross-validation over patients. Choices that a method has to make use the validation cases. Outside: each site is left
+out in turn, the others are federated, and all cases of the site left out are scored. None of its labels is used before;
+settings can be chosen by an inner leave-one-site-out among the remaining sites. Finished steps are not run again, so an
+interrupted comparison can be resumed.
 """
 
 from __future__ import annotations
@@ -42,46 +43,46 @@ from shared_iopfl.utils.tables import write_json
 logger = logging.getLogger(__name__)
 FEDAVG = "FedAvg"
 CHOSEN = "chosen"
-PERSONAL = ("average", "average, interpolated", "personalised")  # what a site makes of it for itself
+PERSONAL = ("average", "average, interpolated", "personalised")  # the personalised models of a site
 
 
 class Comparison:
-    """Trains and scores; writes ``comparison.csv``, ``choices.json`` and a folder a run.
+    """Train and score all methods; write ``comparison.csv``, ``choices.json`` and a folder per run.
 
     A run's folder ``seed<k>/inside_<fold>`` or ``seed<k>/outside_<site>`` holds the federation of each training method,
     ``metrics.csv``, ``cases.csv`` and ``masks/``.
 
     Args:
-        bundle_root: the bundle whose ``train.json`` and ``evaluate.json`` (with ``baselines.json``) are run.
-        dataset_dir: folder of the sites.
-        output_dir: where the files go.
-        sites: all sites.
-        rounds: of every federation.
-        seeds: of networks, augmentation and splits; the whole protocol is run once with each.
-        folds: inside, 1: the published split; more: cross-validation by patient.
-        server_momentum: of every federation, as in :class:`Federation`; a method's overrides may hold another one
-            (and an ``averaging``).
-        training: overrides of the training config, for all methods alike.
-        scoring: overrides of the evaluation config.
-        inside: method -> overrides of the training config. A key "model" says which of the run's models it is:
-            "global", "norms" (with the site's own norm layers), "ditto" (the site's own of Ditto) or "local" (each
-            site alone).
-        own_rounds, shares: what a site makes of its personalised model once the last round is over, as in
-            :class:`Federation`: the method "personalised". The moving average as it is, and chosen among the shares
-            without rounds of its own, are the methods "average" and "average, interpolated".
-        fine_tuning: rounds of fine-tuning at the tail's rate for the method "fine-tuned"; 0 leaves it out.
+        bundle_root: Bundle whose ``train.json`` and ``evaluate.json`` (with ``baselines.json``) are run.
+        dataset_dir: Folder of the sites.
+        output_dir: Folder to write to.
+        sites: Names of all sites.
+        rounds: Rounds of every federation.
+        seeds: Seeds of networks, augmentation and splits; the whole protocol is run once per seed.
+        folds: Number of folds inside; 1 uses the published split, more use cross-validation by patient.
+        server_momentum: Server momentum of every federation, as in :class:`Federation`; the overrides of a method may
+            contain another one (and an ``averaging``).
+        training: Overrides of the training config, for all methods alike.
+        scoring: Overrides of the evaluation config.
+        inside: method -> overrides of the training config. A key "model" selects which model of the run is scored:
+            "global", "norms" (with the site's own norm layers), "ditto" (the site's own model of Ditto) or "local"
+            (each site alone).
+        own_rounds, shares: How a site makes its personalised model after the last round, as in :class:`Federation`;
+            this is the method "personalised". Without own rounds, the moving average is the method "average",
+            and its interpolation with a share chosen among `shares` the method "average, interpolated".
+        fine_tuning: Rounds of fine-tuning, at the learning rate of the last rounds, for the method "fine-tuned"; 0
+            leaves it out.
         outside: method -> overrides of the evaluation config; a key "baseline" names an inferer of ``baselines.json``.
-        candidates: name -> routing settings, among which the method "chosen" picks one by an inner leave-one-site-out;
-            none: no such method.
-        pooled: overrides of the training config for the method "pooled", inside and outside: one network trained for as
-            many epochs on the cases of all the federation's sites together, which no federation is allowed to do. None:
-            no such method.
-        federations: name -> overrides of the training config: outside, the global model of the federation that they
-            train, as a method of that name. Which of them the other sites would choose for each site left out, without
-            its scores, is written to ``federations.json``.
-        virtual: names of virtual scanners of ``virtual.json``: inside, each training method is scored on the test cases
-            as such a scanner would have taken them. Sites nobody has tuned on, where labels are allowed.
-        labelled: add the bound of routes fitted with the outside site's labels.
+        candidates: name -> routing settings, from which the method "chosen" selects one by an inner leave-one-site-out.
+            If empty, there is no such method.
+        pooled: Overrides of the training config for the method "pooled", inside and outside: one network trained for as
+            many epochs on the pooled cases of all sites, which a federation does not have. None: no such method.
+        federations: name -> overrides of the training config for a further federation. Outside, its global model is a
+            method of that name. ``federations.json`` records which of them would be chosen for each site left out, by
+            scores at the other sites alone.
+        virtual: Names of virtual scanners of ``virtual.json``. Inside, each training method is also scored on the test
+            cases as transformed by such a scanner. No setting was tuned on these scanners, and they have labels.
+        labelled: Whether to add the bound of routes that were fitted with the outside site's labels.
     """
 
     def __init__(
@@ -134,7 +135,7 @@ class Comparison:
     # inside ----------------------------------------------------------------------------------------------------------
 
     def inside(self) -> None:
-        """Every seed and fold: each training method, scored on every site's test cases of the fold."""
+        """Run every seed and fold: each training method, scored on the test cases of every site."""
         for seed in self.seeds:
             for fold in range(self.folds):
                 self._inside_run(seed, fold, self.output_dir / f"seed{seed}" / f"inside_{fold}")
@@ -180,7 +181,7 @@ class Comparison:
             self._score_virtual(run, POOLED, Path(path).parent, tested)
 
     def _score_virtual(self, run: Path, method: str, models: Path, test: Mapping[str, Any]) -> None:
-        """A method on the test cases of a fold, as each virtual scanner takes them."""
+        """Score a method on the test cases of a fold, transformed by each virtual scanner."""
         for name in self.virtual:
             folder = run.with_name(f"virtual_{name}_{run.name.removeprefix('inside_')}")
             for site in self.sites:
@@ -194,7 +195,7 @@ class Comparison:
                 self.runs.score(folder, site, method, str(path), **options)
 
     def _personal(self, federation: Federation, run: Path, test: Mapping[str, Any]) -> None:
-        """What each site makes of FedAvg for itself: the moving average, what it selects, fine-tuning."""
+        """Score the models that each site derives from FedAvg: moving average, selected model, fine-tuned model."""
         shares: dict[str, list[float]] = {}
         for site, client in federation.clients.items():
             before = copy.deepcopy(client.state_dict())
@@ -214,7 +215,7 @@ class Comparison:
     # outside ---------------------------------------------------------------------------------------------------------
 
     def outside(self) -> None:
-        """Every seed, each site left out in turn: every method on all its cases."""
+        """For every seed, leave each site out in turn, and score every method on all cases of that site."""
         chosen = []
         for seed in self.seeds:
             for site in self.sites:
@@ -260,7 +261,7 @@ class Comparison:
         return {"role": "outside", "split": "all", "ckpt_dir": models, **options}
 
     def _choose(self, seed: int, sites: Sequence[str]) -> tuple[str, dict[str, float]]:
-        """The candidate that does best where each of these sites plays the outsider for the rest of them."""
+        """The candidate with the highest mean when each of these sites in turn is the outside site of the others."""
         means: dict[str, list[float]] = {name: [] for name in self.candidates}
         for site in sites:
             others = [other for other in sites if other != site]
@@ -278,10 +279,10 @@ class Comparison:
         self.runs.collect()
 
     def finish(self) -> None:
-        """Raise `InputError` where cases could not be scored."""
+        """Raise `InputError` if some cases could not be scored."""
         raise_failures(self.runs.failures)
 
 
 def _architecture(training: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a training's overrides is the network's, which its scoring has to know as well."""
+    """The overrides of a training that define the network, which scoring needs as well."""
     return {key: value for key, value in training.items() if key.startswith("network_def")}

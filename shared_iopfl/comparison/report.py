@@ -10,8 +10,8 @@
 # limitations under the License.
 """The report of a comparison: ``comparison.md``, ``report.html`` and a short table.
 
-Nothing is computed from scans or networks. Beside ``comparison.csv`` every file may be missing: what it would show is
-left out.
+It reads files only, no scans or networks. Every file except ``comparison.csv`` may be missing; the part of the report
+that needs it is left out.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ BOUNDS = (LABELLED, POOLED)
 _USE = "Figures are foreground Dice of held-out patients. For research use only, not for diagnosis."
 
 _SHIFT = (
-    "The shift is the scan's distance from the global model, measured without labels. Routing that works "
-    "gains where the shift is large, and changes nothing where there is none."
+    "The shift is the scan's distance from the global model, measured without labels. Ideally, routing gains where "
+    "the shift is large and changes nothing where there is none."
 )
 
 
@@ -48,17 +48,17 @@ def write_comparison(output_dir: str | Path, bounds: Sequence[str] = BOUNDS, tit
     """Write ``comparison.md`` and ``report.html`` of a comparison into its folder.
 
     Args:
-        output_dir: folder with ``comparison.csv`` and, if there are any, ``choices.json``, ``run.json`` and the runs'
-            ``seed<k>/<role>_<fold>/``, from whose ``cases.csv`` and ``masks/`` cases are shown.
-        bounds: methods that used labels or hindsight: shown in italics, never among the winners.
-        title: heading of both.
+        output_dir: Folder with ``comparison.csv`` and, optionally, ``choices.json``, ``run.json`` and the folders of
+            the runs, ``seed<k>/<role>_<fold>/``, whose ``cases.csv`` and ``masks/`` supply the pictures.
+        bounds: Methods that used labels or hindsight: shown in italics and never named the best.
+        title: Heading of both files.
 
     Returns:
         Path of ``report.html``.
 
     Raises:
-        InputError: when ``comparison.csv`` is missing or not as it must be, a method lacks a case that others have, or
-            the reference is not among the methods.
+        InputError: If ``comparison.csv`` is missing or malformed, a method lacks a case that others have, or the
+            reference is not among the methods.
     """
     output_dir = Path(output_dir)
     contests = _contests(output_dir, bounds)
@@ -70,11 +70,11 @@ def write_comparison(output_dir: str | Path, bounds: Sequence[str] = BOUNDS, tit
         blocks += _role_blocks(output_dir, contest, measured)
     choices, trainings = choices_table(output_dir), choices_table(output_dir, "federations.json")
     if trainings:
-        why = "Mean Dice of each training's global model at the other sites, each left out in turn; bold: highest."
-        blocks += [Heading("Which training the other sites choose"), trainings, Text(why, "caption")]
+        why = "Mean Dice of each training's global model at the other sites, each left out in turn. Bold: highest."
+        blocks += [Heading("Training that the other sites would choose"), trainings, Text(why, "caption")]
     if choices:
-        why = "Mean Dice of each candidate where the other sites were left out in turn among themselves; bold: highest."
-        blocks += [Heading("What was chosen without the site left out"), choices, Text(why, "caption")]
+        why = "Mean Dice of each candidate when each of the other sites is left out in turn. Bold: highest."
+        blocks += [Heading("Settings chosen without the site left out"), choices, Text(why, "caption")]
     notes = Text(reading_notes(any(contest.bounds & {*contest.dice.methods} for contest in contests)), "caption")
     blocks += [Heading("How to read this"), notes, *run_section(read_json(output_dir / "run.json"))]
     write_text(output_dir / "comparison.md", markdown(title, blocks))
@@ -98,7 +98,7 @@ def _contests(output_dir: Path, bounds: Sequence[str]) -> list[Contest]:
 
 
 def _role_blocks(output_dir: Path, contest: Contest, shifts: Shifts | None) -> list[Block]:
-    """The tables of a role, with the pictures that the page has besides."""
+    """The tables of a role, and the pictures that only the page shows."""
     blocks: list[Block] = [
         *(Heading(contest.role.capitalize()), Heading("Dice by site", 3), contest.means(), *contest.notes()),
         *(Heading(f"Against {contest.reference}", 3), contest.against_reference(), *_forests(contest)),
@@ -108,23 +108,23 @@ def _role_blocks(output_dir: Path, contest: Contest, shifts: Shifts | None) -> l
     if table := contest.by_site(shifts.means() if shifts else {}):
         blocks += [Heading(f"{contest.own} site by site", 3), table]
         blocks += [Text(_SHIFT, "caption"), shifts.picture()] if shifts else []
-    # what is the same for every method, such as a measure of the reference masks, tells nothing of the methods
+    # a measure that is the same for every method, such as one of the reference masks, does not compare them
     more = [m for m, scores in contest.metrics.items() if m != "dice" and np.ptp(scores.site_means, axis=0).any()]
     blocks += [Heading("Other measures", 3), *map(contest.means, more)] if more else []
     if shown := cases_section(output_dir, contest):
         dashed = "global model" if contest.reference == "global" else f"global model, {contest.reference}"
         caption = (
-            f"Of each site the mask with the lowest Dice of {contest.own}, the one that gained most and the one that "
-            f"lost most against {contest.reference}. Outlines of {contest.own}, of the reference drawn by people "
-            f"and, dashed, of the {dashed}. Of a volume, the axial slice with the largest disagreement in radiological "
-            "convention; of a picture every class is outlined."
+            f"For each site the mask with the lowest Dice of {contest.own}, and those with the largest gain and the "
+            f"largest loss against {contest.reference}. Outlines: {contest.own}, the reference drawn by people and "
+            f"(dashed) the {dashed}. Volumes: the axial slice with the largest disagreement, in radiological "
+            "convention. 2D pictures: every class is outlined."
         )
         blocks.append(OnPage([Heading(f"Cases {contest.role}", 3), Text(caption, "caption"), *shown]))
     return blocks
 
 
 def _forests(contest: Contest) -> list[Block]:
-    """Differences to the reference with their intervals: of the mean of sites, and of each site."""
+    """Charts of the differences to the reference with their intervals, for the mean of sites and for each site."""
     dice = contest.dice
     methods = [method for method in dice.ranked(contest.bounds) if method != contest.reference]
     if not methods:
@@ -136,21 +136,21 @@ def _forests(contest: Contest) -> list[Block]:
         return {method: (100 * d.mean, 100 * d.low, 100 * d.high) for method, d in found.items()}
 
     caption = (
-        f"Difference to {contest.reference} with its 95% interval: right of the line is better. Coloured: "
-        f"{contest.own or 'none'}. Hollow: bounds, which used labels or hindsight. Arrow: beyond the axis."
+        f"Difference to {contest.reference} with its 95% interval; to the right of the line is better. Coloured: "
+        f"{contest.own or 'none'}. Hollow: bounds, which used labels or hindsight. Arrow: outside the axis range."
     )
     mean = charts.forest_picture({f"{contest.role}, mean of sites": panel()}, label, contest.colour, contest.bounds)
     blocks: list[Block] = [picture(mean, caption)]
     if len(dice.sites) > 1:
         sites = charts.forest_picture({s: panel(s) for s in dice.sites}, label, contest.colour, contest.bounds)
-        blocks.append(picture(sites, "The same, site by site."))
+        blocks.append(picture(sites, "The same differences, site by site."))
     return blocks
 
 
 def print_comparison(output_dir: str | Path) -> str:
     """Print each method's mean Dice over sites and its difference to the reference with its interval, in percent.
 
-    Errors are those of `write_comparison`. Our own method is marked with ">", a bound stands in brackets.
+    Our own method is marked with ">", bounds are in brackets. Errors are those of `write_comparison`.
 
     Returns:
         The text that was printed.

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The runs of a comparison: a method is scored on a site once, all scores are gathered, and the best are chosen by."""
+"""The runs of a comparison: score each method on each site once, gather all scores, and choose the best candidates."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ COLUMNS = ("seed", "fold", "site", "role", "method", "case", "metric", "value")
 
 
 class Runs:
-    """Scores methods on sites for a :class:`~shared_iopfl.comparison.protocol.Comparison`, each once.
+    """Score methods on sites for a :class:`~shared_iopfl.comparison.protocol.Comparison`, each of them once.
 
     Args:
         bundle_root, dataset_dir, output_dir, scoring: of the comparison.
 
     Attributes:
-        failures: the cases that could not be scored.
+        failures: Cases that could not be scored.
     """
 
     def __init__(self, bundle_root: str, dataset_dir: str, output_dir: Path, scoring: Mapping[str, Any]) -> None:
@@ -45,14 +45,14 @@ class Runs:
         self.failures: list[Failure] = []
 
     def score(self, run: Path, site: str, method: str, path: str, **options: Any) -> None:
-        """Score a model on a site, unless that was done before.
+        """Score a model on a site, unless this has been done before.
 
         Args:
-            run: the folder of the run.
-            site: the site.
-            method: what the model is called.
-            path: of the model.
-            options: overrides of the evaluation config.
+            run: Folder of the run.
+            site: Name of the site.
+            method: Name under which the model is scored.
+            path: Path of the model.
+            options: Overrides of the evaluation config.
         """
         if not self.scored(run, site, method):
             common = {**self.options, "ckpt": path}
@@ -69,11 +69,11 @@ class Runs:
         return bool(self.rows(run, site, method))
 
     def choose_trainings(self, sites: Sequence[str], names: Sequence[str]) -> None:
-        """Write ``federations.json``: for each site, which training is best on average at the others left out.
+        """Write ``federations.json``: for each site, the training with the highest mean at the other sites left out.
 
         Args:
-            sites: of the comparison.
-            names: methods outside, each the global model of a training.
+            sites: Sites of the comparison.
+            names: Methods outside, each the global model of a training.
         """
         dice: dict[tuple[str, str], list[float]] = {(name, site): [] for name in names for site in sites}
         for row in read_rows(self.output_dir / "comparison.csv"):
@@ -95,7 +95,7 @@ class Runs:
             scanner, _, fold = fold.rpartition("_") if role == "virtual" else ("", "", fold)
             for row in read_rows(path):
                 row = {**row, "seed": path.parts[-3].removeprefix("seed"), "fold": fold, "method": row["model"]}
-                if scanner:  # the scanner is the site, its cases those of all sites
+                if scanner:  # the virtual scanner takes the place of the site, with the cases of all sites
                     row |= {"site": scanner, "case": f"{row['site']} {row['case']}"}
                 rows.append(row)
         write_rows(self.output_dir / "comparison.csv", COLUMNS, [{key: row[key] for key in COLUMNS} for row in rows])
@@ -103,14 +103,14 @@ class Runs:
 
 
 def best_of(means: Mapping[str, Sequence[float]]) -> tuple[str, dict[str, float]]:
-    """The candidate with the highest mean over sites, and all their means.
+    """The candidate with the highest mean over sites, and the means of all candidates.
 
     Args:
-        means: candidate -> at each site its mean Dice, over the cases where it is defined (a case with an empty
-            reference has none, whatever the candidate). A site where no case has one counts for no candidate.
+        means: candidate -> mean Dice at each site, over the cases with a defined Dice (cases with an empty reference
+            have none). A site without any defined Dice is ignored for all candidates.
 
     Raises:
-        InputError: where no site has a defined Dice for all of them.
+        InputError: If no site has a defined Dice for all candidates.
     """
     sites = [of_site for of_site in zip(*means.values()) if all(map(math.isfinite, of_site))]
     if not sites:

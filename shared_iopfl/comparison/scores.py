@@ -8,10 +8,15 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The scores of a comparison: ``comparison.csv`` read and checked, means by site, paired differences by case.
+"""The scores of a comparison: ``comparison.csv`` read and checked, means by site, and paired differences by case.
 
+<<<<<<< HEAD
 A case counts once, however many seeds scored it: its seeds are averaged first, and drawn together in the bootstrap.
 Every site counts alike. Means and intervals are taken of arrays (method, seed, case), which pandas would not shorten.
+=======
+Every case counts once: its scores are averaged over seeds, and the bootstrap draws all its seeds together. Every site
+has the same weight.
+>>>>>>> words
 """
 
 from __future__ import annotations
@@ -29,11 +34,11 @@ from shared_iopfl.evaluation.scores import ROLES, number
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.tables import read_rows
 
-WIN = 0.005  # Dice: what is less is a tie
+WIN = 0.005  # Dice: smaller differences are ties
 EXPERT = "expert "
-COMPARED = (*ROLES, "virtual")  # virtual: test cases inside, as another scanner would have taken them
+COMPARED = (*ROLES, "virtual")  # virtual: inside test cases, transformed by a virtual scanner
 MEAN_EXPERT, BEST_EXPERT = "mean expert", "best expert (hindsight)"
-_DIGITS = 9  # to which figures are exact: sums of binary fractions leave dust behind
+_DIGITS = 9  # rounds off errors of binary fractions
 
 _Values = dict[tuple[str, str], float]  # {(seed, case): value}, of one method on one site
 
@@ -44,10 +49,10 @@ class Difference:
 
     Attributes:
         mean: mean over sites of the mean over cases.
-        low, high: its 95% bootstrap interval over cases of these sites; NaN with too few (see `case_interval`).
-        cases: number of cases.
-        new_low, new_high: its 95% bootstrap interval over sites, for what is said of new ones; NaN with fewer than
-            three (see `site_interval`).
+        low, high: 95% bootstrap interval over cases of these sites; NaN with too few cases (see `case_interval`).
+        cases: Number of cases.
+        new_low, new_high: 95% bootstrap interval over sites, for statements about new sites; NaN with fewer than three
+            sites (see `site_interval`).
     """
 
     mean: float
@@ -59,7 +64,7 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """ "better" or "worse" where the interval leaves out 0, "tie" where it stays within half a point of it."""
+        """ "better" or "worse" if the interval excludes 0, "tie" if it is within half a point of 0, else "unclear"."""
         if not math.isfinite(self.low):
             return "too few cases"
         if self.low > 0 or self.high < 0:
@@ -69,7 +74,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Site:
-    """The scores of one site: `values` has the shape ``(method, seed, case)``, NaN where a seed did not test a case."""
+    """Scores of one site; `values` has the shape ``(method, seed, case)``, NaN if a seed did not test a case."""
 
     cases: list[str]
     values: np.ndarray
@@ -85,13 +90,13 @@ class RoleScores:
     """One metric of all methods on all sites of a role.
 
     Attributes:
-        methods: in the order of the arrays' first axis.
-        seeds: in the order of their second axis.
-        sites: name of a site -> its scores.
-        folds: how many folds, or outside how many left-out sites, there are.
+        methods: Methods, in the order of the first axis of the arrays.
+        seeds: Seeds, in the order of the second axis.
+        sites: Name of a site -> its scores.
+        folds: Number of folds; outside, number of sites left out.
         best_experts: site -> the expert that is best there in hindsight.
-        undefined: method -> how many values were undefined, such as a distance to an empty mask. What is undefined for
-            one method is left out for all.
+        undefined: method -> number of undefined values, such as a distance to an empty mask. A value that is undefined
+            for one method is left out for all.
     """
 
     methods: list[str]
@@ -122,11 +127,11 @@ class RoleScores:
 
     @cached_property
     def resampled(self) -> np.ndarray:
-        """Means of sites where each site's cases are drawn anew, ``(resample, method, site)``."""
+        """Means by site with the cases of each site resampled, ``(resample, method, site)``."""
         return resampled_means([site.by_case for site in self.sites.values()])
 
     def at(self, method: str) -> int:
-        """Where a method stands in the arrays."""
+        """Index of a method in the arrays."""
         return self.methods.index(method)
 
     def mean(self, method: str) -> float:
@@ -138,7 +143,7 @@ class RoleScores:
         return float(np.std(self.seed_means[self.at(method)], ddof=1)) if len(self.seeds) > 1 else math.nan
 
     def difference(self, method: str, other: str, site: str | None = None) -> Difference:
-        """How far a method is above another, as the mean of all sites or on one of them."""
+        """How much higher a method scores than another one, on the mean of sites or on one of them."""
         names = list(self.sites)
         chosen = [names.index(site)] if site is not None else list(range(len(names)))
         one, two = self.at(method), self.at(other)
@@ -150,7 +155,7 @@ class RoleScores:
         return Difference(_exact(mean), _exact(low), _exact(high), cases, *map(_exact, new))
 
     def wins_and_losses(self, method: str, other: str) -> tuple[int, int]:
-        """On how many cases a method is more than half a point above another, and on how many below."""
+        """Number of cases on which a method is more than half a point above another one, and below it."""
         gains = np.concatenate([self.gains(method, other, site).ravel() for site in self.sites.values()])
         return int((gains > WIN).sum()), int((gains < -WIN).sum())
 
@@ -159,7 +164,7 @@ class RoleScores:
         return np.round(site.by_case[self.at(method)] - site.by_case[self.at(other)], _DIGITS)
 
     def largest_loss(self, method: str, other: str) -> tuple[float, str, str]:
-        """The least difference of a single mask, a case with one of the seeds; its site and case."""
+        """The most negative difference of a single mask (a case with one seed), with its site and case."""
         found = []
         for name, site in self.sites.items():
             differences = np.round(site.values[self.at(method)] - site.values[self.at(other)], _DIGITS)
@@ -168,7 +173,7 @@ class RoleScores:
         return min(found)
 
     def worst_twentieth(self, method: str) -> float:
-        """Mean of the worst twentieth of the cases of all sites, at least one; with each seed, then over the seeds."""
+        """Mean of the worst 5 % of the cases of all sites (at least one), computed per seed and averaged over seeds."""
         masks = np.concatenate([site.values[self.at(method)] for site in self.sites.values()], axis=1)
         means = []
         for of_seed in masks:
@@ -178,24 +183,24 @@ class RoleScores:
         return float(np.mean(means))
 
     def ranked(self, bounds: Collection[str] = ()) -> list[str]:
-        """Methods from the highest mean of sites to the lowest, the bounds after them all."""
+        """Methods sorted by their mean of sites, highest first; the bounds come last."""
         return sorted(self.methods, key=lambda method: (method in bounds, -self.mean(method), method))
 
 
 def _exact(value: float) -> float:
     if math.isnan(value):
-        return math.nan  # the one that equals itself in a comparison of tuples
-    return round(float(value), _DIGITS) + 0.0  # adding 0 makes of -0.0 what people write
+        return math.nan  # this very object: tuples that contain it then compare as equal
+    return round(float(value), _DIGITS) + 0.0  # adding 0 turns -0.0 into 0.0
 
 
 def read_comparison(output_dir: str | Path) -> dict[str, dict[str, RoleScores]]:
     """``comparison.csv`` by role and metric, Dice first; the order of its rows does not matter.
 
-    Outside, methods called ``expert <site>`` become two: their mean, and of each site the one with the highest mean
-    Dice, which only hindsight knows.
+    Outside, methods called ``expert <site>`` become two: the mean of all experts, and for each site the expert with the
+    highest mean Dice there, which is known only in hindsight.
 
     Raises:
-        InputError: when the file is not there or not as it must be, or a method lacks a case that others have.
+        InputError: If the file is missing or malformed, or a method lacks a case that others have.
     """
     path = Path(output_dir) / "comparison.csv"
     rows = read_rows(path, "seed fold site role method case metric value")
@@ -219,7 +224,7 @@ def read_comparison(output_dir: str | Path) -> dict[str, dict[str, RoleScores]]:
     scores: dict[str, dict[str, RoleScores]] = {}
     for role in COMPARED:
         experts: dict[str, str] = {}
-        # Dice first: it says which expert was the best, for the other metrics too
+        # Dice first: it decides which expert is the best, also for the other metrics
         for metric in sorted({m for r, m in found if r == role}, key=lambda metric: (metric != "dice", metric)):
             made = _role_scores(found[role, metric], len(folds[role]), role == "outside", experts, path)
             if made.sites:
@@ -262,7 +267,7 @@ def _role_scores(
 def _aligned(
     found: Mapping[str, _Values], methods: Sequence[str], seeds: Sequence[str], site: str, path: Path
 ) -> tuple[list[str], np.ndarray]:
-    """The cases of a site, and its scores as ``(method, seed, case)``: the same cases for every method."""
+    """The cases of a site and its scores as ``(method, seed, case)``, with the same cases for every method."""
     wanted = sorted({key for values in found.values() for key in values})
     cases = sorted({case for _, case in wanted})
     place = {(seed, case): (seeds.index(seed), cases.index(case)) for seed, case in wanted}
@@ -272,7 +277,7 @@ def _aligned(
         for seed, case in wanted:
             if (seed, case) not in scored:
                 raise InputError(
-                    f"{path}: method '{method}' has no score of case '{case}' of site '{site}' (seed {seed}), "
+                    f"{path}: method '{method}' has no score of case '{case}' of site '{site}' (seed {seed}), but "
                     "others have: run the comparison to its end, or delete this method's rows"
                 )
             values[index][place[seed, case]] = scored[seed, case]

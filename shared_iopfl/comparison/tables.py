@@ -29,8 +29,8 @@ from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.reading import read_json
 
 LABELLED, POOLED = "labelled routes", "pooled"  # bounds, not methods that a site could use
-SMALLEST_GAP = 0.005  # Dice: below it, a share of the gap would be a quotient of noise
-TARGET, HARM = 0.010, 0.003  # Dice: what the own method should gain on the mean of sites, what no site may lose
+SMALLEST_GAP = 0.005  # Dice: below it, the fraction of the gap that is closed would be noise
+TARGET, HARM = 0.010, 0.003  # Dice: target gain on the mean of sites, largest acceptable loss of a site
 
 
 def _cell(difference: Difference) -> tuple[str, str]:
@@ -49,20 +49,20 @@ def _count(number: int, what: str) -> str:
 
 
 def _points(value: float) -> str:
-    """Points with two digits, as sentences have them: a target of 1.0 is then seen to be missed at 0.96."""
+    """Points with two digits, for sentences: a gain of 0.96 is then not rounded to the target of 1.0."""
     return f"{100 * value:.2f}".replace("-", MINUS)
 
 
 @dataclass(frozen=True)
 class Contest:
-    """One role's methods, which of them the others are held to, and which one is ours.
+    """The methods of one role: the reference, our own method and the bounds among them.
 
     Attributes:
         role: "inside" or "outside".
         metrics: scores by metric, Dice among them.
-        reference: the method that differences are taken to.
-        own: the method that is held to the targets; None where it was not run.
-        bounds: methods that used labels or hindsight: shown, never among the winners.
+        reference: Method to which differences are computed.
+        own: Method that is judged against the targets; None if it was not run.
+        bounds: Methods that used labels or hindsight: shown, but never named the best.
     """
 
     role: str
@@ -78,13 +78,13 @@ class Contest:
 
     @property
     def colour(self) -> dict[str, str]:
-        """Our own method's colour: the one that a run's report gives to its kind."""
+        """The colour of our own method, the same as in the report of a run."""
         kind = "personalised" if self.role == "inside" else "routed"
         return {self.own: pictures.colours(())[kind]} if self.own else {}
 
     @property
     def rivals(self) -> list[str]:
-        """Every method but our own, the best first and the bounds last."""
+        """All methods but our own, the best first and the bounds last."""
         return [method for method in self.dice.ranked(self.bounds) if method != self.own]
 
     def _row(self, method: str, cells: Sequence[Cell], bold: Collection[int] = ()) -> Row:
@@ -92,7 +92,7 @@ class Contest:
         return Row(method, cells, frozenset() if bound else frozenset(bold), bound, method == self.own and not bound)
 
     def means(self, metric: str = "dice") -> Table:
-        """Methods by sites: the mean of each, the mean of sites, its spread over seeds."""
+        """Methods by sites: mean of each site, mean of sites, and its standard deviation over seeds."""
         scores = self.metrics[metric]
         best = best_of(metric)
         values = {m: [*scores.site_means[scores.at(m)].tolist(), scores.mean(m)] for m in scores.methods}
@@ -111,7 +111,7 @@ class Contest:
         return Table([heading(metric), *scores.sites, "mean of sites", *["sd over seeds"] * spread], rows)
 
     def against_reference(self) -> Table:
-        """Each method's difference to the reference, over cases and in the worst of them."""
+        """Difference of each method to the reference: mean over cases, and worst cases."""
         dice = self.dice
         heads = [
             f"against {self.reference}",
@@ -132,14 +132,14 @@ class Contest:
         return Table([*heads, "largest loss of a case", "worst twentieth", *gap], rows)
 
     def _gap_closed(self, method: str) -> str:
-        """The share of what federated training loses to pooled training that a method makes good."""
+        """Which fraction of the gap between federated and pooled training a method closes."""
         gap = self.dice.difference(POOLED, self.reference).mean
         if gap < SMALLEST_GAP or method == self.reference:
             return DASH
         return f"{self.dice.difference(method, self.reference).mean / gap:.0%}".replace("-", MINUS)
 
     def against_others(self) -> Table | None:
-        """Our own method's difference to each other one."""
+        """Difference of our own method to each other one."""
         if self.own is None:
             return None
         heads = [f"{self.own} {MINUS} \u2026", "difference [95% interval]", *self._new_sites]
@@ -148,7 +148,7 @@ class Contest:
         return Table([*heads, "largest loss of a case"], rows)
 
     def by_site(self, shifts: Mapping[str, float]) -> Table | None:
-        """What our own method gains on each site, from the smallest shift to the largest where the shifts are known."""
+        """Gain of our own method on each site, sorted by shift if the shifts are known."""
         if self.own is None or self.own == self.reference:
             return None
         heads = ["mean shift"] * bool(shifts)
@@ -162,7 +162,7 @@ class Contest:
 
     @property
     def _new_sites(self) -> list[str]:
-        """The heading of the interval over sites, where there are enough."""
+        """The heading of the interval over sites, if there are enough sites."""
         return ["95% interval for new sites"] * (len(self.dice.sites) >= FEWEST_SITES)
 
     def _duel(self, method: str, other: str) -> list[Cell]:
@@ -175,24 +175,24 @@ class Contest:
         return [_cell(difference), *new, difference.verdict, f"{wins} : {losses}", at]
 
     def notes(self) -> list[Block]:
-        """What has to be said under the tables: which experts hindsight chose, what was undefined."""
+        """Notes below the tables: experts chosen in hindsight, and undefined values."""
         blocks: list[Block] = []
         if self.dice.best_experts:
             sites: dict[str, list[str]] = {}
             for site, expert in self.dice.best_experts.items():
                 sites.setdefault(expert, []).append(site)
             chosen = "; ".join(f"{expert} (at {', '.join(at)})" for expert, at in sites.items())
-            text = f"Best expert in hindsight: {chosen}. The mean expert is what one taken blindly gives on average."
+            text = f"Best expert in hindsight: {chosen}. The mean expert is the average over experts picked at random."
             blocks.append(Text(text, "caption"))
         for metric, scores in self.metrics.items():
             if scores.undefined:
                 counts = ", ".join(f"{method} {count}" for method, count in scores.undefined.items())
-                text = f"{heading(metric)}: what is undefined for one method, such as a distance to an empty mask, is"
-                blocks.append(Text(f"{text} left out for all. Undefined: {counts}.", "caption"))
+                text = f"{heading(metric)}: values undefined for one method, such as a distance to an empty mask, are"
+                blocks.append(Text(f"{text} left out for all methods. Undefined: {counts}.", "caption"))
         return blocks
 
     def in_short(self) -> list[tuple[str, str]]:
-        """What our own method reaches, in words, each a pair of what is asked and the answer."""
+        """What our own method reaches, in sentences: pairs of a topic and its text."""
         if self.own is None or self.own == self.reference:
             return []
         dice, own, reference = self.dice, self.own, self.reference
@@ -219,7 +219,7 @@ class Contest:
         return items + self._harm()
 
     def _harm(self) -> list[tuple[str, str]]:
-        """A line for each site that loses more than it may, one line where none does."""
+        """One line for each site that loses more than acceptable, or one line that says that none does."""
         own = cast(str, self.own)
         harmed = {site: self.dice.difference(own, self.reference, site) for site in self.dice.sites}
         lines = [
@@ -232,7 +232,7 @@ class Contest:
 
 
 def facts(contests: Sequence[Contest]) -> str:
-    """How much stands behind the figures."""
+    """The numbers of sites, cases, seeds and methods behind the scores."""
     parts = []
     for contest in contests:
         dice = contest.dice
@@ -243,27 +243,28 @@ def facts(contests: Sequence[Contest]) -> str:
 
 
 def reading_notes(bounds: bool) -> str:
-    """How the tables are to be read."""
+    """How to read the tables."""
     text = (
-        "Foreground Dice in percent, differences in percentage points. The seeds of a case are averaged, then the "
-        "cases of a site; every site counts alike. Bold: the highest of its column. Differences are paired by case; "
-        f"their 95% interval is from {RESAMPLES:,} bootstrap resamples of the cases within each site, all seeds of a "
-        "case together, widened for few cases (Student's t): how far other patients of these sites could change the "
-        f"figure. There is none with fewer than {FEWEST_CASES} cases, or fewer than {FEWEST_PER_SITE} at a site. Other "
-        "sites it leaves open: for a claim about new ones there is a second interval, from resamples of the sites, "
-        f"each with all its cases (from {FEWEST_SITES} sites on). Neither covers another training: what that could "
-        "change, the spread over seeds shows. A Dice is undefined where the reference is empty, and left out for all "
-        "methods. Verdict, by the first interval: better or worse where the interval leaves out 0; tie where it "
-        "stays within half a point of it; else unclear. A case is won or lost by more than half a point. The largest "
-        "loss is that of one case with one seed; the worst twentieth is the mean of that share of all sites' cases, "
-        "with each seed. Set off from the others: the method that is held to the targets."
+        "Foreground Dice in percent, differences in percentage points. Scores are averaged over the seeds of a case, "
+        "then over the cases of a site, then over sites with equal weights. Bold: the highest of its column. "
+        f"Differences are paired by case. Their 95% interval comes from {RESAMPLES:,} bootstrap resamples of the cases "
+        "within each site, with all seeds of a case together, and is widened for few cases (Student's t). It shows how "
+        f"much the value could change with other patients of these sites. It is not given with fewer than "
+        f"{FEWEST_CASES} cases, or fewer than {FEWEST_PER_SITE} at a site. "
+        "The interval for new sites resamples the sites, each with all its "
+        f"cases (given from {FEWEST_SITES} sites on). Neither interval covers the variation between trainings, which "
+        "the standard deviation over seeds shows. A Dice is undefined if the reference is empty; it is then left out "
+        "for all methods. Verdict, by the first interval: better or worse if it excludes 0; tie if it is within half a "
+        "point of 0; otherwise unclear. A case is won or lost by more than half a point. The largest loss "
+        "is that of one case with one seed. The worst twentieth is the mean of the worst 5 % of all cases, computed "
+        "for each seed. The highlighted method is the one that is judged against the targets."
     )
-    bound = " In italics: bounds, which used labels of the outside site, hindsight or the sites' pooled data."
+    bound = " In italics: bounds, which used labels of the outside site, hindsight or the pooled data of the sites."
     return text + bound * bounds
 
 
 def choices_table(output_dir: Path, name: str = "choices.json") -> Table | None:
-    """What was chosen without the site left out, from ``choices.json`` or its like; nothing where there is none."""
+    """The choices that were made without the site left out, from ``choices.json`` or a similar file, or None."""
     path = output_dir / name
     if not path.is_file():
         return None

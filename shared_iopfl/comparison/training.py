@@ -10,7 +10,7 @@
 # limitations under the License.
 """What a comparison trains: federations, fine-tuned models, a model on pooled data, and routes fitted with labels.
 
-Nothing is trained twice: what lies in the folder of an earlier run is taken from there.
+Nothing is trained twice: the results in the folder of an earlier run are reused.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ from shared_iopfl.utils.config_values import Expression, as_values
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.stacks import to_stack
 
-EXPERTS = (0.8, 0.2, 0.0)  # where a site is left out, those inside need no test cases
+EXPERTS = (0.8, 0.2, 0.0)  # no test cases: these sites are not scored when another one is left out
 
 
 @dataclass
 class Trainings:
-    """Trains for a :class:`~shared_iopfl.comparison.protocol.Comparison`, whose arguments of the same names these are.
+    """Trainings of a :class:`~shared_iopfl.comparison.protocol.Comparison`, which explains arguments of the same names.
 
     Args:
-        bundle_root, dataset_dir, output_dir, rounds: of the comparison.
-        training: overrides of the training config, for all trainings alike.
-        server_momentum, own_rounds, shares: of every federation, as in :class:`Federation`.
-        pooled: overrides of the pooled training.
+        bundle_root, dataset_dir, output_dir, rounds: As in the comparison.
+        training: Overrides of the training config, for all trainings alike.
+        server_momentum, own_rounds, shares: Settings of every federation, as in :class:`Federation`.
+        pooled: Overrides of the pooled training.
     """
 
     bundle_root: str
@@ -62,7 +62,7 @@ class Trainings:
     def federate(
         self, sites: Sequence[str], seed: int, run: Path, overrides: Mapping[str, Any], **options: Any
     ) -> Federation:
-        """Run a federation over some sites, or what is left of it, and return it."""
+        """Run a federation over some sites, or the remaining rounds of it, and return it."""
         server: dict[str, Any] = {"server_momentum": self.server_momentum, "averaging": "mean"}
         server |= {key: overrides[key] for key in server if key in overrides}
         overrides = {key: value for key, value in overrides.items() if key not in server}
@@ -84,13 +84,13 @@ class Trainings:
     def experts(
         self, sites: Sequence[str], seed: int, name: str = "", training: Mapping[str, Any] | None = None
     ) -> str:
-        """The folder of the models that these sites published; federated where that has not been done yet.
+        """The folder of the models that these sites published; they are federated first if necessary.
 
         Args:
-            sites: of the federation.
-            seed: of the network, the augmentation and the split.
-            name: of another training than the comparison's own, of which only the global model is of interest.
-            training: its overrides.
+            sites: Sites of the federation.
+            seed: Seed of the network, the augmentation and the split.
+            name: Name of a training other than the comparison's own; only its global model is used.
+            training: Overrides of that training.
         """
         run = self.output_dir / f"seed{seed}" / (f"federation_{name}_" * bool(name) or "federation_")
         run = run.with_name(run.name + "+".join(sorted(sites)))
@@ -105,16 +105,16 @@ class Trainings:
         return str(run / "models")
 
     def pool(self, sites: Sequence[str], seed: int, folder: Path, cases: str) -> str:
-        """The model of one training on the cases of all these sites, for as many epochs as the federation has.
+        """A model trained on the pooled cases of these sites, for as many epochs as the federation.
 
         Args:
-            sites: whose training cases.
-            seed: of network and augmentation.
-            folder: of the model.
-            cases: what gives the training cases of ``site``, as an expression of the training config.
+            sites: Sites whose training cases are pooled.
+            seed: Seed of network and augmentation.
+            folder: Folder of the model.
+            cases: Expression of the training config that gives the training cases of ``site``.
 
         Returns:
-            The model's path; it is not trained again where it is there.
+            Path of the model. An existing model is not trained again.
         """
         path = model_path(str(folder))
         codings = self.training.get("coding")
@@ -125,7 +125,7 @@ class Trainings:
                 **self.training,
                 "dataset_dir": self.dataset_dir,
                 "output_dir": str(folder),
-                "ckpt_dir": str(folder / "unused"),  # where its own moving average goes
+                "ckpt_dir": str(folder / "unused"),  # for its own moving average
                 "site": sites[0],
                 "pooled_sites": list(sites),
                 "seed": seed,
@@ -141,7 +141,7 @@ class Trainings:
         return path
 
     def fit_with_labels(self, site: str, models: str) -> dict[str, Tensor]:
-        """Routes fitted with the site's labels: what the best routes for the site as a whole could give."""
+        """Routes fitted with the site's labels: an upper bound for routes that are the same for the whole site."""
         parser = self._config(site)
         network: nn.Module = parser.get_parsed_content("network")
         network.load_state_dict(load_weights(model_path(models)))
@@ -167,20 +167,20 @@ class Trainings:
 
 
 def fine_tune(client: SiteClient, weights: Mapping[str, Tensor], rounds: int) -> dict[str, Tensor]:
-    """Global weights trained further at a site, without averaging: at the tail's small rate once the run is over.
+    """Train the global weights further at a site without averaging, at the small learning rate of the last rounds.
 
-    The client is left as it was: its personalised model and all that survives an interruption.
+    The state of the client is restored afterwards: its personalised model and everything kept for resuming.
 
     Args:
-        client: of the site.
-        weights: the global ones.
-        rounds: of local training.
+        client: Client of the site.
+        weights: Global weights.
+        rounds: Rounds of local training.
 
     Returns:
         The site's weights.
     """
     before, personalization = copy.deepcopy(client.state_dict()), client.kept["personalization"]
-    path, personalization.save_path = personalization.save_path, None  # what is published is not this
+    path, personalization.save_path = personalization.save_path, None  # this model is not published
     tuned = dict(weights)
     try:
         for _ in range(rounds):
@@ -192,7 +192,7 @@ def fine_tune(client: SiteClient, weights: Mapping[str, Tensor], rounds: int) ->
 
 
 def keep_models(federation: Federation, kind: str, models: Path) -> None:
-    """Each site's model of a training method, as a file of its own."""
+    """Save each site's model of a training method as a file of its own."""
     for site, client in federation.clients.items():
         weights: Mapping[str, Tensor] = federation.weights
         if kind == "norms":

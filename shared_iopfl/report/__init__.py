@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""``report.html``: tables, charts and pictures, read from the files that a run has left.
+"""``report.html``: tables, charts and pictures, made from the files of a run.
 
-It knows `evaluation` and `data`, and runs no network.
+It may import `evaluation` and `data`, and runs no network.
 """

@@ -29,8 +29,8 @@ _SLANT: dict[str, Any] = {"rotation": 35, "ha": "right", "rotation_mode": "ancho
 
 
 def _panels(names: Sequence[str], height: float, share_x: bool, most_columns: int = 4) -> tuple[Figure, list[Axes]]:
-    """A figure of small multiples, one titled panel a name, with the vertical axis shared."""
-    # as even as can be: six panels as three and three, not four and two
+    """A figure of small multiples: one panel per name, titled with it, all with the same vertical axis."""
+    # rows of equal length where possible: six panels as three and three, not four and two
     rows = math.ceil(len(names) / most_columns)
     columns = math.ceil(len(names) / rows)
     width = WIDTH * max(columns, 2) / max(columns, 3)
@@ -50,7 +50,7 @@ def _panels(names: Sequence[str], height: float, share_x: bool, most_columns: in
 def dice_picture(
     sites: Mapping[str, Mapping[str, Mapping[str, float]]], colour: Mapping[str, str], label: str = "Dice (%)"
 ) -> Figure:
-    """One panel a site: a dot for every case and model, the dots of a case joined, a bar at each model's mean.
+    """One panel per site: a dot for every case and model, a line joins the dots of a case, a bar marks a model's mean.
 
     Args:
         sites: ``{site: {model: {case: Dice between 0 and 1, or NaN}}}``, models in the order to draw them.
@@ -77,7 +77,7 @@ def dice_picture(
 def curves_picture(
     sites: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], colour: Mapping[str, str], label: str
 ) -> Figure:
-    """One panel a site with a curve for each model over the rounds: ``{site: {model: [(round, value), ...]}}``."""
+    """One panel per site, with a curve for each model over the rounds: ``{site: {model: [(round, value), ...]}}``."""
     figure, axes = _panels(list(sites), height=2.1, share_x=True)
     for panel, by_model in zip(axes, sites.values()):
         for model, points in by_model.items():
@@ -93,7 +93,7 @@ def curves_picture(
 
 
 def routes_picture(weights: np.ndarray, experts: Sequence[str], cases: Sequence[str], layers: Sequence[str]) -> Figure:
-    """Above, the mean route of each layer to each expert; below, each case's mean over layers as a stacked bar.
+    """Above, each expert's mean weight by layer; below, each case's mean weights over layers as a stacked bar.
 
     Args:
         weights: routes of shape ``(case, layer, expert)``, NaN where there is none.
@@ -122,7 +122,7 @@ def routes_picture(weights: np.ndarray, experts: Sequence[str], cases: Sequence[
     below.legend(handles=handles, loc="lower right", bbox_to_anchor=(1, 0.98), ncols=6, frameon=False, fontsize=9)
     for panel, names in ((above, layers), (below, cases)):
         panel.tick_params(labelsize=8)
-        if len(names) <= 40:  # more could not be read: numbers instead
+        if len(names) <= 40:  # more names would be illegible: numbers instead
             slant = _SLANT if max(map(len, names)) > 3 else {}
             panel.set_xticks(range(len(names)), [plain(name) for name in names], **slant)
     return figure
@@ -134,21 +134,21 @@ def forest_picture(
     colour: Mapping[str, str],
     bounds: Collection[str] = (),
 ) -> Figure:
-    """One panel a site, or one for all: each method's difference as a dot on its interval, 0 as a line.
+    """Differences between methods with their intervals, in one panel per site or one for all; a line marks 0.
 
-    What lies so far on the left that the others could not be told apart is an arrow with its figure.
+    A difference so far to the left that it would squeeze the others together is drawn as an arrow with its value.
 
     Args:
-        panels: ``{panel: {method: (difference, low, high)}}``, the same methods in each, in the order to draw them from
-            above; an interval that is NaN is not drawn.
-        label: title of the horizontal axis.
-        colour: of the methods that stand out.
-        bounds: methods to draw hollow, with their names in italics.
+        panels: ``{panel: {method: (difference, low, high)}}``, with the same methods in each panel, from top to bottom.
+            An interval of NaN is not drawn.
+        label: Title of the horizontal axis.
+        colour: Colours of the highlighted methods.
+        bounds: Methods that are drawn as hollow dots, with their names in italics.
     """
     methods = list(next(iter(panels.values())))
     figure, axes = _panels(list(panels), height=0.27 * len(methods) + 0.75, share_x=True, most_columns=3)
     figure.set_figwidth(WIDTH if len(panels) == 1 else figure.get_figwidth())
-    # a bound may stretch the axis to the right, but not let what failed stretch it to the left
+    # a bound may extend the axis to the right; a method that failed must not extend it to the left
     ends = np.array(
         [found[m] for found in panels.values() for m in methods if m not in bounds or {*methods} <= {*bounds}]
     )
@@ -183,7 +183,7 @@ def forest_picture(
 
 
 def gains_picture(sites: Mapping[str, Sequence[tuple[float, float]]], label: str) -> Figure:
-    """Gain against shift, ``{site: [(shift, gain), ...]}``: a dot a case, a ring at each site's mean."""
+    """Gain against shift, ``{site: [(shift, gain), ...]}``: a dot per case, a ring at each site's mean."""
     figure = Figure(figsize=(WIDTH * 2 / 3, 3.8), layout="constrained")
     panel = figure.subplots()
     colour = colours(list(sites))

@@ -8,10 +8,11 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Elements of a document: what a page shows, and which of it is written as Markdown too.
+"""Elements of a document, which become HTML and, except for pictures and the like, also Markdown.
 
-`shared_iopfl.report.pages.page` makes HTML of them, by the macros of ``templates/blocks.html.jinja``. It
-is not made of their Markdown, by the package `markdown`: pictures, notes and coloured heads are on the page alone.
+`shared_iopfl.report.pages.page` turns them into HTML with the macros of ``templates/blocks.html.jinja``. The page is
+not made of their Markdown, by the package `markdown`, because pictures, notes and coloured headings are on the page
+alone.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def _plain(text: str) -> str:
 
 @dataclass(frozen=True)
 class Heading:
-    """A heading, of level 2 or below; the page has `note` in small letters behind it."""
+    """A heading of level 2 or below; on the page, `note` follows it in small letters."""
 
     text: str
     level: int = 2
@@ -43,7 +44,7 @@ class Heading:
 
 @dataclass(frozen=True)
 class Text:
-    """A paragraph; on the page of the kind `kind`, such as "caption"."""
+    """A paragraph; on the page its CSS class is `kind`, such as "caption"."""
 
     text: str
     kind: str = ""
@@ -56,7 +57,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Bullets:
-    """A list of ``(what, text)``: what each item is about stands out."""
+    """A list of ``(what, text)``; `what` is in bold."""
 
     points: Sequence[tuple[str, str]]
 
@@ -65,7 +66,7 @@ class Bullets:
         return "\n".join(f"- **{_plain(what)}**: {_plain(text)}" for what, text in self.points)
 
 
-# a figure, or a figure with a text in small letters, such as its interval; the two are never split over lines
+# a value, or a value with a text in small letters such as its interval; the two are never split over lines
 Cell = str | tuple[str, str]
 
 
@@ -74,14 +75,14 @@ class Row:
     """A row of a table.
 
     Attributes:
-        name: its heading.
-        cells: what stands in it.
-        bold: which cells stand out.
-        italic: whether its name and its cells are set apart.
-        marked: whether its name stands out, and on the page the whole row.
-        mean: whether it sums up the rows above it.
-        note: on the page, in small letters behind its name.
-        shades: on the page, how dark each cell is, from 0 to 1.
+        name: Heading of the row.
+        cells: Contents of the cells.
+        bold: Indices of the cells in bold.
+        italic: Whether the name and the cells are in italics.
+        marked: Whether the name is in bold and, on the page, the row is highlighted.
+        mean: Whether the row summarises the rows above it.
+        note: Text in small letters behind the name, only on the page.
+        shades: How dark each cell is, from 0 to 1, only on the page.
     """
 
     name: str
@@ -101,8 +102,8 @@ class Table:
     Attributes:
         heads: headings of the columns.
         rows: see `Row`.
-        text: whether the cells hold text and not figures.
-        dots: on the page, headings with a dot of a colour before them.
+        text: Whether the cells hold text rather than numbers.
+        dots: Colours of dots in front of headings, only on the page.
     """
 
     heads: Sequence[str]
@@ -124,7 +125,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG, in base64, of so many percent of the page's width. Only the page has it."""
+    """A PNG, in base64, with its width in percent of the page. Not part of the Markdown."""
 
     png: str
     width: int
@@ -133,14 +134,14 @@ class Picture:
 
 @dataclass(frozen=True)
 class Settings:
-    """Pairs of name and value. Only the page has them."""
+    """Pairs of name and value. Not part of the Markdown."""
 
     pairs: Sequence[tuple[str, str]]
 
 
 @dataclass(frozen=True)
 class Card:
-    """A name, what was noticed of it if anything, lines in small letters, and a picture that leads to a larger one."""
+    """A name, the reason why it was flagged if there is one, lines in small letters, and a thumbnail with its link."""
 
     name: str
     noticed: str
@@ -151,14 +152,14 @@ class Card:
 
 @dataclass(frozen=True)
 class Cards:
-    """Cards side by side. Only the page has them."""
+    """Cards side by side. Not part of the Markdown."""
 
     cards: Sequence[Card]
 
 
 @dataclass(frozen=True)
 class OnPage:
-    """Blocks that only the page has."""
+    """Blocks that are shown on the page but not in the Markdown."""
 
     blocks: Sequence[Block]
 

@@ -27,11 +27,11 @@ logger = logging.getLogger(__name__)
 
 
 def overlays_section(output_dir: Path, dice: Scores, colour: Mapping[str, str]) -> list[Block]:
-    """A row of pictures a site: of its personalised model inside, of the routed network outside.
+    """A row of pictures per site: of the personalised model at inside sites, of the routed network at outside sites.
 
     Args:
-        output_dir: folder of a run; nothing comes back where it has no ``cases.csv``.
-        dice: the run's Dice, by which cases are chosen.
+        output_dir: Folder of a run. Without a ``cases.csv`` the result is empty.
+        dice: Dice of the run, from which the cases are chosen.
         colour: colour of each model.
     """
     cases: dict[tuple[str, str], dict[str, dict[str, dict[str, str]]]] = {}
@@ -68,13 +68,13 @@ def overlays_section(output_dir: Path, dice: Scores, colour: Mapping[str, str]) 
 
 
 def left_out_note(cases: Sequence[str]) -> list[Block]:
-    """Which cases could not be drawn; nothing where all could."""
-    text = f"Left out, as their files are missing or do not fit each other: {', '.join(cases)}."
+    """A note that names the cases that could not be drawn; empty if all could."""
+    text = f"Left out because files are missing or do not match: {', '.join(cases)}."
     return [Text(text, "caption")] if cases else []
 
 
 def best_median_worst(dice: Mapping[str, float], cases: Sequence[str]) -> list[tuple[str, str]]:
-    """``(what, case)`` of up to three different cases; without scores the first three, with nothing to call them."""
+    """``(what, case)`` for up to three different cases; without scores the first three, with an empty `what`."""
     ranked = sorted((c for c in cases if math.isfinite(dice.get(c, math.nan))), key=lambda c: dice[c], reverse=True)
     if not ranked:
         return [("", case) for case in cases[:3]]
@@ -84,10 +84,10 @@ def best_median_worst(dice: Mapping[str, float], cases: Sequence[str]) -> list[t
 
 
 def _overlay_caption(case: pictures.CaseImages) -> str:
-    outlines = "Outlines of the site's model, of the reference and, dashed, of the global model, where there are any."
+    outlines = "Outlines of the site's model, the reference and (dashed) the global model, where available."
     if not case.is_volume:
-        return f"{outlines} Each class is outlined, the inner one inside the outer."
+        return f"{outlines} Every class is outlined, the inner one inside the outer one."
     return (
-        f"{outlines} Axial slice with the largest reference area; for the worst case the one with the largest "
-        "disagreement too. The patient's right (R) is on the left, anterior is up; slices are counted from the feet."
+        f"{outlines} Axial slice with the largest reference area; for the worst case also the one with the largest "
+        "disagreement. The patient's right (R) is on the left, anterior is up; slices are counted from the feet."
     )

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Overlays of inference: a picture beside each mask, with its outline on the scan."""
+"""Overlays of inference: for each mask a picture of the scan with the outline of the mask."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ COLOURS = {**pictures.colours(()), "mask": pictures.colours(())["routed"]}
 class SaveOverlayd(MapTransform):
     """Write ``<case>_overlay.png``: a scan with the outline of its mask, as in the report.
 
-    Comes after `SaveMaskd`, from whose data it takes the files. Of a volume it shows the axial slice with the largest
-    area in radiological convention, the middle one where the mask is empty; of a picture all, with every class
-    outlined. Nothing of the scan's header is in the picture; the case's name is all that tells whose it is. A mask
-    whose picture cannot be drawn stays, with a warning.
+    Place it after `SaveMaskd`, which adds the file names to the data. For a volume, the axial slice with the largest
+    mask area is shown in radiological convention, or the middle slice if the mask is empty. A 2D picture is shown
+    whole, with every class outlined. The picture contains nothing from the scan's header; only the file name names the
+    case. If a picture cannot be drawn, a warning is logged and the mask is kept.
 
     Args:
-        keys: keys of the masks; the data has ``<key>_file``, the mask that was written.
-        image_key: key of the image, whose metadata names the scan.
-        output_dir: folder to write to; made if it is not there.
+        keys: Keys of the masks; ``<key>_file`` in the data is the mask that was written.
+        image_key: Key of the image, whose metadata names the scan.
+        output_dir: Folder to write to; it is created if it does not exist.
 
     Raises:
-        InputError: when the picture would replace the scan, or cannot be written.
+        InputError: If the picture would replace the scan, or cannot be written.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class SaveOverlayd(MapTransform):
         self.output_dir = Path(output_dir)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """The data as it came."""
+        """Write the pictures and return the data unchanged."""
         d = dict(data)
         for key in self.key_iterator(d):
             self._save(source_of(d, self.image_key, key)[0], Path(d[f"{key}_file"]))

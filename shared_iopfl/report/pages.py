@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The HTML of the reports: one file with its pictures inside, made from the templates beside this file."""
+"""The HTML of the reports: one self-contained file, made from the templates beside this file."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ _TEMPLATES = Environment(
 
 
 def page(title: str, blocks: Sequence[Block]) -> str:
-    """A whole HTML file, with nothing to fetch from elsewhere."""
+    """A complete HTML file that loads nothing from elsewhere."""
     return _TEMPLATES.get_template("page.html.jinja").render(title=title, blocks=blocks)
 
 
 def picture(figure: Figure, caption: str = "") -> Picture:
-    """A figure inside the page, as wide as its text needs to be as large as in the others."""
+    """A figure for the page, at a width that gives its text the same size as in the other figures."""
     png = base64.b64encode(pictures.png(figure)).decode()
     return Picture(png, round(100 * figure.get_figwidth() / pictures.WIDTH), caption)
 
 
 def without_path(text: str) -> str:
-    """Text up to its first file path: paths can name patients and machines, which a report must not show."""
+    """The text up to its first file path: paths can name patients and machines, which a report must not show."""
     path = re.search(r"\S*(?:(?:^|[\s\"'(=\[,:~.])[/\\]\S|\w\w[/\\]\w\w)", text)
     return f"{text[: path.start()]}(path not shown)" if path else text

@@ -8,10 +8,10 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Pictures of cases with the outlines of their masks; colours and sizes shared with the charts.
+"""Pictures of cases with the outlines of their masks; colours and sizes are shared with the charts.
 
-Figures are drawn through matplotlib's object interface, never pyplot, so that nothing global is touched and several
-threads may draw at once.
+Figures are drawn with matplotlib's object interface, not pyplot, so that no global state is changed and several threads
+may draw at the same time.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from shared_iopfl.data.photographs.reader import CodedMaskReader, PhotographRead
 from shared_iopfl.data.scan_names import PICTURES, file_ending, is_dicom
 from shared_iopfl.data.volumes.dicom import DicomReader
 
-# Okabe and Ito's palette, told apart with every common colour blindness. A model has one colour in the whole report.
+# Okabe and Ito's palette, which is safe for colour blindness. A model has the same colour in the whole report.
 _MODEL_COLOURS = {
     "global": "#0072B2",
     "personalised": "#D55E00",
@@ -50,7 +50,7 @@ WIDTH = 10.5  # inches: the width of the report's page
 
 
 def colours(models: Sequence[str]) -> dict[str, str]:
-    """One colour a model: fixed for the method's own models, then in order of appearance for any others."""
+    """One colour per model: fixed for the method's own models, in order of appearance for others."""
     others = [model for model in dict.fromkeys(models) if model not in _MODEL_COLOURS]
     return _MODEL_COLOURS | {model: _OTHER_COLOURS[i % len(_OTHER_COLOURS)] for i, model in enumerate(others)}
 
@@ -64,7 +64,7 @@ def png(figure: Figure, dpi: int = 130) -> bytes:
 
 
 def plain(value: Any) -> str:
-    """Text as it is: a dollar sign in a site's or a case's name does not start a formula."""
+    """Text in which a dollar sign, as in the name of a site or case, does not start a formula."""
     return str(value).replace("$", r"\$")
 
 
@@ -85,17 +85,17 @@ class CaseImages:
     is_volume: bool
 
     def levels(self, name: str) -> list[float]:
-        """A mask's values whose borders to all smaller ones are drawn: one for a volume, every one of a 2D picture."""
-        # Some public prostate references number zones inside the organ; the figures are those of the whole organ.
-        # Of a picture, nested classes have the same borders however a file codes them: 0, 1, 2 or 255, 128, 0.
+        """Values of a mask whose borders to all smaller values are drawn: one for a volume, all for a 2D picture."""
+        # Some public prostate references number zones inside the organ; the scores are those of the whole organ.
+        # Nested classes of a picture have the same borders whichever values code them: 0, 1, 2 or 255, 128, 0.
         return [1] if self.is_volume else np.unique(self.masks[name])[1:].tolist()
 
 
 def load_case(image: Path, masks: Mapping[str, Path]) -> CaseImages:
-    """Load a scan and its masks; volumes are turned by their affine so that slices show in radiological convention.
+    """Load a scan and its masks; volumes are reoriented by their affine to radiological convention.
 
     Raises:
-        ValueError: when a file cannot be read, or a mask has another shape than its scan or is not a mask.
+        ValueError: If a file cannot be read, or a mask has another shape than its scan or is not a mask.
     """
     readers = PhotographReader(grey="replicate", min_size=1), CodedMaskReader(min_size=1)
     load, turn = LoadImage(ensure_channel_first=True), Orientation("LPS", labels=None)
@@ -105,16 +105,16 @@ def load_case(image: Path, masks: Mapping[str, Path]) -> CaseImages:
         try:
             reader: Any = readers[name != "image"] if file_ending(path) in PICTURES else None
             if Path(path).is_dir() or is_dicom(Path(path)):
-                reader = DicomReader()  # MONAI's own takes another text for the thickness for another series
+                reader = DicomReader()  # MONAI's own reader starts a new series where the text of the thickness changes
             data: Any = load(path, reader=reader)
             while data.ndim > 4 and data.shape[-1] == 1:
                 data = data[..., 0]
             if data.ndim == 4:
                 data = turn(data)
                 aspect = float(data.pixdim[1] / data.pixdim[0]) if name == "image" else aspect
-        except Exception as error:  # readers raise whatever their library raises
+        except Exception as error:  # image libraries raise many kinds of exceptions
             raise ValueError(f"{path} cannot be read ({type(error).__name__})") from error
-        # every second pixel of a large picture, every third of a larger one: an overlay shows fewer
+        # large pictures are subsampled: an overlay has fewer pixels anyway
         step = max(1, max(data.shape[1:]) // MOST_SHOWN)
         loaded[name] = data.numpy() if data.ndim == 4 else data.numpy()[:, ::step, ::step, None]
         if loaded[name].shape[1:] != loaded["image"].shape[1:]:
@@ -127,7 +127,7 @@ def load_case(image: Path, masks: Mapping[str, Path]) -> CaseImages:
 
 @dataclass
 class View:
-    """One panel of an overlay: a case, the number of the slice to show, counted from 0, and what stands above it."""
+    """One panel of an overlay: a case, the index of the slice to show, counted from 0, and its title."""
 
     case: CaseImages
     index: int
@@ -135,9 +135,9 @@ class View:
 
 
 def case_views(case: CaseImages, model: str, title: str, disagreement: bool = False) -> list[View]:
-    """The slice with the largest reference area and, if wanted, the one where prediction and reference differ most.
+    """The slice with the largest reference area and, if requested, the one where prediction and reference differ most.
 
-    Without a reference it is the prediction's largest area; where that is empty, the middle slice.
+    Without a reference, the largest area of the prediction is used; if that is empty, the middle slice.
     """
     predicted = case.masks[model] >= 1
     reference = case.masks["reference"] >= 1 if "reference" in case.masks else predicted
@@ -153,7 +153,7 @@ def case_views(case: CaseImages, model: str, title: str, disagreement: bool = Fa
 
 
 def _window(case: CaseImages, index: int) -> tuple[slice, slice]:
-    """The part of a slice to show: all of a 2D picture; of a volume, a square around what is outlined."""
+    """The part of a slice to show: the whole of a 2D picture; for a volume, a square around the outlines."""
     shape = case.image.shape[1:3]
     outlined = np.argwhere(np.any([mask[..., index] >= 1 for mask in case.masks.values()], axis=0))
     if not case.is_volume or not len(outlined):
@@ -165,7 +165,7 @@ def _window(case: CaseImages, index: int) -> tuple[slice, slice]:
 
 
 def draw_view(panel: Axes, view: View, model: str, colour: Mapping[str, str]) -> dict[str, Line2D]:
-    """A slice with its outlines, in radiological convention; what a legend needs of each outline, by name."""
+    """Draw a slice with its outlines in radiological convention, and return the legend handles by name."""
     styles = {"global": (colour["global"], "dashed"), "reference": (_REFERENCE_COLOUR, "solid")}
     styles |= {model: (colour[model], "solid")}
     seen: dict[str, Line2D] = {}
@@ -177,9 +177,9 @@ def draw_view(panel: Axes, view: View, model: str, colour: Mapping[str, str]) ->
     for name, (line, dash) in styles.items():
         for level in case.levels(name) if name in case.masks else ():
             region = (case.masks[name][x, y, view.index] >= level).T
-            if region.any() and not region.all() and min(region.shape) > 1:  # a row of pixels has no outline
+            if region.any() and not region.all() and min(region.shape) > 1:  # a single row has no outline
                 drawn = panel.contour(region, [0.5], colors=[line], linewidths=1.3, linestyles=dash)
-                halo = "black" if name == "reference" else "white"  # seen on dark and on bright tissue
+                halo = "black" if name == "reference" else "white"  # visible on dark and on bright tissue
                 drawn.set(path_effects=[withStroke(linewidth=2.6, foreground=halo, alpha=0.6)])
                 seen[name] = Line2D([], [], color=line, linestyle=dash, linewidth=2, label=plain(name))
     for at, letter in ((0.04, "R"), (0.96, "L")) if case.is_volume else ():
@@ -193,10 +193,10 @@ def overlay_picture(views: Sequence[View], model: str, colour: Mapping[str, str]
     Columns run from the patient's right to left and rows from anterior to posterior: radiological convention.
 
     Args:
-        views: what to show.
-        model: whose outlines to draw besides.
-        colour: colour of each model.
-        columns: room to leave at least, so that fewer views are not larger than those of other sites.
+        views: Views to show.
+        model: Model whose outlines are drawn besides the reference and the global model.
+        colour: Colour of each model.
+        columns: Minimal number of columns, so that fewer views are not drawn larger than those of other sites.
     """
     columns = max(len(views), columns)
     lines = max(view.title.count("\n") + 1 for view in views)

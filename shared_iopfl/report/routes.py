@@ -45,12 +45,12 @@ def routes_section(output_dir: Path) -> list[Block]:
             at = cases.index(row["case"]), layers.index(row["layer"]), experts.index(row["expert"])
             weights[at] = float(row["weight"])
         blocks += [Heading(name, 3)] if name else []
-        if np.ptp(np.nan_to_num(weights)) < 1e-6:  # the soup: nothing to see
-            blocks.append(Text(f"Every expert counts alike in every layer: {weights.flat[0]:.2f}.", "caption"))
+        if np.ptp(np.nan_to_num(weights)) < 1e-6:  # the uniform mixture needs no picture
+            blocks.append(Text(f"All experts have the same weight in every layer: {weights.flat[0]:.2f}.", "caption"))
             continue
         caption = (
-            "How much of each expert the routed network took: above by layer, the darker the more; below by case. "
-            f"With {len(experts)} experts an even mixture gives each {1 / len(experts):.2f}."
+            "Weights of the experts in the routed network: above by layer (darker: larger), below by case. "
+            f"With {len(experts)} experts, an even mixture gives each {1 / len(experts):.2f}."
         )
         blocks.append(picture(charts.routes_picture(weights, experts, cases, layers), caption))
     return blocks and [Heading("Routes"), *blocks]
@@ -67,8 +67,8 @@ def decisions_section(output_dir: Path) -> list[Block]:
     decisions = Counter(row.cells[0] for row in rows)
     counts = ", ".join(f"{decision} {count}" for decision, count in decisions.items())
     caption = (
-        "For each case, without seeing a label, the guard keeps the adapted routes or goes back to the first ones: "
-        f"{counts}. Objective: what adaptation minimises; agreement: Dice between the masks before and after it."
+        "For each case the guard decides, without labels, whether the adapted routes are kept or the initial ones are "
+        f"used: {counts}. Objective: what adaptation minimises; agreement: Dice between the masks before and after it."
     )
     table = Table([column.replace("_", ", ") for column in ("case", *columns)], rows, text=True)
     return [Heading("Decisions of the guard"), table, Text(caption, "caption")] if rows else []

@@ -65,7 +65,7 @@ def _row(role: str, site: str, cells: Sequence[Cell], bold: Collection[int] = ()
 
 
 def _gains(dice: Scores) -> list[Block]:
-    """How far models are from each other, a table for the sites inside and one for those outside."""
+    """Differences between models, in one table for the inside sites and one for the outside sites."""
     tables: list[Block] = []
     for role in ROLES:
         models = [set(by_model) for key, by_model in dice.items() if key[0] == role]
@@ -84,7 +84,7 @@ def _gain(sites: Sequence[Mapping[str, Mapping[str, float]]], model: str, other:
 
 
 def _results(scores: Scores, metric: str, colour: Mapping[str, str]) -> list[Block]:
-    """Sites by models, a table for the sites inside and one for those outside: their models are others."""
+    """Sites by models, in one table for the inside and one for the outside sites, whose models differ."""
     best = best_of(metric)
     blocks: list[Block] = []
     for role in dict.fromkeys(role for role, _ in scores):
@@ -101,15 +101,15 @@ def _results(scores: Scores, metric: str, colour: Mapping[str, str]) -> list[Blo
     undefined = sum(not math.isfinite(v) for s in scores.values() for values in s.values() for v in values.values())
     if undefined:
         text = (
-            f"{undefined} values are undefined ({DASH}), such as a distance to an empty mask, and left out of the "
-            "means; in brackets how many of the cases count."
+            f"{undefined} values are undefined ({DASH}), such as a distance to an empty mask. They are left out of the "
+            "means; brackets show how many of the cases remain."
         )
         blocks.append(Text(text, "caption"))
     return blocks
 
 
 def _spread(metric: str, values: Mapping[str, float], cases: int) -> str:
-    """The standard deviation over a site's cases, and how many of them count if not all."""
+    """The standard deviation over a site's cases, and the number of defined values if not all are."""
     known = finite(values.values())
     parts = [f"± {show(metric, float(np.std(known, ddof=1)))}"] if len(known) > 1 else []
     parts += [f"({len(known)} of {cases})"] if values and len(known) < cases else []
@@ -121,17 +121,18 @@ def _scores_section(found: dict[str, Scores], colour: Mapping[str, str]) -> list
     if "dice" in found:
         text = (
             "Foreground Dice in percent: mean ± standard deviation over a site's test cases. Bold: the highest mean of "
-            "the row. The mean of sites counts every site alike. Differences are paired by case, in percentage points; "
-            f"in brackets their 95% interval from {RESAMPLES:,} bootstrap resamples of the cases within each site: it "
-            "covers other patients of these sites, not other sites nor another training. With fewer than "
-            f"{FEWEST_CASES} cases, or one case at a site, no interval is given and nothing should be concluded."
+            "the row. The mean of sites gives every site the same weight. Differences are paired by case, in "
+            f"percentage points; brackets give their 95% interval, from {RESAMPLES:,} bootstrap resamples of the cases "
+            "within each site. It covers other patients of these sites, but neither other sites nor another training. "
+            "With fewer than "
+            f"{FEWEST_CASES} cases, or one case at a site, no interval is given and no conclusion should be drawn."
         )
         blocks += [Heading("Dice by site and model"), *_results(found["dice"], "dice", colour), *_gains(found["dice"])]
         blocks.append(Text(text, "caption"))
         sites = {f"{site} ({role})": by_model for (role, site), by_model in found["dice"].items()}
         caption = (
-            "Each dot is one case, each bar a model's mean. Grey lines join the results of one case: "
-            "a line that rises from one model to the next is a patient who gains."
+            "Each dot is one case, each bar a model's mean. Grey lines join the results of the same case: "
+            "if a line rises from one model to the next, the second model is better for this patient."
         )
         blocks += [Heading("Every case"), picture(charts.dice_picture(sites, colour), caption)]
     others = [b for metric, s in found.items() if metric != "dice" for b in _results(s, metric, colour)]
@@ -162,7 +163,7 @@ def _curves_section(history: Sequence[Mapping[str, str]], path: Path, colour: Ma
 
 
 def _rates(history: Sequence[Mapping[str, str]], path: Path, colour: Mapping[str, str]) -> list[Block]:
-    """The learning rate, in one panel for all sites that had the same."""
+    """The learning rate, in a single panel if all sites had the same."""
     by_site: dict[str, dict[float, float]] = {}
     for row in (row for row in history if row["metric"] == "learning_rate"):
         by_site.setdefault(row["site"], {})[number(row["round"], path)] = number(row["value"], path)
@@ -175,27 +176,27 @@ def _rates(history: Sequence[Mapping[str, str]], path: Path, colour: Mapping[str
 
 
 def _cross_site_section(path: Path) -> list[Block]:
-    """How each model does at the other sites: a row a model, a column a site."""
+    """Scores of each model at the other sites: a row per model, a column per site."""
     dice = {(row["model"], row["site"]): number(row["dice"], path) for row in read_rows(path, "model site dice")}
     models, sites = (list(dict.fromkeys(names)) for names in zip(*dice)) if dice else ([], [])
     if len(sites) < 2:
         return []
     rows = [Row(m, [show("dice", dice.get((m, site), math.nan)) for site in sites]) for m in models]
     text = (
-        "Dice in percent of each model, named after its site, on the validation cases of each site. A personalised "
-        "model is not scored at its own site, whose validation cases it was chosen by."
+        "Dice in percent of each site's model, named after its site, on the validation cases of all sites. A "
+        "personalised model is not scored at its own site, because it was selected with these validation cases."
     )
     table = Table(["model", *(f"at {site}" for site in sites)], rows)
     return [Heading("Models at other sites"), table, Text(text, "caption")]
 
 
 def _failures_section(path: Path) -> list[Block]:
-    """Which rounds went on without which site, and why."""
+    """The rounds that continued without a site, and the reasons."""
     found = read_rows(path, "round site reason")
     rows = [Row(row["round"], [row["site"], without_path(row["reason"])]) for row in found]
     text = (
-        "A round's update that failed or was refused counts for nothing in that round; a scoring that failed leaves "
-        "the site out of it. Everything else went on, and the site came back where there are later results of it."
+        "An update that failed or was refused is not used in that round; if the scoring of a site failed, the site has "
+        "no scores for that round. The other sites continued. A site with later results has rejoined."
     )
     table = Table(["round", "site", "reason"], rows, text=True)
     return [Heading("Rounds without a site"), table, Text(text, "caption")] if rows else []
@@ -228,7 +229,7 @@ _FILES = {
 
 
 def write_report(output_dir: str | Path, title: str = "IOP-FL") -> Path:
-    """Write ``report.html`` of a run into its folder: one file, with nothing to fetch from elsewhere.
+    """Write ``report.html`` of a run into its folder: one file that loads nothing from elsewhere.
 
     Args:
         output_dir: folder of a run with any of ``metrics.csv``, ``history.csv``, ``failures.csv``, ``cases.csv``,
@@ -240,7 +241,7 @@ def write_report(output_dir: str | Path, title: str = "IOP-FL") -> Path:
         Path of the report.
 
     Raises:
-        InputError: when there is neither ``metrics.csv`` nor ``history.csv``, or a file's content is not as it must be.
+        InputError: If there is neither ``metrics.csv`` nor ``history.csv``, or a file is malformed.
     """
     output_dir = Path(output_dir)
     found = read_scores(output_dir)
@@ -262,7 +263,7 @@ def write_report(output_dir: str | Path, title: str = "IOP-FL") -> Path:
     if verdict := personalised_verdict(output_dir):
         blocks.append(Text(f"{verdict[:1].upper()}{verdict[1:]}.", "missing", bold=True))
     if missing:
-        blocks.append(Text(f"Not in this folder, so not shown: {', '.join(missing)}.", "missing"))
+        blocks.append(Text(f"Not shown, as the files are not in this folder: {', '.join(missing)}.", "missing"))
     blocks += [
         *_scores_section(found, colour),
         *_curves_section(history, history_path, colour),
@@ -279,7 +280,7 @@ def write_report(output_dir: str | Path, title: str = "IOP-FL") -> Path:
 
 
 def _facts(found: Mapping[str, Scores], history: Sequence[Mapping[str, str]]) -> str:
-    """How much stands behind the figures, in one line."""
+    """The numbers of sites, cases and the like behind the scores, in one line."""
     sites = {site for scores in found.values() for site in scores}
     counts = [(sum(r == role for r, _ in sites), f"site{{s}} {role}") for role in ROLES]
     cases = {

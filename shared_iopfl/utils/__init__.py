@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What every other folder uses: one-line errors, whole files, tables, checked values and names, stacks of slices.
+"""Code that all other folders use: one-line errors, atomic file writing, tables, checks of values and names, stacks.
 
-It knows torch and the file system, and nothing of scans, models or federations.
+It may use torch and the file system, and contains nothing about scans, models or federations.
 """

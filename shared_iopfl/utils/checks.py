@@ -30,11 +30,11 @@ FORMATS = ("nifti", "dicomseg", "rtstruct")
 
 
 class Rule(NamedTuple):
-    """What a value may be.
+    """The allowed values of a setting.
 
     Attributes:
-        allowed: in words, as in "must be ...".
-        holds: whether a value is.
+        allowed: Description, as in "must be ...".
+        holds: Function that tells whether a value is allowed.
     """
 
     allowed: str
@@ -42,14 +42,14 @@ class Rule(NamedTuple):
 
 
 def check_values(settings: Mapping[str, Any]) -> None:
-    """Raise for the first hyper-parameter whose value is not what it may be; called before any data are read.
+    """Raise for the first hyper-parameter with a value that is not allowed; called before any data are read.
 
     Args:
-        settings: name -> value. What the table does not know, and text that a config still has to evaluate, is passed
-            over.
+        settings: name -> value. Names that the table does not contain, and text that a config has yet to evaluate, are
+            skipped.
 
     Raises:
-        InputError: naming the hyper-parameter, what it may be, and its value.
+        InputError: If a value is not allowed; the message names the hyper-parameter and its allowed values.
     """
     for name, value in settings.items():
         if name in RULES and not _is_expression(value) and not RULES[name].holds(value):
@@ -61,7 +61,7 @@ def _is_expression(value: Any) -> bool:
 
 
 def output_formats(value: Any) -> list[str]:
-    """The formats in which a mask is written: of ``nifti,dicomseg`` or a list of such names."""
+    """The formats in which masks are written, from ``nifti,dicomseg`` or a list of such names."""
     names = value.split(",") if isinstance(value, str) else list(value)
     return [str(name).strip() for name in names]
 
@@ -71,11 +71,11 @@ def _are_formats(value: Any) -> bool:
 
 
 def has_negative_variance(key: str, tensor: Tensor) -> bool:
-    """Whether an entry of a state_dict is a norm layer's running variance, by torch's name for it, and is below 0."""
+    """Whether an entry of a state_dict is the running variance of a norm layer (by torch's name) and negative."""
     return key.rpartition(".")[2] == "running_var" and bool((tensor < 0).any())
 
 
-# ---- kinds of values: True is not 1 of something, "0.5" is no number, "False" is not False --------------------------
+# ---- kinds of values: True is not a number, "0.5" is not a number, "False" is not a switch --------------------------
 
 
 def _is_number(value: Any, kind: type = Real) -> bool:
@@ -91,7 +91,7 @@ def whole(low: int, high: float = math.inf) -> Rule:
 
 
 def number(low: float, high: float = math.inf, above: bool = False, below: bool = False) -> Rule:
-    """A finite number in a range, its ends included unless it must be `above` the one or `below` the other."""
+    """A finite number in a range that includes its ends, unless `above` or `below` excludes one of them."""
     return Rule(
         f"a number {'above' if above else 'from'} {low:g}"
         + (f" {'to below' if below else 'to'} {high:g}" if high < math.inf else ""),
@@ -111,7 +111,7 @@ def word(*choices: str) -> Rule:
 
 
 def several(what: str, one: Rule, fewest: int = 0) -> Rule:
-    """A list, each of its values by a rule."""
+    """A list whose values all obey a rule."""
     return Rule(
         what,
         lambda value: (
@@ -121,12 +121,12 @@ def several(what: str, one: Rule, fewest: int = 0) -> Rule:
 
 
 def either(*rules: Rule) -> Rule:
-    """What one of some rules allows."""
+    """A value that at least one of the rules allows."""
     return Rule(", or ".join(rule.allowed for rule in rules), lambda value: any(rule.holds(value) for rule in rules))
 
 
 def is_patient_setting(value: Any) -> bool:
-    """Whether a value says how patients are found: "auto", a table, or a pattern with a group."""
+    """Whether a value is a way to find patients: "auto", a table, or a pattern with a group."""
     if not isinstance(value, str) or not value:
         return False
     try:
@@ -136,11 +136,11 @@ def is_patient_setting(value: Any) -> bool:
 
 
 def _works(device: Any) -> bool:
-    import torch  # here, so that commands which only list files do not wait for it
+    import torch  # here, so that commands that only list files need not import it
 
     try:
         return torch.empty(0, device=torch.device(device)).device.type != "meta"
-    except Exception:  # whatever a backend raises where it has no hardware or no driver
+    except Exception:  # backends raise various exceptions without hardware or driver
         return False
 
 

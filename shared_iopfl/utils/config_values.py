@@ -10,14 +10,14 @@
 # limitations under the License.
 """Values that enter a MONAI config as data, never as code.
 
-MONAI's `ConfigParser` evaluates every string that begins with ``$``, takes one that begins with ``@`` or ``%`` for a
-reference, builds whatever has a ``_target_``, and replaces ``#`` in any string, also in the values that a program sets
-or a user types. Text that came with data, weights, a run or a federation must not be read like that: `as_value` makes
-it a value, and `check_settings`, the first step of every bundle's ``initialize``, looks at what was typed.
+MONAI's `ConfigParser` evaluates every string that begins with ``$``, resolves references in strings that begin with
+``@`` or ``%``, instantiates dictionaries with a ``_target_``, and replaces ``#`` in strings. It also does so for values
+that a program sets or a user types. Text that comes with data, weights, a run or a federation must not be treated like
+this: `as_value` protects it, and `check_settings`, the first step of every bundle's ``initialize``, checks settings.
 
-The one exception: **a bundle's own configs are code.** Whoever runs a bundle runs its author's code, as with any bundle
-for MONAI (see its security advisory GHSA-873f-pvrv-4x83): take bundles from those you trust, as you do with code. The
-same holds for a config file named on the command line, and for a setting typed there that is no path and no name
+There is one exception: **a bundle's own configs are code.** Running a bundle runs the code of its author, as with any
+MONAI bundle (see MONAI's security advisory GHSA-873f-pvrv-4x83), so use bundles only from sources that you trust. The
+same holds for a config file named on the command line, and for a typed setting that is neither a path nor a name
 (``--device "$torch.device('cuda:1')"``).
 """
 
@@ -51,20 +51,20 @@ STEPS = ("imports", "initialize", "run", "finalize")
 
 
 class Expression(str):
-    """Text that MONAI is to evaluate: written here, with nothing in it that came from elsewhere but numbers."""
+    """Text for MONAI to evaluate. It is written in this package and contains nothing from outside but numbers."""
 
 
 def as_value(value: Any) -> Any:
-    """What to put into a config so that `value`, and nothing else, comes out.
+    """The form of a value that a config parser returns unchanged.
 
     Args:
-        value: text, numbers, lists and dictionaries of them, or objects; an `Expression` stays what it is.
+        value: Text, numbers, lists and dictionaries of them, or objects. An `Expression` is returned as it is.
 
     Returns:
-        The same, with text that MONAI would not leave as it is written as a string literal to evaluate.
+        The value, in which text that MONAI would change is replaced by an expression of a string literal.
 
     Raises:
-        InputError: for a dictionary that would be built into an object.
+        InputError: If a dictionary would be instantiated as an object.
     """
     if isinstance(value, Expression):
         return value
@@ -80,22 +80,22 @@ def as_value(value: Any) -> Any:
 
 
 def as_values(pairs: Mapping[str, Any]) -> dict[str, Any]:
-    """`as_value` of each of several overrides, id -> value; an id such as ``loss#_target_`` is refused as well.
+    """Apply `as_value` to several overrides, id -> value; an id such as ``loss#_target_`` is refused as well.
 
-    An `Expression` may stand at any id: it is the program's own.
+    An `Expression` is allowed at any id, because it comes from the program itself.
     """
     return {n if isinstance(value, Expression) else check_key(n): as_value(value) for n, value in pairs.items()}
 
 
 def check_key(name: Any) -> str:
-    """The id of an override, unless it says what MONAI is to build or to leave out (``loss#_target_``)."""
+    """Return the id of an override; refuse one that decides what MONAI instantiates or disables (``loss#_target_``)."""
     if not isinstance(name, str) or any(part.startswith("_") for part in re.split("#|::", name)):
         raise InputError(f"{name!r:.80} is not a setting but would change what is built: leave it out.")
     return name
 
 
 def is_data(value: Any) -> bool:
-    """Whether a value is data as it stands: nothing in it that a config would evaluate, build or look up."""
+    """Whether a value is plain data, with nothing that a config would evaluate, instantiate or look up."""
     if isinstance(value, str):
         return _is_plain(value)
     if isinstance(value, (list, tuple)):
@@ -121,14 +121,14 @@ def _is_literal(value: Any) -> bool:
 
 
 def check_settings() -> None:
-    """Check the settings of the config in which this is evaluated, before any of them is looked at.
+    """Check the settings of the config that evaluates this call, before any of them is used.
 
-    Paths and names are text, as they were typed: Python Fire makes numbers of ``2024`` and ``1e3``, and a tuple of
-    ``a,b``; they are put back. An expression among them is refused, and so is a setting that nothing reads. Every
-    hyper-parameter at the top of the config is held to its range, in the order of the config.
+    Paths and names are restored as typed, since Python Fire reads ``2024`` and ``1e3`` as numbers and ``a,b`` as a
+    tuple. Expressions among them, and settings that no part of the config reads, are refused. Every top-level
+    hyper-parameter is checked against its range.
 
     Raises:
-        InputError: in one line that names the setting.
+        InputError: If a setting is not allowed; the message names it.
     """
     workflow = running_workflow()
     if workflow is None:
@@ -147,7 +147,7 @@ def check_settings() -> None:
 
 
 def _as_typed(parser: Any, written: Mapping[str, Any]) -> dict[str, Any]:
-    """What of the paths and names has to be put in again, as values."""
+    """The paths and names that have to be set again, as values."""
     changed = {}
     for name in (*PATHS, *WORDS, *NAMES):
         given = parser.config.get(name)
@@ -164,8 +164,8 @@ def _as_typed(parser: Any, written: Mapping[str, Any]) -> dict[str, Any]:
 def _save_executed(parser: Any) -> None:
     """Write the config as executed into `output_dir`, where experiment tracking looks for it.
 
-    MONAI would do so while the workflow is made, and so evaluate a path before it was checked: the bundles' key
-    ``save_execute_config`` is false.
+    MONAI itself would do this while the workflow is created, and would evaluate a path before it has been checked.
+    Therefore ``save_execute_config`` is false in the bundles.
     """
     path = Path(parser.get_parsed_content("output_dir")) / f"config_{time.strftime('%Y%m%d_%H%M%S')}.json"
     check_writable(path.parent)
@@ -175,19 +175,19 @@ def _save_executed(parser: Any) -> None:
 
 
 def is_given(name: str) -> bool:
-    """Whether a value was handed over for what the bundle's files have an expression for, as servers do with cases."""
+    """Whether a program passed a value in place of an expression of the bundle's files, as servers do with cases."""
     workflow = running_workflow()
     return workflow is not None and not isinstance(workflow.parser[name], str)
 
 
 def handed_over(name: str) -> Any:
-    """The value that was handed over, as for `is_given`; an empty list where none was."""
+    """The value that a program passed, see `is_given`; an empty list if there is none."""
     workflow = running_workflow()
     return workflow.parser[name] if workflow is not None and is_given(name) else []
 
 
 def running_workflow() -> ConfigWorkflow | None:
-    """The workflow that evaluates the present expression: MONAI hands expressions no reference to it."""
+    """The workflow that evaluates the current expression; MONAI does not pass it to expressions."""
     frame = sys._getframe()
     while frame is not None:
         workflow = frame.f_locals.get("self")
@@ -198,7 +198,7 @@ def running_workflow() -> ConfigWorkflow | None:
 
 
 def _written(folder: Path, config: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """The settings that the bundle's files have, name -> values; of those files whose every key is in the config."""
+    """Settings in the bundle's files, name -> values; only from files whose keys are all in the config."""
     written: dict[str, list[Any]] = {}
     for path in sorted(Path(folder).glob("*.json")):
         content = read_json(path)
@@ -211,7 +211,7 @@ def _written(folder: Path, config: Mapping[str, Any]) -> dict[str, list[Any]]:
 
 
 def _check_known(config: Mapping[str, Any], written: Mapping[str, Any]) -> None:
-    """Raise for a setting that is not in the bundle's files and that nothing refers to: it would change nothing."""
+    """Raise for a setting that is not in the bundle's files and that nothing refers to: it would have no effect."""
     added = [name for name in config if name not in written and not name.startswith("_")]
     if not added:
         return
@@ -233,7 +233,7 @@ def _texts(config: Any) -> Iterator[str]:
 
 
 def _text(name: str, given: Any) -> Any:
-    """A path or a name as it was typed."""
+    """A path or a name as typed."""
     typed = _typed(name, given)
     given = given if typed is None else typed
     given = str(given) if type(given) is int else given
@@ -246,7 +246,7 @@ def _text(name: str, given: Any) -> Any:
 
 
 def _names(name: str, given: Any) -> Any:
-    """A list of names as it was typed."""
+    """A list of names as typed."""
     typed = _typed(name, given)
     given = given if typed is None else typed
     if isinstance(given, str):
@@ -257,7 +257,7 @@ def _names(name: str, given: Any) -> Any:
 
 
 def _typed(name: str, given: Any) -> str | None:
-    """The very text on the command line that `given` was made from; None where it came from elsewhere."""
+    """The text on the command line that `given` was made from; None if it has another origin."""
     typed = None
     for word, following in zip(sys.argv, [*sys.argv[1:], ""]):
         option, equals, text = word.partition("=")
@@ -269,15 +269,15 @@ def _typed(name: str, given: Any) -> str | None:
     made = ReferenceResolver.normalize_id(parsed) if isinstance(parsed, str) else parsed
     if given not in (parsed, made) or type(given) is not type(parsed):
         return None
-    # Fire takes quotes away, as it should, and also what follows a '#', as of a comment
+    # Fire removes quotes, which is correct, and also everything after a '#', as if it were a comment
     return parsed if isinstance(parsed, str) and typed[:1] in ("'", '"') else typed
 
 
 def _check_before_tracking() -> None:
-    """End the process where a tracked workflow is about to evaluate a path that was typed.
+    """End the process if a tracked workflow is about to evaluate a path that was typed.
 
-    With ``--tracking mlflow --save_execute_config True`` MONAI evaluates `output_dir` while the workflow is made. That
-    is before its first step, but after the imports of the config, and so this is run as the module is imported.
+    With ``--tracking mlflow --save_execute_config True`` MONAI evaluates `output_dir` while it creates the workflow,
+    before its first step but after the imports of the config. This check therefore runs when the module is imported.
     """
     workflow: Any = running_workflow()
     if workflow is None or hasattr(workflow, "_is_initialized"):
@@ -285,7 +285,7 @@ def _check_before_tracking() -> None:
     try:
         _as_typed(workflow.parser, _written(workflow.config_root_path, workflow.parser.config))
     except InputError as error:
-        raise SystemExit(f"error: {error}") from None  # MONAI passes over any other that an import raises
+        raise SystemExit(f"error: {error}") from None  # MONAI ignores any other exception of an import
 
 
 _check_before_tracking()

@@ -22,22 +22,21 @@ from types import TracebackType
 from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
-INTERRUPTED = 130  # a shell's status of what Ctrl-C ended
+INTERRUPTED = 130  # exit status of a process that was ended by Ctrl-C
 
 
 class InputError(ValueError):
-    """The input is at fault, not the program: the message says in one line what is wrong, where, and what to do."""
+    """An error in the input, not in the program. The message has one line: what is wrong, where, and what to do."""
 
 
-# a data loader's worker process sends home what was raised there as the text of its traceback
+# worker processes of a data loader send their exceptions as the text of a traceback
 _FROM_WORKER = re.compile(rf"^{re.escape(__name__)}\.InputError: (.+)$", re.MULTILINE)
 
 
 def root_input_error(error: BaseException | None) -> InputError | None:
-    """The `InputError` at the bottom of a chain of exceptions, or None.
+    """The `InputError` at the root of a chain of exceptions, or None.
 
-    MONAI wraps what a transform or a config expression raises, often several times over; what the user needs is the
-    line that started it.
+    MONAI wraps exceptions of transforms and config expressions, often several times; users need the original message.
     """
     found, seen = None, set()
     while error is not None and id(error) not in seen:
@@ -52,7 +51,7 @@ def root_input_error(error: BaseException | None) -> InputError | None:
 
 @cache
 def warn_once(line: str) -> None:
-    """Log a warning once in a process, however often a run asks for the same data."""
+    """Log a warning only once per process, even if a run reads the same data repeatedly."""
     logger.warning(line)
 
 
@@ -60,20 +59,21 @@ _advice = ""
 
 
 def when_interrupted(advice: str) -> None:
-    """Set what is said when Ctrl-C ends the process: what is left, and how to go on."""
+    """Set the advice that is printed when Ctrl-C ends the process: what has been kept, and how to continue."""
     global _advice
     _advice = advice
 
 
 def one_line_errors(in_any_process: bool = False) -> None:
-    """Make an uncaught `InputError` end the process with ``error: <its line>`` and status 1, without a traceback.
+    """Make an uncaught `InputError` end the process with ``error: <message>`` and status 1, without a traceback.
 
-    Ctrl-C is one line too, with status 130. What ends a thread only, such as TensorBoard's where the disk is full, is a
-    warning of one line. Every other exception is shown as before. Called by the bundles' ``initialize``: in the process
-    of another program, such as MONAI Label, a client of MONAI FL or a notebook, it changes nothing.
+    Ctrl-C also prints one line, with status 130. An input or file error that ends only a background thread, such as
+    that of TensorBoard when the disk is full, is printed as a one-line warning. Other exceptions are shown as usual.
+    The bundles call this in ``initialize``; in the process of another program, such as MONAI Label, a MONAI FL
+    client or a notebook, it has no effect.
 
     Args:
-        in_any_process: also where the process was not started as ``python -m monai.bundle`` or ``shared_iopfl``.
+        in_any_process: Also if the process was not started as ``python -m monai.bundle`` or ``shared_iopfl``.
     """
     started = getattr(sys.modules.get("__main__"), "__spec__", None)
     if not in_any_process and (started is None or started.name.partition(".")[0] not in ("monai", "shared_iopfl")):
@@ -81,8 +81,8 @@ def one_line_errors(in_any_process: bool = False) -> None:
 
     def excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if isinstance(error, KeyboardInterrupt):
-            _say("interrupted", _advice or "nothing was written that could be gone on from")
-            raise SystemExit(INTERRUPTED)  # the interpreter takes it for its status
+            _say("interrupted", _advice or "nothing was written that a later run could continue from")
+            raise SystemExit(INTERRUPTED)  # becomes the exit status of the interpreter
         cause = root_input_error(error)
         if cause is None:
             sys.__excepthook__(kind, error, trace)
@@ -100,9 +100,9 @@ def one_line_errors(in_any_process: bool = False) -> None:
 
 
 def _say(kind: str, error: BaseException | str | None) -> None:
-    for bar in list(getattr(tqdm, "_instances", ())):  # an unfinished bar leaves the cursor in its line
+    for bar in list(getattr(tqdm, "_instances", ())):  # an unfinished progress bar leaves the cursor in its line
         bar.close()
-    # written at once: line by line, or word by word, two threads would write into each other's lines
+    # a single write, so that the lines of two threads do not mix
     line = " ".join(str(error).split())
-    # a name that is quoted must not steer the terminal
+    # control characters in a quoted name must not reach the terminal
     sys.stderr.write(f"{kind}: " + re.sub(r"[\x00-\x1f\x7f-\x9f]", "?", line) + "\n")

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Files that are written whole or not at all."""
+"""Writing files atomically: a file is written completely or not at all."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from shared_iopfl.utils.errors import InputError
 
 
 class Keeper(Protocol):
-    """An object that is told of every written file: a run that owns its folder."""
+    """An object that is told about every file that is written, such as a run that owns its folder."""
 
     def check(self, target: Path) -> None:
-        """Raise `InputError` where a file must not be written."""
+        """Raise `InputError` if the file must not be written."""
 
     def note(self, target: Path, content: Path) -> None:
-        """A file is about to get its name; until then its content is elsewhere."""
+        """Record a file that is about to be renamed to `target`; its contents are in `content` until then."""
 
 
 keepers: list[Keeper] = []
@@ -38,21 +38,21 @@ keepers: list[Keeper] = []
 
 @contextmanager
 def whole_file(target: str | os.PathLike, previous: str | os.PathLike | None = None) -> Iterator[Path]:
-    """A temporary file beside the target, which takes the target's name at the end or goes when something fails.
+    """A temporary file next to the target that replaces it on success and is deleted on failure.
 
-    Synced before it is renamed: after a crash there is the old file or the new one, never half of one.
+    The file is synced before it is renamed, so that after a crash either the old or the new file exists, complete.
 
     Args:
-        target: the file.
-        previous: what the target's old content is kept as. Between the two renames, only this one is there.
+        target: The file to write.
+        previous: Path under which the old file is kept. Between the two renames it is the only complete file.
 
     Raises:
-        InputError: when the folder cannot be written to, naming it, or one of the `keepers` refuses.
+        InputError: If the folder is not writable, or if one of the `keepers` refuses.
     """
     target = Path(target)
     for keeper in keepers:
         keeper.check(target)
-    # several threads may write one target; and a name may be as long as the disk lets it be
+    # several threads may write the same target; and its name may already have the maximal length
     temporary = target.with_name(f".{uuid.uuid4().hex[:12]}_{target.name[-40:]}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -74,21 +74,21 @@ def whole_file(target: str | os.PathLike, previous: str | os.PathLike | None = N
             f"cannot write to {target.parent} ({reason}): choose another output_dir or free space"
         ) from error
     finally:
-        with suppress(OSError):  # the folder could not even be made
+        with suppress(OSError):  # the folder itself may not exist
             temporary.unlink(missing_ok=True)
 
 
 def write_text(target: str | os.PathLike, text: str) -> None:
-    """Write a text file, whole or not at all."""
+    """Write a text file atomically."""
     with whole_file(target) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="")
 
 
 def check_writable(output_dir: str | os.PathLike) -> None:
-    """Make a folder if it is not there and try to write to it, before hours of work end at a full or locked disk.
+    """Create a folder if necessary and try to write to it, so that a long run does not fail at its end.
 
     Raises:
-        InputError: when nothing can be written there.
+        InputError: If the folder is not writable.
     """
     folder = Path(output_dir)
     with whole_file(folder / ".writable") as temporary, open(temporary, "wb") as file:

@@ -31,14 +31,14 @@ LONGEST = 100  # bytes: with what is put before and after it, a file's name has 
 
 
 def check_site(name: Any) -> str:
-    """The name, if a site may be called so.
+    """Return the name if it is allowed for a site.
 
     Args:
-        name: letters and digits of any script, ``_``, ``-``, ``.`` and spaces, of at most 100 bytes; the first is a
-            letter, a digit or ``_``, the last no space; none of `RESERVED` in any letter case.
+        name: Letters and digits of any script, ``_``, ``-``, ``.`` and spaces, at most 100 bytes. It begins with a
+            letter, a digit or ``_``, does not end with a space, and is none of `RESERVED` in any letter case.
 
     Raises:
-        InputError: for any other name.
+        InputError: If the name is not allowed.
     """
     if not _is_plain(name):
         raise InputError(
@@ -51,7 +51,7 @@ def check_site(name: Any) -> str:
 
 
 def check_sites(names: Iterable[Any]) -> list[str]:
-    """The names, if sites may be called so, and no two of them would share a file where letter case does not count."""
+    """Return the names if all are allowed for sites and no two are equal on a case-insensitive file system."""
     checked = [check_site(name) for name in names]
     seen: dict[str, str] = {}
     for name in checked:
@@ -62,11 +62,11 @@ def check_sites(names: Iterable[Any]) -> list[str]:
 
 
 def check_file_name(name: Any, what: str) -> str:
-    """The name, if it is a plain file name that leads nowhere: the form of a site's name.
+    """Return the name if it is a plain file name without a path, in the form of a site's name.
 
     Args:
-        name: the name, without its ending.
-        what: what it is, for the message.
+        name: Name without suffix.
+        what: What the name stands for, for the message.
     """
     if not _is_plain(name):
         raise InputError(f"{what} {_shown(name)} is not a plain name: use letters, digits, '_', '-', '.' and spaces.")
@@ -74,9 +74,9 @@ def check_file_name(name: Any, what: str) -> str:
 
 
 def parse_names(text: str) -> list[str]:
-    """The names in ``['A','B']``, ``[A,1]``, ``A,site-1`` or ``A``, each as it is written: ``09`` stays ``09``.
+    """The names in ``['A','B']``, ``[A,1]``, ``A,site-1`` or ``A``, as typed: ``09`` stays ``09``.
 
-    Names hold no commas, brackets or quotes, so that no quoting is needed.
+    Names contain no commas, brackets or quotes, so no quoting is needed.
     """
     text = text.strip()
     if text[:1] + text[-1:] in ("[]", "()"):
@@ -86,13 +86,13 @@ def parse_names(text: str) -> list[str]:
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
-    """A hint for a message: ``; did you mean 'rounds'?``, or nothing where no known name is like it."""
+    """A hint for a message, ``; did you mean 'rounds'?``, or an empty text if no known name is similar."""
     close = difflib.get_close_matches(name, known, 1, 0.7)
     return f"; did you mean '{close[0]}'?" if close else ""
 
 
 def shortened(text: str, longest: int) -> str:
-    """The text, or its beginning and end where it has more than so many characters."""
+    """The text, or only its beginning and end if it is longer than `longest` characters."""
     half = (longest - 3) // 2
     return text if len(text) <= longest else f"{text[:half]}...{text[-half:]}"
 

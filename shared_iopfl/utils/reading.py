@@ -29,15 +29,15 @@ BRACKETS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', re.DOTALL)
 def read_bounded(path: str | os.PathLike, limit: int) -> bytes:
     """The content of a regular file of at most `limit` bytes.
 
-    A pipe would wait for its other end for ever, and a device may have no end.
+    Pipes could block, and devices may have no end.
 
     Raises:
-        InputError: for anything else than a regular file, one that is larger, or one that cannot be read.
+        InputError: If it is not a regular file, is too large, or cannot be read.
     """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise InputError(f"{path} is not a regular file but a folder, a pipe or a device: put a file there.")
-        # the file may be another one by now
+        # the path may have been replaced since the check
         with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)), "rb") as file:
             about = os.fstat(file.fileno())
             content = file.read(limit + 1) if stat.S_ISREG(about.st_mode) and about.st_size <= limit else b""
@@ -58,14 +58,14 @@ def read_json(path: str | os.PathLike, limit: int = LARGEST_JSON) -> Any:
 
 
 def parse_json(content: bytes, path: str | os.PathLike) -> Any:
-    """JSON in UTF-8, or in UTF-16 with a byte-order mark; editors of Windows put one before UTF-8 too.
+    """Parse JSON in UTF-8 or, with a byte-order mark, UTF-16. A byte-order mark before UTF-8 is accepted.
 
     Args:
-        content: of a file.
-        path: of that file, for the message.
+        content: Content of the file.
+        path: Path of the file, for the message.
 
     Raises:
-        InputError: in one line, where it is not JSON, is nested more than 100 deep, or has one key twice.
+        InputError: If it is not JSON, is nested more than 100 levels deep, or has the same key twice.
     """
     encoding = "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
     try:
@@ -77,7 +77,7 @@ def parse_json(content: bytes, path: str | os.PathLike) -> Any:
 
 
 def _check_depth(text: str) -> None:
-    """Raise `ValueError` before Python's parser, which goes down by recursion, runs out of stack."""
+    """Raise `ValueError` before Python's recursive parser runs out of stack."""
     depth = 0
     for match in BRACKETS.finditer(text):
         if match[0][0] in "[{":

@@ -10,8 +10,8 @@
 # limitations under the License.
 """CSV and JSON files of a run.
 
-Spreadsheets execute a cell that begins as a formula does. Names and reasons come with data, so text of this kind is
-written with an apostrophe before it, as OWASP advises, and read back without; numbers stand as they are.
+Spreadsheets execute cells that look like formulas. Names and reasons come with data, so such text is written with a
+leading apostrophe, as OWASP advises, which reading removes. Numbers are written as they are.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ LARGEST = 2**30
 
 
 def write_json(path: str | os.PathLike, content: Any) -> None:
-    """Write `content` as indented JSON; numbers that JSON does not know (NaN, infinity) as null."""
+    """Write `content` as indented JSON; numbers that JSON lacks (NaN, infinity) become null."""
     write_text(path, json_text(content, indent=2) + "\n")
 
 
 def json_text(content: Any, indent: int | None = None) -> str:
-    """`content` as JSON; numbers that JSON does not know (NaN, infinity) as null."""
+    """`content` as JSON; numbers that JSON lacks (NaN, infinity) become null."""
     return json.dumps(_finite(content), indent=indent, default=str, allow_nan=False)
 
 
@@ -59,10 +59,10 @@ def write_rows(path: str | os.PathLike, columns: Sequence[str], rows: Iterable[R
 
 
 def csv_text(columns: Sequence[str], rows: Iterable[Row], header: bool = True) -> str:
-    """Rows as they are in a CSV file, with or without the header."""
+    """Rows in CSV format, with or without the header."""
 
     class Lines(list):
-        def write(self, line: str) -> None:  # what csv asks of a file
+        def write(self, line: str) -> None:  # the only method that csv needs of a file
             self.append(line.removesuffix("\r\n") + "\n")
 
     lines = Lines()
@@ -80,20 +80,20 @@ def _as_text(value: Any) -> Any:
 
 
 def _from_text(value: Any) -> Any:
-    """What `_as_text` was given; "" for what a row that is too short lacks. One that is too long has a list."""
+    """The inverse of `_as_text`; "" for missing cells. The surplus cells of a row that is too long are a list."""
     is_text = isinstance(value, str) and value.startswith("'") and FORMULA.match(value)
     return value[1:] if is_text else "" if value is None else value
 
 
 def read_rows(path: str | os.PathLike, columns: str = "") -> list[dict[str, str]]:
-    """The rows of a CSV file with a header; none where there is no file.
+    """Read the rows of a CSV file with a header; a missing file has none.
 
     Args:
-        path: of the file.
-        columns: that it must have, with spaces between their names.
+        path: Path of the file.
+        columns: Required columns, separated by spaces.
 
     Raises:
-        InputError: where it cannot be read, or lacks a column.
+        InputError: If the file cannot be read, or lacks a column.
     """
     if not os.path.isfile(path):
         return []
@@ -110,14 +110,14 @@ def read_rows(path: str | os.PathLike, columns: str = "") -> list[dict[str, str]
 
 
 def aligned(rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> list[str]:
-    """Rows as lines of text, with columns of one width; those in `left` begin at the left, figures end at the right."""
+    """Rows as lines of aligned text; the columns in `left` are left-aligned, the others right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     padded = ([c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))] for row in rows)
     return ["  ".join(cells).rstrip() for cells in padded]
 
 
 def replace_rows(path: str | os.PathLike, columns: Sequence[str], rows: Sequence[Row], same: Sequence[str]) -> None:
-    """Add rows to a CSV file in place of those that agree with one of them in all columns of `same`."""
+    """Add rows to a CSV file, replacing existing rows that have the same values in all columns of `same`."""
     renewed = {tuple(str(row[column]) for column in same) for row in rows}
     kept = [row for row in read_rows(path, " ".join(columns)) if tuple(row[column] for column in same) not in renewed]
     write_rows(path, columns, [*kept, *rows])

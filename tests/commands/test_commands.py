@@ -119,9 +119,9 @@ def test_a_segmentation_ends_with_a_summary(scans, models, tmp_path, capsys):
     assert lines[0].startswith("3 scans in ") and f"2 masks in {out}" in lines[0]
     assert {"case", "volume (ml)", "quality", "seconds"} <= set(map(str.strip, lines[2].split("  ")))
     assert {lines[3].split()[0], lines[4].split()[0]} == {"one", "two"}
-    assert any(line.startswith("check first") or line.startswith("nothing was noticed") for line in lines)
+    assert any(line.startswith("check first") or line.startswith("no mask was flagged") for line in lines)
     assert any(line.startswith("failed: broken:") for line in lines)
-    assert any("1 file was not taken" in line for line in lines)
+    assert any("1 file was skipped" in line for line in lines)
     assert "_target_" not in said.out + said.err and "INFO" not in said.out + said.err
     assert (out / "not_taken.csv").read_text().splitlines() == ["file,reason", "notes.txt,files of other kinds"]
     assert (out / "one.nii.gz").is_file()
@@ -130,15 +130,15 @@ def test_a_segmentation_ends_with_a_summary(scans, models, tmp_path, capsys):
 def test_a_summary_speaks_of_quality_where_there_is_one(tmp_path):
     """Not in plain inference, nor where a single view is predicted from; and without measures, too."""
     (tmp_path / "scans.csv").write_text("case,file\none,one.png\ntwo,two.png\n")
-    assert "gives no review list" in summary(tmp_path, 1.0) and "is the agreement" not in summary(tmp_path, 1.0)
+    assert "no review list" in summary(tmp_path, 1.0) and "quality is the agreement" not in summary(tmp_path, 1.0)
     (tmp_path / "measures.csv").write_text("case,volume_ml\none,2.5\ntwo,nan\n")
     (tmp_path / "review.csv").write_text("rank,case,quality,shift,decision,reasons\n1,one,,,,\n2,two,,,,\n")
     lines = summary(tmp_path, 1.0).splitlines()
-    assert "nothing was noticed" in lines and lines[4].split() == ["two", "-", "-", "-", "-"]
+    assert "no mask was flagged" in lines and lines[4].split() == ["two", "-", "-", "-", "-"]
     (tmp_path / "review.csv").write_text("rank,case,quality,shift,decision,reasons\n1,one,0.95,,,\n")
     (tmp_path / "measures.csv").unlink()
     (tmp_path / "scans.csv").unlink()
-    assert "nothing was noticed; quality is the agreement" in summary(tmp_path, 1.0)
+    assert "no mask was flagged; quality is the agreement" in summary(tmp_path, 1.0)
 
 
 def test_a_run_that_is_refused_does_not_sum_up_the_earlier_one(scans, models, tmp_path, capsys):

@@ -69,7 +69,7 @@ def test_an_empty_mask_is_returned_as_one(models):
     ("scan", "affine", "told"),
     [
         (VOLUME, None, "needs its affine"),
-        (VOLUME[0], np.eye(4), "array of numbers"),
+        (VOLUME[0], np.eye(4), "a scan must be numbers"),
         (VOLUME, np.eye(3), "shape"),
         (np.full((4, 4, 4), np.nan), np.eye(4), "^the scan holds 64 NaN"),
         (VOLUME, np.zeros((4, 4)), "^the scan has a broken affine"),
@@ -87,7 +87,7 @@ def test_what_is_no_scan_is_one_line(scan, affine, told, models):
 def test_a_folder_of_several_scans_is_refused_before_it_is_segmented(models, tmp_path):
     for name in ("a.nii", "b.nii"):
         nifti(tmp_path / name, VOLUME)
-    with pytest.raises(InputError, match="2 scans: give one"):
+    with pytest.raises(InputError, match="2 scans: pass one"):
         segment("prostate", tmp_path, ckpt_dir=str(models), **TINY)
 
 

@@ -145,7 +145,7 @@ def test_a_measure_of_the_references_alone_is_no_table(quick, tmp_path):
 
 def test_choices_are_shown_with_what_they_were_chosen_from(folder):
     text = (folder / "comparison.md").read_text(encoding="utf-8").replace("\\", "")
-    table = rows_of(text, "What was chosen without the site left out")
+    table = rows_of(text, "Settings chosen without the site left out")
     assert table["Site <A>"] == ["0", "wide", "**80.0**", DASH]
     assert table["B_$1$"] == ["0", "wide", "80.0", "**81.0**"]
 
@@ -163,7 +163,7 @@ def test_the_report_stands_alone_with_every_section_and_no_path(html, folder):
         "In short",
         "Inside",
         "Outside",
-        "What was chosen without the site left out",
+        "Settings chosen without the site left out",
         "How to read this",
         "What was run",
     ]
@@ -211,7 +211,7 @@ def test_sites_are_in_the_order_of_their_shift_with_what_they_gained(folder):
         ("B_$1$", "0.225", "+2.5"),
     ]
     assert f"**Gain and shift outside**: {MINUS}0.1 points in the third of the cases with the smallest shift" in text
-    assert "+3.1 in that with the largest; rank correlation 0.97, n = 12." in text
+    assert "+3.1 in the third with the largest; rank correlation 0.97, n = 12." in text
 
 
 def contest(own: list[float], reference: list[float]) -> Contest:
@@ -241,7 +241,7 @@ def test_cases_whose_files_are_gone_are_named_and_the_rest_is_shown(quick, tmp_p
         mask.unlink()
     html = write_comparison(folder).read_text(encoding="utf-8")
     section = html.split("<h3>Cases outside</h3>")[1]
-    assert "missing or do not fit each other: c0, c5" in section
+    assert "missing or do not match: c0, c5" in section
     assert "cannot be read" in caplog.text and str(folder) not in html
     assert section.count("<img") == 1  # of the other site
 

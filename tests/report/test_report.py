@@ -78,7 +78,7 @@ def test_report_has_every_section_in_order(html):
     ]
     assert "not for diagnosis" in html
     assert "2 sites inside · 1 site outside · 14 test cases · 3 rounds" in html
-    assert "Not in this folder" not in html
+    assert "Not shown, as the files" not in html
 
 
 def test_text_is_escaped_and_paths_stay_out(html, run):
@@ -160,7 +160,7 @@ def test_what_is_missing_is_said_and_the_rest_is_shown(tmp_path):
     write_csv(tmp_path / "history.csv", "round,site,model,metric,value", [[0, "S", "global", "val_mean_dice", 0.5]])
     page = report.write_report(tmp_path).read_text(encoding="utf-8")
     assert re.findall(r"<h2>(.*?)</h2>", page) == ["Learning curves"]
-    note = page.split("Not in this folder")[1].split("</p>")[0]
+    note = page.split("Not shown, as the files")[1].split("</p>")[0]
     assert [name for name in report._FILES if name.removeprefix("**/") in note] == [
         n for n in report._FILES if "history" not in n
     ]
@@ -243,7 +243,7 @@ def test_cases_that_cannot_be_drawn_are_named_without_their_paths(tmp_path, capl
     ]
     write_csv(folder / "cases.csv", CASES, [["S", "inside", f"c{i}", "personalised", *f] for i, f in enumerate(files)])
     page = report.write_report(folder).read_text(encoding="utf-8")
-    assert "missing or do not fit each other: c2, c1, c0." in page
+    assert "missing or do not match: c2, c1, c0." in page
     assert not re.search(r"(gone|other|coded)\.png", page)
     for reason in ("gone.png cannot be read", "other.png has shape (4, 8, 1)", "coded.png holds 64 different values"):
         assert reason in caplog.text.replace("has shape (8, 4, 1)", "has shape (4, 8, 1)")
@@ -308,5 +308,5 @@ def test_a_uniform_mixture_is_said_and_not_drawn(tmp_path):
     write_csv(tmp_path / "soup" / "routes.csv", "case,layer,expert,weight", rows)
     page = report.write_report(tmp_path).read_text(encoding="utf-8")
     section = page.split("<h2>Routes</h2>")[1]
-    assert "alike in every layer: 0.50" in section
+    assert "the same weight in every layer: 0.50" in section
     assert "<img" not in section

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The report of an inference: pictures of all masks, their measures, and the experts that each scan used.
+"""The report of an inference: pictures of all masks, their measures, and the weights of the experts for each scan.
 
-It reads what the run has written, and nothing of scans or networks.
+It reads the files that the run has written, and neither scans nor networks.
 """

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The page of an inference, ``report.html``: one file that shows all masks, the ones to check first on top.
+"""The page of an inference, ``report.html``: one file that shows all masks, beginning with those to check first.
 
 It reads ``review.csv``, ``measures.csv``, ``routes.json``, ``failed.csv``, ``not_taken.csv`` and the overlays; any of
 them may be missing.
@@ -30,7 +30,7 @@ from shared_iopfl.report.pages import page, picture, without_path
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.files import write_text
 
-EVEN = 1.05  # times an equal share: up to here no expert is said to have the largest weight
+EVEN = 1.05  # times an equal share: only above it is an expert named as the one with the largest weight
 MOST_FILES = 200  # rows of the tables of files
 TITLES = {"volume_ml": "Volume (ml)", "vertical_cup_to_disc_ratio": "Vertical cup-to-disc ratio"}
 
@@ -39,30 +39,30 @@ def write_inference_report(output_dir: str | os.PathLike, ckpt_dir: str | os.Pat
     """Write ``report.html`` of an inference into its folder.
 
     Args:
-        output_dir: of the run.
-        ckpt_dir: of the models. Where ``metrics`` of their manifest has ``{"measures": {measure: {site: [5 %, 25 %,
-            50 %, 75 %, 95 %]}}}``, these quantiles are drawn behind the measures of the scans.
+        output_dir: Folder of the run.
+        ckpt_dir: Folder of the models. If ``metrics`` in their manifest has ``{"measures": {measure: {site: [5 %, 25 %,
+            50 %, 75 %, 95 %]}}}``, these quantiles are drawn above the measures of the scans.
 
     Returns:
         Path of the report.
 
     Raises:
-        InputError: when the folder holds no inference, or a table in it is not as a run writes it.
+        InputError: If the folder holds no inference, or one of its tables is malformed.
     """
     out = Path(output_dir)
     served, failed, passed = read_served(out), read_failed(out), read_passed_over(out)
     if not served and not failed:
         raise InputError(f"{out} holds no inference: run the bundle's inference.json with this folder as output_dir.")
     noticed = sum(bool(scan.reasons) for scan in served)
-    facts = f"{len(served)} mask{'s' * (len(served) != 1)} · {noticed} noticed · {len(failed)} failed"
-    facts += f" · {len(passed)} file{'s' * (len(passed) != 1)} passed over" * bool(passed)
+    facts = f"{len(served)} mask{'s' * (len(served) != 1)} · {noticed} flagged · {len(failed)} failed"
+    facts += f" · {len(passed)} file{'s' * (len(passed) != 1)} skipped" * bool(passed)
     blocks: list[Block] = [Text(facts, "facts"), Text("For research use only, not for diagnosis.", "use")]
     blocks += [
         *_masks(served, out),
         *_measures(served, _published(ckpt_dir)),
         *_experts(served),
         *_files("Scans that failed", failed, "case"),
-        *_files("Files that were not taken for scans", passed, "file"),
+        *_files("Files that were skipped", passed, "file"),
     ]
     path = out / "report.html"
     write_text(path, page("IOP-FL: segmentation of scans", blocks))
@@ -79,12 +79,12 @@ def _masks(served: Sequence[ServedScan], out: Path) -> list[Block]:
         if used and scan.routes[used] > EVEN / len(scan.routes):
             figures.append(f"largest weight: {used}, {scan.routes[used]:.2f}")
         if len(scan.statistics) > 1:
-            figures.append(f"shares of its own statistics: {', '.join(f'{share:g}' for share in scan.statistics)}")
+            figures.append(f"shares of own statistics: {', '.join(f'{share:g}' for share in scan.statistics)}")
         cards.append(Card(scan.case, scan.reasons, figures, thumbnail(overlay), quote(overlay.name)))
     caption = (
-        "Sorted by the review list: the masks that should be checked first come first. Quality is the agreement of the "
-        "masks of several views of a scan; it ranks these scans and is not an estimate of Dice. A picture links to the "
-        "overlay."
+        "Sorted by the review list: masks to check first come first. Quality is the agreement between the masks of "
+        "several views of a scan; it ranks the scans of this run and is not an estimate of Dice. A picture links to "
+        "its overlay."
     )
     return [Heading("Masks"), Text(caption, "caption"), Cards(cards)] if cards else []
 
@@ -95,11 +95,11 @@ def _measures(served: Sequence[ServedScan], published: Mapping[str, Mapping[str,
         values = [scan.measures[name] for scan in served if name in scan.measures]
         sites = published.get(name, {})
         behind = (
-            "Above them the published distribution at each inside site: 5 % to 95 % light, 25 % to 75 % dark."
+            "Above them, the published distribution at each inside site: 5 % to 95 % light, 25 % to 75 % dark."
             if sites
-            else "No distribution of the inside sites was published with the models."
+            else "The models were published without distributions of the inside sites."
         )
-        caption = f"One dot for each of {len(values)} masks; the line is their median. {behind}"
+        caption = f"One dot per mask ({len(values)} masks); the black line is their median. {behind}"
         title = _title(name)
         blocks += [Heading(title, 3), picture(distribution_picture(values, sites, title), caption)]
     return blocks and [Heading("Measures"), *blocks]
@@ -115,9 +115,9 @@ def _experts(served: Sequence[ServedScan]) -> list[Block]:
         shades = [min(max(weight, 0), 1) * 0.7 for weight in weights]
         rows.append(Row(scan.case, [f"{weight:.2f}" for weight in weights], shades=shades))
     caption = (
-        f"The weight of each expert in the routed network, as the mean over its layers; an even mixture gives each "
-        f"{1 / len(experts):.2f}. Sites whose own model is the global one are not listed. "
-        "routes.csv has the weights by layer."
+        f"Weight of each expert in the routed network, averaged over layers; an even mixture gives each expert "
+        f"{1 / len(experts):.2f}. Sites whose personalised model equals the global model are not listed. "
+        "The weights by layer are in routes.csv."
     )
     return [Heading("Experts"), Text(caption, "caption"), Table(["case", *experts], rows)]
 
@@ -135,7 +135,7 @@ def _files(title: str, found: Sequence[Mapping[str, str]], column: str) -> list[
 
 
 def _published(ckpt_dir: str | os.PathLike | None) -> dict[str, dict[str, list[float]]]:
-    """Quantiles of measures at the inside sites, measure -> site -> five numbers; what has another form is left out."""
+    """Quantiles of measures at the inside sites, measure -> site -> five numbers; malformed entries are left out."""
     manifest: Any = read_manifest(ckpt_dir) if ckpt_dir is not None else None
     metrics = (manifest or {}).get("metrics") or {}
     measures = metrics.get("measures") if isinstance(metrics, dict) else None

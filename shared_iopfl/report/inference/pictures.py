@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Pictures of the page of an inference: thumbnails of overlays, and measures beside those of the inside sites."""
+"""Pictures of an inference page: thumbnails of overlays, and measures compared with those of the inside sites."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ QUALITY = 75
 
 
 def thumbnail(path: Path) -> str:
-    """A picture made small, as a data URI; "" where there is none that can be read."""
+    """A reduced picture as a data URI; "" if the file cannot be read."""
     try:
         with Image.open(path) as opened:
             image = opened.convert("RGB")
@@ -56,14 +56,14 @@ def distribution_picture(values: Sequence[float], sites: Mapping[str, Sequence[f
         axes.barh(row, high - low, left=low, height=0.6, color="#c9d1d9")
         axes.barh(row, upper - quarter, left=quarter, height=0.6, color="#8c959f")
         axes.plot([median, median], [row - 0.3, row + 0.3], color="white", linewidth=2)
-    # dots of close values would hide each other: spread them in a fixed order
+    # dots of similar values would cover each other: spread them vertically in a fixed order
     spread = 0.3 * np.sin(2.4 * np.arange(len(values)))
     order = np.argsort(values, kind="stable")
     axes.plot(np.asarray(values)[order], len(sites) + spread, ".", color="#009E73", markersize=6, alpha=0.8)
     middle = float(np.median(values))
     axes.plot([middle, middle], [len(sites) - 0.42, len(sites) + 0.42], color="#1f2328", linewidth=1.5)
     axes.set_yticks(range(len(names)), [plain(name) for name in names])
-    axes.use_sticky_edges = False  # so that bars keep off the frame
+    axes.use_sticky_edges = False  # leave room between the bars and the frame
     axes.set_ylim(len(sites) + 0.6, -0.6)
     axes.set_xlabel(plain(title))
     axes.spines[["top", "right"]].set_visible(False)

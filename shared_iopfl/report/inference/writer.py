@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The handler that writes the page of an inference once its scans are served."""
+"""The handler that writes the page of an inference after all scans have been segmented."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from shared_iopfl.evaluation.run.folder import finish
 
 
 class ReportWriter:
-    """Writes ``report.html`` of an inference, once all scans have had their turn, which ends the run.
+    """Write ``report.html`` of an inference after the last scan, and mark the run as finished.
 
     Args:
-        output_dir: of the run.
-        ckpt_dir: of the models, whose manifest may hold the distribution of measures at the inside sites.
+        output_dir: Folder of the run.
+        ckpt_dir: Folder of the models, whose manifest may hold distributions of measures at the inside sites.
     """
 
     def __init__(self, output_dir: str | os.PathLike, ckpt_dir: str | os.PathLike | None = None) -> None:
@@ -36,7 +36,7 @@ class ReportWriter:
         engine.add_event_handler(Events.COMPLETED, self)
 
     def __call__(self, engine: Engine) -> None:
-        # what draws it is imported once all masks are written
+        # drawing modules are imported only after all masks have been written
         from shared_iopfl.report.inference.page import write_inference_report
 
         write_inference_report(self.output_dir, self.ckpt_dir)

@@ -55,10 +55,10 @@ def test_masks_come_in_the_order_of_the_review_list_with_what_is_known_of_them(t
     shown = [page.index(f'alt="Case&lt;{number:03d}&gt;"') for number in reversed(range(8))]
     assert shown == sorted(shown)
     assert page.count('class="noticed"') == 2 and page.count("<em>views disagree</em>") == 2
-    assert "8 masks · 2 noticed · 1 failed · 1 file passed over" in page
+    assert "8 masks · 2 flagged · 1 failed · 1 file skipped" in page
     assert "largest weight: global, 0.75" in page and "Volume (ml) 30" in page
-    assert page.count("shares of its own statistics: 0, 0.5") == 1, "said where predictions by several are averaged"
-    assert "notes.txt" in page and "No distribution of the inside sites was published" in page
+    assert page.count("shares of own statistics: 0, 0.5") == 1, "said where predictions by several are averaged"
+    assert "notes.txt" in page and "published without distributions of the inside sites" in page
     assert "<td>bad is empty</td>" in page
     assert "/home/doe" not in page and "<script" not in page and "http" not in page.replace("http://www.w3.org", "")
 
@@ -100,7 +100,7 @@ def test_masks_without_measures_and_review_are_shown(tmp_path):
     write_csv(tmp_path / "scans.csv", "case,file", [["one", "one.png"], ["bad", "bad.png"], ["two", "two.png"]])
     write_csv(tmp_path / "failed.csv", "case,file,reason", [["bad", "bad.png", "is empty"]])
     page = write_inference_report(tmp_path).read_text(encoding="utf-8")
-    assert "2 masks · 0 noticed · 1 failed" in page
+    assert "2 masks · 0 flagged · 1 failed" in page
     assert "<b>one</b>" in page and "<b>two</b>" in page and "<b>bad</b>" not in page
 
 
