@@ -139,7 +139,7 @@ def test_job_carries_settings_for_the_named_sites_and_nothing_of_the_machine(tmp
         ({"alpha": "$__import__('os').getcwd()"}, "alpha must be a plain value"),
         ({"features": ["@seed"]}, "features must be a plain value"),
         ({"features": {"_target_": "os.getcwd"}}, "features must be a plain value"),
-        ({"env": "prod"}, "each site names its own data"),
+        ({"env": "prod"}, "each site sets its own data"),
         ({"env": "prod", "dataset_dir": None, "startup_kit": "nowhere"}, "no startup kit"),
         ({"output_dir": "with space"}, "no path with spaces"),
     ],
