@@ -65,6 +65,8 @@ class PersonalizationHandler:
         self.correct_start = correct_start
         self.save_path = save_path
         self.count = 0
+        if isinstance(network, nn.parallel.DistributedDataParallel):
+            network = network.module  # the personalised model is a plain one, as the global model that is saved
         self._average = AveragedModel(network, avg_fn=self._averaged, use_buffers=True).requires_grad_(False).eval()
         self.ema_model: nn.Module = self._average.module
 
