@@ -221,8 +221,10 @@ class TestTimeRoutingInferer(ViewsOfScans):
         """A network that learned the masks which routing makes of each scan; `own`: statistics of the site as well."""
         steps = self.settings.self_training
         training = SelfTraining(steps, self.views, self.output, self.batch_size, self.seed)
-        count = training.inputs_per_scan(len(stacks), stacks[0])
-        pairs = [training_inputs(stack, self.route_scan(stack, network)[0], count, self.output) for stack in stacks]
+        pairs = []
+        for stack in stacks:
+            count = training.inputs_per_scan(len(stacks), stack)
+            pairs.append(training_inputs(stack, self.route_scan(stack, network)[0], count, self.output))
         images, targets = (torch.cat(parts) for parts in zip(*pairs))
         return training.train(start, images, targets, own)
 

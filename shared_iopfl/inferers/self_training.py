@@ -33,9 +33,9 @@ TRAINING_PIXELS = 2**26  # of all network inputs that are kept for training: 409
 class SelfTraining:
     """Trains a network on its own site's scans, whose targets are probabilities that routing predicted.
 
-    Routing predicts each scan on its own; a network that learns these predictions under
-    random rotations, zooms and changes of intensity keeps what they have in common over all scans of the site. No label
-    is used. (Self-training for source-free domain adaptation, e.g. Liang et al. 2020, arXiv 2002.08546.)
+    Routing predicts each scan on its own; a network that learns these predictions under random rotations, zooms and
+    changes of intensity keeps what they have in common over all scans of the site. No label is used. (Self-training for
+    source-free domain adaptation, e.g. Liang et al. 2020, arXiv 2002.08546.)
 
     Args:
         steps: of Adam.
@@ -65,18 +65,21 @@ class SelfTraining:
             images: network inputs (N, C_in, H, W) of all scans.
             targets: probabilities (N, C, H, W).
             own_statistics: whether batch norm learns the statistics of the site, as where routing uses those of the
-                scan; else it keeps the stored ones.
+                scan; else it keeps the stored ones. Dropout is off.
 
         Returns:
             The exponential moving average of the network over the steps, in evaluation mode.
         """
-        student = copy_network(network).train(own_statistics).requires_grad_(True)
+        student = copy_network(network).eval().requires_grad_(True)
+        for layer in student.modules():
+            if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+                layer.train(own_statistics)
         averaged = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(AVERAGING), use_buffers=True)
         averaged.update_parameters(student)
         optimizer = torch.optim.Adam(student.parameters(), lr=self.learning_rate)
         dice = DiceLoss(batch=True)
         generator = torch.Generator().manual_seed(self.seed)
-        size = bounded(max(2, self.batch_size), images)
+        size = min(bounded(max(2, self.batch_size), images), len(images))
         order = torch.empty(0, dtype=torch.long)
         # full precision, as in adaptation
         with torch.enable_grad(), torch.autocast(images.device.type, enabled=False):

@@ -94,6 +94,14 @@ def test_a_site_is_served_by_one_plain_network_that_self_training_changed(statis
     assert torch.isfinite(served[5]).all() and not torch.allclose(served[0], served[5])
 
 
+def test_dropout_is_off_and_draws_from_no_global_random_state():
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 1), torch.nn.Dropout(0.5), torch.nn.BatchNorm2d(2)).eval()
+    state = torch.get_rng_state()
+    training = SelfTraining(3, ViewSampler(()), "softmax", 4, 0)
+    student = training.train(network, torch.ones(3, 3, 8, 8), torch.full((3, 2, 8, 8), 0.5), True)
+    assert torch.equal(state, torch.get_rng_state()) and isinstance(student[1], torch.nn.Dropout)
+
+
 def test_self_training_of_single_scans_is_refused():
     with pytest.raises(InputError, match="mode 'site'"):
         TestTimeRoutingInferer(experts(), "episodic", preset("self_trained"))
