@@ -90,6 +90,8 @@ class Federation(FederationState):
             :class:`~shared_iopfl.federation.averaging.ServerMomentum`. 0: plain averaging.
         resume: go on from ``federation.pt`` where there is one.
         seed: of the first global model.
+        initial_model: Path of the global model from which the first round starts, such as the model of an earlier
+            federation or of a smaller image size; empty: a new network. It must have the same architecture.
     """
 
     def start(self) -> None:
@@ -121,7 +123,7 @@ class Federation(FederationState):
                     faults.append(fault)
         if faults:
             raise InputError("; ".join(dict.fromkeys(map(str, faults)))) from faults[0]
-        self.weights = self.clients[self.sites[0]].weights
+        self.weights = self.first_weights(self.clients[self.sites[0]].weights)
         if self.resume:
             resume(self)
 

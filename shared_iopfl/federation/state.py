@@ -22,6 +22,8 @@ from torch import Tensor
 from shared_iopfl.federation.averaging import Averaging, ServerMomentum
 from shared_iopfl.federation.client import SiteClient, check_time_limit
 from shared_iopfl.federation.updates import Failures
+from shared_iopfl.models.files import load_weights
+from shared_iopfl.models.weights import Weights
 from shared_iopfl.utils.checks import check_values
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.names import check_sites
@@ -56,6 +58,7 @@ class FederationState:
     resume: bool = False
     seed: int = 0
     averaging: Averaging = "mean"
+    initial_model: str = ""
 
     def __post_init__(self) -> None:
         """Check the values, before any data are read."""
@@ -74,6 +77,27 @@ class FederationState:
         self.weights: dict[str, Tensor] = {}
         self.clients: dict[str, SiteClient] = {}
         self.history: list[dict[str, Any]] = []
+
+    def first_weights(self, own: Weights) -> dict[str, Tensor]:
+        """Return the global weights of the first round: those of `initial_model`, or those of the new network.
+
+        Args:
+            own: Weights of the new network, which the model must match in names and shapes.
+
+        Raises:
+            InputError: If the file is not a model of this network.
+        """
+        if not self.initial_model:
+            return dict(own)
+        weights = load_weights(self.initial_model)
+        shapes, expected = ({key: tensor.shape for key, tensor in state.items()} for state in (weights, own))
+        if shapes != expected:
+            key = next(key for key in {**expected, **shapes} if shapes.get(key) != expected.get(key))
+            raise InputError(
+                f"initial_model {self.initial_model} does not fit the network: '{key}' differs; set --features to the "
+                "value that it was trained with."
+            )
+        return weights
 
     @property
     def checkpoint(self) -> Path:

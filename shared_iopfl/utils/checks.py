@@ -218,6 +218,7 @@ RULES: dict[str, Rule] = {
     # federation and comparison
     "min_sites": whole(0),
     "max_update_norm": number(0),
+    "initial_model": Rule("the path of a model file, or empty", lambda value: isinstance(value, str)),
     "server_momentum": number(0, 1, below=True),
     "averaging": word("mean", "equal_mean", "median", "trimmed_mean"),
     "site_timeout": number(0),

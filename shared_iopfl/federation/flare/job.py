@@ -148,7 +148,7 @@ def first_state(bundle: Path, federation: Federation) -> dict[str, Any]:
     with torch.random.fork_rng():  # the random state outside is left as it was
         torch.manual_seed(federation.seed)
         network = parser.get_parsed_content("network_def")
-    weights: dict[str, Tensor] = dict(network.state_dict())
+    weights = federation.first_weights(network.state_dict())
     parameters = [name for name, _ in network.named_parameters()]
     run = uuid.uuid4().hex[:12]
     tables: dict[str, list] = {"history": [], "failures": []}
