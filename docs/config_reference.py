@@ -108,7 +108,7 @@ SETTINGS = {
     "val_interval": "validate every so many epochs (rounds in `federate.json`); 0: never",
     "personalised_metrics": "for MONAI FL: also validate the site's personalised model",
     # federation
-    "initial_model": "global model from which the first round starts, such as `models/model.pt` of the bundle; empty: a new network",
+    "initial_model": "file of the global model from which the first round starts; empty: a new network",
     "server_momentum": "momentum of the server's step, from 0 to below 1; 0: plain averaging",
     "averaging": "`mean` of the sites' weights in proportion to their cases, `equal_mean`, `median` or `trimmed_mean`",
     "min_sites": "a round continues if at least so many sites deliver; 0: all must",

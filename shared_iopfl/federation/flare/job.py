@@ -27,7 +27,6 @@ from monai.bundle import ConfigParser
 from nvflare.app_common.executors.client_api_executor import ClientAPIExecutor, ExecutionMode
 from nvflare.app_opt.pt.recipes.fedavg import FedAvgRecipe
 from nvflare.client.config import ExchangeFormat
-from torch import Tensor
 
 from shared_iopfl.evaluation.run.earlier_run import check_settings
 from shared_iopfl.evaluation.scoring import Scoring
