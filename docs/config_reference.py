@@ -122,6 +122,7 @@ SETTINGS = {
     "mode": "`episodic`: route each scan; `site`: one network for all scans of a folder; `off`: the global model",
     "preset": "routing settings by name: `default`, `paper`, `soup`, `adapted` or `self_trained`",
     "routing": "dictionary of single routing settings that replace those of the preset",
+    "bundle_routing": "settings of this bundle for `default`, `adapted` and `self_trained`; `routing` overrides them",
     "objective": "module that adaptation minimises; `null`: the objective of `routing`",
     "site_model": "file of a site's network: used if it exists, else written",
     "match_manifest": "`False`: allow settings that contradict `manifest.json`",

@@ -166,15 +166,29 @@ PRESETS: dict[str, RoutingSettings] = {
 }
 
 
-def preset(name: str = "default", overrides: Mapping[str, Any] | None = None) -> RoutingSettings:
-    """The settings called `name`, with some of them replaced.
+# presets that a bundle adjusts to its images; the others are defined by their publications
+ADJUSTED = ("default", "adapted", "self_trained")
+
+
+def preset(
+    name: str = "default",
+    overrides: Mapping[str, Any] | None = None,
+    bundle: Mapping[str, Any] | None = None,
+) -> RoutingSettings:
+    """Return the settings of a preset, with some of them replaced.
+
+    Args:
+        name: Name of the preset.
+        overrides: Settings that replace those of the preset and of the bundle.
+        bundle: Settings that the bundle gives to `ADJUSTED` presets, such as the share of a volume's own statistics.
 
     Raises:
-        InputError: for an unknown preset or setting, naming the known ones.
+        InputError: For an unknown preset or setting; the message names the known ones.
     """
     if not isinstance(name, str) or name not in PRESETS:
         raise InputError(f"unknown preset '{name}': choose one of {', '.join(PRESETS)}.")
-    changed = _known(overrides, RoutingSettings)
+    changed = _known(bundle, RoutingSettings) if name in ADJUSTED else {}
+    changed |= _known(overrides, RoutingSettings)
     if "objective" in changed:
         terms = _known(changed["objective"], ObjectiveSettings, "objective.")
         changed["objective"] = replace(PRESETS[name].objective, **terms)

@@ -22,7 +22,6 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
-from monai.bundle import ConfigParser
 from PIL import Image
 
 from shared_iopfl.data.phantoms.fundus import fundus_case, fundus_style
@@ -97,11 +96,7 @@ class Server:
         """The folder of their masks, made once for the same settings."""
         folder = self._folder / f"{mode}_{preset}_{'_'.join(map(str, settings.items()))}"
         if not folder.exists():
-            config = ConfigParser()
-            config.read_config(str(ROOT / "bundles" / self.bundle / "configs" / "inference.json"))
-            config.update({"preset": preset, "mode": mode})
-            routing = {**config.get_parsed_content("routing"), **settings}
-            options = {**self._options, "overlays": False, "mode": mode, "preset": preset, "routing": routing}
+            options = {**self._options, "overlays": False, "mode": mode, "preset": preset, "routing": settings}
             self._run_config("inference", self.bundle, output_dir=folder, **options)
         return folder
 
