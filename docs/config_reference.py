@@ -31,6 +31,7 @@ TITLES = {
     "federate": "Federate over the sites of a folder, in one process.",
     "inference": "Segment scans without labels.",
     "evaluate": "Score a model on the labelled cases of a site.",
+    "calibrate": "Fit the line from quality to expected Dice for a set of models.",
     "personalise": "Fit published models to a site with a few labelled cases.",
     "compare": "Compare methods inside and outside, site by site.",
     "multi_gpu_train": "An overlay of `train.json` for several GPUs.",
@@ -123,6 +124,7 @@ SETTINGS = {
     "preset": "routing settings by name: `default`, `paper`, `soup`, `adapted` or `self_trained`",
     "routing": "dictionary of single routing settings that replace those of the preset",
     "bundle_routing": "settings of this bundle for `default`, `adapted` and `self_trained`; `routing` overrides them",
+    "calibration": "file that `calibrate.json` wrote; the review list then has the expected Dice of each mask",
     "objective": "module that adaptation minimises; `null`: the objective of `routing`",
     "site_model": "file of a site's network: used if it exists, else written",
     "match_manifest": "`False`: allow settings that contradict `manifest.json`",
@@ -140,6 +142,7 @@ SETTINGS = {
     "fine_tuning": "rounds of local fine-tuning of the row `fine-tuned`",
     "pooled": "overrides for training on the pooled data; `null`: leave it out",
     "federations": "further federations, name → overrides",
+    "level": "share of the masks of left-out sites that the interval of the expected Dice contains",
     "virtual": "names of virtual scanners to test on",
     "labelled": "also fit routes with labels, as an upper bound",
     # filters

@@ -31,6 +31,7 @@ RUNS = {
     "segment": ("inference", ("SCANS", "OUT"), "segment scans without labels"),
     "federate": ("federate", ("DATA", "OUT"), "train across the sites of a folder, in one process"),
     "personalise": ("personalise", ("DATA", "OUT"), "fit published models to a site with a few labelled cases"),
+    "calibrate": ("calibrate", ("DATA", "OUT"), "estimate the Dice of masks without a reference, for a set of models"),
     "compare": ("compare", ("DATA", "OUT"), "compare methods inside and outside, site by site"),
 }
 EXAMPLES = {
@@ -46,6 +47,9 @@ EXAMPLES = {
     "personalise": """\
   iopfl personalise prostate DATA OUT --ckpt_dir MODELS
   iopfl personalise fundus DATA OUT --site CLINIC --rounds 4""",
+    "calibrate": """\
+  iopfl calibrate prostate DATA OUT/calibration --ckpt_dir OUT/models
+  iopfl calibrate fundus DATA OUT --virtual [noise,blur]""",
     "compare": """\
   iopfl compare prostate DATA OUT --folds 2 --seeds [0,1,2]
   iopfl compare fundus DATA OUT --roles [outside]""",
@@ -70,6 +74,7 @@ usage: iopfl COMMAND ...        (python -m shared_iopfl is the same command)
   iopfl segment TASK SCANS OUT     segment scans without labels; OUT/report.html shows the masks
   iopfl federate TASK DATA OUT     train across the sites of a folder, in one process
   iopfl personalise TASK DATA OUT  fit published models to a site with a few labelled cases
+  iopfl calibrate TASK DATA OUT    estimate the Dice of masks without a reference, for a set of models
   iopfl compare TASK DATA OUT      compare methods inside and outside, site by site
   iopfl report OUT                 write the report of a finished run again
 

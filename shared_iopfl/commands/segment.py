@@ -40,6 +40,7 @@ class Segmentation:
             (height, width).
         affine: (4, 4), from voxel indices to RAS in mm; None for a picture.
         quality: Agreement between the masks of several views, from 0 to 1; None if the preset does not compute it.
+        expected_dice: Dice to expect and the two ends of its interval; None if the models have no calibration.
         routes: Mean weight of each expert over the layers; empty for plain inference.
         measures: Measures of the mask, such as ``volume_ml``.
         reasons: Why the mask should be checked; empty if it was not flagged.
@@ -48,6 +49,7 @@ class Segmentation:
     mask: np.ndarray
     affine: np.ndarray | None = None
     quality: float | None = None
+    expected_dice: tuple[float, float, float] | None = None
     routes: Mapping[str, float] = field(default_factory=dict)
     measures: Mapping[str, float] = field(default_factory=dict)
     reasons: str = ""
@@ -100,7 +102,7 @@ def segment(
             raise InputError(str(error).replace(str(source), "the scan").replace(source.name, "the scan")) from None
         (one,) = read_served(out)
         mask, mask_affine = _mask(next(path for path in sorted(out.iterdir()) if _is_mask(path)))
-    return Segmentation(mask, mask_affine, one.quality, one.routes, one.measures, one.reasons)
+    return Segmentation(mask, mask_affine, one.quality, one.expected_dice, one.routes, one.measures, one.reasons)
 
 
 def _written(scan: Any, affine: np.ndarray | None, folder: Path) -> Path:

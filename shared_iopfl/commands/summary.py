@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from shared_iopfl.evaluation.run.results import ServedScan, read_failed, read_passed_over, read_served
+from shared_iopfl.evaluation.run.results import ServedScan, dice_text, read_failed, read_passed_over, read_served
 from shared_iopfl.utils.names import shortened
 from shared_iopfl.utils.tables import aligned
 
@@ -65,7 +65,15 @@ def summary(output_dir: str | Path, seconds: float) -> str:
 def _table(served: Sequence[ServedScan]) -> list[str]:
     """A table with one line per scan."""
     measures = list(dict.fromkeys(name for scan in served for name in scan.measures))
-    columns = ["case", *(NAMES.get(name, name) for name in measures), "quality", "seconds", "check because"]
+    estimated = any(scan.expected_dice is not None for scan in served)
+    columns = [
+        "case",
+        *(NAMES.get(name, name) for name in measures),
+        "quality",
+        *["expected Dice"] * estimated,
+        "seconds",
+        "check because",
+    ]
     rows = [
         [
             shortened(scan.case, WIDEST),
@@ -74,6 +82,7 @@ def _table(served: Sequence[ServedScan]) -> list[str]:
                 for name in measures
             ),
             _figure(scan.quality, 2),
+            *[DASH if scan.expected_dice is None else dice_text(scan.expected_dice)] * estimated,
             _figure(scan.seconds, 1),
             scan.reasons or DASH,
         ]
@@ -96,5 +105,6 @@ def _first(served: Sequence[ServedScan], reviewed: bool) -> str:
         return f"check first: {named} ({len(noticed)} of {len(served)} masks were flagged)"
     if served[0].quality is not None and len(served) > 1:
         return f"check first: {shortened(served[0].case, WIDEST)}, whose views agree least"
+    estimated = any(scan.expected_dice is not None for scan in served)
     meaning = "; quality is the agreement between views of a scan, not an estimate of Dice"
-    return "no mask was flagged" + meaning * (served[0].quality is not None)
+    return "no mask was flagged" + meaning * (served[0].quality is not None and not estimated)

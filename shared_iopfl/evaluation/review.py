@@ -11,7 +11,8 @@
 """The review list: which masks to look at first, without labels; beside the Dice where labels exist.
 
 The quality of a mask is how far the views of its scan agree on it (`shared_iopfl.routing.objectives.view_agreement`).
-It ranks the scans of one list; it is not an estimate of their Dice, and says nothing across models or tasks.
+It ranks the scans of one list; it is not an estimate of their Dice, and says nothing across models or tasks. With a
+calibration of the models (`shared_iopfl.evaluation.calibration`) the list also has the expected Dice.
 """
 
 from __future__ import annotations
@@ -25,15 +26,18 @@ from typing import Any
 import torch
 from ignite.engine import Engine
 
+from shared_iopfl.evaluation.calibration.estimate import Calibration, read_calibration
 from shared_iopfl.evaluation.records.routes import reported_case
 from shared_iopfl.evaluation.run.growing_tables import ServedRecorder, served_scans
+from shared_iopfl.evaluation.run.results import EXPECTED
 from shared_iopfl.inferers.routing import TestTimeRoutingInferer
 from shared_iopfl.routing.settings import LARGE_SHIFT
 from shared_iopfl.utils.tables import read_rows, write_rows
 
-COLUMNS = ("rank", "case", "quality", "shift", "decision", "reasons")
+COLUMNS = ("rank", "case", "quality", *EXPECTED, "shift", "decision", "reasons")
 COLLECTED = ("seed", "fold", "site", "case", "quality", "dice")
 DISAGREEMENT = 0.9  # below this quality the views are said to disagree
+EMPTY = "empty mask"
 
 
 class ReviewRecorder(ServedRecorder):
@@ -45,10 +49,15 @@ class ReviewRecorder(ServedRecorder):
     Args:
         inferer: what it reports of a scan stands in the engine's output as "report": `RoutesRecorder` comes first.
         output_dir: where the file goes.
+        calibration: File of a calibration (see :mod:`shared_iopfl.evaluation.calibration`), from which the list has the
+            expected Dice of each mask; nothing is estimated if there is no such file, or if it was made with other
+            routing settings.
     """
 
-    def __init__(self, inferer: TestTimeRoutingInferer, output_dir: str) -> None:
+    def __init__(self, inferer: TestTimeRoutingInferer, output_dir: str, calibration: str = "") -> None:
         self.inferer = inferer
+        found = read_calibration(calibration)
+        self.calibration = found if found is not None and found.applies_to(inferer) else None
         self.output_dir = Path(output_dir)
         self.reports: dict[str, Mapping[str, Any]] = {}
         self.newest: list[str] = []  # the cases of this iteration
@@ -80,7 +89,7 @@ class ReviewRecorder(ServedRecorder):
     def write(self) -> None:
         """Write ``review.csv``, the masks to look at first on top."""
         usual = getattr(self.inferer, "usual_shift", 0)  # inferers of other methods have none
-        rows = review_rows(self.reports, LARGE_SHIFT * usual or math.inf)
+        rows = review_rows(self.reports, LARGE_SHIFT * usual or math.inf, self.calibration)
         if rows:
             write_rows(self.output_dir / "review.csv", COLUMNS, rows)
 
@@ -93,13 +102,18 @@ def _written(output: Mapping[str, Any]) -> dict[str, bool]:
     return {"empty": not torch.count_nonzero(mask)}
 
 
-def review_rows(reports: Mapping[str, Mapping[str, Any]], large_shift: float = math.inf) -> list[dict[str, Any]]:
+def review_rows(
+    reports: Mapping[str, Mapping[str, Any]],
+    large_shift: float = math.inf,
+    calibration: Calibration | None = None,
+) -> list[dict[str, Any]]:
     """The rows of the list, worst first, equal ones by name.
 
     Args:
         reports: case -> report of `TestTimeRoutingInferer`; those that know neither ``quality`` nor ``areas`` are left
             out.
         large_shift: a shift above it is a reason to look.
+        calibration: from which the Dice is estimated, but not that of an empty mask, on which all views agree.
     """
     reasons = {case: "; ".join(_reasons(report, large_shift)) for case, report in reports.items()}
     listed = [case for case, report in reports.items() if "quality" in report or "areas" in report]
@@ -109,6 +123,7 @@ def review_rows(reports: Mapping[str, Mapping[str, Any]], large_shift: float = m
             "rank": rank,
             "case": case,
             "quality": f"{reports[case]['quality']:.4f}" if "quality" in reports[case] else "",
+            **_expected(reports[case], reasons[case], calibration),
             "shift": reports[case].get("shift", ""),
             "decision": reports[case].get("decision", ""),
             "reasons": reasons[case],
@@ -117,12 +132,18 @@ def review_rows(reports: Mapping[str, Mapping[str, Any]], large_shift: float = m
     ]
 
 
+def _expected(report: Mapping[str, Any], reasons: str, calibration: Calibration | None) -> dict[str, str]:
+    if calibration is None or "quality" not in report or EMPTY in reasons:
+        return dict.fromkeys(EXPECTED, "")
+    return {name: f"{value:.3f}" for name, value in zip(EXPECTED, calibration.estimate(report["quality"]))}
+
+
 def _reasons(report: Mapping[str, Any], large_shift: float) -> Iterable[str]:
     if report.get("remarks"):
         yield str(report["remarks"])  # of those who read and cropped the picture
     areas = report.get("areas", ())  # as the network sees the scan: a small target may be lost on the way back
     if report.get("empty", bool(areas) and not any(areas)):
-        yield "empty mask"
+        yield EMPTY
     elif any(areas) and not all(areas):
         yield from (f"target {number} is missing" for number, area in enumerate(areas, 1) if not area)
     elif report.get("quality", 1.0) < DISAGREEMENT:

@@ -33,6 +33,7 @@ from shared_iopfl.utils.tables import write_json
 
 MANIFEST = "manifest.json"
 SCORES = "scores.json"
+CALIBRATION = "calibration.json"
 FORMAT = 1
 # largest file, in bytes: far more than any network of this kind needs, and less than the memory of a machine
 LIMIT = 4 * 2**30
@@ -42,6 +43,11 @@ MODEL_FILE = re.compile(r"model(?:_(?!final\.pt)(.+))?\.pt")
 PUBLISHED = {"sites": list, "terms": str, "files": dict}
 AGAIN = "download the models again, or publish them anew."
 T = TypeVar("T")
+
+
+def is_published(name: str) -> bool:
+    """Whether a file of this name is part of a published set."""
+    return bool(MODEL_FILE.fullmatch(name)) or name in (SCORES, CALIBRATION)
 
 
 def plain_name(name: str) -> str:
@@ -82,7 +88,7 @@ def write_manifest(
             f"the terms must be one line of text that says what the models may be used for, not {terms!r}."
         )
     folder = Path(models_dir)
-    names = sorted(path.name for path in folder.glob("*") if MODEL_FILE.fullmatch(path.name) or path.name == SCORES)
+    names = sorted(path.name for path in folder.glob("*") if is_published(path.name))
     if "model.pt" not in names:
         raise InputError(f"no global model to publish in {folder}: a set needs model.pt.")
     manifest = {
@@ -247,7 +253,7 @@ def release(models_dir: str | os.PathLike, names: Iterable[str]) -> None:
 def _role(name: str) -> dict[str, str]:
     model = MODEL_FILE.fullmatch(name)
     if model is None:
-        return {"role": "scores"}
+        return {"role": Path(name).stem}
     return {"role": "personalised", "site": model[1]} if model[1] else {"role": "global"}
 
 

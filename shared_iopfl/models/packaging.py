@@ -33,12 +33,14 @@ from shared_iopfl.models.files import (
     save_atomically,
 )
 from shared_iopfl.models.manifest import (
+    CALIBRATION,
     MANIFEST,
-    MODEL_FILE,
     SCORES,
     check_manifest,
     check_setting,
+    is_published,
     published_files,
+    read_checked,
     read_manifest,
     write_manifest,
 )
@@ -114,6 +116,8 @@ def publish(
     _make_room(target, overwrite)
     if scores is not None:
         write_json(target / SCORES, {name: scores[name] for name in (*models, USUAL_SHIFT) if name in scores})
+    if sites is None and (calibration := read_checked(Path(from_dir) / CALIBRATION)) is not None:
+        write_json(target / CALIBRATION, parse_json(calibration, from_dir))
     for name, weights in models.items():  # the global model last: without it, half a set does not run
         save_atomically(weights, model_path(to_dir, GLOBAL if name == GLOBAL else "personalised", name))
     training = {name: value for name, value in settings.items() if name not in OF_THE_MACHINE}
@@ -178,9 +182,7 @@ def _mean_scores(summary: Path) -> dict[str, Any]:
 
 def _make_room(target: Path, overwrite: bool) -> None:
     """Remove an earlier set except its manifest: until there is a new one, no file there passes the check."""
-    found = sorted(
-        path for path in target.glob("*") if MODEL_FILE.fullmatch(path.name) or path.name in (MANIFEST, SCORES)
-    )
+    found = sorted(path for path in target.glob("*") if is_published(path.name) or path.name == MANIFEST)
     if found and not overwrite:
         raise InputError(f"{target} holds {found[0].name} already: give another folder, or --overwrite True.")
     for path in found:

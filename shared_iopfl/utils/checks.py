@@ -229,6 +229,7 @@ RULES: dict[str, Rule] = {
     "publish": switch,
     "fine_tuning": whole(0),
     "labelled": switch,
+    "level": number(0.5, 1, below=True),
     # inference
     "mode": word("episodic", "site", "off"),
     "preset": word("default", "paper", "soup", "adapted", "self_trained"),

@@ -32,6 +32,7 @@ KINDS = {
     "compare": "a comparison",
     "flare": "a federation by FLARE",
     "personalise": "a personalisation",
+    "calibrate": "a calibration",
 }
 RESUMED = ("federate", "compare", "flare")
 WITH_MODELS = ("inference", "evaluate")  # what a wrong model or setting ends before it has written anything
@@ -44,7 +45,7 @@ NAMES = {
     *("not_taken.csv", "scans.csv"),
     *("cases.csv", "metrics.csv", "summary.csv", "report.html", "federation.pt", "federation_previous.pt"),
     *("failures.csv", "history.csv", "statistics.csv", "choices.json", "comparison.csv", "comparison.md"),
-    *("federations.json", "candidates.csv", "cross_site.csv"),
+    *("federations.json", "candidates.csv", "cross_site.csv", "calibration.csv", "calibration.json"),
 }
 ANYWHERE = ("device", "dataset_dir", "output_dir", "verbose")  # settings that may change when a run goes on
 

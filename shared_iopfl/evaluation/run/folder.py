@@ -182,7 +182,7 @@ def claim(
     """Take a folder for a run, before it reads any data.
 
     Args:
-        kind: of the run: "inference", "evaluate", "train", "federate", "compare", "flare" or "personalise".
+        kind: of the run, one of `KINDS`.
         output_dir: the folder; made if it is not there.
         dataset_dir: the data, which must lie elsewhere.
         settings: what has to be the same where a run goes on.

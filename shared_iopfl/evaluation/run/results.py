@@ -23,6 +23,7 @@ from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.reading import read_json
 from shared_iopfl.utils.tables import read_rows
 
+EXPECTED = ("expected_dice", "expected_low", "expected_high")  # columns of review.csv
 SITE = "site"  # stands for all scans in the routes of mode "site"
 
 
@@ -33,6 +34,7 @@ class ServedScan:
     Attributes:
         case: its name.
         quality: agreement of the masks of several views; None where it was not computed.
+        expected_dice: the Dice to expect and the ends of its interval; None where the models have no calibration.
         reasons: why the mask should be checked; "" if nothing was noticed.
         measures: name -> value, such as ``volume_ml``.
         routes: expert -> mean weight over the layers; empty for plain inference.
@@ -43,6 +45,7 @@ class ServedScan:
 
     case: str
     quality: float | None = None
+    expected_dice: tuple[float, float, float] | None = None
     reasons: str = ""
     measures: Mapping[str, float] = field(default_factory=dict)
     routes: Mapping[str, float] = field(default_factory=dict)
@@ -72,6 +75,7 @@ def read_served(output_dir: str | os.PathLike) -> list[ServedScan]:
             ServedScan(
                 case,
                 _number(review.get(case, {}).get("quality")),
+                _expected(review.get(case, {})),
                 review.get(case, {}).get("reasons", ""),
                 {name: value for name, text in measures.get(case, {}).items() if (value := _number(text)) is not None},
                 _weights(facts or whole_site),
@@ -80,6 +84,12 @@ def read_served(output_dir: str | os.PathLike) -> list[ServedScan]:
             )
         )
     return served
+
+
+def dice_text(expected: tuple[float, float, float]) -> str:
+    """An expected Dice and its interval in percent, such as "86 (72 to 94)"."""
+    value, low, high = (f"{100 * number:.0f}" for number in expected)
+    return f"{value} ({low} to {high})"
 
 
 def read_failed(output_dir: str | os.PathLike) -> list[dict[str, str]]:
@@ -108,6 +118,11 @@ def _weights(facts: Mapping[str, Any]) -> dict[str, float]:
 def _shares(facts: Mapping[str, Any]) -> tuple[float, ...]:
     shares = facts.get("statistics", [])
     return tuple(float(share) for share in shares if _number(share) is not None) if isinstance(shares, list) else ()
+
+
+def _expected(row: Mapping[str, str]) -> tuple[float, float, float] | None:
+    values = [_number(row.get(name)) for name in EXPECTED]
+    return (values[0], values[1], values[2]) if None not in values else None  # type: ignore[return-value]
 
 
 def _number(text: Any) -> float | None:

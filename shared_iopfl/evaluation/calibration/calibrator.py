@@ -1,0 +1,136 @@
+# Copyright (c) MONAI Consortium
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Making a calibration: the inside sites' validation cases are segmented as those of an outside site."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from shared_iopfl.evaluation.calibration.estimate import LEVEL, Calibration, fit
+from shared_iopfl.evaluation.review import EMPTY
+from shared_iopfl.evaluation.scoring import Scoring, raise_failures
+from shared_iopfl.models.files import model_path
+from shared_iopfl.models.manifest import CALIBRATION, published_files, read_manifest
+from shared_iopfl.routing.settings import RoutingSettings
+from shared_iopfl.utils.config_values import Expression
+from shared_iopfl.utils.names import check_file_name, check_sites
+from shared_iopfl.utils.reading import read_json
+from shared_iopfl.utils.tables import aligned, read_rows, write_json, write_rows
+
+PAIRS = ("site", "scanner", "case", "quality", "dice")
+AS_TAKEN = "as_taken"  # the scans without a virtual scanner
+
+
+def trained_with(ckpt_dir: str, name: str, default: Any) -> Any:
+    """A setting that the models of a folder were trained with, so that their training cases stay out of a calibration.
+
+    Args:
+        ckpt_dir: Folder of the models; its manifest has the setting if they were published, else the run's
+            ``run.json`` beside the folder.
+        name: Name of the setting, such as ``fractions``.
+        default: Value if neither has it.
+    """
+    run = Path(ckpt_dir).absolute().parent / "run.json"
+    trained = (read_manifest(ckpt_dir) or {}).get("training") or {}
+    settings = trained or (read_json(run).get("settings", {}) if run.is_file() else {})
+    return settings.get(name, default)
+
+
+class Calibrator:
+    """Make the calibration of a folder of models, from labelled cases of their inside sites.
+
+    Args:
+        bundle_root: Bundle of the models.
+        ckpt_dir: Folder of the models. ``calibration.json`` is also written there, unless they were published.
+        output_dir: Folder for ``calibration.json``, ``calibration.csv`` (one row per mask) and the masks.
+        sites: Names of the inside sites.
+        settings: Routing settings of the masks.
+        virtual: Names of virtual scanners of ``virtual.json``.
+        level: Share of the masks of left-out sites that the interval contains.
+        overrides: Overrides of the evaluation config.
+    """
+
+    def __init__(
+        self,
+        bundle_root: str,
+        ckpt_dir: str,
+        output_dir: str,
+        sites: Sequence[str],
+        settings: RoutingSettings,
+        virtual: Sequence[str] = (),
+        level: float = LEVEL,
+        overrides: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.ckpt_dir = ckpt_dir
+        self.output_dir = Path(output_dir)
+        self.sites = check_sites(sites)
+        self.settings = settings
+        self.virtual = [check_file_name(name, "virtual scanner") for name in virtual]
+        self.level = level
+        common = {**(overrides or {}), "ckpt_dir": ckpt_dir, "ckpt": model_path(ckpt_dir), "mode": "episodic"}
+        self.scoring = Scoring(bundle_root, output_dir, common, ("evaluate", "virtual"))
+
+    def run(self) -> Calibration:
+        """Segment the cases, fit the line and write it.
+
+        Raises:
+            InputError: If no calibration can be made, or after it was made, if some cases could not be segmented.
+        """
+        rows = []
+        for scanner in (AS_TAKEN, *self.virtual):
+            how = {} if scanner == AS_TAKEN else {"acquisition": Expression(f"@virtual#{scanner}")}
+            for site in self.sites:
+                others = [other for other in self.sites if other != site]
+                self.scoring.score(site, scanner, sites=others, role="virtual", **how)
+                rows += self._rows(site, scanner)
+        write_rows(self.output_dir / "calibration.csv", PAIRS, rows)
+        pairs: dict[str, list[tuple[float, float]]] = {}
+        for row in rows:
+            pairs.setdefault(row["site"], []).append((float(row["quality"]), float(row["dice"])))
+        calibration = fit(pairs, self.settings, self.level)
+        write_json(self.output_dir / CALIBRATION, asdict(calibration))
+        published = published_files(self.ckpt_dir) is not None
+        if not published:
+            write_json(Path(self.ckpt_dir) / CALIBRATION, asdict(calibration))
+        self._print(calibration, published)
+        raise_failures(self.scoring.failures)
+        return calibration
+
+    def _rows(self, site: str, scanner: str) -> list[dict[str, str]]:
+        review = read_rows(self.output_dir / "masks" / site / scanner / "review.csv")
+        # the views of an empty mask agree, which says nothing about its Dice; the review list names it anyway
+        quality = {row["case"]: row["quality"] for row in review if row["quality"] and EMPTY not in row["reasons"]}
+        return [
+            {"site": site, "scanner": scanner, "case": row["case"], "quality": quality[row["case"]], "dice": dice}
+            for row in read_rows(self.output_dir / "metrics.csv")
+            if (row["site"], row["model"], row["metric"]) == (site, scanner, "dice")
+            and row["case"] in quality
+            and (dice := row["value"]) not in ("", "nan")
+        ]
+
+    def _print(self, calibration: Calibration, published: bool) -> None:
+        table = [["quality", "expected Dice", f"{calibration.level:.0%} of the masks"]]
+        for quality in (1.0, 0.95, 0.9, 0.8):
+            expected, low, high = (f"{100 * value:.0f}" for value in calibration.estimate(quality))
+            table.append([f"{quality:.2f}", expected, f"{low} to {high}"])
+        print("\n".join(aligned(table)))
+        print(
+            f"mean absolute error at sites left out: {100 * calibration.error:.1f} Dice points "
+            f"({calibration.masks} masks of {calibration.sites} sites)"
+        )
+        if published:
+            print(
+                f"{self.ckpt_dir} is a published set and stays as it is: segment with --calibration "
+                f"{self.output_dir / CALIBRATION}"
+            )
