@@ -33,7 +33,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = (
     *("tutorials/inside.md", "tutorials/outside.md", "tutorials/researcher.md", "tutorials/engineer.md"),
     *("how-to/own_data.md", "how-to/cross_validation.md", "how-to/publishing.md", "how-to/tracking.md"),
-    "how-to/newcomer.md",
+    *("how-to/newcomer.md", "how-to/expected_dice.md"),
 )
 SITE = "docs"
 DOCUMENTS = [
@@ -85,6 +85,7 @@ SMALLER = {
     "segment": {**TINY, "empty_masks": "allow"},
     "federate": {**TINY, "rounds": "1", "own_rounds": "1", "shares": "[]", "passes": "1"},
     "personalise": {**TINY, "rounds": "1", "passes": "1", "folds": "2"},
+    "calibrate": {**TINY, "virtual": "[noise]"},
 }
 SHIPPED = {"empty_masks": "allow"}  # an inference with the bundle's own weights, whose sizes are in their manifest
 DOFE = np.array([255, 128, 0], np.uint8)  # of the values 0, 1 and 2

@@ -21,6 +21,7 @@ from fl_bundles import NAMES
 from shared_iopfl import segment
 from shared_iopfl.commands.main import main
 from shared_iopfl.data.scan_files import find_scans
+from shared_iopfl.data.splits import site_cases
 from shared_iopfl.models.manifest import check_manifest
 from shared_iopfl.models.packaging import publish
 from shared_iopfl.utils.tables import read_rows, write_json
@@ -39,12 +40,14 @@ def test_a_calibrated_set_of_models_estimates_dice(
     settings = {"fractions": [0.5, 0.5, 0.0], **SIZES}
     write_json(tmp_path / "run" / "run.json", {"kind": "federate", "settings": settings, "versions": {}})
     task, out = bundle.removesuffix("_iopfl"), tmp_path / "calibration"
-    words = ["--ckpt_dir", str(models), "--sites", "A,B", "--virtual", "[noise]", *OPTIONS]
+    words = ["--ckpt_dir", str(models), "--virtual", "[noise]", *OPTIONS]
     main(["calibrate", task, str(data), str(out), *words])
     assert "mean absolute error at sites left out" in capsys.readouterr().out
     rows = read_rows(out / "calibration.csv")
     assert {(row["site"], row["scanner"]) for row in rows} == {(s, v) for s in "AB" for v in ("as_taken", "noise")}
-    assert len(rows) == 8  # two validation cases of each site, by the split of the training
+    split = {"fractions": settings["fractions"]}  # that of the training, by which no other case is used
+    held = {(site, case["case"]) for site in "AB" for case in site_cases(str(data), site, "validation", 0, **split)}
+    assert {(row["site"], row["case"]) for row in rows} == held and len(held) < 8
     for site, other in ("AB", "BA"):
         routes = read_rows(out / "masks" / site / "as_taken" / "routes.csv")
         assert {row["expert"] for row in routes} == {"global", other}

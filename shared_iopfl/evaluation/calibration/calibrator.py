@@ -17,10 +17,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from shared_iopfl.data.splits import list_sites
 from shared_iopfl.evaluation.calibration.estimate import LEVEL, Calibration, fit
 from shared_iopfl.evaluation.review import EMPTY
 from shared_iopfl.evaluation.scoring import Scoring, raise_failures
-from shared_iopfl.models.files import model_path
+from shared_iopfl.models.files import load_experts, model_path
 from shared_iopfl.models.manifest import CALIBRATION, published_files, read_manifest
 from shared_iopfl.routing.settings import RoutingSettings
 from shared_iopfl.utils.config_values import Expression
@@ -45,6 +46,17 @@ def trained_with(ckpt_dir: str, name: str, default: Any) -> Any:
     trained = (read_manifest(ckpt_dir) or {}).get("training") or {}
     settings = trained or (read_json(run).get("settings", {}) if run.is_file() else {})
     return settings.get(name, default)
+
+
+def inside_sites(ckpt_dir: str, dataset_dir: str) -> list[str]:
+    """The sites of a data folder that have a personalised model, so that they were inside the federation.
+
+    Args:
+        ckpt_dir: Folder of the models.
+        dataset_dir: Folder of the sites.
+    """
+    experts = load_experts(ckpt_dir, equal_too=True)
+    return [site for site in list_sites(dataset_dir) if site in experts]
 
 
 class Calibrator:
