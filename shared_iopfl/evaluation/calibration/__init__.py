@@ -8,4 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The expected Dice of a mask without a reference."""
+"""The expected Dice of a mask without a reference.
+
+`estimate` holds the calibration of a set of models, and `calibrator` makes one from labelled cases of inside sites.
+"""
