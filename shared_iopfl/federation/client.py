@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""One site of a federation: a `MonaiAlgo` client, the state to be kept of it, and its time limit."""
+"""One site of a federation: a `MonaiAlgo` client, its state for checkpoints, and its time limit."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import fmean
-from typing import Any, cast
+from typing import Any
 
 import torch
 from monai.bundle import ConfigWorkflow
@@ -40,30 +40,35 @@ from shared_iopfl.utils.stacks import scan_slices
 
 
 class SiteClient:
-    """One site's `MonaiAlgo` on the bundle's training config, and the part of its state that is kept in checkpoints.
+    """The `MonaiAlgo` client of one site, which runs the bundle's training config, and its state for checkpoints.
 
     Args:
-        bundle_root: the bundle.
-        site: the site's name.
-        local_epochs: epochs a round.
-        overrides: of the training config, id -> value; strings are not evaluated unless they are an `Expression`. The
-            further key ``filters`` names the bundle's config of privacy filters, such as "fl_filters"; "": no filters.
+        bundle_root: Folder of the bundle.
+        site: Name of the site.
+        local_epochs: Number of epochs in a round.
+        overrides: Overrides of the training config, id -> value. Text is not evaluated unless it is an `Expression`.
+            The additional key ``filters`` names a config of the bundle with privacy filters, such as "fl_filters"; ""
+            applies no filters.
+
+    Attributes:
+        cases: Number of training cases.
+        kept: name -> object with a ``state_dict``: what the site keeps from round to round.
 
     Raises:
-        InputError: where there are no such filters.
+        InputError: If the bundle has no such filters, or the config or the data of the site are wrong.
     """
 
     def __init__(self, bundle_root: str, site: str, local_epochs: int, overrides: Mapping[str, Any]) -> None:
         self.site = check_site(site)
         if not is_data(bundle_root):
-            raise InputError(f"the bundle's path {bundle_root!r} would be evaluated or has a '#': give another.")
+            raise InputError(f"the bundle's path {bundle_root!r} would be evaluated or has a '#': rename the folder.")
         training, scoring = as_values(overrides), as_values(overrides)
         filters = training.pop("filters", "")
         scoring.pop("filters", None)
         if not (overrides.get("val_interval", 1) or overrides.get("save_checkpoints", True)):
-            # the trainer's validator never runs, but would cache the cases that the evaluator below caches too
+            # the trainer's validator never runs, but it would cache the cases that the evaluator caches as well
             training["validate#dataset#data"] = []
-        self.algo = MonaiAlgo(
+        self.algo: Any = MonaiAlgo(
             bundle_root=bundle_root,
             local_epochs=local_epochs,
             send_weight_diff=False,
@@ -77,22 +82,22 @@ class SiteClient:
             self.algo.initialize({ExtraItems.CLIENT_NAME: site})
         except Exception as error:
             failed = error
-        if failed is not None:  # out of the handler, so that what comes next is not chained to it
+        if failed is not None:  # outside of the except clause, so that further exceptions are not chained to this one
             self._name_all(failed)
             raise failed
-        parser = self.algo.train_workflow.parser  # type: ignore[union-attr]
+        parser = self.algo.train_workflow.parser
         self.cases = len(parser.get_parsed_content("train#dataset#data"))
         state = parser.get_parsed_content("round_state")
         _return_memory()
-        # what the site keeps from round to round, by name; a handler that is switched off is None
+        # a handler that is switched off is None
         self.kept: dict[str, Any] = {name: item for name, item in state.items() if item is not None}
 
     def _name_all(self, error: Exception) -> None:
-        """If training cases cannot be read, check the validation cases as well, so that one error names all."""
+        """If training cases cannot be read, check the validation cases too, so that one error names all of them."""
         fault = root_input_error(error)
         if fault is None or self.algo.eval_workflow is not None:
             return
-        # a config of its own: the trainer's may have no such cases
+        # a separate config, because the trainer's config may have no validation cases
         given = {**self.algo.eval_kwargs, "bundle_root": str(self.algo.bundle_root)}
         file = str(Path(self.algo.bundle_root) / "configs" / "train.json")
         try:
@@ -105,37 +110,45 @@ class SiteClient:
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        """The weights of the network as it stands (copies, on the CPU)."""
-        return _copy(self.algo.trainer.network.state_dict())  # type: ignore[union-attr]
+        """Copies of the present weights of the network, on the CPU."""
+        return _copy(self.algo.trainer.network.state_dict())
 
     @property
     def parameters(self) -> list[str]:
-        """The names of the network's parameters; the other weights are buffers."""
-        return [name for name, _ in self.algo.trainer.network.named_parameters()]  # type: ignore[union-attr]
+        """The names of the network's parameters; its other weights are buffers."""
+        return [name for name, _ in self.algo.trainer.network.named_parameters()]
 
     @property
     def personalised(self) -> dict[str, Tensor]:
-        """The personalised model; read by the client and for its own scoring only."""
-        return self.kept["personalization"].ema_model.state_dict()
+        """The personalised model, on the CPU; while the rounds run, it serves the site's own scoring only."""
+        return {key: tensor.cpu() for key, tensor in self.kept["personalization"].ema_model.state_dict().items()}
 
     def train(self, weights: Weights) -> dict[str, Tensor]:
-        """One round: global weights in; out come local weights, or what filters leave of them (copies, on the CPU)."""
+        """Train for one round.
+
+        Args:
+            weights: The global weights.
+
+        Returns:
+            Copies of the local weights on the CPU, or what the privacy filters leave of them.
+        """
         self.algo.train(ExchangeObject(weights=dict(weights)))
         update = self.algo.get_weights({ExtraItems.CLIENT_NAME: self.site}).weights
         _return_memory()
         return {key: tensor.clone() for key, tensor in update.items()}
 
     def select_personalised(self, weights: Weights, own_rounds: int, shares: Sequence[float]) -> float:
-        """Train on at this site alone after the last round, then select the personalised model by validation Dice.
+        """Train further at this site alone after the last round, then select the personalised model by validation Dice.
 
-        The site trains on from the last global weights, and the moving average with it. Candidates are interpolations
-        between the global model and the moving average before, half-way through and after these rounds. A site without
-        validation cases keeps the last moving average. Nothing is sent.
+        The site continues from the last global weights, and the moving average continues too. The candidates are
+        interpolations between the global model and the moving average before, half-way through and after these rounds.
+        A site without validation cases keeps the last moving average. Nothing is sent.
 
         Args:
-            weights: the last global ones.
-            own_rounds: number of rounds at this site alone, at the small learning rate of the end of the run.
-            shares: weights of the moving average in the interpolations; none: the last moving average is kept.
+            weights: The global weights of the last round.
+            own_rounds: Number of rounds at this site alone, at the small learning rate of the end of the run.
+            shares: Weights of the moving average in the interpolations, each from 0 to 1. If there are none, the last
+                moving average is kept.
 
         Returns:
             The weight of the moving average in the selected model.
@@ -147,7 +160,7 @@ class SiteClient:
                 own = self.weights
             if trained in (0, own_rounds // 2, own_rounds):
                 averages.append(_copy(self.personalised))
-        if not shares or not len(cast(Any, self.algo.evaluator).data_loader):
+        if not shares or not len(self.algo.evaluator.data_loader):
             return 1.0
         share, selected = validated_interpolation(
             weights, averages, lambda state: self.validate(state)["val_mean_dice"], shares
@@ -156,25 +169,29 @@ class SiteClient:
         return share
 
     def metrics(self) -> dict[str, float]:
-        """Of the last round's local training."""
-        trainer: Any = self.algo.trainer
+        """Return the metrics of the last local training, with its learning rate."""
         rate = self.kept["optimizer"].param_groups[0]["lr"]
-        return {**{name: float(value) for name, value in trainer.state.metrics.items()}, "learning_rate": float(rate)}
+        return {
+            name: float(value) for name, value in {**self.algo.trainer.state.metrics, "learning_rate": rate}.items()
+        }
 
     def validate(self, weights: Weights) -> dict[str, float]:
-        """The site's validation metrics of any weights."""
+        """Return the metrics of any weights on the site's validation cases."""
         result = self.algo.evaluate(ExchangeObject(weights=dict(weights))).metrics
         return {name: float(value) for name, value in (result or {}).items()}
 
     def dice_by_statistics(self, weights: Weights) -> dict[str, float]:
-        """Validation Dice of a model with its own running statistics, and with those of the site's validation cases.
+        """Compare the validation Dice of a model with its own running statistics and with those of the site.
 
-        Where the second is much higher, the running statistics do not fit this site (see
-        :mod:`shared_iopfl.handlers.norm_statistics`), because of how the model was trained or because the scanner
-        differs from the others.
+        If the statistics of the site's validation cases give a much higher Dice, the running statistics do not fit this
+        site (see :mod:`shared_iopfl.handlers.norm_statistics`), because of how the model was trained or because the
+        scanner differs from the others.
+
+        Args:
+            weights: The weights of the model.
 
         Returns:
-            "global" and "own", in [0, 1]; nothing where it cannot be measured, as in :meth:`shift`.
+            "global" and "own", in [0, 1]; empty if it cannot be measured, as in :meth:`shift`.
         """
         network, stacks = self.measurable(weights)
         if not stacks:
@@ -184,55 +201,49 @@ class SiteClient:
 
     @torch.no_grad()
     def shift(self, weights: Weights) -> float | None:
-        """Mean distance of the site's validation cases from a model, as test-time routing measures it.
+        """Measure the mean distance of the site's validation cases from a model, as test-time routing measures it.
 
-        The shift of an outside scan is judged in units of this one. It is one number per site and reveals nothing about
-        a single case. None where it cannot be measured: without cases, batch norms, or an inferer with `stacks`.
+        The shift of an outside scan is judged in units of this distance. It is one number per site and reveals nothing
+        about a single case.
+
+        Args:
+            weights: The weights of the model.
+
+        Returns:
+            The mean distance, or None without validation cases, batch norms, or an inferer with the method ``stacks``.
         """
         network, stacks = self.measurable(weights)
-        size, distances = cast(Any, self.algo.evaluator).inferer.batch_size if stacks else 0, []
-        for stack in stacks:
-            some = scan_slices(stack)
-            distances.append(float(scan_distances(network, {GLOBAL: network.state_dict()}, some, size)))
+        size, models = self.algo.evaluator.inferer.batch_size if stacks else 0, {GLOBAL: network.state_dict()}
+        distances = [float(scan_distances(network, models, scan_slices(stack), size)) for stack in stacks]
         return fmean(distances) if distances else None
 
     def measurable(self, weights: Weights) -> tuple[torch.nn.Module, list[Tensor]]:
-        """A copy of the network with these weights, and its inputs from each validation case; no inputs where it has no
-        batch norm, or the inferer has no method `stacks`."""
-        evaluator = cast(Any, self.algo.evaluator)
+        """Return a copy of the network with these weights, and the network inputs of each validation case.
+
+        There are no inputs if the network has no batch norm or the inferer has no method ``stacks``.
+        """
+        evaluator = self.algo.evaluator
         network = copy_network(evaluator.network)
         network.load_state_dict(weights)
         stacks = getattr(evaluator.inferer, "stacks", None)
         if stacks is None or not batch_norms(network):
             return network, []
-        return network, [
-            stack
-            for batch in evaluator.data_loader
-            for stack in stacks(batch[CommonKeys.IMAGE].to(evaluator.state.device))
-        ]
+        images = (batch[CommonKeys.IMAGE].to(evaluator.state.device) for batch in evaluator.data_loader)
+        return network, [stack for image in images for stack in stacks(image)]
 
     def state_dict(self) -> dict[str, Any]:
-        """The state to be kept in a checkpoint."""
-        trainer: Any = self.algo.trainer
+        """Return the state to keep in a checkpoint; the scaler of mixed precision is new in every round."""
+        state = self.algo.trainer.state
         kept = {name: item.state_dict() for name, item in self.kept.items()}
-        scaler = getattr(trainer, "scaler", None)
-        return {
-            "epoch": trainer.state.epoch,
-            "iteration": trainer.state.iteration,
-            "scaler": scaler.state_dict() if scaler is not None else {},
-            "kept": kept,
-        }
+        return {"epoch": state.epoch, "iteration": state.iteration, "kept": kept}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a state from :meth:`state_dict`."""
-        trainer: Any = self.algo.trainer
+        trainer = self.algo.trainer
         for engine in (trainer, self.algo.evaluator):
-            # where a run raised, ignite keeps it as begun: the next one would end at once, having trained nothing
-            engine._internal_run_generator = None  # type: ignore[union-attr]
+            # after an exception, ignite considers the run as started: the next one would end at once without training
+            engine._internal_run_generator = None
         trainer.state.epoch, trainer.state.iteration = state["epoch"], state["iteration"]
-        scaler = getattr(trainer, "scaler", None)
-        if scaler is not None and state["scaler"]:
-            scaler.load_state_dict(state["scaler"])
         for name, item in self.kept.items():
             item.load_state_dict(state["kept"][name])
 
@@ -242,25 +253,29 @@ def _copy(state: Weights) -> dict[str, Tensor]:
 
 
 def _return_memory() -> None:
-    """Give back what was freed to the system: glibc keeps the gaps between cached scans."""
-    with suppress(AttributeError):  # other systems need no such call
+    """Return freed memory to the system: glibc keeps the gaps between cached scans."""
+    with suppress(AttributeError):  # other systems have no such function and do not need it
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def _filters(bundle_root: str, name: str) -> str:
-    """The file of some filters: the bundle's own, as what is in it is executed, and the name may come from a server."""
+    """Return the config file of filters if it is the bundle's own: it is executed, and a server may choose the name."""
     file = f"configs/{name}.json"
     if Path(name).name != name or not (Path(bundle_root) / file).is_file():
-        raise InputError(f"no filters '{name}': {bundle_root} has no {file}.")
+        raise InputError(f"no filters '{name}': {bundle_root} has no {file}; name a config of the bundle.")
     return file
 
 
 @contextmanager
 def time_limit(site: str, seconds: float) -> Iterator[None]:
-    """Raise `InputError` in the body once it has taken `seconds`; 0: no limit.
+    """Raise `InputError` in the body as soon as it has taken longer than the limit.
 
-    SIGALRM interrupts Python code and waits (for a disk, a network, a worker process) as Ctrl-C does: only in the main
-    thread, and not before a running call into a library returns.
+    SIGALRM interrupts Python code and waiting (for a disk, a network or a worker process) in the same way as Ctrl-C:
+    only in the main thread, and a call into a library has to return first.
+
+    Args:
+        site: Name of the site, for the message.
+        seconds: The limit in seconds; 0 sets none.
     """
     if not seconds:
         yield
@@ -272,7 +287,7 @@ def time_limit(site: str, seconds: float) -> Iterator[None]:
             raise InputError(f"site '{site}' has taken more than its {seconds:g} seconds (site_timeout).")
 
     before = signal.signal(signal.SIGALRM, expired)
-    # again and again, as library code may swallow what is raised within it
+    # the alarm is repeated every second, because library code may swallow the exception
     signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
     try:
         try:
@@ -285,6 +300,8 @@ def time_limit(site: str, seconds: float) -> Iterator[None]:
 
 
 def check_time_limit(seconds: float) -> None:
-    """Raise `InputError` if a time limit is wanted where none can be set."""
+    """Raise `InputError` if a time limit is requested where none can be set."""
     if seconds and not (hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()):
-        raise InputError("site_timeout needs the main thread of a process on Linux or macOS: run without, or by FLARE.")
+        raise InputError(
+            "site_timeout needs the main thread of a process on Linux or macOS: leave it out, or federate with FLARE."
+        )

@@ -8,10 +8,10 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The end of a federation: final models, their scores at other sites, and the usual shift.
+"""The results of a federation: final models, their scores at other sites, and the usual shift.
 
-Writes ``models/``, ``scores.json``, ``shares.json``, ``cross_site.csv`` and ``statistics.csv``. A site that fails here
-scores no models; the scores of the other sites remain.
+They are written to ``models/``, ``scores.json``, ``shares.json``, ``cross_site.csv`` and ``statistics.csv``. A site
+that fails here scores no models; the scores of the other sites remain.
 """
 
 from __future__ import annotations
@@ -38,7 +38,11 @@ CROSS_SITE, MATRIX = "cross_site.csv", ("model", "site", "dice")
 
 
 def publish(run: FederationState) -> None:
-    """Write the models, and how each of them does at the inside sites it was not made for."""
+    """Write the final models, and how well each of them does at the inside sites for which it was not made.
+
+    Raises:
+        InputError: If a site failed every round, after the models of the other sites have been written.
+    """
     folder = run.output_dir / "models"
     delivered = last_rounds(run.history)
     present = [site for site in run.sites if site in delivered]
@@ -46,20 +50,19 @@ def publish(run: FederationState) -> None:
         select_personalised(run, present)
     models = {GLOBAL: run.weights, **{site: run.clients[site].personalised for site in present}}
     for name, weights in models.items():
-        path = model_path(str(folder), GLOBAL if name == GLOBAL else "personalised", name)
-        save_atomically({key: tensor.cpu() for key, tensor in weights.items()}, path)
+        save_atomically(dict(weights), model_path(str(folder), GLOBAL if name == GLOBAL else "personalised", name))
     judges = [site for site in present if site not in run.failures.of(run.round)]
     write_json(folder / "scores.json", cross_site_scores(run, models, judges))
     compare_statistics(run, judges)
     if absent := [site for site in run.sites if site not in delivered]:
         raise InputError(
-            f"site '{absent[0]}' failed all {run.rounds} rounds and has no personalised model; {folder} holds "
-            f"the others', and {run.output_dir / FAILURES} says why."
+            f"site '{absent[0]}' failed all {run.rounds} rounds and has no personalised model; {folder} has the models "
+            f"of the other sites, and {run.output_dir / FAILURES} gives the reasons."
         )
 
 
 def select_personalised(run: FederationState, sites: Sequence[str]) -> None:
-    """Have each site select its personalised model; where that fails, the moving average stays."""
+    """Let each site select its personalised model; a site where this fails keeps its moving average."""
     shares = {}
     for site in tqdm(sites, desc="own rounds", unit="site", disable=not run.own_rounds):
         client = run.clients[site]
@@ -75,9 +78,15 @@ def select_personalised(run: FederationState, sites: Sequence[str]) -> None:
 def cross_site_scores(
     run: FederationState, models: Mapping[str, Weights], judges: Sequence[str]
 ) -> dict[str, float | None]:
-    """The content of ``scores.json``, from the validation Dice of each model at the other sites.
+    """Score each model at the other sites on their validation cases, and write ``cross_site.csv``.
 
-    Each Dice is written to ``cross_site.csv``. A site that fails scores no models.
+    Args:
+        run: The federation.
+        models: "global" or name of a site -> weights of the model.
+        judges: Sites that score the models. A site that fails scores none.
+
+    Returns:
+        The content of ``scores.json``, see :func:`expert_scores`.
     """
     dice: dict[str, dict[str, float]] = {name: {} for name in models}
     shifts: list[float] = []
@@ -94,39 +103,43 @@ def cross_site_scores(
 
 
 def write_matrix(folder: Path, dice: Mapping[str, Mapping[str, float]]) -> None:
-    """Write ``cross_site.csv``: the validation Dice of each model at the sites that it was not made for."""
+    """Write ``cross_site.csv``.
+
+    Args:
+        folder: Folder of the run.
+        dice: model -> site -> validation Dice, without the model's own site.
+    """
     rows = [{"model": n, "site": site, "dice": value} for n, at in dice.items() for site, value in at.items()]
     write_rows(folder / CROSS_SITE, MATRIX, rows)
 
 
 def expert_scores(dice: Mapping[str, Mapping[str, float]], shifts: Sequence[float]) -> dict[str, float | None]:
-    """The content of ``scores.json``: a score a model, and the usual shift.
+    """Compute the content of ``scores.json``: one score per model, and the usual shift.
 
-    As sites differ in difficulty, a personalised model is compared with the global one at each of the other sites: its
-    score is the global model's mean over all sites plus the mean of these differences.
+    Since some sites are more difficult than others, a personalised model is compared with the global model at each of
+    the other sites: its score is the global model's mean over all sites plus the mean of these differences.
 
     Args:
         dice: model -> site -> validation Dice, without the model's own site.
-        shifts: of the sites' validation cases from the global model.
+        shifts: Shifts of the sites' validation cases from the global model.
 
     Returns:
-        Model -> score in [0, 1], and "usual_shift"; None for what could not be measured.
+        Model -> score in [0, 1], and "usual_shift"; None for values that could not be measured.
     """
-    level = fmean(dice[GLOBAL].values()) if dice.get(GLOBAL) else None
+    of_global = dice.get(GLOBAL, {})
+    level = fmean(of_global.values()) if of_global else math.nan
     scores = {
-        name: level + fmean(value - dice[GLOBAL][site] for site, value in at.items())
-        if level is not None and at
-        else math.nan
+        name: level + fmean(value - of_global[site] for site, value in at.items()) if of_global and at else math.nan
         for name, at in dice.items()
     }
     shift = fmean(shifts) if shifts else math.nan
-    # what could not be measured is unknown: neither the worst that there is, nor a NaN in the file
+    # what could not be measured is None: it is not the lowest possible score, and JSON has no NaN
     known = {name: min(1.0, max(0.0, score)) if math.isfinite(score) else None for name, score in scores.items()}
     return {**known, USUAL_SHIFT: shift if math.isfinite(shift) else None}
 
 
 def compare_statistics(run: FederationState, judges: Sequence[str]) -> None:
-    """Write how the global model does at each site by its running statistics, and by the site's own."""
+    """Write ``statistics.csv``: Dice of the global model with its running statistics and with those of each site."""
     rows = []
     for site in judges:
         with _left_out_if_it_fails(run, site, 2):
@@ -137,7 +150,7 @@ def compare_statistics(run: FederationState, judges: Sequence[str]) -> None:
 
 @contextmanager
 def _left_out_if_it_fails(run: FederationState, site: str, times: int) -> Iterator[None]:
-    """Record the failure of a site, or that it exceeds `times` the limit of a round, and go on with the others."""
+    """Record that a site fails or exceeds `times` the time limit of a round, and continue with the other sites."""
     try:
         with time_limit(site, run.site_timeout * times):
             yield

@@ -8,13 +8,13 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""A federation in one process: rounds of FedAvg over one `MonaiAlgo` client per site.
+"""A federation in one process: rounds of FedAvg with one `MonaiAlgo` client per site.
 
-It knows clients and weights, not images. Only local weights leave a client. Each client writes its personalised model
-itself, next to the global one, because here all sites are on one machine.
+It knows clients and weights, but no images. Only local weights leave a client. Each client writes its own personalised
+model next to the global model, because here all sites are on one machine.
 
-A site that fails a round, or takes too long, is left out of that round and asked again in the next one. Code that does
-not return can be ended only in a process of its own, by FLARE's time limits (``round_timeout`` in
+A site that fails in a round, or takes too long, is left out of that round and asked again in the next one. Code that
+never returns can be ended only if it runs in a process of its own, by the time limits of FLARE (``round_timeout`` in
 `shared_iopfl.federation.flare.run`).
 """
 
@@ -56,49 +56,55 @@ UNFINISHED = "." + 12 * "[0-9a-f]" + "_*"  # files that a run was writing when i
 
 
 class Federation(FederationState):
-    """The whole inside run: FedAvg over the sites, with a personalised model at each.
+    """A whole inside run: FedAvg over the sites, with a personalised model for each site.
 
-    Writes ``models/model.pt`` (global), ``models/model_<site>.pt`` (personalised) and ``models/scores.json`` (how
-    each does at the other sites, and how far validation cases are from the global model), ``statistics.csv`` (the
-    global model by its running statistics and by each site's own), ``history.csv``, ``failures.csv`` once a site has
-    failed, TensorBoard events, and after every round ``federation.pt``, from which ``resume`` goes on to the weights of
-    an undisturbed run. The one of the round before is kept too, as ``federation_previous.pt``, for a disk that spoils
-    the newest.
+    It writes ``models/model.pt`` (global model), ``models/model_<site>.pt`` (personalised models),
+    ``models/scores.json`` (how well each model does at the other sites, and the usual shift of validation cases),
+    ``statistics.csv`` (the global model with its running statistics and with those of each site), ``history.csv``,
+    ``failures.csv`` if a site has failed, and TensorBoard events. After every round it writes ``federation.pt``, from
+    which ``resume`` continues to the same weights as those of an uninterrupted run. The checkpoint of the round before
+    is kept as ``federation_previous.pt``, in case the newest one is damaged.
 
-    A site fails a round when its training raises or takes too long, or its update is refused: it is then as it was
-    before, and asked again in the next one. The reason, which may name the site's files, stays in the log and in
-    ``failures.csv``.
+    A site fails in a round if its training raises an exception or takes too long, or if its update is refused. Its
+    state is then restored to that before the round, and it is asked again in the next round. The reason, which may name
+    files of the site, is written only to the log and to ``failures.csv``.
 
     Args:
-        bundle_root: the bundle whose ``configs/train.json`` each site runs.
-        sites: names of the inside sites.
-        rounds: number of rounds.
-        output_dir: where the files go.
-        local_epochs: epochs a round.
-        overrides: of the training config, the same for all sites; ``site`` and ``output_dir`` are set for each.
-        val_interval: score both models on the sites' validation cases every so many rounds (and at the end); 0: never.
-        min_sites: a round goes on without those that failed while at least so many deliver; 0: it takes all sites.
-        max_update_norm: refuse an update that lies more than so many times as far from the global model as is usual; 0:
-            no bound. See :func:`~shared_iopfl.federation.updates.far_off`. The default lets in ten times as many steps.
-        averaging: "mean", "median" or "trimmed_mean"; see :func:`~shared_iopfl.federation.averaging.average_updates`.
-        site_timeout: a site may take so many seconds for a round's training, and as many to score a model; 0: no limit.
-            See :func:`~shared_iopfl.federation.client.time_limit` for what it can break off.
-        own_rounds, shares: what each site makes of its personalised model once the last round is over; see
-            :meth:`~shared_iopfl.federation.client.SiteClient.select_personalised`. 0 and none: the plain
+        bundle_root: Folder of the bundle whose ``configs/train.json`` each site runs.
+        sites: Names of the inside sites.
+        rounds: Number of rounds.
+        output_dir: Folder to write to.
+        local_epochs: Number of epochs in a round.
+        overrides: Overrides of the training config, the same for all sites; ``site`` and ``output_dir`` are set for
+            each site.
+        val_interval: Number of rounds between two scorings of both models on the sites' validation cases; the last
+            round is always scored. 0 scores none.
+        min_sites: A round continues without the sites that failed while at least this number of sites has not failed;
+            0 requires all sites.
+        max_update_norm: An update is refused if its distance from the global model is more than this number of times
+            the usual one, see :func:`~shared_iopfl.federation.updates.far_off`; 0 sets no limit. The default accepts
+            updates from ten times as many steps.
+        averaging: "mean", "equal_mean", "median" or "trimmed_mean", see
+            :func:`~shared_iopfl.federation.averaging.average_updates`.
+        site_timeout: Largest number of seconds that a site may take for the training of a round, and again for the
+            scoring of a model; 0 sets no limit. See :func:`~shared_iopfl.federation.client.time_limit` for what can be
+            interrupted.
+        own_rounds, shares: How each site makes its personalised model after the last round, see
+            :meth:`~shared_iopfl.federation.client.SiteClient.select_personalised`. With 0 and no shares, it is the
             moving average.
-        server_momentum: of the global weights from round to round; see
-            :class:`~shared_iopfl.federation.averaging.ServerMomentum`. 0: plain averaging.
-        resume: go on from ``federation.pt`` where there is one.
-        seed: of the first global model.
+        server_momentum: Momentum of the global weights, in [0, 1), see
+            :class:`~shared_iopfl.federation.averaging.ServerMomentum`; 0 is plain averaging.
+        resume: Whether to continue from ``federation.pt`` if it exists.
+        seed: Seed of the first global model.
         initial_model: Path of the global model from which the first round starts, such as the model of an earlier
             federation or of a smaller image size; empty: a new network. It must have the same architecture.
     """
 
     def start(self) -> None:
-        """Make the clients (which reads and checks every site's training cases), and resume if asked to.
+        """Make the clients, which reads and checks the training cases of every site, and resume if requested.
 
         Raises:
-            InputError: naming what is wrong at each site where something is, before anything is trained.
+            InputError: If anything is wrong at the sites; one message names all of it before any training.
         """
         faults: list[InputError] = []
         for path in self.output_dir.rglob(UNFINISHED):
@@ -111,12 +117,12 @@ class Federation(FederationState):
                 "ckpt_dir": str(self.output_dir / "models"),
                 "epochs": self.rounds * self.local_epochs,
             }
-            # all sites, and every run, begin with the same network; the random state outside is left as it was
+            # all sites, and repeated runs, start with the same network; the global random state is not changed
             with torch.random.fork_rng():
                 torch.manual_seed(self.seed)
                 try:
                     self.clients[site] = SiteClient(self.bundle_root, site, self.local_epochs, overrides)
-                except Exception as error:  # MONAI wraps what a transform raises
+                except Exception as error:  # MONAI wraps the exceptions of transforms
                     fault = root_input_error(error)
                     if fault is None:
                         raise
@@ -128,28 +134,29 @@ class Federation(FederationState):
             resume(self)
 
     def run(self) -> dict[str, Tensor]:
-        """Run the rounds that are left.
+        """Run the remaining rounds, and publish the models.
 
         Returns:
-            The global weights.
+            The weights of the global model.
         """
         self.start()
         with (
-            _tensorboard(self.output_dir / "tensorboard") as board,
+            tensorboard(self.output_dir / "tensorboard") as board,
             tqdm(total=self.rounds, initial=self.round, desc="rounds", unit="round") as bar,
         ):
             while self.round < self.rounds:
                 self.run_round(bar)
-                try:
-                    draw(board, (row for row in self.history if row["round"] == self.round))
-                except OSError as error:
-                    raise InputError(f"cannot write to {self.output_dir} ({error}): free space, then resume") from error
+                draw(board, (row for row in self.history if row["round"] == self.round))
                 bar.update()
         publish(self)
         return self.weights
 
     def run_round(self, bar: Any = None) -> None:
-        """One round: every site trains from the global weights; their weights are checked and averaged."""
+        """Run one round: every site trains from the global weights, and their weights are checked and averaged.
+
+        Args:
+            bar: Progress bar that shows the name of the site that is training.
+        """
         self.round += 1
         before = {site: copy.deepcopy(client.state_dict()) for site, client in self.clients.items()}
         updates: dict[str, dict[str, Tensor]] = {}
@@ -191,11 +198,11 @@ class Federation(FederationState):
             return self.clients[site].validate(weights)
 
     def _leave_out(self, site: str, error: Exception, before: Mapping[str, Any]) -> None:
-        """Note a failure, or raise if too few sites are left; and put the site back to where it was."""
+        """Record a failure, or raise if too few sites are left, and restore the state that the site had before."""
         self.failures.add(self.round, site, error)
         self._note(site, "local", {"failed": 1.0})
         self.clients[site].load_state_dict(before)
-        # what the refused round has left there; the site's next round, or the end of the run, writes it anew
+        # this file is of the refused round; the next round of the site, or the end of the run, writes it again
         Path(model_path(str(self.output_dir / "models"), "personalised", site)).unlink(missing_ok=True)
 
     def _note(self, site: str, model: str, metrics: Mapping[str, float]) -> None:
@@ -203,13 +210,21 @@ class Federation(FederationState):
 
 
 @contextmanager
-def _tensorboard(folder: Path) -> Iterator[SummaryWriter]:
+def tensorboard(folder: Path) -> Iterator[SummaryWriter]:
+    """Open a writer of TensorBoard events, and close it at the end.
+
+    Args:
+        folder: Folder of the events.
+
+    Raises:
+        InputError: If the folder cannot be written to.
+    """
     try:
         board = SummaryWriter(str(folder))
     except OSError as error:
-        raise InputError(f"cannot write to {folder} ({error}): free space, then resume") from error
+        raise InputError(f"cannot write to {folder} ({error}): free space, then resume.") from error
     try:
         yield board
     finally:
-        with suppress(OSError):  # where the disk is full, the run says so itself
+        with suppress(OSError):  # if the disk is full, the run itself reports it
             board.close()

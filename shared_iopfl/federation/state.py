@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The settings and the state of a federation in one process: what its checkpoint keeps."""
+"""The settings and the state of a federation in one process, which its checkpoint keeps."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ class FederationState:
     """Settings and progress of a :class:`~shared_iopfl.federation.simulation.Federation`, which describes the settings.
 
     Attributes:
-        round: number of the last round that was begun.
-        weights: the global ones.
-        clients: site -> client.
-        history: rows of ``history.csv``.
-        failures: of the sites.
-        server: the server's step.
+        round: Number of the last round that was started, from 1; 0 before the first round.
+        weights: The global weights.
+        clients: site -> its client.
+        history: Rows of ``history.csv``.
+        failures: Failures of the sites.
+        server: Server momentum.
     """
 
     bundle_root: str
@@ -61,7 +61,7 @@ class FederationState:
     initial_model: str = ""
 
     def __post_init__(self) -> None:
-        """Check the values, before any data are read."""
+        """Check the settings before any data are read."""
         if isinstance(self.sites, str) or not self.sites or len(set(self.sites)) != len(self.sites):
             raise InputError(
                 f"sites must be a list of different names, such as \"['BIDMC','HK']\", but is {self.sites!r}."
@@ -106,11 +106,11 @@ class FederationState:
 
     @property
     def previous(self) -> Path:
-        """The path of the checkpoint before."""
+        """The path of the checkpoint of the round before."""
         return self.output_dir / "federation_previous.pt"
 
     def settings(self) -> dict[str, Any]:
-        """What has to be the same when a run is resumed; folders and the device may change."""
+        """Return the settings that must be the same when a run is resumed; folders and the device may change."""
         training = {
             key: list(value) if isinstance(value, (list, tuple)) else str(value) if isinstance(value, str) else value
             for key, value in self.overrides.items()

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Checks of the sites' updates, and the tables of a run: figures of each round, and the sites that failed it."""
+"""Checks of the sites' updates, and the tables of a run: the metrics of each round, and the sites that failed in it."""
 
 from __future__ import annotations
 
@@ -31,44 +31,48 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 logger = logging.getLogger(__name__)
-PROGRAM_FAULTS = (TypeError, AttributeError, NameError)  # errors of the code end the run; they are not a site's
+PROGRAM_FAULTS = (TypeError, AttributeError, NameError)  # programming errors end the run: no site has failed
 HISTORY = ("round", "site", "model", "metric", "value")  # columns of history.csv
-FAILURES, FAILED = "failures.csv", ("round", "site", "reason")  # the file and its columns
-UPDATE_NORM = "update_norm"  # in the history: how far an accepted update moved the global model
+FAILURES, FAILED = "failures.csv", ("round", "site", "reason")  # the table of failures and its columns
+UPDATE_NORM = "update_norm"  # metric in the history: the distance of an accepted update from the global model
 
 
 def check_update(site: str, update: Weights, reference: Weights) -> dict[str, Tensor]:
-    """A site's weights in the types of the global model, if they can be averaged with those of the others.
+    """Return a site's weights in the types of the global model if they can be averaged with those of other sites.
 
-    They are cast before they are checked: a number that is finite in double precision may be infinite in single.
+    The weights are cast before they are checked, because a number that is finite in double precision may be infinite in
+    single precision.
 
     Args:
-        site: name of the sender.
-        update: the weights.
-        reference: the global model, which they must be like in keys, kinds and shapes.
+        site: Name of the site that sent the weights.
+        update: The weights.
+        reference: The weights of the global model; the update must have the same keys, kinds of numbers and shapes.
+
+    Returns:
+        The weights, in the order of the global model.
 
     Raises:
-        InputError: naming site and key, where they differ from it, are not finite, or hold a negative variance.
+        InputError: If the weights differ from the global model in one of these, are not finite, or contain a negative
+            variance. The message names the site and the key.
     """
     if not isinstance(update, Mapping):
-        raise InputError(f"site '{site}' sent a {type(update).__name__}, not weights by name.")
+        raise InputError(f"site '{site}' sent a {type(update).__name__} instead of weights by name.")
     if difference := set(update) ^ set(reference):
         key = min(difference, key=str)
-        raise InputError(f"site '{site}' sent other keys than the global model: '{key}' is in one of them only.")
+        raise InputError(f"site '{site}' sent other keys than the global model: only one of them has '{key}'.")
     checked = {}
     for key, like in reference.items():
         tensor = update[key]
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
-            kind = type(tensor).__name__ if not isinstance(tensor, Tensor) else "sparse tensor"
-            raise InputError(f"site '{site}' sent a {kind} as '{key}', not a plain tensor as the global model.")
+            kind = "sparse tensor" if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise InputError(f"site '{site}' sent a {kind} as '{key}' instead of a dense tensor.")
         if tensor.shape != like.shape:
-            shapes = f"{tuple(tensor.shape)}, not {tuple(like.shape)} as the global model"
-            raise InputError(f"site '{site}' sent '{key}' of shape {shapes}.")
-        # precision may differ, as a filter on the way may lower it; a complex or an integer weight is a mistake
+            shapes = f"{tuple(tensor.shape)} instead of {tuple(like.shape)}"
+            raise InputError(f"site '{site}' sent '{key}' of shape {shapes}, the shape in the global model.")
+        # the precision may differ, since a filter may lower it; another kind of number is an error
         if tensor.is_floating_point() != like.is_floating_point() or tensor.is_complex() != like.is_complex():
-            raise InputError(
-                f"site '{site}' sent '{key}' of type {tensor.dtype}, not {like.dtype} as the global model."
-            )
+            types = f"{tensor.dtype} instead of {like.dtype}"
+            raise InputError(f"site '{site}' sent '{key}' of type {types}, the type in the global model.")
         cast = tensor.detach().to(like)
         if not torch.isfinite(cast).all():
             raise InputError(f"site '{site}' sent NaN or infinite values in '{key}', as {like.dtype}.")
@@ -81,105 +85,140 @@ def check_update(site: str, update: Weights, reference: Weights) -> dict[str, Te
 def far_off(
     updates: Mapping[str, Weights], reference: Weights, factor: float, earlier: Sequence[float] = ()
 ) -> dict[str, InputError]:
-    """The sites whose update is more than `factor` times as long as usual.
+    """Find the sites whose update is more than `factor` times as long as usual.
 
-    The usual length is the norm of the global model or, if larger, the median of the accepted updates of earlier
-    rounds; so a single site is bounded as well, from its first round on. With three sites or more, the median of the
-    other updates of the round is a second bound; with two sites it could not tell which of them is wrong. A bound of 0,
-    when the other sites did not move at all, is ignored.
+    The usual length is the norm of the global model or, if that is larger, the median norm of the updates that were
+    accepted in earlier rounds. This limits even a single site from its first round on. With three sites or more, the
+    median norm of the other sites' updates in this round is a second limit; with two sites it could not tell which of
+    them is wrong. If the other sites did not move at all, their median of 0 sets no limit.
 
-    The norm is Euclidean, of all floating-point entries, in double precision.
+    Norms are Euclidean norms over all floating-point entries, computed in double precision.
 
     Args:
-        updates: site -> weights, checked (see :func:`check_update`).
-        reference: the global weights that the round began with.
-        factor: largest accepted multiple of the usual length; 0: any length is accepted.
-        earlier: norms of the updates that were accepted in earlier rounds (see :func:`accepted_norms`).
+        updates: site -> weights that :func:`check_update` has accepted.
+        reference: The global weights at the start of the round.
+        factor: Largest accepted multiple of the usual length; 0 accepts any length.
+        earlier: Norms of the updates that were accepted in earlier rounds (see :func:`accepted_norms`).
 
     Returns:
-        site -> the error that describes its update.
+        site -> error that describes its update.
     """
     if factor <= 0:
         return {}
     norms = {site: update_norm(update, reference) for site, update in updates.items()}
-    of_model, of_rounds = update_norm(reference), statistics.median(earlier) if earlier else 0.0
-    usual = (
-        {"the median of earlier rounds'": of_rounds} if of_rounds > of_model else {"the global model's own": of_model}
-    )
+    usual = ("the global model's own norm", update_norm(reference))
+    if earlier and (of_rounds := statistics.median(earlier)) > usual[1]:
+        usual = ("the median norm of earlier rounds", of_rounds)
     refused = {}
     for site, norm in norms.items():
-        others = [other for name, other in norms.items() if name != site]
-        measures = {**usual, **({"the others' median": statistics.median(others)} if len(others) > 1 else {})}
-        for name, length in measures.items():
+        limits, others = [usual], [other for name, other in norms.items() if name != site]
+        if len(others) > 1:
+            limits.append(("the other sites' median norm", statistics.median(others)))
+        for name, length in limits:
             if norm > factor * length > 0:
                 refused[site] = InputError(
-                    f"site '{site}' sent an update of norm {norm:.4g}, more than {factor:g} times {name} {length:.4g}; "
-                    "if it is as it should be, raise max_update_norm (0: no bound)."
+                    f"site '{site}' sent an update of norm {norm:.4g}, more than {factor:g} times {name}, "
+                    f"{length:.4g}; if it is correct, raise max_update_norm (0: no limit)."
                 )
     return refused
 
 
 def update_norm(update: Weights, reference: Weights | None = None) -> float:
-    """The Euclidean distance of weights from a reference (None: zero), over all real and complex entries."""
-    squares = (
-        float((_wide(tensor) - (_wide(reference[key]) if reference is not None else 0)).abs().square().sum())
-        for key, tensor in update.items()
-        if is_weight(tensor)
-    )
-    return math.sqrt(math.fsum(squares))
+    """Compute the Euclidean distance between weights and a reference over all real and complex entries.
+
+    Args:
+        update: The weights.
+        reference: The weights to compare with; None stands for zero.
+
+    Returns:
+        The distance.
+    """
+
+    def moved(key: str, tensor: Tensor) -> Tensor:
+        wide = in_double_precision(tensor)
+        return wide - in_double_precision(reference[key]) if reference else wide
+
+    squares = (moved(key, tensor).abs().square().sum() for key, tensor in update.items() if is_weight(tensor))
+    return math.sqrt(math.fsum(map(float, squares)))
 
 
-def _wide(tensor: Tensor) -> Tensor:
+def in_double_precision(tensor: Tensor) -> Tensor:
+    """Return a real tensor as float64 and a complex one as complex128."""
     return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
 
 
 def figures(number: int, site: str, model: str, metrics: Mapping[str, float]) -> list[dict[str, Any]]:
-    """Rows of a run's history: a site's figures of round `number`; `model` is "local", "global" or "personalised"."""
+    """Return the rows of a run's history for the metrics of a site in one round.
+
+    Args:
+        number: Number of the round, from 1.
+        site: Name of the site.
+        model: "local" for the training, or the model that was scored: "global" or "personalised".
+        metrics: Name of a metric -> its value.
+
+    Returns:
+        One row per metric, with the columns `HISTORY`.
+    """
     row = {"round": number, "site": site, "model": model}
     return [{**row, "metric": metric, "value": float(value)} for metric, value in metrics.items()]
 
 
 def last_rounds(history: Iterable[Mapping[str, Any]]) -> dict[str, int]:
-    """The last round in which a site's update was averaged, site -> round; of sites that have delivered one."""
+    """Return the last round in which each site's update was averaged, site -> round; other sites are left out."""
     return {row["site"]: row["round"] for row in history if row["model"] == "local" and row["metric"] != "failed"}
 
 
-def draw(board: SummaryWriter, history: Iterable[Mapping[str, Any]]) -> None:
-    """TensorBoard events of rows of a history."""
-    for row in history:
-        board.add_scalar(f"{row['metric']}/{row['model']}_{row['site']}", float(row["value"]), int(row["round"]))
-    board.flush()
-
-
 def accepted_norms(history: Iterable[Mapping[str, Any]]) -> list[float]:
-    """The norms of all accepted updates, from the rows of a run's history, with which they are kept and resumed."""
+    """Return the norms of all accepted updates; they are kept in the history, and so in checkpoints."""
     return [row["value"] for row in history if row["model"] == "local" and row["metric"] == UPDATE_NORM]
 
 
+def draw(board: SummaryWriter, history: Iterable[Mapping[str, Any]]) -> None:
+    """Write rows of a history as TensorBoard events.
+
+    Raises:
+        InputError: If the events cannot be written, for example because the disk is full.
+    """
+    try:
+        for row in history:
+            board.add_scalar(f"{row['metric']}/{row['model']}_{row['site']}", float(row["value"]), int(row["round"]))
+        board.flush()
+    except OSError as error:
+        raise InputError(f"cannot write to {board.log_dir} ({error}): free space, then resume.") from error
+
+
 class Failures:
-    """The sites that failed, round by round, and whether enough are left to go on.
+    """The sites that failed, by round, and whether enough sites are left to continue.
 
     Args:
-        sites: how many there are.
-        min_sites: a round goes on while at least so many have not failed; 0: it takes all.
+        sites: Number of sites.
+        min_sites: A round continues while at least this number of sites has not failed; 0 requires all sites.
 
     Attributes:
-        rows: round, site and reason of each failure.
+        rows: Round, site and reason of each failure.
+
+    Raises:
+        InputError: If `min_sites` is larger than the number of sites.
     """
 
     def __init__(self, sites: int, min_sites: int = 0) -> None:
-        if not isinstance(min_sites, int) or not 0 <= min_sites <= sites:
-            raise InputError(f"min_sites must be 0 (all) to {sites}, the sites, but is {min_sites!r}.")
+        if min_sites > sites:
+            raise InputError(f"min_sites must be 0 (all) to {sites}, the number of sites, but is {min_sites!r}.")
         self.sites = sites
         self.min_sites = min_sites or sites
         self.rows: list[dict[str, Any]] = []
 
     def add(self, number: int, site: str, error: Exception) -> None:
-        """Record that a site failed round `number`; at most once per round.
+        """Record that a site failed in a round; to be called at most once per site and round.
+
+        Args:
+            number: Number of the round.
+            site: Name of the site.
+            error: What the site raised.
 
         Raises:
-            Exception: the given `error`, if all sites have to deliver, or if it is an error of the program.
-            InputError: if too few sites are left.
+            Exception: The given `error`, if no site may fail or if it is a programming error.
+            InputError: If too few sites are left.
         """
         if self.min_sites == self.sites or isinstance(error, PROGRAM_FAULTS):
             raise error
@@ -196,15 +235,15 @@ class Failures:
             ) from None
 
     def of(self, number: int) -> dict[str, str]:
-        """The sites that failed a round, site -> reason."""
+        """Return the sites that failed in a round, site -> reason."""
         return {row["site"]: row["reason"] for row in self.rows if row["round"] == number}
 
     def resume(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Take over the failures of a checkpoint."""
+        """Continue with the failures of a checkpoint."""
         self.rows = [dict(row) for row in rows]
 
     def write(self, folder: Path) -> None:
-        """Write the table if there is a failure, or to replace the table of an earlier run."""
+        """Write ``failures.csv`` if a site has failed, or if the table of an earlier run has to be replaced."""
         path = folder / FAILURES
         if self.rows or path.exists():
             write_rows(path, FAILED, self.rows)
