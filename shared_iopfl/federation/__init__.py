@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Federated training: rounds over sites, updates and their average, checkpoints, results.
+"""Federated training: rounds over the sites, the average of their updates, checkpoints and results.
 
-It knows `handlers` and everything below; only `federation.flare` imports NVIDIA FLARE.
+It imports only from `handlers` and the folders below; only `federation.flare` imports NVIDIA FLARE.
 """

@@ -124,10 +124,7 @@ class SiteClient:
         return {key: tensor.cpu() for key, tensor in self.kept["personalization"].ema_model.state_dict().items()}
 
     def train(self, weights: Weights) -> dict[str, Tensor]:
-        """Train for one round.
-
-        Args:
-            weights: The global weights.
+        """Train for one round from the global weights.
 
         Returns:
             Copies of the local weights on the CPU, or what the privacy filters leave of them.
@@ -181,14 +178,11 @@ class SiteClient:
         return {name: float(value) for name, value in (result or {}).items()}
 
     def dice_by_statistics(self, weights: Weights) -> dict[str, float]:
-        """Compare the validation Dice of a model with its own running statistics and with those of the site.
+        """Compare the validation Dice of weights with their own running statistics and with those of the site.
 
         If the statistics of the site's validation cases give a much higher Dice, the running statistics do not fit this
         site (see :mod:`shared_iopfl.handlers.norm_statistics`), because of how the model was trained or because the
         scanner differs from the others.
-
-        Args:
-            weights: The weights of the model.
 
         Returns:
             "global" and "own", in [0, 1]; empty if it cannot be measured, as in :meth:`shift`.
@@ -201,13 +195,10 @@ class SiteClient:
 
     @torch.no_grad()
     def shift(self, weights: Weights) -> float | None:
-        """Measure the mean distance of the site's validation cases from a model, as test-time routing measures it.
+        """Measure the mean distance of the site's validation cases from weights, as test-time routing measures it.
 
         The shift of an outside scan is judged in units of this distance. It is one number per site and reveals nothing
         about a single case.
-
-        Args:
-            weights: The weights of the model.
 
         Returns:
             The mean distance, or None without validation cases, batch norms, or an inferer with the method ``stacks``.

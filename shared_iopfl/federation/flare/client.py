@@ -8,11 +8,11 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The client of an NVIDIA FLARE job: the same site client as in one process, behind FLARE's Client API.
+"""The client of an NVIDIA FLARE job: the same site client as in one process, with FLARE's Client API.
 
-Local weights, the number of training cases and figures leave the site. Data, paths and error messages stay in
-``<output_dir>/sites/<site>``. So does the personalised model, unless the site publishes it (`PUBLISH`) and the job asks
-for it.
+Local weights, the number of training cases and metrics leave the site. Data, paths and error messages stay in
+``<output_dir>/sites/<site>``. The personalised model stays there as well, unless the site publishes it (`PUBLISH`) and
+the job asks for it.
 """
 
 from __future__ import annotations
@@ -44,28 +44,37 @@ from shared_iopfl.utils.names import check_site
 from shared_iopfl.utils.reading import read_json
 
 LOG_FILE = "training.log"
-# loggers whose lines may name a site's files
+# loggers whose messages may name files of the site
 PRIVATE_LOGGERS = ("ignite", "monai", "shared_iopfl", "py.warnings")
 own = logging.getLogger(__name__)
-shared = logging.getLogger("iopfl")  # its lines are in FLARE's log too
+shared = logging.getLogger("iopfl")  # its messages also appear in FLARE's log
 
 
 def bundle_fingerprint(bundle_root: str | os.PathLike) -> str:
-    """SHA-256 of the bundle's training config: sites that train differently must not be averaged unnoticed."""
+    """Return the SHA-256 of the bundle's training config, by which sites that train differently are recognised.
+
+    Raises:
+        InputError: If the config cannot be read.
+    """
     path = Path(bundle_root) / "configs" / "train.json"
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
-        raise InputError(f"no bundle at {bundle_root}: cannot read {path} ({error.strerror}).") from error
+        raise InputError(
+            f"no bundle at {bundle_root}: cannot read {path} ({error.strerror}); give its folder."
+        ) from error
 
 
 class Member:
-    """A site as one job sees it.
+    """A site that takes part in one job.
 
     Args:
-        job: what the job asks for, as `shared_iopfl.federation.flare.run` writes it into ``federation.json``.
-        site: the site's name.
-        environment: of the process; the variables of `ENVIRONMENT` take precedence over the job.
+        job: Settings of the job, which `shared_iopfl.federation.flare.job.write_files` writes to ``federation.json``.
+        site: Name of the site.
+        environment: Environment variables of the process; those in `ENVIRONMENT` take precedence over the job.
+
+    Raises:
+        InputError: If the site has no output folder, or it is not writable.
     """
 
     def __init__(self, job: Mapping[str, Any], site: str, environment: Mapping[str, str] = os.environ) -> None:
@@ -76,24 +85,25 @@ class Member:
         }
         self.folder = Path(self._path("output_dir")) / "sites" / site
         check_writable(self.folder)
+        self.own_file = Path(model_path(str(self.folder), "personalised", site))
         self.publishes = bool(job.get("publish")) and environment.get(PUBLISH) == "True"
-        # where each figure goes as soon as it is known, besides the answer: its name, value and round
+        # receives name, value and round of each metric as soon as it is known, in addition to the answer
         self.stream: Callable[[str, float, int], object] | None = None
         self._client: SiteClient | None = None
-        self._judge: SiteClient | None = None  # which scores models after the last round
-        self._round = 0  # after which the client is as it is
+        self._judge: SiteClient | None = None  # scores models after the last round
+        self._round = 0  # the client has its state after this round
 
     def _path(self, name: str) -> str:
         if not self.paths[name]:
-            raise InputError(f"site '{self.site}' has no {name}: set {ENVIRONMENT[name]} there.")
+            raise InputError(f"site '{self.site}' has no {name}: set the variable {ENVIRONMENT[name]} there.")
         return self.paths[name]
 
     def client(self, done: int) -> SiteClient:
-        """The site's client, as it was after a round: the last one in which its update counted.
+        """Return the client in its state after round `done`: the last one in which its update was averaged.
 
-        It is made at the first task, so that an error at a site fails that task and not the process. It starts from the
-        state that the site kept of this run: the process may be new, the server may have gone back to an earlier round,
-        or the site's last update may have arrived too late or been refused.
+        The first task makes the client, so that an error at a site fails that task and does not end the process. It
+        starts from the state that the site kept of this run, because the process may be new, the server may have
+        returned to an earlier round, or the last update of the site may have been late or refused.
         """
         if self._round != done:
             self._client = None
@@ -104,33 +114,27 @@ class Member:
         return self._client
 
     def _restored(self, done: int) -> tuple[SiteClient, bool]:
-        """A client as it was after a round, and whether the site has kept a state of it."""
+        """Make a client with the newest state up to a round; also return whether the site has kept such a state."""
         client = self._make()
         earlier = [number for number in self._states() if number <= done]
         if earlier:
             state = torch.load(self._state(max(earlier)), map_location="cpu", weights_only=True)
             client.load_state_dict(state)
-            shared.info("goes on from its state after round %d", max(earlier))
+            shared.info("continues from its state after round %d", max(earlier))
         return client, bool(earlier)
 
     def _put_back(self, personalised: Mapping[str, Tensor] | None) -> None:
-        """Write the site's personalised model again: its file may stem from an update that was not averaged."""
-        path = Path(model_path(str(self.folder), "personalised", self.site))
+        """Write the site's personalised model again: the file may be of an update that was not averaged."""
         if personalised is not None:
-            save_atomically({key: tensor.cpu() for key, tensor in personalised.items()}, path)
+            save_atomically(dict(personalised), self.own_file)
         else:
-            path.unlink(missing_ok=True)
-
-    def _own_model(self) -> dict[str, Tensor] | None:
-        """The personalised model as it lies in the site's folder: where settling failed, the moving average."""
-        path = Path(model_path(str(self.folder), "personalised", self.site))
-        return load_weights(str(path)) if path.is_file() else None
+            self.own_file.unlink(missing_ok=True)
 
     def _make(self) -> SiteClient:
         bundle, dataset_dir = self._path("bundle"), self._path("dataset_dir")
         if bundle_fingerprint(bundle) != self.job["fingerprint"]:
             raise InputError(
-                f"the bundle {bundle} of site '{self.site}' trains in another way than the federation's: its "
+                f"the bundle {bundle} of site '{self.site}' trains in another way than that of the federation: "
                 "configs/train.json differs; install the same version."
             )
         overrides = {
@@ -151,19 +155,24 @@ class Member:
         return self.folder / f"state_{self.job['run']}_{number}.pt"
 
     def _states(self) -> list[int]:
-        """The rounds of this run after which the site's state lies here."""
+        """The rounds of this run of which the site has kept the state."""
         return [int(path.stem.rpartition("_")[2]) for path in self.folder.glob(f"state_{self.job['run']}_*.pt")]
 
     def _keep(self, client: SiteClient, number: int) -> None:
-        """Keep the state after a round and the one that it began with: the server may fall back by one, not by two."""
+        """Keep the states before and after a round, because the server may return to the round before, not further."""
         save_atomically(client.state_dict(), self._state(number))
         for path in set(self.folder.glob("state_*.pt")) - {self._state(number), self._state(self._round)}:
             path.unlink()
         self._round = number
 
     def answer(self, task: str, received: FLModel) -> FLModel:
-        """Do a task. Of an error the server learns the class; the message is in the site's own ``training.log``."""
-        # SIGALRM works in the main thread only, which does the work if each task has a process of its own
+        """Carry out a task; if it fails, return the class of the error, while the message stays in ``training.log``.
+
+        Args:
+            task: "train" or "validate".
+            received: Global weights, round, and the keys of `shared_iopfl.federation.flare.messages`.
+        """
+        # SIGALRM works in the main thread only, which carries out the task if each task has its own process
         main = threading.current_thread() is threading.main_thread()
         last = received.meta.get(LAST, "")
         selects = last == SELECT
@@ -172,23 +181,25 @@ class Member:
             with time_limit(self.site, seconds if main else 0):
                 if last == SCORE:
                     return self.score(received)
-                # the newest global model, beside the site's own
+                # the newest global model, next to the site's personalised one
                 save_atomically(dict(received.params), model_path(str(self.folder)))
                 if selects:
                     return self.select(received)
                 return self.validate(received) if task == "validate" else self.train(received)
         except Exception as error:
             kind = type(root_input_error(error) or error).__name__
-            # FLARE redirects `print`, with which `logging` would format the traceback
+            # not exc_info: FLARE redirects `print`, with which `logging` formats a traceback
             own.error("'%s' failed: %s", task, "".join(traceback.format_exception(error)))
             shared.warning("'%s' failed with %s; see %s", task, kind, self.folder / LOG_FILE)
-            # half a round may have passed; the next task begins with the last state that was kept
+            # part of a round may be done; the next task starts from the last state that was kept
             self._client = self._judge = None
-            average = self._own_model() if selects and self.publishes else None
+            # if the selection failed, the site publishes the moving average
+            publishes = selects and self.publishes and self.own_file.is_file()
+            average = load_weights(self.own_file) if publishes else None
             return FLModel(params=average, metrics={}, meta={"error": kind})
 
     def train(self, received: FLModel) -> FLModel:
-        """Global weights in, local weights out; the personalised model moves on in the site's folder."""
+        """Train for one round, and return local weights, metrics and number of cases; the personalised model stays."""
         client = self.client(self._counted(received))
         began = time.perf_counter()
         update = client.train(received.params)
@@ -197,13 +208,13 @@ class Member:
         metrics = {**client.metrics(), "seconds": seconds}
         self._tell({f"local/{name}": value for name, value in metrics.items()}, received)
         return FLModel(
-            params={key: tensor.contiguous() for key, tensor in update.items()},  # FLARE sends no other
+            params={key: tensor.contiguous() for key, tensor in update.items()},  # FLARE sends only such tensors
             metrics=metrics,
             meta={FLMetaKey.NUM_STEPS_CURRENT_ROUND: client.cases},
         )
 
     def validate(self, received: FLModel) -> FLModel:
-        """Figures of the global and the personalised model on the site's validation cases."""
+        """Return the metrics of the global and the personalised model on the site's validation cases."""
         client = self.client(self._counted(received))
         models = {"global": received.params, "personalised": client.personalised}
         metrics = {
@@ -222,9 +233,9 @@ class Member:
     def select(self, received: FLModel) -> FLModel:
         """Select the personalised model after the last round, and send it if the site publishes it.
 
-        The answer holds the selected share, the shift of the site's validation cases, and their Dice with the global
-        model's running statistics and with the site's own. When the task is repeated, for example after the server was
-        restarted, it starts from the state after the last round.
+        The answer has the selected share, the shift of the site's validation cases, and their Dice with the running
+        statistics of the global model and with those of the site. If the task is repeated, for example after a restart
+        of the server, it starts again from the state after the last round.
         """
         client = self.client(self._counted(received))
         before = {key: tensor.clone() for key, tensor in client.personalised.items()}
@@ -239,11 +250,11 @@ class Member:
         if (shift := client.shift(received.params)) is not None:
             told["shift"] = float(shift)
         metrics = {**told, **client.dice_by_statistics(received.params)}
-        own = {key: tensor.cpu().contiguous() for key, tensor in client.personalised.items()}
+        own = {key: tensor.contiguous() for key, tensor in client.personalised.items()}
         return FLModel(params=own if self.publishes else None, metrics=metrics)
 
     def score(self, received: FLModel) -> FLModel:
-        """Validation Dice of the global model, or of one that another site publishes; nothing of it is kept here."""
+        """Return the validation Dice of the global model, or of one that another site publishes; keep nothing of it."""
         if self._judge is None:
             self._judge, _ = self._restored(self._counted(received))
         return FLModel(metrics={"dice": self._judge.validate(received.params)["val_mean_dice"]})
@@ -253,7 +264,7 @@ class Member:
 
     @contextmanager
     def own_log(self) -> Iterator[None]:
-        """Write the log of the training to the site's own file: FLARE sends a site's error log to the server."""
+        """Write the log of the training to a file of the site: FLARE sends a site's error log to the server."""
         handler = logging.FileHandler(self.folder / LOG_FILE, encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
         loggers = [logging.getLogger(name) for name in PRIVATE_LOGGERS]
@@ -273,7 +284,7 @@ def run(script: str) -> None:
     """Take part in a job until it ends.
 
     Args:
-        script: the job's client script, beside which ``federation.json`` lies.
+        script: Path of the client script of the job; ``federation.json`` is in the same folder.
     """
     flare.init()
     member = Member(read_json(Path(script).with_name(JOB_FILE)), flare.get_site_name())

@@ -8,10 +8,10 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The NVIDIA FLARE job that is made from a bundle's ``federate.json``.
+"""The NVIDIA FLARE job that is made from the ``federate.json`` of a bundle.
 
-A job holds the model to begin with, a script of one line and a JSON of settings. The code that runs is this package,
-installed at the server (`flare_server`) and at every site (`flare_client`).
+A job contains the first model, a script of one line and a JSON file with settings. It runs the code of this package,
+which is installed at the server and at every site.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from monai.bundle import ConfigParser
 from nvflare.app_common.executors.client_api_executor import ClientAPIExecutor, ExecutionMode
 from nvflare.app_opt.pt.recipes.fedavg import FedAvgRecipe
 from nvflare.client.config import ExchangeFormat
+from torch import nn
 
 from shared_iopfl.evaluation.run.earlier_run import check_settings
 from shared_iopfl.evaluation.scoring import Scoring
@@ -44,24 +45,24 @@ from shared_iopfl.utils.errors import InputError, root_input_error
 from shared_iopfl.utils.names import nearest
 
 SCRIPT = "iopfl_site.py"
-# short, so that a site can read what it is asked to run
+# it is short, so that a site can read what it is asked to run
 SCRIPT_TEXT = "from shared_iopfl.federation.flare.client import run\n\nrun(__file__)\n"
-# what belongs to a machine, not to the federation
+# settings of a machine, not of the federation
 OF_THE_MACHINE = ("bundle_root", "dataset_dir", "output_dir", "ckpt_dir", "device")
-# outside sites need published models; the time limit of a site is round_timeout
+# outside sites need published models; round_timeout takes the place of site_timeout
 OF_ONE_PROCESS = ("outside_sites", "mode", "preset", "routing", "site_timeout")
 
 
 class FederationRecipe(FedAvgRecipe):
-    """FLARE's recipe for federated averaging, with our own rounds (see `Rounds`) and files.
+    """FLARE's recipe for federated averaging, with the rounds (`Rounds`) and files of this package.
 
     Args:
-        name: of the job.
-        rounds: the server's part.
-        needed: the job starts once so many of its sites are connected, without those who are not; it ends when fewer
-            are left.
-        python: a site does each task in a process of its own, started by this command; "": FLARE's own process does it.
-        files: folder with ``server`` and ``client``, whose contents travel with the job (see `write_files`).
+        name: Name of the job.
+        rounds: The controller at the server.
+        needed: The job starts as soon as this number of its sites is connected, and ends if fewer are left.
+        python: Command of the Python interpreter that carries out each task of a site in a process of its own; "": the
+            process of FLARE carries it out.
+        files: Folder with ``server`` and ``client``, whose contents are sent with the job (see `write_files`).
     """
 
     def __init__(self, name: str, rounds: Rounds, needed: int, python: str, files: Path) -> None:
@@ -76,7 +77,9 @@ class FederationRecipe(FedAvgRecipe):
             server_expected_format=ExchangeFormat.PYTORCH,
             key_metric="",
         )
-        self._job.set_app_packages([__package__.partition(".")[0]])  # installed everywhere, not copied into the job
+        self._job.set_app_packages(
+            [__package__.partition(".")[0]]
+        )  # it is installed everywhere, not copied into the job
         self.add_server_file(str(files / "server"))
         self.add_client_file(str(files / "client"))
 
@@ -89,31 +92,30 @@ class FederationRecipe(FedAvgRecipe):
             command = [self._python, "-u", f"custom/{SCRIPT}"]
             how = {"execution_mode": ExecutionMode.EXTERNAL_PROCESS, "command": command, "launch_once": False}
         how |= {"params_exchange_format": ExchangeFormat.PYTORCH, "server_expected_format": ExchangeFormat.PYTORCH}
-        for site in self._rounds.sites:  # and no other client of the FLARE system
+        for site in self._rounds.sites:  # and not for other clients of the FLARE system
             self._job.to(ClientAPIExecutor(**how), site)
 
 
 def describe(bundle: Path, given: Mapping[str, Any]) -> tuple[Federation, Scoring, dict[str, Any]]:
-    """The run that ``federate.json`` describes with some of its settings, or ``train.json``'s, given.
+    """Make the run that ``federate.json`` of a bundle describes.
+
+    Args:
+        bundle: Folder of the bundle.
+        given: Settings that replace those of ``federate.json`` or ``train.json``.
 
     Returns:
-        The run and its final scoring, both without anything of this machine, and its settings as in ``run.json``.
+        The run and its final scoring, both without any setting of this machine, and the settings for ``run.json``.
 
     Raises:
-        InputError: for an unknown setting, a value that it may not have, or one that is more than data.
+        InputError: If a setting is unknown, has a value that is not allowed, or is more than data.
     """
-    federate, train = ConfigParser(), ConfigParser()
-    for parser, name in ((federate, "federate"), (train, "train")):
-        path = bundle / "configs" / f"{name}.json"
-        if not path.is_file():
-            raise InputError(f"no bundle at {bundle}: it has no configs/{name}.json.")
-        parser.read_config(str(path))
+    federate, train = _config(bundle, "federate"), _config(bundle, "train")
     configs: list[Any] = [federate.config, train.config]
     of_site = {}
     for name, value in given.items():
         key = check_key(name).split("#")[0]
         if not is_data(value):
-            raise InputError(f"{name} must be a plain value, but is {value!r}: a site evaluates nothing of others.")
+            raise InputError(f"{name} must be a plain value, but is {value!r}: sites do not evaluate text of others.")
         if key in OF_ONE_PROCESS:
             raise InputError(f"'{key}' is a setting of the one-process run; docs/flare.md says what to do instead.")
         if name in OF_THE_MACHINE or not any(key in config for config in configs):
@@ -127,10 +129,8 @@ def describe(bundle: Path, given: Mapping[str, Any]) -> tuple[Federation, Scorin
     check_values(given)
     federate["bundle_root"] = as_value(str(bundle))
     try:
-        federation = federate.get_parsed_content("federation")
-        scoring = federate.get_parsed_content("scoring")
-        settings = federate.get_parsed_content("settings")
-    except RuntimeError as error:  # as MONAI hands on what a component raises
+        federation, scoring, settings = map(federate.get_parsed_content, ("federation", "scoring", "settings"))
+    except RuntimeError as error:  # MONAI wraps the exceptions of components
         raise root_input_error(error) or error from error
     federation.overrides.update(of_site)
     for content in (federation.overrides, scoring.overrides, settings):
@@ -139,45 +139,55 @@ def describe(bundle: Path, given: Mapping[str, Any]) -> tuple[Federation, Scorin
     return federation, scoring, {**settings, **of_site}
 
 
-def first_state(bundle: Path, federation: Federation) -> dict[str, Any]:
-    """The checkpoint that a run begins with: the network that the one-process run begins with, and no round done."""
+def _config(bundle: Path, name: str, overrides: Mapping[str, Any] | None = None) -> ConfigParser:
+    path = bundle / "configs" / f"{name}.json"
+    if not path.is_file():
+        raise InputError(f"no bundle at {bundle}: it has no configs/{name}.json; give the folder of a bundle.")
     parser = ConfigParser()
-    parser.read_config(str(bundle / "configs" / "train.json"))
-    parser.update(as_values(federation.overrides))
-    with torch.random.fork_rng():  # the random state outside is left as it was
+    parser.read_config(str(path))
+    parser.update(as_values(overrides or {}))
+    return parser
+
+
+def first_state(bundle: Path, federation: Federation) -> dict[str, Any]:
+    """Return the first checkpoint of a run: the same first network as in one process, before any round."""
+    parser = _config(bundle, "train", federation.overrides)
+    with torch.random.fork_rng():  # the global random state is not changed
         torch.manual_seed(federation.seed)
-        network = parser.get_parsed_content("network_def")
+        network: nn.Module = parser.get_parsed_content("network_def")
     weights = federation.first_weights(network.state_dict())
     parameters = [name for name, _ in network.named_parameters()]
-    run = uuid.uuid4().hex[:12]
-    tables: dict[str, list] = {"history": [], "failures": []}
-    settings = federation.settings()
-    begun = {"settings": settings, "run": run, "round": 0, "selected": False}
-    server = ServerMomentum().state_dict()
-    return {**begun, "weights": weights, "parameters": parameters, "server": server, **tables}
+    run = {"settings": federation.settings(), "run": uuid.uuid4().hex[:12], "round": 0, "selected": False}
+    tables: dict[str, Any] = {"history": [], "failures": []}
+    return {**run, "weights": weights, "parameters": parameters, "server": ServerMomentum().state_dict(), **tables}
 
 
 def architecture_of(bundle: Path, federation: Federation) -> dict[str, Any]:
-    """What the models of a run are trained with, as its manifest says it."""
-    parser = ConfigParser()
-    parser.read_config(str(bundle / "configs" / "train.json"))
-    # a folder of no models: what it would say goes before the config
-    parser.update(as_values({**federation.overrides, "ckpt_dir": ""}))
+    """Return what the manifest of a run's models says about their training."""
+    # without a ckpt_dir, because the manifest of existing models takes precedence over the config
+    parser = _config(bundle, "train", {**federation.overrides, "ckpt_dir": ""})
     values = parser.get_parsed_content("architecture") if "architecture" in parser else {}
     return describe_architecture(values, network_of(parser.config))
 
 
 def read_state(path: Path, federation: Federation) -> dict[str, Any]:
-    """A checkpoint of this federation.
+    """Read a checkpoint of a federation.
+
+    Args:
+        path: Path of the checkpoint.
+        federation: The run that continues.
+
+    Returns:
+        Content of the checkpoint.
 
     Raises:
-        InputError: where it cannot be read, or was begun with other settings.
+        InputError: If it cannot be read, or its run had other settings.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         was, run = dict(state["settings"]), state["run"]
     except Exception as error:
-        raise InputError(f"cannot read {path} ({type(error).__name__}); remove it to start anew.") from error
+        raise InputError(f"cannot read {path} ({type(error).__name__}); remove it to start a new run.") from error
     check_settings(was, federation.settings(), f"{path} of run {run}")
     return state
 
@@ -193,18 +203,19 @@ def write_files(
     tracking: str = "",
     publish: bool = False,
 ) -> None:
-    """Write what a job carries.
+    """Write the files of a job.
 
     Args:
-        files: an empty folder.
-        bundle: the bundle's folder.
-        federation: what is run.
-        state: the checkpoint to begin with.
-        round_timeout: seconds that a site may take for a task; 0: no limit.
-        device: that the sites train on; None: CUDA where there is some.
-        machine: where bundle, dataset_dir and output_dir lie, if everything is on this machine; else each site says it.
-        tracking: what the server keeps the sites' figures in as they come; "": nothing.
-        publish: the sites that say so themselves hand their personalised models to the others.
+        files: An empty folder.
+        bundle: Folder of the bundle.
+        federation: The run.
+        state: The checkpoint from which it starts.
+        round_timeout: Largest number of seconds that a site may take for a task; 0 sets no limit.
+        device: Device on which the sites train; None: CUDA if it is available.
+        machine: Paths ``bundle``, ``dataset_dir`` and ``output_dir`` if everything is on this machine; otherwise each
+            site sets its own.
+        tracking: Where the server records the metrics while the sites report them; "" for nowhere.
+        publish: Whether sites that allow it send their personalised models to the other sites.
     """
     job = {
         **dict.fromkeys(("bundle", "dataset_dir", "output_dir")),

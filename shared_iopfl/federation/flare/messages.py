@@ -8,15 +8,15 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Keys of the messages between server and sites besides weights and figures, and a site's environment variables."""
+"""Keys of the messages between server and sites, besides weights and metrics, and environment variables of a site."""
 
 from __future__ import annotations
 
-# sent with weights and round: site -> the last round in which its update was averaged
+# sent with the weights and the round: site -> the last round in which its update was averaged
 COUNTED = "counted"
-# the task after the last round: to select the personalised model, or to score a model
+# which of the tasks after the last round it is: to select the personalised model, or to score a model
 LAST, SELECT, SCORE = "last", "select", "score"
-# file with the settings that a job sends to the sites
+# file with the settings of a job, which is sent to the sites
 JOB_FILE = "federation.json"
 # variables of a site, which take precedence over the settings of the job
 ENVIRONMENT = {
@@ -25,5 +25,5 @@ ENVIRONMENT = {
     "output_dir": "IOPFL_OUTPUT_DIR",
     "device": "IOPFL_DEVICE",
 }
-# "True": the site sends its personalised model to the others if the job asks for it as well
+# "True": the site sends its personalised model to the other sites if the job asks for it
 PUBLISH = "IOPFL_PUBLISH"

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What the NVIDIA FLARE server keeps of a run: global model, tables and checkpoint, round by round."""
+"""The files that the NVIDIA FLARE server writes in each round: global model, tables and checkpoint."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ from shared_iopfl.models.files import model_path, save_atomically
 from shared_iopfl.models.manifest import SCORES
 from shared_iopfl.utils.tables import write_json, write_rows
 
-RESULTS = "iopfl"  # folder in the server's run, laid out as the output_dir of a one-process run
+RESULTS = "iopfl"  # folder in the run of the server, with the layout of the output_dir of a one-process run
 CHECKPOINT = "flare.pt"
 
 
 class ServerFiles(ModelPersistor):
-    """What the server keeps: after every round the global model as a plain state_dict, the history, and a checkpoint.
+    """Writes after every round the global model as a plain state_dict, the history, and a checkpoint.
 
-    The checkpoint is what a run goes on from; the one it begins with comes with the job.
+    A run is resumed from the checkpoint; the first checkpoint is sent with the job.
 
     Attributes:
-        round: the last one done.
-        history: rows of ``history.csv``.
-        failures: rows of ``failures.csv``.
-        server: makes the global weights of the sites' average; its state is kept with them.
+        state: Content of the newest checkpoint.
+        history: Rows of ``history.csv``.
+        failures: Rows of ``failures.csv``.
+        server: Server momentum, whose state is part of the checkpoint.
     """
 
     def __init__(self) -> None:
@@ -61,27 +61,25 @@ class ServerFiles(ModelPersistor):
         return self.state["round"]
 
     def counted(self) -> dict[str, int]:
-        """The last round, this one included, in which a site's update was averaged; site -> round."""
+        """Return the last round, up to this one, in which each site's update was averaged, site -> round."""
         return last_rounds(self.history)
 
     def load_model(self, fl_ctx: FLContext) -> ModelLearnable:
-        """Load the global model that the next round begins with (FLARE's persistor interface)."""
-        fobs.register(TensorDecomposer)  # weights cross the wire as tensors, of whatever precision they are
+        """Load the global model from which the next round starts (FLARE's persistor interface)."""
+        fobs.register(TensorDecomposer)  # weights are sent as tensors, in any precision
         folder = fl_ctx.get_engine().get_workspace().get_app_custom_dir(fl_ctx.get_job_id())
         self.state = torch.load(Path(folder) / CHECKPOINT, map_location="cpu", weights_only=True)
         self.history, self.failures = list(self.state["history"]), list(self.state["failures"])
-        save_atomically(self.state, self._folder(fl_ctx) / CHECKPOINT)  # of a run that ends in its first round, too
+        self._save_state(fl_ctx)  # also for a run that ends in its first round
         return make_model_learnable(weights=self.state["weights"], meta_props={})
 
     def save_model(self, model: ModelLearnable, fl_ctx: FLContext) -> None:
         """Write the checkpoint of a finished round (FLARE's persistor interface)."""
         weights = model[ModelLearnableKey.WEIGHTS]
-        tables = {"history": self.history, "failures": self.failures}
-        following = {"round": self.round + 1, "weights": weights, "server": self.server.state_dict()}
-        self.state = {**self.state, **following, **tables}
+        self.state |= {"round": self.round + 1, "weights": weights, "server": self.server.state_dict()}
         self.save_tables(fl_ctx)
         save_atomically(weights, model_path(str(self._folder(fl_ctx) / "models")))
-        save_atomically(self.state, self._folder(fl_ctx) / CHECKPOINT)
+        self._save_state(fl_ctx)
 
     def save_selected(
         self,
@@ -93,28 +91,28 @@ class ServerFiles(ModelPersistor):
         """Record that the sites have selected their personalised models, and what they reported.
 
         Args:
-            shares: site -> share of its own model.
-            scores: content of ``scores.json``.
-            statistics: rows of ``statistics.csv``.
-            fl_ctx: of FLARE.
+            shares: site -> weight of the moving average in its personalised model.
+            scores: Content of ``scores.json``.
+            statistics: Rows of ``statistics.csv``.
+            fl_ctx: Context of FLARE.
         """
-        self.state = {**self.state, "selected": True, "history": self.history, "failures": self.failures}
+        self.state["selected"] = True
         models = self._folder(fl_ctx) / "models"
         if shares:
             write_json(models / "shares.json", dict(shares))
         write_json(models / SCORES, dict(scores))
         write_rows(models.parent / STATISTICS, ("site", "global", "own"), statistics)
-        save_atomically(self.state, self._folder(fl_ctx) / CHECKPOINT)
+        self._save_state(fl_ctx)
 
     def save_published(
         self, models: Mapping[str, Mapping[str, Tensor]], dice: Mapping[str, Mapping[str, float]], fl_ctx: FLContext
     ) -> None:
-        """Write what sites publish: their personalised models, and how each model does at the other sites.
+        """Write the personalised models that sites publish, and how well each model does at the other sites.
 
         Args:
             models: site -> its personalised model.
             dice: model -> site -> validation Dice.
-            fl_ctx: of FLARE.
+            fl_ctx: Context of FLARE.
         """
         folder = self._folder(fl_ctx)
         for site, weights in models.items():
@@ -122,10 +120,14 @@ class ServerFiles(ModelPersistor):
         write_matrix(folder, dice)
 
     def save_tables(self, fl_ctx: FLContext) -> None:
-        """Write the tables of the run."""
+        """Write ``history.csv`` and, if a site has failed, ``failures.csv``."""
         write_rows(self._folder(fl_ctx) / "history.csv", HISTORY, self.history)
         if self.failures:
             write_rows(self._folder(fl_ctx) / FAILURES, FAILED, self.failures)
+
+    def _save_state(self, fl_ctx: FLContext) -> None:
+        self.state |= {"history": self.history, "failures": self.failures}
+        save_atomically(self.state, self._folder(fl_ctx) / CHECKPOINT)
 
     @staticmethod
     def _folder(fl_ctx: FLContext) -> Path:

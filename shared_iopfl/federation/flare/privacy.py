@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""NVIDIA FLARE's privacy filters as filters of a MONAI FL client, for ``fl_svt.json``."""
+"""The privacy filters of NVIDIA FLARE as filters of a MONAI FL client, for ``fl_svt.json``."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ from shared_iopfl.utils.errors import InputError
 
 
 class FlarePrivacy(Filter):
-    """Sends what a privacy filter of FLARE leaves of a site's changes to the weights.
+    """Applies a privacy filter of FLARE to the changes of a site's weights.
 
-    FLARE's filters are made for changes: of full weights they would set to zero what they withhold. Here a site's
-    weights are held against those that arrived, the filter works on the difference, and what is sent is the arrived
-    weights plus what it left. Integer buffers pass as they are, and a variance that noise made negative is sent as 0.
+    FLARE's filters are made for changes: in full weights, they would set withheld values to zero. Here the filter is
+    applied to the difference between the site's weights and those that arrived, and the arrived weights plus the
+    filtered difference are sent. Integer buffers are not changed, and a variance that noise made negative is sent as 0.
 
-    The noise is drawn anew in each round and from no seed: whoever knew the seed could take the noise away. Numpy's
-    global random state, which FLARE draws from, is left as it was.
+    The noise of each round is drawn without a seed, because anybody who knew the seed could remove the noise. NumPy's
+    global random state, from which FLARE draws, is restored.
 
     Args:
-        privacy: such as `nvflare.app_common.filters.svt_privacy.SVTPrivacy`.
-        arrived: what full weights are compared with; weight differences need none.
+        privacy: A filter such as `nvflare.app_common.filters.svt_privacy.SVTPrivacy`.
+        arrived: The weights with which full weights are compared; not needed for weight differences.
     """
 
     def __init__(self, privacy: Any, arrived: ArrivedWeights | None = None) -> None:
@@ -47,7 +47,7 @@ class FlarePrivacy(Filter):
         self.arrived = arrived
 
     def __call__(self, data: ExchangeObject, extra: dict | None = None) -> ExchangeObject:
-        """The same object, with filtered weights in place of those it came with."""
+        """Replace the weights of the object by the filtered ones, and return it."""
         weights = {name: torch.as_tensor(tensor) for name, tensor in (data.weights or {}).items()}
         is_change = data.weight_type == WeightType.WEIGHT_DIFF
         old = {} if is_change or self.arrived is None else self.arrived.weights
@@ -67,7 +67,7 @@ class FlarePrivacy(Filter):
     def _left(self, changes: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         state = np.random.get_state()  # noqa: NPY002 (FLARE draws from the global state)
         try:
-            np.random.seed()  # noqa: NPY002 (from the system)
+            np.random.seed()  # noqa: NPY002 (with entropy of the system)
             found = self.privacy.process_dxo(DXO(DataKind.WEIGHT_DIFF, data=changes), Shareable(), FLContext())
         finally:
             np.random.set_state(state)  # noqa: NPY002

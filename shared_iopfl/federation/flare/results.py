@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The results of a federation by NVIDIA FLARE: files of the server, final scores, published site models."""
+"""The results of a federation with NVIDIA FLARE: files of the server, final scores, published personalised models."""
 
 from __future__ import annotations
 
@@ -18,12 +18,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
-
 from shared_iopfl.evaluation.scoring import Scoring
 from shared_iopfl.federation.flare.job import read_state
 from shared_iopfl.federation.flare.persistor import CHECKPOINT, RESULTS
-from shared_iopfl.federation.simulation import Federation
+from shared_iopfl.federation.simulation import Federation, tensorboard
 from shared_iopfl.federation.updates import check_update
 from shared_iopfl.federation.updates import draw as draw_history
 from shared_iopfl.models.files import load_weights, model_path, save_atomically
@@ -34,22 +32,22 @@ from shared_iopfl.utils.tables import read_rows
 
 
 def collect(result: Path, output_dir: Path, federation: Federation, run: str | None = None) -> dict[str, Any] | None:
-    """Bring what the server wrote last to the output folder, as which it is laid out.
+    """Copy the newest results of the server to the output folder, which has the same layout.
 
     Args:
-        result: a folder in which the server's run lies, at any depth.
-        output_dir: of the run.
-        federation: what is run.
-        run: take no other run's; None: the last one's.
+        result: Folder that contains the run of the server at any depth.
+        output_dir: Output folder of the run.
+        federation: The run.
+        run: Identifier of the run whose results are accepted; None accepts any.
 
     Returns:
-        The checkpoint, if there is one.
+        The checkpoint, or None if there is none.
     """
     found = sorted(result.rglob(f"{RESULTS}/{CHECKPOINT}"), key=lambda path: path.stat().st_mtime)
     if not found:
         return None
     state = read_state(found[-1], federation)
-    if run is not None and state["run"] != run:  # of an earlier run in the same workspace
+    if run is not None and state["run"] != run:  # it belongs to an earlier run in the same workspace
         return None
     results = found[-1].parent
     for path in sorted(path for path in results.rglob("*") if path.is_file()):
@@ -59,19 +57,22 @@ def collect(result: Path, output_dir: Path, federation: Federation, run: str | N
 
 
 def draw(output_dir: Path) -> None:
-    """TensorBoard events of the history, as the one-process run writes them."""
-    folder = output_dir / "tensorboard"
-    try:
-        with SummaryWriter(str(folder)) as board:
-            draw_history(board, read_rows(output_dir / "history.csv"))
-    except OSError as error:
-        raise InputError(f"cannot write to {folder} ({error}).") from error
+    """Write the history as TensorBoard events, as the one-process run does."""
+    with tensorboard(output_dir / "tensorboard") as board:
+        draw_history(board, read_rows(output_dir / "history.csv"))
 
 
 def score(scoring: Scoring, output_dir: Path, dataset_dir: Path, sites: Sequence[str], device: str | None) -> None:
-    """On one machine: every site's test cases, by the global model and by the site's own, from where the site keeps it.
+    """Score the global model and each site's personalised model on the site's test cases, if all is on one machine.
 
-    A site that has none, as it failed every round, is left out.
+    A site without a personalised model, because it failed every round, is left out.
+
+    Args:
+        scoring: The final scoring of the run.
+        output_dir: Output folder of the run.
+        dataset_dir: Folder of the sites.
+        sites: Names of the sites.
+        device: Device for the scoring; None keeps that of the config.
     """
     scoring.output_dir = str(output_dir)
     scoring.overrides |= {"dataset_dir": str(dataset_dir), **({"device": device} if device else {})}
@@ -84,17 +85,17 @@ def score(scoring: Scoring, output_dir: Path, dataset_dir: Path, sites: Sequence
 
 
 def publish_sites(output_dir: str, sites: Sequence[str]) -> list[Path]:
-    """Publish personalised models: copy them from where their sites keep them to ``models``, as experts for others.
+    """Publish personalised models: copy them from the folders of their sites to ``models``, as experts for others.
 
     Args:
-        output_dir: of the run; at a site, its own.
-        sites: whose models; nothing is published unnamed.
+        output_dir: Output folder of the run; at a site, its own.
+        sites: Names of the sites whose models are published.
 
     Returns:
-        The published files.
+        Paths of the published files.
 
     Raises:
-        InputError: where a site has no personalised model, or it does not fit the global one.
+        InputError: If a site has no personalised model, or it does not fit the global model.
     """
     checked = {}
     for site in checked_names(sites):
@@ -110,7 +111,11 @@ def publish_sites(output_dir: str, sites: Sequence[str]) -> list[Path]:
 
 
 def checked_names(sites: Sequence[str]) -> list[str]:
-    """Sites' names, as which FLARE's clients and files can be called."""
+    """Return the names of sites if all can be names of FLARE's clients and of files.
+
+    Raises:
+        InputError: If they are not a list, or one of them is not allowed.
+    """
     if isinstance(sites, str) or not sites:
         raise InputError(f"sites must be a list of names, such as \"['BIDMC','HK']\", but is {sites!r}.")
     for site in sites:

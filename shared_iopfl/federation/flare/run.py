@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""A federation by NVIDIA FLARE: simulated, as a proof of concept on one machine, or in production.
+"""A federation with NVIDIA FLARE: simulated, as a proof of concept on one machine, or in production.
 
 See ``docs/flare.md``.
 """
@@ -52,33 +52,36 @@ from shared_iopfl.utils.checks import check_values
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.tables import read_rows
 
-TRACKING = ("", "tensorboard", "mlflow")  # of FLARE's receivers, those that send nothing elsewhere
+TRACKING = ("", "tensorboard", "mlflow")  # the receivers of FLARE that send nothing to other services
 LOGIN = 30.0  # seconds to wait for the server
 
 
 class FlareRun:
-    """A federation by FLARE, described by the bundle's ``federate.json`` as the one-process run is.
+    """A federation with FLARE, described by the bundle's ``federate.json`` as the one-process run is.
 
     Args:
-        bundle: the bundle's folder.
-        sites: names of the inside sites, which are the names of FLARE's clients too.
-        rounds: number of rounds.
-        output_dir: where the files go, those of a one-process run: ``models/model.pt``, ``history.csv``,
-            ``failures.csv``, ``run.json``, TensorBoard events, ``report.html``, and ``flare.pt`` to resume from. On one
-            machine also the final scoring's, ``sites/<site>``, what each site keeps to itself, and ``flare``, FLARE's
-            workspace.
-        dataset_dir: folder of the sites; None in production, where each site names its own.
-        round_timeout: seconds after which a round goes on without those who have not answered; 0: wait for all.
-        own_process: a site does each task in a process of its own. That takes longer, but one that dies costs its site
-            the round, where else FLARE ends the whole job; and one that hangs ends with the round's time.
-        tracking: "tensorboard" or "mlflow": the server keeps the figures as the sites tell them, by FLARE's receiver.
-        publish: at the end the sites that say so themselves hand over their personalised models, and every site scores
-            those of the others: ``cross_site.csv`` and all of ``models``, as in one process.
-        settings: any other key of ``federate.json`` or ``train.json``; ``resume`` goes on from ``flare.pt``, and
-            ``overwrite`` starts afresh in a folder that such a run has used.
+        bundle: Folder of the bundle.
+        sites: Names of the inside sites, which are also the names of FLARE's clients.
+        rounds: Number of rounds.
+        output_dir: Folder to write to. It receives the files of a one-process run (``models/model.pt``,
+            ``history.csv``, ``failures.csv``, ``run.json``, TensorBoard events and ``report.html``), and ``flare.pt``,
+            from which a run is resumed. On one machine it also receives the final scores, ``sites/<site>`` with what
+            each site keeps to itself, and ``flare``, the workspace of FLARE.
+        dataset_dir: Folder of the sites; None in production, where each site sets its own.
+        round_timeout: Number of seconds after which a round continues without the sites that have not answered; 0 waits
+            for all.
+        own_process: Whether a site carries out each task in a process of its own. This takes longer, but a process that
+            dies costs its site only the round, while otherwise FLARE ends the whole job; and a process that hangs ends
+            when the time of the round is over.
+        tracking: "tensorboard" or "mlflow": a receiver of FLARE at the server records the metrics while the sites
+            report them; empty for none.
+        publish: Whether, at the end, the sites that allow it send their personalised models, and every site scores
+            those of the others. The results are then ``cross_site.csv`` and all of ``models``, as in one process.
+        settings: Other keys of ``federate.json`` or ``train.json``. ``resume`` continues from ``flare.pt``, and
+            ``overwrite`` starts again in a folder that such a run has used.
 
     Raises:
-        InputError: where one of them is not as it must be, before anything starts.
+        InputError: If one of the settings is not allowed, before anything starts.
     """
 
     def __init__(
@@ -104,34 +107,36 @@ class FlareRun:
         self.federation, self.scoring, self.settings = describe(self.bundle, given)
         self.sites = self.federation.sites
         self.min_sites = self.federation.failures.min_sites
-        self.round_timeout = round_timeout
-        self.own_process = own_process
         if not isinstance(round_timeout, int) or round_timeout < 0:
             raise InputError(f"round_timeout must be whole seconds, 0 for none, but is {round_timeout!r}.")
-        self.tracking = tracking
         if tracking not in TRACKING:
             raise InputError(f"tracking must be {' or '.join(TRACKING[1:])}, or empty for none, but is {tracking!r}.")
-        self.publish = publish
         check_values({"publish": publish})
+        self.round_timeout = round_timeout
+        self.own_process = own_process
+        self.tracking = tracking
+        self.publish = publish
         self.state: dict[str, Any] = {}
 
     def simulate(self) -> Path:
-        """Run in FLARE's simulator: a process a site, on this machine.
+        """Run in FLARE's simulator, with one process per site on this machine.
 
         Returns:
-            The global model's file.
+            Path of the global model.
         """
         workspace = self._start_here()
         if re.search(r"[\s'\"\\]", str(workspace)):
-            raise InputError(f"FLARE's simulator takes no path with spaces or quotes: {workspace}; choose another.")
+            raise InputError(
+                f"FLARE's simulator takes no path with spaces or quotes: {workspace}; choose another output_dir."
+            )
         self._execute(SimEnv(clients=self.sites, workspace_root=str(workspace), log_config="concise"))
         return self._finish(workspace)
 
     def prove(self) -> Path:
-        """Run as a proof of concept: a provisioned server and clients that speak TLS to each other over loopback.
+        """Run as a proof of concept: a provisioned server and clients that communicate by TLS over loopback.
 
         Returns:
-            The global model's file.
+            Path of the global model.
         """
         workspace = self._start_here()
         os.environ["NVFLARE_POC_WORKSPACE"] = str(workspace)
@@ -142,10 +147,10 @@ class FlareRun:
             env.stop()
 
     def export(self) -> Path:
-        """Write the job that a FLARE admin submits.
+        """Write the job, which a FLARE admin submits.
 
         Returns:
-            The job's folder.
+            Folder of the job.
         """
         self._begin()
         with self._recipe() as recipe:
@@ -157,95 +162,89 @@ class FlareRun:
         """Submit the job to a running FLARE system, wait for its end and collect the results.
 
         Args:
-            startup_kit: the admin's folder, as provisioned.
-            username: the admin's name; default: the folder's.
+            startup_kit: Provisioned folder of the admin.
+            username: Name of the admin; None: the name of the folder.
 
         Returns:
-            The global model's file.
+            Path of the global model.
         """
         kit = Path(startup_kit).resolve()
         if not (kit / "startup").is_dir():
-            raise InputError(f"no startup kit at {kit}: give the admin's folder, in which 'startup' lies.")
+            raise InputError(f"no startup kit at {kit}: give the folder of the admin that contains 'startup'.")
         username = username or kit.name
         self._check_connected(kit, username)
         self._begin()
         env = ProdEnv(startup_kit_location=str(kit), username=username, login_timeout=LOGIN)
         result = self._execute(env).get_result()
         if result is None:
-            raise InputError("FLARE gave no result; the job's log at the server tells why.")
+            raise InputError("FLARE returned no result; see the log of the job at the server.")
         return self._finish(Path(result))
 
     def _start_here(self) -> Path:
-        """Check every site's data, and begin; FLARE's workspace."""
+        """Check the data of every site, begin the run, and return the workspace of FLARE."""
         if self.dataset_dir is None:
             raise InputError("no dataset_dir: on one machine, give the folder that holds the sites.")
-        of = self.federation.overrides
+        given = self.federation.overrides
+        how = {name: given[name] for name in ("fractions", "patient", "fold", "folds") if name in given}
         for site in self.sites:
             for part in ("train", "validation") if self.federation.val_interval else ("train",):
-                how = {name: of[name] for name in ("fractions", "patient", "fold", "folds") if name in of}
-                site_cases(self.dataset_dir, site, part, of["split_seed"], **how)
-        workspace = self.output_dir / "flare"
+                site_cases(self.dataset_dir, site, part, given["split_seed"], **how)
         self._begin()
         for variable in ENVIRONMENT.values():
-            os.environ.pop(variable, None)  # they speak of one site; here the job names the paths of all
-        os.environ[PUBLISH] = str(self.publish)  # who starts the job is every site
-        return workspace
+            os.environ.pop(variable, None)  # they are for a single site; here the job contains the paths for all
+        os.environ[PUBLISH] = str(self.publish)  # the user who starts the job decides for all sites
+        return self.output_dir / "flare"
 
     def _check_connected(self, kit: Path, username: str) -> None:
-        """A site that is not connected when a job starts takes no part in any of its rounds."""
+        """Raise `InputError` unless all sites are connected: others would be left out of all rounds of the job."""
         try:
             with closing(new_secure_session(username, str(kit), timeout=LOGIN)) as session:
                 there = {client.name for client in session.get_system_info().client_info}
         except Exception as error:
-            raise InputError(f"no FLARE server answers to {kit} ({type(error).__name__}): is it running?") from error
+            raise InputError(f"no FLARE server answers to {kit} ({type(error).__name__}): start it.") from error
         if missing := [site for site in self.sites if site not in there]:
             raise InputError(f"not connected to FLARE: {', '.join(missing)}; start them, or leave them out of sites.")
 
     def _begin(self) -> None:
-        """Take the folder, find the state to begin with, and write what is run."""
-        first = first_state(self.bundle, self.federation)  # where it cannot be built, an earlier run stays
+        """Claim the folder, find the state from which the run starts, and write ``run.json``."""
+        first = first_state(self.bundle, self.federation)  # before the claim: if it fails, an earlier run is kept
         path, resume = self.output_dir / CHECKPOINT, self.federation.resume
         sites = {"sites": self.sites}
         folder = claim("flare", self.output_dir, self.dataset_dir, sites, overwrite=self.overwrite, resume=resume)
-        folder.replaced = {path} if resume else set()  # it may have been copied there from the server's machine
+        folder.replaced = {path} if resume else set()  # the user may have copied it from the machine of the server
         if resume and self.dataset_dir is not None:
-            collect(self.output_dir / "flare", self.output_dir, self.federation)  # what a run that was cut off has left
+            collect(self.output_dir / "flare", self.output_dir, self.federation)  # the run may have been interrupted
         self.state = read_state(path, self.federation) if resume and path.is_file() else first
         write_architecture(self.output_dir / "models", architecture_of(self.bundle, self.federation))
         settings = {**self.settings, "min_sites": self.min_sites, "engine": f"nvflare {version('nvflare')}"}
-        here = [] if self.dataset_dir is None else self.sites
-        root = str(self.bundle) if here else ""
+        here, root = ([], "") if self.dataset_dir is None else (self.sites, str(self.bundle))
         write_run(str(self.output_dir), settings, str(self.dataset_dir), here, root)
 
     @contextmanager
     def _recipe(self, all_there: bool = False) -> Iterator[FederationRecipe]:
-        machine = {
-            "bundle": str(self.bundle),
-            "dataset_dir": str(self.dataset_dir),
-            "output_dir": str(self.output_dir),
-        }
+        run, here = self.federation, self.dataset_dir is not None
+        places = {name: str(getattr(self, name)) for name in ("bundle", "dataset_dir", "output_dir")}
         rounds = Rounds(
             sites=self.sites,
-            rounds=self.federation.rounds,
+            rounds=run.rounds,
             min_sites=self.min_sites,
-            val_interval=self.federation.val_interval,
-            max_update_norm=self.federation.max_update_norm,
-            server_momentum=self.federation.server.momentum,
-            own_rounds=self.federation.own_rounds,
-            shares=list(self.federation.shares),
+            val_interval=run.val_interval,
+            max_update_norm=run.max_update_norm,
+            server_momentum=run.server_momentum,
+            own_rounds=run.own_rounds,
+            shares=list(run.shares),
             round_timeout=self.round_timeout,
             publish=self.publish,
-            averaging=self.federation.averaging,
+            averaging=run.averaging,
         )
         with tempfile.TemporaryDirectory() as folder:
             files = Path(folder)
-            here = None if self.dataset_dir is None else machine
-            how = (self.round_timeout, self.device, here, self.tracking, self.publish)
-            write_files(files, self.bundle, self.federation, self.state, *how)
+            how = (self.round_timeout, self.device, places if here else None, self.tracking, self.publish)
+            write_files(files, self.bundle, run, self.state, *how)
             needed = len(self.sites) if all_there else self.min_sites
-            python = sys.executable if here else "python3"  # elsewhere, the one that the site's FLARE runs in
-            name = f"{self.bundle.name}_federation"
-            recipe = FederationRecipe(name, rounds, needed, python if self.own_process else "", files)
+            # at other machines, the Python in which the FLARE of the site runs
+            python = (sys.executable if here else "python3") if self.own_process else ""
+            recipe = FederationRecipe(f"{self.bundle.name}_federation", rounds, needed, python, files)
             if self.tracking:
                 add_experiment_tracking(recipe, self.tracking)
             yield recipe
@@ -258,13 +257,13 @@ class FlareRun:
                 raise InputError(f"FLARE stopped: {str(error).splitlines()[0]}") from error
 
     def _finish(self, result: Path) -> Path:
-        """Bring what the server left to the output folder; once all rounds are done, score and report."""
+        """Copy the results of the server to the output folder; if all rounds are done, score and report."""
         state = collect(result, self.output_dir, self.federation, self.state["run"]) or self.state
         if not (state["round"] == self.federation.rounds and state["selected"]):
             rows = read_rows(self.output_dir / FAILURES)
             why = f"round {rows[-1]['round']}: {rows[-1]['reason']} " if rows else ""
             done = f"{state['round']} of {self.federation.rounds} rounds"
-            raise InputError(f"stopped after {done}: {why}The logs in {result} tell more.")
+            raise InputError(f"stopped after {done}: {why}See the logs in {result}.")
         if self.dataset_dir is not None:
             score(self.scoring, self.output_dir, self.dataset_dir, self.sites, self.device)
         draw(self.output_dir)

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What a bundle needs as a client of MONAI FL: the client's site, and filters of what it sends.
+"""A bundle as a client of MONAI FL: the site of the client, and filters of the weights that it sends.
 
-It knows `models` and `data`, and nothing of the server.
+It imports from `models` and `data`, and nothing of the server.
 """

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""A bundle as a MONAI FL client: which site it is, and the state of its model folder."""
+"""A bundle as a MONAI FL client: the site of the client, and the manifest of its model folder."""
 
 from __future__ import annotations
 
@@ -25,22 +25,27 @@ from shared_iopfl.models.manifest import release
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.names import check_site
 
-# how `MonaiAlgo` hands a client's name to the config: as ``run_name``, with the time behind it
+# `MonaiAlgo` passes the name of a client to the config as ``run_name``, followed by the time
 CLIENT = re.compile(r"(.+)_\d{8}_\d{6}")
 
 
 def own_site(dataset_dir: str | Path, run_name: str | None, default: str) -> str:
-    """The site that bears the federated client's name; else the only one in the folder; else, outside a federation, one
-    by default.
+    """Return the name of the site whose scans a client reads.
+
+    It is the site with the name of the federated client; otherwise the only site in the folder; otherwise, outside a
+    federation, the default.
 
     Args:
-        dataset_dir: folder of the sites.
-        run_name: ``<client>_<date>_<time>``, as `MonaiAlgo` sets it; anything else says nothing.
-        default: name of a site; "": there is none.
+        dataset_dir: Folder of the sites.
+        run_name: ``<client>_<date>_<time>``, as `MonaiAlgo` sets it. Any other text is ignored.
+        default: Name of a site; "" for none.
+
+    Returns:
+        Name of the site.
 
     Raises:
-        InputError: where a client finds several sites, and none of its name: it must not train on another's scans; and
-            where there is no only one and none by default.
+        InputError: If a client finds several sites but none with its name, since it must not train on the scans of
+            another site; or if none of the three rules gives a site.
     """
     sites = known_sites(Path(dataset_dir)) if Path(dataset_dir).is_dir() else []
     client = CLIENT.fullmatch(run_name or "")
@@ -50,8 +55,8 @@ def own_site(dataset_dir: str | Path, run_name: str | None, default: str) -> str
         return check_site(sites[0])
     if client and sites:
         raise InputError(
-            f"client '{client[1]}' is none of the sites in {dataset_dir} ({', '.join(sites)}): name the client as its "
-            "site, or say which with site."
+            f"client '{client[1]}' is none of the sites in {dataset_dir} ({', '.join(sites)}): name the client after "
+            "its site, or set site."
         )
     if not default:
         raise InputError(f"{dataset_dir} holds {', '.join(sites) or 'no site'}: name yours with --site.")
@@ -59,20 +64,22 @@ def own_site(dataset_dir: str | Path, run_name: str | None, default: str) -> str
 
 
 class OwnModels:
-    """Before a trainer writes models into a folder, says in its manifest what they are trained with.
+    """Writes the architecture of the models into the manifest of their folder when the training starts.
 
-    Where a published set lies there, its manifest says from then on that they are not it. A handler, not a step of the
-    config's ``run``, which `MonaiAlgo` leaves out.
+    If the folder contains published models, the manifest also records that the files which the training replaces are no
+    longer published. This is a handler and not a step of ``run`` in the config, because `MonaiAlgo` does not run those
+    steps.
 
     Args:
-        ckpt_dir: the folder.
-        names: of the files that training writes.
-        architecture: what has to be the same when they are run, name -> value; the network is the config's.
-        beside_others: whether models that were trained with something else may lie there. A client of a federation
-            works in a copy of the bundle, with the shipped models in it, and uses none of them.
+        ckpt_dir: Folder of the models.
+        names: Names of the files that the training writes.
+        architecture: Settings that must be the same when the models are used, name -> value. The network itself is
+            taken from the config.
+        beside_others: Whether the folder may contain models of another architecture. A client of a federation works in
+            a copy of the bundle that contains the shipped models, and uses none of them.
 
     Raises:
-        InputError: where other models lie there that were trained with something else.
+        InputError: If the folder contains models of another architecture that the training does not replace.
     """
 
     def __init__(
@@ -93,6 +100,6 @@ class OwnModels:
         engine.add_event_handler(Events.STARTED, self.start)
 
     def start(self, engine: Engine) -> None:
-        """Take back the published state of the models to be replaced, and write the architecture."""
+        """Record that the models which are replaced are no longer published, and write the architecture."""
         release(self.ckpt_dir, self.names)
         write_architecture(self.ckpt_dir, self.architecture)

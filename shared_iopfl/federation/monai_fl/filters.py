@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Privacy filters of MONAI FL clients for ``fl_filters.json``: they hold back a part of each update."""
+"""Privacy filters of MONAI FL clients for ``fl_filters.json``, which withhold a part of each update."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from shared_iopfl.utils.errors import InputError
 
 
 class ArrivedWeights(Filter):
-    """Remembers the weights that arrived last, and passes them on: a ``pre_filter`` for those of what leaves.
+    """Keeps the weights that arrived last: a ``pre_filter`` with which filters of the outgoing weights compare.
 
     Attributes:
-        weights: name -> tensor, on the CPU; empty before any arrived.
+        weights: Name -> tensor on the CPU; empty before any weights have arrived.
     """
 
     def __init__(self) -> None:
@@ -41,23 +41,27 @@ class ArrivedWeights(Filter):
 
 
 class SelectiveSharing(Filter):
-    """Sends a part of a site's changes to the weights only (Shokri and Shmatikov, CCS 2015).
+    """Sends only a part of the changes of a site's weights (Shokri and Shmatikov, CCS 2015).
 
-    Of each tensor's values, those that changed least are withheld, so is a random part of the others, and those that
-    changed most are clipped. Bounds are percentiles of the tensor at hand and not one figure for all: batch-norm
-    statistics move on another scale than weights. Each value of the server's model stays between the old one and the
-    site's own, so that no variance turns negative. Integer buffers pass as they are.
+    In each tensor, the values that changed least and a random part of the others are withheld, and those that changed
+    most are clipped. The limits are percentiles of the changes of that tensor, because batch-norm statistics change on
+    another scale than weights. Each value of the server's model stays between the old value and that of the site, so
+    that no variance becomes negative. Integer buffers are not changed.
 
-    Of full weights, only those are sent that had arrived before, changed in part as well.
+    Full weights are sent only if they had arrived before, and with the same part of their changes.
 
-    This makes scans harder to reconstruct from one update. It is not differential privacy and gives no guarantee.
+    This makes it harder to reconstruct scans from one update. It is not differential privacy and gives no guarantee.
 
     Args:
-        arrived: what full weights are compared with; weight differences need none.
-        percentile: of the magnitudes of a tensor's changes; smaller changes are withheld. 0: none.
-        clip: the percentile that larger changes are clipped to. 100: none.
-        share: of the other changes, drawn anew in each round, that is sent, in (0, 1].
-        seed: of the drawing, which depends on it, the round and the client's name, where it is told one.
+        arrived: The weights with which full weights are compared; not needed for weight differences.
+        percentile: Percentile of the magnitudes of a tensor's changes, in [0, 100); smaller changes are withheld. 0
+            withholds none.
+        clip: Percentile to which larger changes are clipped, at most 100, which clips none.
+        share: Fraction of the other changes that is sent, in (0, 1]; it is drawn again in each round.
+        seed: Seed of the drawing, together with the round and the name of the client, if it is known.
+
+    Raises:
+        InputError: If `percentile`, `clip` or `share` is out of range.
     """
 
     def __init__(
@@ -79,7 +83,7 @@ class SelectiveSharing(Filter):
         self.seed = seed
 
     def __call__(self, data: ExchangeObject, extra: dict | None = None) -> ExchangeObject:
-        """The same object, with filtered weights in place of those it came with."""
+        """Replace the weights of the object by the filtered ones, and return it."""
         epoch = int((data.statistics or {}).get(EngineStatsKeys.CURRENT_EPOCH, 0))
         site = zlib.crc32(str((extra or {}).get(ExtraItems.CLIENT_NAME, "")).encode())  # 0 without a name
         seed = int(np.random.SeedSequence((self.seed, epoch, site)).generate_state(1)[0])
@@ -99,7 +103,7 @@ class SelectiveSharing(Filter):
     def _part(self, change: Tensor, generator: torch.Generator) -> Tensor:
         if not change.is_floating_point() or change.numel() == 0:
             return change
-        # not torch.quantile, which refuses tensors of more than 16 million values
+        # not torch.quantile, which does not accept tensors of more than 16 million values
         sizes = change.abs().double().cpu().numpy()
         low = np.percentile(sizes, self.percentile, method="lower")
         high = np.percentile(sizes, self.clip, method="higher")
