@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from shared_iopfl.evaluation.run.results import ServedScan, dice_text, read_failed, read_passed_over, read_served
-from shared_iopfl.utils.names import shortened
+from shared_iopfl.utils.names import counted, shortened
 from shared_iopfl.utils.tables import aligned
 
 SHOWN = 10  # scans in the table
@@ -44,10 +44,7 @@ def summary(output_dir: str | Path, seconds: float) -> str:
     served, failed, passed = read_served(out), read_failed(out), read_passed_over(out)
     count = len(served) + len(failed)
     each = f", {seconds / count:.1f} s each" if count > 1 else ""
-    scans, masks = (
-        f"{number} {what}{'s' * (number != 1)}" for number, what in ((count, "scan"), (len(served), "mask"))
-    )
-    lines = [f"{scans} in {seconds:.0f} s{each}; {masks} in {out}"]
+    lines = [f"{counted(count, 'scan')} in {seconds:.0f} s{each}; {counted(len(served), 'mask')} in {out}"]
     if served:
         lines += ["", *_table(served[:SHOWN])]
         lines += [f"... and {len(served) - SHOWN} more: see {out / 'review.csv'}"] * (len(served) > SHOWN)
@@ -66,29 +63,14 @@ def _table(served: Sequence[ServedScan]) -> list[str]:
     """A table with one line per scan."""
     measures = list(dict.fromkeys(name for scan in served for name in scan.measures))
     estimated = any(scan.expected_dice is not None for scan in served)
-    columns = [
-        "case",
-        *(NAMES.get(name, name) for name in measures),
-        "quality",
-        *["expected Dice"] * estimated,
-        "seconds",
-        "check because",
-    ]
-    rows = [
-        [
-            shortened(scan.case, WIDEST),
-            *(
-                _figure(scan.measures.get(name), 2 if max(scan.measures.values(), default=0) <= 1 else 1)
-                for name in measures
-            ),
-            _figure(scan.quality, 2),
-            *[DASH if scan.expected_dice is None else dice_text(scan.expected_dice)] * estimated,
-            _figure(scan.seconds, 1),
-            scan.reasons or DASH,
-        ]
-        for scan in served
-    ]
-    return aligned([columns, *rows], left=(0, len(columns) - 1))
+    figures = ["quality", *["expected Dice"] * estimated, "seconds"]
+    rows = [["case", *(NAMES.get(name, name) for name in measures), *figures, "check because"]]
+    for scan in served:
+        digits = 2 if max(scan.measures.values(), default=0) <= 1 else 1
+        cells = [_figure(scan.measures.get(name), digits) for name in measures] + [_figure(scan.quality, 2)]
+        cells += [DASH if scan.expected_dice is None else dice_text(scan.expected_dice)] * estimated
+        rows.append([shortened(scan.case, WIDEST), *cells, _figure(scan.seconds, 1), scan.reasons or DASH])
+    return aligned(rows, left=(0, len(rows[0]) - 1))
 
 
 def _figure(value: float | None, digits: int) -> str:

@@ -24,6 +24,7 @@ from shared_iopfl.data.scan_files import find_scans, not_taken
 from shared_iopfl.data.splits import find_cases, list_sites, site_cases
 from shared_iopfl.utils.checks import check_values
 from shared_iopfl.utils.errors import InputError
+from shared_iopfl.utils.names import counted
 
 ENVIRONMENTS = ("sim", "poc", "prod")
 
@@ -45,7 +46,7 @@ def prepare(
         parts = []
         for part in ("train", "validation", "test"):
             cases = site_cases(dataset_dir, site, part, split_seed, patient=patient, fold=fold, folds=folds)
-            parts.append(f"{len(cases)} {part} ({_count(len({case['patient'] for case in cases}), 'patient')})")
+            parts.append(f"{len(cases)} {part} ({counted(len({case['patient'] for case in cases}), 'patient')})")
         values = f"; {_mask_values(dataset_dir, site, patient)}" if masks else ""
         print(f"{site}: {', '.join(parts)}{values}")
 
@@ -65,10 +66,6 @@ def scans(dataset_dir: str, pictures: bool = False) -> None:
         print(f"{scan['case']}: {scan['image']}")
     if line := not_taken(dataset_dir, pictures):
         print(line)
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def report(output_dir: str) -> None:

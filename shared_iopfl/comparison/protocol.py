@@ -29,7 +29,7 @@ from torch import Tensor
 
 from shared_iopfl.comparison.runs import Runs, best_of
 from shared_iopfl.comparison.tables import LABELLED, POOLED
-from shared_iopfl.comparison.training import EXPERTS, Trainings, fine_tune, keep_models
+from shared_iopfl.comparison.training import Trainings, expert_cases, fine_tune, keep_models
 from shared_iopfl.data.layouts import PARTS
 from shared_iopfl.evaluation.scores import finite_mean
 from shared_iopfl.evaluation.scoring import raise_failures
@@ -120,8 +120,8 @@ class Comparison:
         how = (rounds, dict(training or {}), server_momentum, own_rounds, tuple(shares), pooled)
         self.trainings = Trainings(bundle_root, dataset_dir, self.output_dir, *how)
         self.inside_methods = dict(inside or {})
-        self.own_rounds = own_rounds
-        self.shares = tuple(shares)
+        # own rounds and shares of the models PERSONAL
+        self.selections = ((0, ()), (0, tuple(shares)), (own_rounds, tuple(shares)))
         self.fine_tuning = fine_tuning
         self.outside_methods = dict(outside or {})
         self.candidates = dict(candidates or {})
@@ -199,16 +199,16 @@ class Comparison:
         shares: dict[str, list[float]] = {}
         for site, client in federation.clients.items():
             before = copy.deepcopy(client.state_dict())
-            made: dict[str, Mapping[str, Tensor]] = {}
-            for name, how in zip(PERSONAL, ((0, ()), (0, self.shares), (self.own_rounds, self.shares))):
+            made: dict[str, dict[str, Tensor]] = {}
+            for name, how in zip(PERSONAL, self.selections):
                 shares.setdefault(site, []).append(client.select_personalised(federation.weights, *how))
-                made[name] = {key: tensor.cpu().clone() for key, tensor in client.personalised.items()}
+                made[name] = copy.deepcopy(client.personalised)
                 client.load_state_dict(before)
             if self.fine_tuning:
                 made["fine-tuned"] = fine_tune(client, federation.weights, self.fine_tuning)
             for name, weights in made.items():
                 path = model_path(str(run / "models" / name), "personalised", site)
-                save_atomically(dict(weights), path)
+                save_atomically(weights, path)
                 self.runs.score(run, site, name, path, **test)
         write_json(run / "shares.json", {site: dict(zip(PERSONAL, chosen)) for site, chosen in shares.items()})
 
@@ -244,10 +244,7 @@ class Comparison:
             path = model_path(models, "personalised", expert)
             self.runs.score(run, site, f"expert {expert}", path, **self._outside(models, mode="off"))
         if self.pooled is not None and not self.runs.scored(run, site, POOLED):
-            cases = (
-                f"splits.site_cases(@dataset_dir, site, 'train', seed={seed:d}, fractions={EXPERTS}, patient=@patient)"
-            )
-            path = self.trainings.pool(others, seed, run / "models" / POOLED, cases)
+            path = self.trainings.pool(others, seed, run / "models" / POOLED, expert_cases("train", seed, "site"))
             self.runs.score(run, site, POOLED, path, **self._outside(models, mode="off"))
         if self.labelled and not self.runs.scored(run, site, LABELLED):
             path = str(run / "models" / "labelled.pt")

@@ -10,13 +10,8 @@
 # limitations under the License.
 """The scores of a comparison: ``comparison.csv`` read and checked, means by site, and paired differences by case.
 
-<<<<<<< HEAD
-A case counts once, however many seeds scored it: its seeds are averaged first, and drawn together in the bootstrap.
-Every site counts alike. Means and intervals are taken of arrays (method, seed, case), which pandas would not shorten.
-=======
 Every case counts once: its scores are averaged over seeds, and the bootstrap draws all its seeds together. Every site
-has the same weight.
->>>>>>> words
+has the same weight. The scores are arrays ``(method, seed, case)``, for which pandas would not make the code shorter.
 """
 
 from __future__ import annotations
@@ -48,7 +43,7 @@ class Difference:
     """A paired difference between two methods.
 
     Attributes:
-        mean: mean over sites of the mean over cases.
+        mean: Mean over sites of the mean over cases.
         low, high: 95% bootstrap interval over cases of these sites; NaN with too few cases (see `case_interval`).
         cases: Number of cases.
         new_low, new_high: 95% bootstrap interval over sites, for statements about new sites; NaN with fewer than three

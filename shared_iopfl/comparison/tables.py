@@ -26,6 +26,7 @@ from shared_iopfl.evaluation.scores import DASH, MINUS, best_of, finite, heading
 from shared_iopfl.report import pictures
 from shared_iopfl.report.documents import Block, Cell, Row, Table, Text
 from shared_iopfl.utils.errors import InputError
+from shared_iopfl.utils.names import counted
 from shared_iopfl.utils.reading import read_json
 
 LABELLED, POOLED = "labelled routes", "pooled"  # bounds, not methods that a site could use
@@ -42,10 +43,6 @@ def _cell(difference: Difference) -> tuple[str, str]:
 def interval(difference: Difference) -> str:
     """ "+1.2 [+0.8, +1.6]", in points; only the difference where there are too few cases for an interval."""
     return " ".join(_cell(difference)).strip()
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _points(value: float) -> str:
@@ -113,13 +110,7 @@ class Contest:
     def against_reference(self) -> Table:
         """Difference of each method to the reference: mean over cases, and worst cases."""
         dice = self.dice
-        heads = [
-            f"against {self.reference}",
-            "difference [95% interval]",
-            *self._new_sites,
-            "verdict",
-            "cases won : lost",
-        ]
+        heads = self._duel_heads
         gap = ["gap to pooled closed"] * (POOLED in dice.methods)
         worst = {m: show("dice", dice.worst_twentieth(m)) for m in dice.methods}
         highest = max((worst[m] for m in dice.methods if m not in self.bounds), key=float, default="")
@@ -129,7 +120,7 @@ class Contest:
             bold = [len(heads)] if worst[method] == highest else []
             closed = [self._gap_closed(method)] if gap else []
             rows.append(self._row(method, [*cells, worst[method], *closed], bold))
-        return Table([*heads, "largest loss of a case", "worst twentieth", *gap], rows)
+        return Table([f"against {self.reference}", *heads, "worst twentieth", *gap], rows)
 
     def _gap_closed(self, method: str) -> str:
         """Which fraction of the gap between federated and pooled training a method closes."""
@@ -142,10 +133,8 @@ class Contest:
         """Difference of our own method to each other one."""
         if self.own is None:
             return None
-        heads = [f"{self.own} {MINUS} \u2026", "difference [95% interval]", *self._new_sites]
-        heads += ["verdict", "cases won : lost"]
         rows = [Row(m, self._duel(self.own, m), italic=m in self.bounds) for m in self.rivals]
-        return Table([*heads, "largest loss of a case"], rows)
+        return Table([f"{self.own} {MINUS} \u2026", *self._duel_heads], rows)
 
     def by_site(self, shifts: Mapping[str, float]) -> Table | None:
         """Gain of our own method on each site, sorted by shift if the shifts are known."""
@@ -161,9 +150,10 @@ class Contest:
         return Table(["site", *heads, difference, "verdict", "cases"], rows)
 
     @property
-    def _new_sites(self) -> list[str]:
-        """The heading of the interval over sites, if there are enough sites."""
-        return ["95% interval for new sites"] * (len(self.dice.sites) >= FEWEST_SITES)
+    def _duel_heads(self) -> list[str]:
+        """The headings of the cells of `_duel`; the interval over sites needs enough sites."""
+        new = ["95% interval for new sites"] * (len(self.dice.sites) >= FEWEST_SITES)
+        return ["difference [95% interval]", *new, "verdict", "cases won : lost", "largest loss of a case"]
 
     def _duel(self, method: str, other: str) -> list[Cell]:
         difference = self.dice.difference(method, other)
@@ -171,7 +161,7 @@ class Contest:
         loss, site, _ = self.dice.largest_loss(method, other)
         at = f"{show('dice', loss, '+')} ({site})" if loss < 0 else "none"
         new = [f"[{show('dice', difference.new_low, '+')}, {show('dice', difference.new_high, '+')}]"]
-        new = new * len(self._new_sites)
+        new *= len(self.dice.sites) >= FEWEST_SITES
         return [_cell(difference), *new, difference.verdict, f"{wins} : {losses}", at]
 
     def notes(self) -> list[Block]:
@@ -236,9 +226,11 @@ def facts(contests: Sequence[Contest]) -> str:
     parts = []
     for contest in contests:
         dice = contest.dice
-        folds = "left out in turn" if contest.role == "outside" else _count(dice.folds, "fold")
-        counts = f"{_count(len(dice.sites), 'site')}, {_count(dice.cases, 'case')}, {_count(len(dice.seeds), 'seed')}"
-        parts.append(f"{contest.role}: {counts}, {folds}, {_count(len(dice.methods), 'method')}")
+        folds = "left out in turn" if contest.role == "outside" else counted(dice.folds, "fold")
+        counts = (
+            f"{counted(len(dice.sites), 'site')}, {counted(dice.cases, 'case')}, {counted(len(dice.seeds), 'seed')}"
+        )
+        parts.append(f"{contest.role}: {counts}, {folds}, {counted(len(dice.methods), 'method')}")
     return " \u00b7 ".join(parts) + f" \u00b7 {RESAMPLES:,} resamples"
 
 

@@ -38,6 +38,11 @@ from shared_iopfl.utils.stacks import to_stack
 EXPERTS = (0.8, 0.2, 0.0)  # no test cases: these sites are not scored when another one is left out
 
 
+def expert_cases(part: str, seed: int, site: str = "@site") -> str:
+    """Return the config expression of a site's cases for the training of experts, without the initial "$"."""
+    return f"splits.site_cases(@dataset_dir, {site}, '{part}', seed={seed:d}, fractions={EXPERTS}, patient=@patient)"
+
+
 @dataclass
 class Trainings:
     """Trainings of a :class:`~shared_iopfl.comparison.protocol.Comparison`, which explains arguments of the same names.
@@ -95,11 +100,8 @@ class Trainings:
         run = self.output_dir / f"seed{seed}" / (f"federation_{name}_" * bool(name) or "federation_")
         run = run.with_name(run.name + "+".join(sorted(sites)))
         if not (run / "models" / "scores.json").is_file():
-            cases = "$splits.site_cases(@dataset_dir, @site, '{}', seed={:d}, fractions={}, patient=@patient)"
-            data = {
-                "train#dataset#data": Expression(cases.format("train", seed, EXPERTS)),
-                "validate#dataset#data": Expression(cases.format("validation", seed, EXPERTS)),
-            }
+            parts = {"train": "train", "validate": "validation"}
+            data = {f"{n}#dataset#data": Expression(f"${expert_cases(part, seed)}") for n, part in parts.items()}
             own = {} if name else {"own_rounds": self.own_rounds, "shares": self.shares}
             self.federate(sites, seed, run, {**data, **(training or {})}, **own)
         return str(run / "models")
@@ -142,7 +144,11 @@ class Trainings:
 
     def fit_with_labels(self, site: str, models: str) -> dict[str, Tensor]:
         """Routes fitted with the site's labels: an upper bound for routes that are the same for the whole site."""
-        parser = self._config(site)
+        parser = ConfigParser()
+        parser.read_config(str(Path(self.bundle_root) / "configs" / "train.json"))
+        data = Expression("$splits.site_cases(@dataset_dir, @site, 'all', patient=@patient)")
+        overrides = {**self.training, "dataset_dir": self.dataset_dir, "site": site, "validate#dataset#data": data}
+        parser.update(as_values({"bundle_root": self.bundle_root, **overrides}))
         network: nn.Module = parser.get_parsed_content("network")
         network.load_state_dict(load_weights(model_path(models)))
         experts = {GLOBAL: network.state_dict(), **load_experts(models)}
@@ -156,14 +162,6 @@ class Trainings:
             else:
                 batches.append((to_stack(image, inferer.slices), to_stack(label, 1)))
         return labelled_routes(network, experts, batches, parser.get_parsed_content("loss"))
-
-    def _config(self, site: str) -> ConfigParser:
-        parser = ConfigParser()
-        parser.read_config(str(Path(self.bundle_root) / "configs" / "train.json"))
-        data = Expression("$splits.site_cases(@dataset_dir, @site, 'all', patient=@patient)")
-        overrides = {**self.training, "dataset_dir": self.dataset_dir, "site": site, "validate#dataset#data": data}
-        parser.update(as_values({"bundle_root": self.bundle_root, **overrides}))
-        return parser
 
 
 def fine_tune(client: SiteClient, weights: Mapping[str, Tensor], rounds: int) -> dict[str, Tensor]:

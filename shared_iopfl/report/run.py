@@ -53,6 +53,7 @@ from shared_iopfl.report.pages import page, picture, without_path
 from shared_iopfl.report.routes import decisions_section, routes_section
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.files import write_text
+from shared_iopfl.utils.names import counted
 from shared_iopfl.utils.tables import read_rows
 
 DIFFERENCES = (("personalised", "global"), ("routed", "global"), ("soup", "global"), ("routed", "soup"))
@@ -282,9 +283,10 @@ def write_report(output_dir: str | Path, title: str = "IOP-FL") -> Path:
 def _facts(found: Mapping[str, Scores], history: Sequence[Mapping[str, str]]) -> str:
     """The numbers of sites, cases and the like behind the scores, in one line."""
     sites = {site for scores in found.values() for site in scores}
-    counts = [(sum(r == role for r, _ in sites), f"site{{s}} {role}") for role in ROLES]
     cases = {
         (s, c) for scores in found.values() for (_, s), m in scores.items() for values in m.values() for c in values
     }
-    counts += [(len(cases), "test case{s}"), (len({row["round"] for row in history}), "round{s}")]
-    return " · ".join(f"{n} {what.format(s='' if n == 1 else 's')}" for n, what in counts if n)
+    parts = [f"{counted(n, 'site')} {role}" for role in ROLES if (n := sum(r == role for r, _ in sites))]
+    parts += [counted(len(cases), "test case")] if cases else []
+    rounds = {row["round"] for row in history}
+    return " · ".join([*parts, *([counted(len(rounds), "round")] if rounds else [])])

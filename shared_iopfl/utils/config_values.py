@@ -234,8 +234,7 @@ def _texts(config: Any) -> Iterator[str]:
 
 def _text(name: str, given: Any) -> Any:
     """A path or a name as typed."""
-    typed = _typed(name, given)
-    given = given if typed is None else typed
+    given = _typed(name, given)
     given = str(given) if type(given) is int else given
     if isinstance(given, (bool, float, tuple, list, set)):
         raise InputError(f"{name} must be text, but is {given!r:.80}: put quotes of both kinds around it, \"'...'\".")
@@ -247,8 +246,7 @@ def _text(name: str, given: Any) -> Any:
 
 def _names(name: str, given: Any) -> Any:
     """A list of names as typed."""
-    typed = _typed(name, given)
-    given = given if typed is None else typed
+    given = _typed(name, given)
     if isinstance(given, str):
         return parse_names(given)
     if isinstance(given, (list, tuple)):
@@ -256,19 +254,19 @@ def _names(name: str, given: Any) -> Any:
     raise InputError(f"{name} must be a list of names, such as \"['A','B']\", but is {given!r:.80}.")
 
 
-def _typed(name: str, given: Any) -> str | None:
-    """The text on the command line that `given` was made from; None if it has another origin."""
+def _typed(name: str, given: Any) -> Any:
+    """The text on the command line that `given` was made from, or `given` itself if it has another origin."""
     typed = None
     for word, following in zip(sys.argv, [*sys.argv[1:], ""]):
         option, equals, text = word.partition("=")
         if option.startswith("--") and option[2:].replace("-", "_") == name:
             typed = text if equals else following
     if typed is None:
-        return None
+        return given
     parsed = DefaultParseValue(typed)
     made = ReferenceResolver.normalize_id(parsed) if isinstance(parsed, str) else parsed
     if given not in (parsed, made) or type(given) is not type(parsed):
-        return None
+        return given
     # Fire removes quotes, which is correct, and also everything after a '#', as if it were a comment
     return parsed if isinstance(parsed, str) and typed[:1] in ("'", '"') else typed
 

@@ -91,6 +91,11 @@ def nearest(name: str, known: Sequence[str]) -> str:
     return f"; did you mean '{close[0]}'?" if close else ""
 
 
+def counted(number: int, what: str) -> str:
+    """The number and the noun, in the plural unless the number is 1, such as ``2 scans``."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
 def shortened(text: str, longest: int) -> str:
     """The text, or only its beginning and end if it is longer than `longest` characters."""
     half = (longest - 3) // 2

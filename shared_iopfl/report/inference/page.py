@@ -29,6 +29,7 @@ from shared_iopfl.report.inference.pictures import distribution_picture, thumbna
 from shared_iopfl.report.pages import page, picture, without_path
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.files import write_text
+from shared_iopfl.utils.names import counted
 
 EVEN = 1.05  # times an equal share: only above it is an expert named as the one with the largest weight
 MOST_FILES = 200  # rows of the tables of files
@@ -58,8 +59,8 @@ def write_inference_report(output_dir: str | os.PathLike, ckpt_dir: str | os.Pat
     if not served and not failed:
         raise InputError(f"{out} holds no inference: run the bundle's inference.json with this folder as output_dir.")
     noticed = sum(bool(scan.reasons) for scan in served)
-    facts = f"{len(served)} mask{'s' * (len(served) != 1)} · {noticed} flagged · {len(failed)} failed"
-    facts += f" · {len(passed)} file{'s' * (len(passed) != 1)} skipped" * bool(passed)
+    facts = f"{counted(len(served), 'mask')} · {noticed} flagged · {len(failed)} failed"
+    facts += f" · {counted(len(passed), 'file')} skipped" * bool(passed)
     blocks: list[Block] = [Text(facts, "facts"), Text("For research use only, not for diagnosis.", "use")]
     blocks += [
         *_masks(served, out),
