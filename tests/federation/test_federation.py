@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""FedAvg and its rounds: a checked weighted mean, and a run that an interruption at any instant does not change."""
+"""FedAvg and its rounds: checked weighted means, and runs whose result does not depend on interruptions."""
 
 from __future__ import annotations
 
@@ -46,15 +46,15 @@ from shared_iopfl.utils.tables import read_rows
 
 @given(st.lists(st.integers(1, 1000), min_size=1, max_size=6), st.integers(0, 99))
 @settings(max_examples=30, deadline=None)
-def test_average_is_the_mean_weighed_by_the_number_of_cases(counts, seed):
+def test_average_is_the_mean_weighted_by_the_number_of_cases(counts, seed):
     updates = {str(n): {"w": images(3, 2, seed=seed + n)} for n in range(len(counts))}
     average = average_updates(updates, {str(n): count for n, count in enumerate(counts)})
     plain = sum(count * updates[str(n)]["w"].double() for n, count in enumerate(counts)) / sum(counts)
     torch.testing.assert_close(average["w"].double(), plain, rtol=1e-6, atol=1e-6)
 
 
-def test_average_of_networks_keeps_types_and_takes_part_in_nothing():
-    """Floats are averaged, integer buffers are integers; equal networks stay equal; nothing aliases a site's own."""
+def test_average_of_networks_keeps_types_and_shares_no_memory_with_the_updates():
+    """Integer buffers stay integers; the average of equal networks is equal to them; changing it changes no update."""
     updates = {site: dict(unet(n).state_dict()) for n, site in enumerate("AB")}
     kept = copy.deepcopy(updates)
     average = average_updates(updates, {"A": 1, "B": 3})
@@ -68,7 +68,7 @@ def test_average_of_networks_keeps_types_and_takes_part_in_nothing():
 
 
 def test_half_precision_is_averaged_in_full():
-    """1024 equal half-precision values: summed in half precision, the mean would drift."""
+    """The mean of 1024 equal values is exact; if they were summed in half precision, it would not be."""
     updates = {str(n): {"w": torch.tensor([0.1], dtype=torch.half)} for n in range(1024)}
     average = average_updates(updates, dict.fromkeys(updates, 1))["w"]
     assert average.dtype == torch.half
@@ -110,11 +110,11 @@ def test_nothing_to_average_is_refused():
 
 
 class Interrupted(BaseException):
-    """As Ctrl-C or a lost machine would."""
+    """Ends a run as Ctrl-C or a crash of the machine does."""
 
 
 class Clock:
-    """Counts the instants of a run, and ends it at one of them."""
+    """Counts the points at which a run can be interrupted, and interrupts it at one of them."""
 
     def __init__(self) -> None:
         self.instant, self.end = 0, -1
@@ -129,7 +129,7 @@ CLOCK = Clock()
 
 
 class FakeClient:
-    """A site whose local weights depend on the global ones, its own past and the round; and its personalised model."""
+    """A site with a personalised model, whose local weights depend on the global weights and its number of rounds."""
 
     def __init__(self, bundle_root: str, site: str, local_epochs: int, overrides: Mapping[str, Any]) -> None:
         self.site, self.overrides, self.cases = site, dict(overrides), 1 + len(site)
@@ -180,7 +180,7 @@ class FakeClient:
 
 @pytest.fixture(autouse=True)
 def fakes(monkeypatch) -> None:
-    """Fake clients, and an instant before and after each file that is written, and each that is renamed."""
+    """Use fake clients; a run can be interrupted before and after each file is written or renamed."""
 
     def ticking(write: Callable[..., None]) -> Callable[..., None]:
         def ticked(*args: Any) -> None:
@@ -191,7 +191,7 @@ def fakes(monkeypatch) -> None:
         return ticked
 
     monkeypatch.setattr(federation, "SiteClient", FakeClient)
-    for module in (federation, checkpoint, federation_results):  # whichever of them uses what may be interrupted
+    for module in (federation, checkpoint, federation_results):
         for name in ("save_atomically", "write_rows", "write_json"):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, ticking(getattr(module, name)))
@@ -205,15 +205,15 @@ def make(folder: Path, **kwargs: Any) -> Federation:
 
 
 def outcome(folder: Path) -> dict[str, Any]:
-    """All a run leaves that does not depend on the clock on the wall."""
+    """The results of a run, except for durations."""
     rows = [row for row in read_rows(folder / "history.csv") if row["metric"] != "seconds"]
     models = {path.name: load_weights(path) for path in sorted((folder / "models").glob("*.pt"))}
     plain = {name: {key: tensor.tolist() for key, tensor in state.items()} for name, state in models.items()}
     return {"history": rows, "models": plain, "scores": json.loads((folder / "models" / "scores.json").read_text())}
 
 
-def test_interrupted_at_any_instant_and_resumed_a_run_ends_as_an_undisturbed_one(tmp_path):
-    """Weights, personalised models, scores and the whole history, to the bit."""
+def test_run_that_is_interrupted_anywhere_and_resumed_gives_the_results_of_an_uninterrupted_one(tmp_path):
+    """Weights, personalised models, scores and the whole history are equal to the bit."""
     make(tmp_path / "whole").run()
     expected, instants = outcome(tmp_path / "whole"), CLOCK.instant
     assert instants > 40
@@ -228,7 +228,7 @@ def test_interrupted_at_any_instant_and_resumed_a_run_ends_as_an_undisturbed_one
 
 
 def test_history_has_each_round_site_and_model_once(tmp_path):
-    """Local training every round; both models every val_interval rounds and at the end."""
+    """Local training is in every round; both models are scored every val_interval rounds and at the end."""
     make(tmp_path, rounds=5, val_interval=2).run()
     rows = read_rows(tmp_path / "history.csv")
     assert list(rows[0]) == ["round", "site", "model", "metric", "value"]
@@ -241,7 +241,7 @@ def test_history_has_each_round_site_and_model_once(tmp_path):
 
 
 def test_global_model_is_the_weighted_average_of_each_rounds_updates(tmp_path):
-    """From the first global weights on, which all sites share and the seed decides."""
+    """This holds from the first global weights, which are the same for all sites and depend on the seed."""
     run = make(tmp_path, rounds=2, seed=3)
     found = run.run()
     start = make(tmp_path / "other", seed=3)
@@ -257,8 +257,8 @@ def test_global_model_is_the_weighted_average_of_each_rounds_updates(tmp_path):
     assert not torch.equal(other.weights["0.weight"], start.weights["0.weight"])
 
 
-def test_scores_tell_how_a_model_does_at_the_other_sites_against_the_global_one(tmp_path, monkeypatch):
-    """No model is praised for its own site, nor for being judged at easier ones."""
+def test_score_of_a_model_is_its_difference_to_the_global_model_at_the_other_sites(tmp_path, monkeypatch):
+    """A model is not scored at its own site, and does not gain by being scored at easier sites."""
     table = {"global": {"A": 0.9, "BB": 0.8, "CCC": 0.7}, "A": {"A": 0.99, "BB": 0.82, "CCC": 0.6}}
     run = make(tmp_path, sites=["A", "BB", "CCC"], rounds=1)
     run.run()
@@ -277,7 +277,7 @@ def test_scores_tell_how_a_model_does_at_the_other_sites_against_the_global_one(
     assert json.loads((tmp_path / "alone" / "models" / "scores.json").read_text())["A"] is None
 
 
-def test_clients_are_told_their_site_and_folders_and_random_state_is_left_alone(tmp_path):
+def test_clients_receive_their_site_and_folders_and_random_state_is_not_changed(tmp_path):
     run = make(tmp_path, overrides={"alpha": 0.3, "site": "x"}, local_epochs=2)
     with untouched():
         run.run()
@@ -289,7 +289,7 @@ def test_clients_are_told_their_site_and_folders_and_random_state_is_left_alone(
     assert overrides["output_dir"] != run.clients["HK"].overrides["output_dir"]  # type: ignore[attr-defined]
 
 
-def test_resume_goes_on_only_with_the_same_run_and_a_whole_file(tmp_path):
+def test_run_is_resumed_only_with_the_same_settings_and_an_intact_checkpoint(tmp_path):
     make(tmp_path).run()
     for changed in ({"rounds": 9}, {"sites": ["HK", "ISBI"]}, {"seed": 1}, {"local_epochs": 2}):
         with pytest.raises(InputError, match=f"begun with {next(iter(changed))}"):
@@ -302,11 +302,11 @@ def test_resume_goes_on_only_with_the_same_run_and_a_whole_file(tmp_path):
     torch.save({"something": "else"}, tmp_path / "federation.pt")
     with pytest.raises(InputError, match=r"federation\.pt"):
         make(tmp_path, resume=True).run()
-    make(tmp_path).run()  # without resume it starts anew
-    make(tmp_path / "new", resume=True).run()  # with nothing to resume it starts
+    make(tmp_path).run()  # without resume, it starts again
+    make(tmp_path / "new", resume=True).run()  # without a checkpoint, it starts
 
 
-def test_runs_that_cannot_be_are_refused(tmp_path):
+def test_settings_that_are_not_allowed_are_refused(tmp_path):
     runs: list[dict[str, Any]] = [
         {"sites": "HK"},
         {"sites": []},
@@ -319,8 +319,8 @@ def test_runs_that_cannot_be_are_refused(tmp_path):
             make(tmp_path, **wrong)
 
 
-def test_bad_update_ends_the_run_and_the_last_good_round_stays(tmp_path, monkeypatch):
-    """NaN from one site is named; resumed without the fault, the run ends as if nothing had happened."""
+def test_bad_update_ends_the_run_which_can_be_resumed_from_the_round_before(tmp_path, monkeypatch):
+    """The error names the site that sent NaN; resumed without it, the run gives the results of an uninterrupted one."""
     make(tmp_path / "whole").run()
     train = FakeClient.train
 

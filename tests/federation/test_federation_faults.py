@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Sites that fail a round or send what must not be let in: it goes on without them, or ends in one line."""
+"""Sites that fail in a round or send a wrong update: the run continues without them, or ends with a one-line error."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ from shared_iopfl.utils.tables import read_rows
 
 BUNDLE = Path(__file__).parents[2] / "bundles" / "prostate_iopfl"
 
-# ---- what is let in -------------------------------------------------------------------------------------------------
+# ---- accepted and refused updates ----------------------------------------------------------------------------------
 
 
 def moved(state: State, distance: float) -> State:
-    """The state with one entry moved so far."""
+    """The state, with one entry moved by this distance."""
     result = {key: tensor.clone() for key, tensor in state.items()}
     key = next(key for key, tensor in state.items() if tensor.is_floating_point())
     result[key].view(-1)[0] += distance
@@ -55,13 +55,13 @@ def moved(state: State, distance: float) -> State:
         ([1, 2, 3, 10.1], 5, ["D"]),
         ([1, 1, 1, 100, 200], 10, ["D", "E"]),
         ([1, 1, 1e9], 0, []),
-        ([1, 90], 10, []),  # two cannot say which of them is off
-        ([1, 1e9], 10, ["B"]),  # but the model's own norm can
-        ([0, 0, 5], 10, []),  # nobody else moved
+        ([1, 90], 10, []),  # with two sites, none of them is recognised as wrong
+        ([1, 1e9], 10, ["B"]),  # except by the norm of the model
+        ([0, 0, 5], 10, []),  # the other sites did not move
         ([0, 5, 5], 10, []),
     ],
 )
-def test_update_is_far_off_beyond_so_many_times_the_others_median(distances, factor, refused):
+def test_update_is_far_off_if_it_exceeds_a_multiple_of_the_median_of_the_others(distances, factor, refused):
     state = dict(unet().state_dict())
     updates = {chr(65 + n): moved(state, distance) for n, distance in enumerate(distances)}
     found = far_off(updates, state, factor)
@@ -75,7 +75,7 @@ def test_update_of_another_kind_is_refused(wrong):
         check_update("HK", {"w": wrong}, {"w": torch.ones(2)})
 
 
-# ---- rounds that go on without a site -------------------------------------------------------------------------------
+# ---- rounds that continue without a site ----------------------------------------------------------------------------
 
 
 def raising(update: State) -> State:
@@ -100,7 +100,7 @@ SPOILT: dict[str, tuple[Callable[[State], Any], str]] = {
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, faults: Mapping[tuple[str, int], Callable[[State], Any]]) -> None:
-    """Let sites fail in their n-th training, counted over all rounds, failed ones too."""
+    """Let sites fail in their n-th training, counted over all rounds, including failed ones."""
     train, calls = FakeClient.train, dict.fromkeys(SITES, 0)
 
     def spoilt(self: FakeClient, weights: Mapping[str, Tensor]) -> Any:
@@ -114,8 +114,8 @@ def spoil(monkeypatch: pytest.MonkeyPatch, faults: Mapping[tuple[str, int], Call
 
 @pytest.mark.usefixtures("fakes")
 @pytest.mark.parametrize("fault", SPOILT)
-def test_round_goes_on_without_a_site_that_fails_and_it_comes_back(fault, tmp_path, monkeypatch, caplog):
-    """Weights, the site's own state, history, log and failures.csv: as if the site had slept through that round."""
+def test_round_continues_without_a_site_that_fails_and_the_site_rejoins(fault, tmp_path, monkeypatch, caplog):
+    """Weights and state of the site are as if it had not taken part; history, log and table record the failure."""
     expected, clients = by_hand(tmp_path / "hand", {2: "B"})
     spoil(monkeypatch, {("B", 2): SPOILT[fault][0]})
     run = make(tmp_path / "run")
@@ -139,8 +139,8 @@ def test_round_goes_on_without_a_site_that_fails_and_it_comes_back(fault, tmp_pa
 
 @pytest.mark.usefixtures("fakes")
 @pytest.mark.parametrize("fault", SPOILT)
-def test_by_default_every_site_must_deliver(fault, tmp_path, monkeypatch):
-    """The run ends with the site's own error, and goes on from the last round to the weights of an undisturbed run."""
+def test_by_default_a_site_that_fails_ends_the_run(fault, tmp_path, monkeypatch):
+    """The run ends with the error of the site; resumed, it gives the weights of an uninterrupted run."""
     whole = make(tmp_path / "whole", min_sites=0).run()
     with monkeypatch.context() as patch:
         spoil(patch, {("B", 2): SPOILT[fault][0]})
@@ -153,7 +153,7 @@ def test_by_default_every_site_must_deliver(fault, tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("fakes")
 @pytest.mark.parametrize("kind", [TypeError, AttributeError, NameError])
-def test_an_error_of_the_program_is_not_taken_for_a_site_s_failure(kind, tmp_path, monkeypatch):
+def test_programming_error_is_not_counted_as_a_failure_of_a_site(kind, tmp_path, monkeypatch):
     def wrong(update: State) -> Any:
         raise kind("a misspelt name")
 
@@ -164,8 +164,8 @@ def test_an_error_of_the_program_is_not_taken_for_a_site_s_failure(kind, tmp_pat
 
 
 @pytest.mark.usefixtures("fakes")
-def test_too_few_sites_end_the_run_in_one_line_that_tells_all_reasons(tmp_path, monkeypatch):
-    """And the last good round stays, from which it goes on."""
+def test_too_few_sites_end_the_run_with_one_line_that_gives_all_reasons(tmp_path, monkeypatch):
+    """The run can be resumed from the round before."""
     whole = make(tmp_path / "whole").run()
     with monkeypatch.context() as patch:
         spoil(patch, {("B", 2): raising, ("D", 2): SPOILT["nan"][0]})
@@ -178,7 +178,7 @@ def test_too_few_sites_end_the_run_in_one_line_that_tells_all_reasons(tmp_path, 
 
 
 @pytest.mark.usefixtures("fakes")
-def test_failures_of_many_rounds_are_all_counted_over_a_resumption(tmp_path, monkeypatch):
+def test_failures_of_rounds_before_and_after_a_resumption_are_recorded(tmp_path, monkeypatch):
     """Each site fails once in a run of four rounds that is interrupted after the second."""
     absent = {1: "A", 2: "B", 3: "C", 4: "D"}
     expected, _ = by_hand(tmp_path / "hand", absent, rounds=4)
@@ -198,8 +198,8 @@ def test_failures_of_many_rounds_are_all_counted_over_a_resumption(tmp_path, mon
 
 
 @pytest.mark.usefixtures("fakes")
-def test_site_that_fails_every_round_gets_no_model_and_is_named(tmp_path, monkeypatch):
-    """An untrained network must not pass as its expert; the others' models are there."""
+def test_site_that_fails_every_round_has_no_personalised_model_and_is_named(tmp_path, monkeypatch):
+    """An untrained network must not be its expert; the models of the other sites are written."""
     spoil(monkeypatch, {("C", number): SPOILT["nan"][0] for number in (1, 2, 3)})
     with pytest.raises(InputError, match="'C' failed all 3 rounds"):
         make(tmp_path).run()
@@ -208,8 +208,8 @@ def test_site_that_fails_every_round_gets_no_model_and_is_named(tmp_path, monkey
 
 
 @pytest.mark.usefixtures("fakes")
-def test_site_that_cannot_be_scored_is_left_out_of_scoring_alone(tmp_path, monkeypatch):
-    """Its training counts, its validation is missing from the history, and it judges no model."""
+def test_site_whose_scoring_fails_is_left_out_of_the_scoring_only(tmp_path, monkeypatch):
+    """Its update is averaged, the history has no validation of it, and it scores no models."""
     whole = make(tmp_path / "whole").run()
     validate = FakeClient.validate
 
@@ -228,7 +228,7 @@ def test_site_that_cannot_be_scored_is_left_out_of_scoring_alone(tmp_path, monke
 
 @pytest.mark.usefixtures("fakes")
 @pytest.mark.parametrize("step", ["validate", "shift"])
-def test_site_that_fails_when_the_models_are_judged_judges_none_and_is_named(step, tmp_path, monkeypatch):
+def test_site_that_fails_in_the_cross_site_scoring_scores_no_models_and_is_named(step, tmp_path, monkeypatch):
     run = make(tmp_path)
     run.run()
     models = {"global": run.weights, **{site: run.clients[site].personalised for site in SITES}}
@@ -247,7 +247,7 @@ def test_site_that_fails_when_the_models_are_judged_judges_none_and_is_named(ste
 
 @pytest.mark.usefixtures("fakes")
 def test_site_that_fails_to_select_publishes_its_moving_average(tmp_path, monkeypatch):
-    """It is named, judges no model and has chosen no share; its model is judged by the others."""
+    """The site is named, scores no models and has no selected share; the other sites score its model."""
     averages = {}
 
     def fail(self: FakeClient, weights: Mapping[str, Tensor], own_rounds: int, shares: Any) -> float:
@@ -269,7 +269,7 @@ def test_site_that_fails_to_select_publishes_its_moving_average(tmp_path, monkey
 
 
 @pytest.mark.usefixtures("fakes")
-def test_failures_of_an_earlier_run_do_not_stay(tmp_path, monkeypatch):
+def test_failures_of_an_earlier_run_are_removed(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         spoil(patch, {("B", 2): raising})
         make(tmp_path).run()
@@ -278,15 +278,15 @@ def test_failures_of_an_earlier_run_do_not_stay(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("fakes")
-def test_bounds_out_of_range_are_refused(tmp_path):
+def test_limits_out_of_range_are_refused(tmp_path):
     wrong: list[dict[str, Any]] = [{"min_sites": -1}, {"min_sites": 5}, {"min_sites": 0.5}, {"max_update_norm": -1.0}]
     for given in [*wrong, {"max_update_norm": float("nan")}]:
         with pytest.raises(InputError, match=next(iter(given))):
             make(tmp_path, **given)
 
 
-def test_every_file_that_cannot_be_read_is_named_at_once(tmp_path):
-    """Of each site, those to train and those to validate on."""
+def test_one_error_names_every_file_that_cannot_be_read(tmp_path):
+    """It names training and validation cases of each site."""
     make_prostate_sites(tmp_path / "sites", sites=["A", "B"], cases=6, size=(32, 32, 8))
     bad = [
         case["image"]

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Real sites: one that breaks off in mid-round, what leaves a site, a disk that is full, a killed process."""
+"""Real clients: an exception within a round, what leaves a site, a full disk, and a killed process."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
 
 @pytest.fixture(scope="module")
 def whole(tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of an undisturbed run."""
+    """The folder of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     assert OneProcess().run(tiny, folder).code == 0
     return folder
@@ -58,8 +58,8 @@ def _process_as_it_was() -> Iterator[None]:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("_process_as_it_was")
-def test_real_site_that_breaks_off_in_the_middle_of_a_round_trains_again_in_the_next(tiny, tmp_path, monkeypatch):
-    """ignite keeps a run that raised as begun; weights and personalised models are those of a site that was asleep."""
+def test_site_that_fails_in_the_middle_of_a_round_trains_again_in_the_next(tiny, tmp_path, monkeypatch):
+    """ignite considers the failed run as started; the results are those of a site that was not asked in that round."""
     asleep = tiny.federation(tmp_path / "asleep", rounds=3, min_sites=1)
     asleep.start()
     weights = asleep.weights
@@ -92,7 +92,7 @@ def test_real_site_that_breaks_off_in_the_middle_of_a_round_trains_again_in_the_
         assert equal(run.clients[site].personalised, asleep.clients[site].personalised)
     failures = [(row["round"], row["site"]) for row in read_rows(tmp_path / "run" / "failures.csv")]
     assert failures == [("1", "B"), ("2", "B")]
-    # the figures of the round after are measured anew
+    # the metrics of the next round are measured again
     last = [row for row in read_rows(tmp_path / "run" / "history.csv") if (row["round"], row["site"]) == ("3", "B")]
     scored = {row["model"]: float(row["value"]) for row in last if row["metric"] == "val_mean_dice"}
     assert scored["global"] == pytest.approx(asleep.clients["B"].validate(weights)["val_mean_dice"])
@@ -101,7 +101,7 @@ def test_real_site_that_breaks_off_in_the_middle_of_a_round_trains_again_in_the_
 @pytest.mark.slow
 @pytest.mark.usefixtures("_process_as_it_was")
 def test_only_local_weights_and_figures_leave_a_site(tiny, tmp_path, monkeypatch):
-    """All that a client returns while the rounds run, but for what the site's own folder and checkpoint keep.
+    """Check everything that a client returns while the rounds run, except for its own folder and checkpoint.
 
     No tensor is the personalised model's, or shares its memory; no word but the names of weights and of figures.
     """
@@ -128,7 +128,7 @@ def test_only_local_weights_and_figures_leave_a_site(tiny, tmp_path, monkeypatch
     local: dict[tuple[str, int], State] = {}
     for name in ("train", "metrics", "validate"):
         recording(name)
-    # with a long memory from the first round on, the personalised model is not the local one
+    # a long moving average from the first round on, so that the personalised model differs from the local one
     run = tiny.federation(tmp_path, rounds=3, val_interval=1, alpha=0.9, start_epoch=0)
     run.run()
 
@@ -147,7 +147,7 @@ def test_only_local_weights_and_figures_leave_a_site(tiny, tmp_path, monkeypatch
             for key, tensor in result.items():
                 if tensor.is_floating_point() and tensor.numel() > 1:
                     assert not torch.equal(tensor, kept[site, epoch][key]), key
-    # the same of the only other thing that the aggregator asks: a number of cases
+    # the server reads only one other value: the number of cases
     assert all(type(client.cases) is int for client in run.clients.values())
 
 
@@ -160,8 +160,8 @@ def digests(folder: Path) -> dict[str, str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("full_for", ["checkpoint", "model", "everything"])
-def test_full_disk_ends_the_run_in_one_line_and_the_last_round_stays(full_for, tiny, whole, tmp_path):
-    """A process that may write no larger file: the line says where; nothing half written is left; it goes on."""
+def test_full_disk_ends_the_run_with_one_line_and_the_last_round_is_kept(full_for, tiny, whole, tmp_path):
+    """With a limit on file sizes: the line says where, no incomplete file is left, and the run can be resumed."""
     process, folder = OneProcess(), tmp_path / "run"
     assert process.run(tiny, folder, stop_after=2).code != 0
     before = digests(folder)
@@ -184,14 +184,16 @@ def test_full_disk_ends_the_run_in_one_line_and_the_last_round_stays(full_for, t
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments_and_resumed_a_run_ends_as_an_undisturbed_one(tiny, whole, tmp_path):
-    """A process that dies, again and again, at any instruction; then the same weights to the bit, and no litter."""
+def test_run_that_is_killed_at_random_moments_and_resumed_gives_the_results_of_an_uninterrupted_one(
+    tiny, whole, tmp_path
+):
+    """After a process was killed repeatedly, the weights are the same to the bit, and no temporary files are left."""
     process, moments, folder = OneProcess(), random.Random(0), tmp_path / "run"
     killed = 0
     for _ in range(KILLS):
         ended = process.run(tiny, folder, kill_after=moments.uniform(0.05, 0.9))
         killed += ended.code == -signal.SIGALRM
-        if ended.code == 0:  # it came to its end: from the start again
+        if ended.code == 0:  # it finished: start again
             shutil.rmtree(folder)
     assert killed >= KILLS // 2
     assert process.run(tiny, folder).code == 0

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What a hostile site can send, with one other site and with many: updates far too long, or of other types."""
+"""What a hostile site can send, among two or many sites: updates that are far too long, or of other types."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def moved(by: float, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     return {"w": MODEL["w"].to(dtype) + by / 2, "n": MODEL["n"] + 1}
 
 
-# ---- how long an update may be --------------------------------------------------------------------------------------
+# ---- the length of an update ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -52,16 +52,16 @@ def moved(by: float, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         ({"A": 41.0}, [], ["A"]),  # ten times the model's own norm
         ({"A": 1.0, "B": 1000.0}, [], ["B"]),
         ({"A": 1000.0, "B": 1000.0}, [], ["A", "B"]),
-        ({"A": 1.0, "B": 39.0}, [1.0, 1.0], []),  # a site may go far while the model is young
+        ({"A": 1.0, "B": 39.0}, [1.0, 1.0], []),  # in early rounds, long updates are accepted
         ({"A": 1.0, "B": 59.0}, [6.0, 6.0], []),
-        ({"A": 1.0, "B": 61.0}, [6.0, 6.0], ["B"]),  # ten times what was usual so far
-        ({"A": 1.0, "B": 61.0}, [5.0, 3.0, 7.0, 50.0], ["B"]),  # the median, of which one long update makes little
-        ({"A": 1.0, "B": 61.0, "C": 61.0, "D": 61.0}, [6.0, 6.0], ["B", "C", "D"]),  # hostile ones in the majority
-        ({"A": 1.0, "B": 39.0}, [0.0, 0.0], []),  # all stood still: no measure
+        ({"A": 1.0, "B": 61.0}, [6.0, 6.0], ["B"]),  # ten times the median so far
+        ({"A": 1.0, "B": 61.0}, [5.0, 3.0, 7.0, 50.0], ["B"]),  # a single long update hardly changes the median
+        ({"A": 1.0, "B": 61.0, "C": 61.0, "D": 61.0}, [6.0, 6.0], ["B", "C", "D"]),  # hostile sites are in the majority
+        ({"A": 1.0, "B": 39.0}, [0.0, 0.0], []),  # earlier updates of length 0 set no limit
         ({"A": 0.0, "B": 0.0}, [1.0], []),
     ],
 )
-def test_an_update_is_bounded_by_the_model_and_by_earlier_rounds(lengths, earlier, refused):
+def test_length_of_an_update_is_limited_by_the_model_and_by_earlier_rounds(lengths, earlier, refused):
     updates = {site: moved(length) for site, length in lengths.items()}
     found = far_off(updates, MODEL, 10.0, earlier)
     assert list(found) == refused
@@ -71,17 +71,17 @@ def test_an_update_is_bounded_by_the_model_and_by_earlier_rounds(lengths, earlie
     assert far_off(updates, MODEL, 0.0, earlier) == {}
 
 
-def test_a_model_of_zeros_is_no_measure():
+def test_model_of_zeros_sets_no_limit():
     assert far_off({"A": {"w": torch.ones(4)}}, {"w": torch.zeros(4)}, 10.0) == {}
 
 
-def test_norm_is_of_floating_point_entries():
+def test_norm_is_computed_over_floating_point_entries():
     assert update_norm(moved(3.0), MODEL) == pytest.approx(3.0)
     assert update_norm(MODEL) == pytest.approx(4.0)
 
 
 def too_long(monkeypatch: pytest.MonkeyPatch, times: float, rounds: tuple[int, ...]) -> None:
-    """Let site B's update be so many times as long, in some of its trainings."""
+    """Multiply the update of site B in some of its trainings."""
     train, calls = FakeClient.train, [0]
 
     def hostile(self: FakeClient, weights: Mapping[str, Tensor]) -> Any:
@@ -107,15 +107,15 @@ def test_with_two_sites_an_update_a_thousand_times_too_long_is_left_out(round_, 
 
 
 @pytest.mark.usefixtures("fakes")
-def test_one_site_alone_is_bounded_and_where_all_must_deliver_the_run_ends_in_one_line(tmp_path, monkeypatch):
+def test_update_of_a_single_site_is_limited_and_ends_a_run_that_requires_all_sites(tmp_path, monkeypatch):
     too_long(monkeypatch, 1000.0, (2,))
     with pytest.raises(InputError, match=r"'B' sent an update of norm"):
         make(tmp_path, sites=["B"], min_sites=0).run()
 
 
 @pytest.mark.usefixtures("fakes")
-def test_what_was_usual_is_known_after_a_resumption(tmp_path, monkeypatch):
-    """Ten times the usual, which is more than ten times the model's norm: only the history can tell."""
+def test_median_of_earlier_rounds_is_known_after_a_resumption(tmp_path, monkeypatch):
+    """The update exceeds ten times the median of earlier rounds, which only the history contains."""
     monkeypatch.setattr(updates, "update_norm", lambda update, like=None: 0.0 if like is None else norm(update, like))
     first = make(tmp_path, sites=["A", "B"], min_sites=1, rounds=3)
     first.start()
@@ -130,12 +130,12 @@ def test_what_was_usual_is_known_after_a_resumption(tmp_path, monkeypatch):
     assert [(row["round"], row["site"]) for row in read_rows(tmp_path / "failures.csv")] == [("3", "B")]
 
 
-# ---- of which types -------------------------------------------------------------------------------------------------
+# ---- the types of an update -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("averaging", AVERAGES)
-def test_update_of_another_precision_leaves_the_averages_type_as_it_was(dtype, averaging):
+def test_update_of_another_precision_does_not_change_the_type_of_the_average(dtype, averaging):
     updates = {"A": moved(1.0, dtype), "B": moved(1.0), "C": moved(1.0)}
     checked = {site: check_update(site, update, MODEL) for site, update in updates.items()}
     average = average_updates(checked, dict.fromkeys(updates, 1), averaging)
@@ -145,13 +145,13 @@ def test_update_of_another_precision_leaves_the_averages_type_as_it_was(dtype, a
 
 
 @pytest.mark.parametrize("value", [1e300, -1e39])
-def test_what_is_finite_in_double_precision_alone_is_refused(value):
+def test_value_that_is_finite_only_in_double_precision_is_refused(value):
     wrong = {**MODEL, "w": torch.full((4,), value, dtype=torch.float64)}
     with pytest.raises(InputError, match=r"'HK' sent NaN or infinite values in 'w', as torch\.float32"):
         check_update("HK", wrong, MODEL)
 
 
-def test_no_plain_tensor_is_refused():
+def test_sparse_tensor_is_refused():
     with pytest.raises(InputError, match="'HK' sent a sparse tensor as 'w'"):
         check_update("HK", {"w": torch.ones(2).to_sparse()}, {"w": torch.ones(2)})
 
@@ -163,12 +163,12 @@ def test_negative_variance_is_refused():
 
 
 @pytest.mark.parametrize("counts", [{"A": 1e308, "B": 1e308}, {"A": 1.0, "B": float("inf")}, {"A": 0, "B": 1}])
-def test_numbers_of_cases_that_leave_no_average_are_refused(counts):
+def test_numbers_of_cases_that_give_no_weights_are_refused(counts):
     with pytest.raises(InputError, match="numbers of cases"):
         average_updates({"A": moved(1.0), "B": moved(1.0)}, counts)
 
 
-# ---- averages that a few cannot move --------------------------------------------------------------------------------
+# ---- robust averages ------------------------------------------------------------------------------------------------
 
 
 def average(values: list[list[float]], averaging: Any) -> list[float]:
@@ -198,18 +198,18 @@ def test_median_and_trimmed_mean_by_hand(values, median, trimmed):
     st.floats(-1e30, 1e30),
 )
 @settings(max_examples=50, deadline=None)
-def test_one_hostile_site_moves_no_entry_out_of_the_others_range(honest, averaging, hostile):
+def test_one_hostile_site_moves_no_entry_out_of_the_range_of_the_others(honest, averaging, hostile):
     found = average([[value] for value in (hostile, *honest)], averaging)[0]
     assert min(honest) - 1e-5 <= found <= max(honest) + 1e-5
 
 
-def test_averages_agree_where_all_sites_do():
+def test_averages_of_equal_updates_are_equal():
     same = [[0.1, -3.0]] * 5
     for averaging in AVERAGES:
         assert average(same, averaging) == pytest.approx(same[0])
 
 
-def test_a_site_counts_by_its_cases_or_like_any_other():
+def test_sites_are_weighted_by_their_cases_or_equally():
     values = [[1.0], [4.0], [10.0]]  # of sites with one, two and three cases
     assert average(values, "mean") == pytest.approx([(1 + 2 * 4 + 3 * 10) / 6])
     assert average(values, "equal_mean") == pytest.approx([5.0])
@@ -224,10 +224,10 @@ def test_unknown_average_is_refused_by_name():
 
 @pytest.mark.usefixtures("fakes")
 @pytest.mark.parametrize("averaging", ["equal_mean", "median", "trimmed_mean"])
-def test_a_federation_averages_as_it_is_told_and_resumes_with_nothing_else(averaging, tmp_path):
+def test_federation_uses_the_average_of_its_settings_and_resumes_only_with_the_same(averaging, tmp_path):
     run = make(tmp_path, rounds=1, averaging=averaging)
     weights = run.run()
-    # steps of 0.11, 0.21, 0.31 and 0.41: both leave the two in the middle, unweighted
+    # steps of 0.11, 0.21, 0.31 and 0.41: all three give the unweighted mean of the two in the middle
     start = make(tmp_path / "start")
     start.start()
     moved = {key: weights[key] - tensor for key, tensor in start.weights.items() if tensor.is_floating_point()}
@@ -237,7 +237,7 @@ def test_a_federation_averages_as_it_is_told_and_resumes_with_nothing_else(avera
 
 
 @pytest.mark.usefixtures("fakes")
-def test_scores_that_could_not_be_measured_are_unknown(tmp_path, monkeypatch):
+def test_scores_that_could_not_be_measured_are_none(tmp_path, monkeypatch):
     monkeypatch.setattr(FakeClient, "validate", lambda self, weights: {"val_mean_dice": float("nan")})
     monkeypatch.setattr(FakeClient, "shift", lambda self, weights: float("nan"))
     run: Federation = make(tmp_path)
@@ -246,5 +246,5 @@ def test_scores_that_could_not_be_measured_are_unknown(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("fakes")
-def test_by_default_the_mean_is_what_it_was(tmp_path):
+def test_default_average_is_the_mean(tmp_path):
     assert equal(make(tmp_path / "a").run(), make(tmp_path / "b", averaging="mean").run())

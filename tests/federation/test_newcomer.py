@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""A newcomer's personalised model: never worse than the global one by its cross-validation, and no label leaks."""
+"""The personalised model of a newcomer: in its cross-validation never worse than the global model, without leaks."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
 
 
 class FakeClient:
-    """A site whose training adds 0.1 to all weights, and whose Dice is what the test says of weights and cases."""
+    """A site whose training adds 0.1 to all weights, and whose Dice is a function that the test sets."""
 
     made: ClassVar[list[FakeClient]] = []
     score: Callable[[Mapping[str, Tensor], list[str]], float]
@@ -66,7 +66,7 @@ class FakeClient:
 
 @pytest.fixture
 def published(tmp_path: Path) -> Path:
-    """A global model and those of two sites, published, and five labelled cases of a newcomer."""
+    """A published global model and personalised models of two sites, and five labelled cases of a newcomer."""
     folder = tmp_path / "published"
     folder.mkdir()
     torch.save(dict(unet().state_dict()), folder / "model.pt")
@@ -116,7 +116,7 @@ def mixture() -> State:
         (FakeClient.train(None, mixture()), "trained for 1 round, share 1"),  # type: ignore
     ],
 )
-def test_what_does_best_on_held_out_cases_is_published(run, tmp_path, target, chosen):
+def test_candidate_with_the_highest_dice_on_held_out_cases_is_written(run, tmp_path, target, chosen):
     found = run(like(target), rounds=3)
     assert found.chosen == chosen
     written = load_weights(tmp_path / "out" / "models" / "model_N.pt")
@@ -127,12 +127,12 @@ def test_what_does_best_on_held_out_cases_is_published(run, tmp_path, target, ch
     assert f"{chosen}  " in found.print_table() and "<- chosen" in found.print_table()
 
 
-def test_of_candidates_that_do_equally_well_the_global_model_is_kept(run, tmp_path, published):
+def test_global_model_is_kept_if_no_candidate_is_better(run, tmp_path, published):
     assert run(lambda weights, held: 0.5).chosen == GLOBAL_MODEL
     assert equal(load_weights(tmp_path / "out" / "models" / "model_N.pt"), load_weights(published / "model.pt"))
 
 
-def test_a_model_that_is_better_in_one_fold_and_worse_in_the_mean_is_not_chosen(run):
+def test_candidate_that_is_better_in_one_fold_but_worse_in_the_mean_is_not_chosen(run):
     start = unet().state_dict()
 
     def score(weights: Mapping[str, Tensor], held: list[str]) -> float:
@@ -143,7 +143,7 @@ def test_a_model_that_is_better_in_one_fold_and_worse_in_the_mean_is_not_chosen(
     assert all(max(dice) == 0.9 for name, dice in found.dice.items() if name != GLOBAL_MODEL)
 
 
-def test_a_fold_without_a_dice_decides_nothing(run, tmp_path):
+def test_fold_without_a_dice_is_ignored(run, tmp_path):
     start = unet().state_dict()
 
     def score(weights: Mapping[str, Tensor], held: list[str]) -> float:
@@ -154,8 +154,8 @@ def test_a_fold_without_a_dice_decides_nothing(run, tmp_path):
         run(lambda weights, held: math.nan)
 
 
-def test_no_model_is_scored_on_cases_that_it_was_made_with(run, monkeypatch):
-    """Neither labels in the training, nor images in the statistics of the batch norms."""
+def test_no_candidate_is_scored_on_cases_that_it_was_made_with(run, monkeypatch):
+    """Held-out cases are used neither in the training nor for the statistics of batch norm."""
     measured: list[set[int]] = []
     batches = newcomer.mixed_batches
 
@@ -174,7 +174,7 @@ def test_no_model_is_scored_on_cases_that_it_was_made_with(run, monkeypatch):
     assert all(client.kept["personalization"].save_path is None for client in FakeClient.made)
 
 
-def test_the_new_model_lies_beside_the_published_ones_which_stay_as_they_are(run, published, tmp_path):
+def test_new_model_is_written_next_to_copies_of_the_published_models(run, published, tmp_path):
     before = {path.name: path.read_bytes() for path in published.iterdir()}
     run(like(mixture()))
     assert {path.name: path.read_bytes() for path in published.iterdir()} == before
@@ -186,13 +186,13 @@ def test_the_new_model_lies_beside_the_published_ones_which_stay_as_they_are(run
     assert json.loads((models / "scores.json").read_text())["N"] is None
 
 
-def test_a_site_that_has_a_model_already_is_refused(published, tmp_path):
+def test_site_with_a_published_model_is_refused(published, tmp_path):
     saml(tmp_path / "data", "A", 3)
     with pytest.raises(InputError, match="holds a personalised model of 'A' already"):
         Newcomer("bundle", str(tmp_path / "data"), "A", str(published), str(tmp_path / "out"))
 
 
-def test_a_patient_is_in_one_fold_and_each_case_is_held_out_once():
+def test_each_patient_is_in_one_fold_and_each_case_is_held_out_once():
     cases = [{"case": f"{patient}{eye}", "patient": patient} for patient in "abcdefg" for eye in "lr"]
     groups = deal(cases, 3)
     assert len(groups) == 3 and sorted(case["case"] for group in groups for case in group) == sorted(
@@ -206,8 +206,8 @@ def test_a_patient_is_in_one_fold_and_each_case_is_held_out_once():
             deal(few, folds)
 
 
-def test_one_command_gives_a_personalised_model(tmp_path, capsys):
-    """With the bundle's own training, on three synthetic cases: a table, and a folder of models that can be used."""
+def test_command_makes_a_personalised_model(tmp_path, capsys):
+    """With the training of the bundle on three synthetic cases: a table, and a folder of models that can be used."""
     make_prostate_sites(tmp_path / "data", sites=("N",), cases=3, size=(32, 32, 8))
     models = random_models(tmp_path / "published")
     capsys.readouterr()

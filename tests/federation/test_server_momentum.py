@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Momentum at the server: the formula, buffers as averaged, and a federation that goes on where it was."""
+"""Server momentum: its formula, buffers from the average, and federations that are resumed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from shared_iopfl.utils.errors import InputError
 
 
 def test_momentum_is_sgd_on_the_difference_to_the_average():
-    """Three rounds as torch's Nesterov SGD of rate 1 makes them; buffers are those of the average."""
+    """Three rounds are equal to steps of torch's Nesterov SGD with rate 1; buffers are those of the average."""
     network = unet()
     parameters = [name for name, _ in network.named_parameters()]
     server, weights = ServerMomentum(0.7), dict(unet(1).state_dict())
@@ -46,8 +46,8 @@ def test_without_momentum_it_is_the_average():
     assert equal(ServerMomentum(0.0).step(unet(1).state_dict(), average, ["any"]), average)
 
 
-def test_federation_takes_the_step_and_resumes(fakes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):  # noqa: F811
-    """Global weights by hand; interrupted after its second round and resumed, a run ends with the same ones."""
+def test_federation_uses_momentum_and_resumes(fakes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):  # noqa: F811
+    """Global weights are as computed by hand, also after an interruption of the run and a resumption."""
     from fake_clients import FakeClient
 
     names = ["0.weight", "0.bias", "1.weight", "1.bias"]
@@ -82,6 +82,6 @@ def test_federation_takes_the_step_and_resumes(fakes, tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize("wrong", [-0.1, 1.0, float("nan"), True, "0.5"])
-def test_momentum_out_of_range_is_one_line(wrong):
+def test_momentum_out_of_range_is_refused(wrong):
     with pytest.raises(InputError, match="server_momentum must be"):
         ServerMomentum(wrong)

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Sites that hang are left behind; a spoilt checkpoint costs one round; a site holds back what its filters say."""
+"""Time limits of sites, damaged checkpoints, and privacy filters of what a site sends."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def wait_for_a_lock() -> None:
 
 
 def wait_for_a_file() -> None:
-    """As from a mount whose server is gone."""
+    """As for a mounted folder whose server does not answer."""
     reading, _ = os.pipe()
     os.read(reading, 1)
 
@@ -65,7 +65,7 @@ def wait_for_a_process() -> None:
 
 
 def try_again_and_again() -> None:
-    """Library code that swallows what is raised in it, once."""
+    """As library code that ignores the first exception."""
     try:
         time.sleep(60)
     except Exception:
@@ -78,7 +78,7 @@ HANGS: list[Callable[[], None]] = [
 
 
 @pytest.mark.parametrize("hang", HANGS)
-def test_what_hangs_is_broken_off_and_the_alarm_clock_is_as_before(hang):
+def test_code_that_hangs_is_interrupted_and_the_alarm_is_restored(hang):
     before, began = signal.getsignal(signal.SIGALRM), time.perf_counter()
     with pytest.raises(InputError, match=r"site 'B' has taken more than its 0\.1 seconds"), time_limit("B", 0.1):
         hang()
@@ -87,7 +87,7 @@ def test_what_hangs_is_broken_off_and_the_alarm_clock_is_as_before(hang):
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
-def test_what_is_in_time_is_left_alone():
+def test_code_within_the_time_limit_is_not_interrupted():
     for seconds in (0, 30):
         with time_limit("B", seconds):
             time.sleep(0.01)
@@ -99,8 +99,8 @@ def test_what_is_in_time_is_left_alone():
 
 @pytest.mark.usefixtures("fakes")
 @pytest.mark.parametrize("method", ["train", "validate"])
-def test_round_goes_on_without_a_site_that_hangs_and_it_comes_back(method, tmp_path, monkeypatch):
-    """Hanging in training, it has slept through that round; hanging in validation, it has trained all the same."""
+def test_round_continues_without_a_site_that_hangs_and_the_site_rejoins(method, tmp_path, monkeypatch):
+    """If it hangs in training, it has no part in that round; if it hangs in validation, its update is averaged."""
     expected, _ = by_hand(tmp_path / "hand", {2: "B"} if method == "train" else {})
     original, calls = getattr(FakeClient, method), iter(range(100))
 
@@ -120,8 +120,8 @@ def test_round_goes_on_without_a_site_that_hangs_and_it_comes_back(method, tmp_p
 
 
 @pytest.mark.usefixtures("fakes")
-def test_where_every_site_must_deliver_one_that_hangs_ends_the_run(tmp_path, monkeypatch):
-    """In one line, and it goes on from the last round."""
+def test_site_that_hangs_ends_a_run_that_requires_all_sites(tmp_path, monkeypatch):
+    """The error is one line, and the run can be resumed from the round before."""
     whole, train = make(tmp_path / "whole").run(), FakeClient.train
 
     def hanging(self: FakeClient, weights: Any) -> State:
@@ -137,13 +137,13 @@ def test_where_every_site_must_deliver_one_that_hangs_ends_the_run(tmp_path, mon
 
 @pytest.mark.usefixtures("fakes")
 @pytest.mark.parametrize("wrong", [-1, float("nan")])
-def test_limits_that_are_none_are_refused(wrong, tmp_path):
+def test_time_limits_out_of_range_are_refused(wrong, tmp_path):
     with pytest.raises(InputError, match="site_timeout must be"):
         make(tmp_path, site_timeout=wrong)
 
 
 @pytest.mark.usefixtures("fakes")
-def test_a_limit_asks_for_the_main_thread(tmp_path):
+def test_time_limit_needs_the_main_thread(tmp_path):
     caught: list[Exception] = []
 
     def elsewhere() -> None:
@@ -176,8 +176,8 @@ def nothing(content: bytes) -> bytes:
 
 @pytest.mark.usefixtures("fakes")
 @pytest.mark.parametrize("spoil", [cut, flip_a_bit, nothing])
-def test_a_spoilt_checkpoint_costs_one_round(spoil, tmp_path, monkeypatch, caplog):
-    """Whatever the disk has made of the newest, the one before it loads; and the run ends as an undisturbed one."""
+def test_damaged_checkpoint_costs_one_round(spoil, tmp_path, monkeypatch, caplog):
+    """The checkpoint before is loaded, and the results are those of an uninterrupted run."""
     whole = make(tmp_path / "whole", rounds=4).run()
     folder = tmp_path / "run"
     run = make(folder, rounds=4)
@@ -194,7 +194,7 @@ def test_a_spoilt_checkpoint_costs_one_round(spoil, tmp_path, monkeypatch, caplo
 
 
 @pytest.mark.usefixtures("fakes")
-def test_a_new_run_keeps_nothing_of_another_in_its_folder(tmp_path):
+def test_new_run_removes_the_checkpoint_of_an_earlier_one(tmp_path):
     make(tmp_path, rounds=3).run()
     run = make(tmp_path, rounds=3)
     run.start()
@@ -203,7 +203,7 @@ def test_a_new_run_keeps_nothing_of_another_in_its_folder(tmp_path):
 
 
 @pytest.mark.parametrize("at", [0.3, 0.5, 0.7])
-def test_a_flipped_bit_in_a_model_is_noticed_without_a_manifest(at, tmp_path):
+def test_flipped_bit_in_a_model_is_detected_without_a_manifest(at, tmp_path):
     torch.save({"w": torch.randn(1000)}, tmp_path / "model.pt")
     content = bytearray((tmp_path / "model.pt").read_bytes())
     content[int(at * len(content))] ^= 1
@@ -216,8 +216,8 @@ def test_a_flipped_bit_in_a_model_is_noticed_without_a_manifest(at, tmp_path):
 
 
 @pytest.mark.slow
-def test_filters_are_applied_to_what_leaves_a_site_and_to_nothing_else(tmp_path):
-    """With `filters`, a site sends a part of its changes; its own model is what it would be without them."""
+def test_filters_are_applied_only_to_what_a_site_sends(tmp_path):
+    """With filters, a site sends a part of its changes; its personalised model is the same as without them."""
     tiny = TinyRun.make(tmp_path / "sites")
     open_run, filtered = (tiny.federation(tmp_path / name, rounds=1, filters=name) for name in ("", "fl_filters"))
     sent: dict[str, dict[str, State]] = {}
@@ -236,7 +236,9 @@ def test_filters_are_applied_to_what_leaves_a_site_and_to_nothing_else(tmp_path)
                 if not torch.equal(full[key], old[key]):  # the running statistics have not been trained
                     withheld.append(float(((tensor - old[key]).abs() < 1e-8).float().mean()))
         assert equal(filtered.clients[site].personalised, open_run.clients[site].personalised)
-    assert 0.1 < sum(withheld) / len(withheld) < 0.4  # a tenth of the values changed least, a tenth drawn
+    assert (
+        0.1 < sum(withheld) / len(withheld) < 0.4
+    )  # a tenth is withheld as the smallest changes, and a tenth at random
     key = "conv_0.conv_0.conv.weight"
     drawn = [(sent["fl_filters"][site][key] - old[key]).abs() < 1e-8 for site in "AB"]
     assert not torch.equal(*drawn)
@@ -245,7 +247,7 @@ def test_filters_are_applied_to_what_leaves_a_site_and_to_nothing_else(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["none_such", "../configs/fl_filters", "/etc/passwd"])
-def test_filters_that_are_not_the_bundles_are_refused(name, tmp_path):
-    """A server may name them, and what is in them is executed."""
+def test_filters_that_are_not_of_the_bundle_are_refused(name, tmp_path):
+    """A server may choose the name, and the config is executed."""
     with pytest.raises(InputError, match="no filters"):
         SiteClient(str(BUNDLE), "A", 1, {"filters": name, "dataset_dir": str(tmp_path)})

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The federation by NVIDIA FLARE: the weights of the one-process run, and nothing personal across the wire."""
+"""The federation with NVIDIA FLARE: it gives the weights of the one-process run, and sends nothing personal."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ ENGINES = ("flare", "one")
 
 
 def test_one_process_and_flare_give_the_same_weights(dataset, tmp_path, monkeypatch):
-    """Property 5, without FLARE's processes: global and personalised models, every figure of the history, and each
-    model's Dice at each site, for which the sites publish their models."""
+    """Property 5, without FLARE's processes: global and personalised models, every metric of the history, and the Dice
+    of each model at each site, for which the sites publish their models."""
     monkeypatch.setenv(PUBLISH, "True")
     federation = one_process(tmp_path / "one", dataset)
     run = flare_run(tmp_path / "flare", dataset, publish=True)
@@ -65,9 +65,9 @@ def test_one_process_and_flare_give_the_same_weights(dataset, tmp_path, monkeypa
         assert all(float(found[key]) == pytest.approx(float(expected[key]), abs=1e-5) for key in ("global", "own"))
 
 
-def test_weights_counts_and_numbers_cross_the_wire_and_no_personalised_model(dataset, tmp_path):
-    """Every object that the server receives is looked at."""
-    averaged = {**TINY, "device": "cpu", "start_epoch": 0}  # else a personalised model may equal the newest local one
+def test_sites_send_weights_counts_and_numbers_but_no_personalised_model(dataset, tmp_path):
+    """The test inspects every object that the server receives."""
+    averaged = {**TINY, "device": "cpu", "start_epoch": 0}  # so that no personalised model equals the newest local one
     rounds = run_here(flare_run(tmp_path / "flare", dataset, settings=averaged), tmp_path / "work")
     kept = [load_weights(path) for path in (tmp_path / "flare" / "sites").glob("*/model_*.pt")]
     assert len(kept) == len(SITES)
@@ -86,7 +86,7 @@ def test_weights_counts_and_numbers_cross_the_wire_and_no_personalised_model(dat
     assert written == {"model.pt", "history.csv", "flare.pt", "statistics.csv", "shares.json", "scores.json"}
 
 
-# ---- what is asked for, and what travels -----------------------------------------------------------------------------
+# ---- settings and the job -------------------------------------------------------------------------------------------
 
 
 def test_job_carries_settings_for_the_named_sites_and_nothing_of_the_machine(tmp_path, monkeypatch):
@@ -144,7 +144,7 @@ def test_job_carries_settings_for_the_named_sites_and_nothing_of_the_machine(tmp
         ({"output_dir": "with space"}, "no path with spaces"),
     ],
 )
-def test_what_is_wrong_is_told_in_one_line_before_anything_starts(options, words, dataset, tmp_path, monkeypatch):
+def test_wrong_settings_are_refused_in_one_line_before_anything_starts(options, words, dataset, tmp_path, monkeypatch):
     for environment in ("SimEnv", "PocEnv", "ProdEnv"):
         monkeypatch.delattr(f"shared_iopfl.federation.flare.run.{environment}")
     monkeypatch.chdir(tmp_path)
@@ -160,7 +160,7 @@ def test_what_is_wrong_is_told_in_one_line_before_anything_starts(options, words
     assert not (tmp_path / "out").exists()
 
 
-def test_command_without_flare_says_how_to_install_it(monkeypatch):
+def test_command_without_flare_explains_how_to_install_it(monkeypatch):
     for name in [name for name in sys.modules if name.startswith(("nvflare", "shared_iopfl.federation.flare.run"))]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "nvflare", None)
@@ -173,7 +173,7 @@ def test_command_without_flare_says_how_to_install_it(monkeypatch):
 
 @pytest.fixture
 def kept(tmp_path: Path) -> Path:
-    """What two sites have kept."""
+    """The models that two sites have kept."""
     for number, site in enumerate(SITES):
         folder = tmp_path / "sites" / site
         folder.mkdir(parents=True)
@@ -182,7 +182,7 @@ def kept(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_personalised_models_are_published_by_name_only(kept):
+def test_only_personalised_models_that_are_named_are_published(kept):
     (path,) = publish_sites(str(kept), ["B"])
     assert path == kept / "models" / "model_B.pt"
     assert load_weights(path)["w"].tolist() == [2, 2]
@@ -193,7 +193,7 @@ def test_personalised_models_are_published_by_name_only(kept):
     "sites, words",
     [([], "must be a list"), ("A", "must be a list"), (["A", "C"], "no model at"), (["../A"], "cannot be a client")],
 )
-def test_nothing_is_published_unless_all_that_is_named_is_there(sites, words, kept):
+def test_nothing_is_published_unless_all_named_models_exist(sites, words, kept):
     with pytest.raises(InputError, match=words):
         publish_sites(str(kept), sites)
     assert not (kept / "models").exists()

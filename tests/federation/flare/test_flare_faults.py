@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""By NVIDIA FLARE, rounds go on without sites that fail or send what does not fit, and a run cut off resumes."""
+"""With NVIDIA FLARE, rounds continue without sites that fail or send wrong updates, and a run can be resumed."""
 
 from __future__ import annotations
 
@@ -47,7 +47,9 @@ def failed(output_dir: Path) -> list[tuple[str, str]]:
     return [(row["round"], row["site"]) for row in rows if row["metric"] == "failed"]
 
 
-def test_site_that_fails_is_left_out_of_the_round_and_comes_back_as_it_was(dataset, tmp_path, fake, monkeypatch):
+def test_site_that_fails_is_left_out_of_the_round_and_rejoins_with_its_earlier_state(
+    dataset, tmp_path, fake, monkeypatch
+):
     train = fake.train
 
     def out_of_memory(self: FakeClient, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -94,7 +96,7 @@ def test_training_log_at_the_site_has_the_whole_error(dataset, tmp_path, fake, m
     assert "Traceback" in log
 
 
-def test_too_few_usable_updates_end_the_run_with_what_was_done(dataset, tmp_path, fake):
+def test_too_few_usable_updates_end_the_run_and_finished_rounds_are_kept(dataset, tmp_path, fake):
     def silent_in_round_2(site: str, task: str, number: int, reply: FLModel) -> FLModel | None:
         return None if site == "B" and number == 2 else reply
 
@@ -127,7 +129,7 @@ BAD_REPLIES: dict[str, Callable[[FLModel], Any]] = {
 
 
 @pytest.mark.parametrize("spoil", [None, *BAD_REPLIES.values()], ids=["good", *BAD_REPLIES])
-def test_update_that_does_not_fit_is_refused_and_the_others_go_on(spoil):
+def test_update_that_does_not_fit_is_refused_and_the_others_are_averaged(spoil):
     replies = {
         site: FLModel(
             params={"w": torch.full((2,), float(number)), "n": torch.tensor(number)},
@@ -153,7 +155,7 @@ def test_update_that_does_not_fit_is_refused_and_the_others_go_on(spoil):
 
 
 @pytest.mark.parametrize("factor, used", [(10.0, ["A", "B"]), (0.0, ["A", "B", "C"])])
-def test_update_far_off_the_others_is_refused_unless_there_is_no_bound(factor, used):
+def test_update_that_is_far_off_is_refused_unless_there_is_no_limit(factor, used):
     moved = {"A": 1.0, "B": 2.0, "C": 100.0}
     replies = {
         site: FLModel(params={"w": torch.full((2,), by)}, metrics={}, meta={FLMetaKey.NUM_STEPS_CURRENT_ROUND: 1})
@@ -171,8 +173,8 @@ def test_update_far_off_the_others_is_refused_unless_there_is_no_bound(factor, u
 
 @pytest.mark.parametrize("earlier, refused", [([], True), ([1000.0] * 2, False), ([1.0] * 2, True)])
 @pytest.mark.parametrize("averaging", ["mean", "median"])
-def test_with_two_sites_an_update_is_bounded_by_the_model_and_the_history(earlier, refused, averaging):
-    """As in one process; what a site says of its own update's norm, or of its number of cases, bounds nothing."""
+def test_with_two_sites_the_update_is_limited_by_the_model_and_the_history(earlier, refused, averaging):
+    """As in one process. The norm and the number of cases that a site reports have no influence on the limit."""
     said = {"update_norm": 1e9}
     replies = {
         site: FLModel(
@@ -192,7 +194,7 @@ def test_with_two_sites_an_update_is_bounded_by_the_model_and_the_history(earlie
     assert kept[len(earlier) :] == pytest.approx([2**0.5] + [1000 * 2**0.5] * (not refused))
 
 
-def test_figures_that_a_site_calls_another_sites_own_are_left_out():
+def test_metrics_of_a_validation_that_are_named_as_local_are_left_out():
     replies = {"A": FLModel(metrics={"local/update_norm": 1e9, "local/failed": 1.0, "global/val_mean_dice": 0.5})}
     rounds = Rounds(sites=["A"], rounds=1, min_sites=1)
     rounds.persistor, rounds.round = ServerFiles(), 1
@@ -203,12 +205,12 @@ def test_figures_that_a_site_calls_another_sites_own_are_left_out():
 
 
 class Interrupted(BaseException):
-    """As a lost machine would end a run."""
+    """Ends a run as a crash of the machine does."""
 
 
 @pytest.mark.slow
-def test_run_cut_off_at_any_instant_and_resumed_ends_with_the_same_weights(dataset, tmp_path, fake, monkeypatch):
-    """Cut off between any two messages, and before each file that the server or a site writes."""
+def test_run_that_is_interrupted_anywhere_and_resumed_gives_the_same_weights(dataset, tmp_path, fake, monkeypatch):
+    """It is interrupted between any two messages, and before each file that the server or a site writes."""
     instants, end = 0, -1
 
     def tick(*args: Any) -> Any:
@@ -232,9 +234,9 @@ def test_run_cut_off_at_any_instant_and_resumed_ends_with_the_same_weights(datas
     whole = train(tmp_path / "whole" / "out", tmp_path / "whole" / "work", False)
     history = figures(tmp_path / "whole" / "out")
     last = instants
-    messages = 2 * (2 * 2 + 1)  # of each site: two a round, and one at the end
-    of_sites = 2 * (2 * 3 + 2)  # files: two a training, one a scoring, two at the end
-    of_server = 1 + 2 * 2 + 1  # the first checkpoint, two files a round, the last checkpoint
+    messages = 2 * (2 * 2 + 1)  # per site: two in each round, and one at the end
+    of_sites = 2 * (2 * 3 + 2)  # files: two per training, one per scoring, two at the end
+    of_server = 1 + 2 * 2 + 1  # the first checkpoint, two files in each round, the last checkpoint
     assert last == messages + of_sites + of_server
     for number in range(1, last + 1):
         folder = tmp_path / str(number)
@@ -259,7 +261,7 @@ def test_run_is_not_resumed_with_other_settings(dataset, tmp_path, fake):
     assert sorted((tmp_path / "flare").rglob("*.pt")) == before
 
 
-def test_an_earlier_runs_files_go_with_overwrite_and_nothing_else(dataset, tmp_path, fake):
+def test_overwrite_removes_only_the_files_of_an_earlier_run(dataset, tmp_path, fake):
     run = flare_run(tmp_path / "flare", dataset)
     run_here(run, tmp_path / "work")
     (tmp_path / "flare" / "flare").mkdir()  # as FLARE's processes write it
@@ -275,7 +277,7 @@ def test_an_earlier_runs_files_go_with_overwrite_and_nothing_else(dataset, tmp_p
     assert left - {".run.lock"} == {"notes.txt", "run.json", "written.jsonl", "models/manifest.json"}
 
 
-def test_what_nobody_is_known_to_have_written_is_in_the_way(dataset, tmp_path, fake):
+def test_file_of_unknown_origin_is_not_replaced(dataset, tmp_path, fake):
     (tmp_path / "flare" / "models").mkdir(parents=True)
     (tmp_path / "flare" / "models" / "model.pt").write_text("mine")
     with pytest.raises(InputError, match=r"holds models/model\.pt, which no run is known to have written"):

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""FLARE's privacy filters at a MONAI FL client: they see changes, and what they leave is added to what arrived."""
+"""FLARE's privacy filters at a MONAI FL client: they are applied to the changes of the weights that arrived."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def sent(privacy: Any) -> dict[str, torch.Tensor]:
     return FlarePrivacy(privacy, arrived)(data, {}).weights
 
 
-def test_what_the_filter_withholds_stays_as_it_arrived() -> None:
-    """Not zero, which is what FLARE's filters make of withheld weights."""
+def test_withheld_values_are_those_that_arrived() -> None:
+    """They are not zero, as withheld weights are in FLARE's filters."""
     result = sent(PercentilePrivacy(percentile=50, gamma=10.0))
     assert result.keys() == NEW.keys()
     floats = [name for name, tensor in OLD.items() if tensor.is_floating_point() and tensor.ndim]
@@ -52,14 +52,14 @@ def test_what_the_filter_withholds_stays_as_it_arrived() -> None:
     assert all(result[name].dtype == tensor.dtype for name, tensor in NEW.items())
 
 
-def test_the_noise_is_of_no_seed_and_no_variance_is_negative() -> None:
-    """As the bundle's config has it, and with noise that exceeds every weight."""
+def test_noise_does_not_depend_on_a_seed_and_no_variance_is_negative() -> None:
+    """With the config of the bundle, and noise that is larger than every weight."""
     config = ConfigParser()
     config.read_config(str(BUNDLE / "configs" / "fl_svt.json"))
     config.update({"gamma": 10.0, "fraction": 0.9})
     (privacy,) = config.get_parsed_content("post_weight_filters")
     config.get_parsed_content("arrived")(ExchangeObject(weights=dict(OLD)))
-    with untouched():  # both begin with the same global random state
+    with untouched():  # both start from the same global random state
         results = [privacy(ExchangeObject(weights=dict(NEW)), {}).weights for _ in range(2)]
     assert any(not torch.equal(results[0][name], results[1][name]) for name in NEW)
     for result in results:
@@ -68,11 +68,11 @@ def test_the_noise_is_of_no_seed_and_no_variance_is_negative() -> None:
     assert privacy.privacy.get_privacy_spent() > 0
 
 
-def test_a_filter_that_lets_nothing_through_is_an_error() -> None:
+def test_filter_that_sends_nothing_is_an_error() -> None:
     with pytest.raises(InputError, match="PercentilePrivacy sends no update with its settings"):
         sent(PercentilePrivacy(gamma=0.0))
 
 
-def test_flare_s_global_randomness_is_left_alone() -> None:
+def test_global_random_state_is_not_changed() -> None:
     with untouched():
         sent(SVTPrivacy())

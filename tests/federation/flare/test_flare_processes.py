@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The federation in NVIDIA FLARE's own processes: simulated, on loopback and provisioned, with sites that go wrong."""
+"""The federation in the processes of NVIDIA FLARE: simulated, on loopback and provisioned, with sites that fail."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ pytestmark = pytest.mark.slow
 
 GUIDE = REPOSITORY / "docs" / "flare.md"
 ADMIN = "admin@coordinator.example"
-# as sitecustomize.py: a copy of every frame that FLARE's simulator receives, before anything reads it
+# used as sitecustomize.py, it copies every frame that FLARE's simulator receives
 RECORDER = """
 import os, sys
 
@@ -49,7 +49,7 @@ if "nvflare.private.fed.app.simulator.simulator" in sys.orig_argv:
     import multiprocessing
     from nvflare.fuel.f3.sfm.conn_manager import ConnManager
 
-    multiprocessing.set_start_method("fork")  # its server is a child of it; the sites' processes are started anew
+    multiprocessing.set_start_method("fork")  # its server is a forked child; the processes of the sites are not
     process_frame = ConnManager.process_frame
 
     def recorded(self, connection, frame):
@@ -69,7 +69,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _process_as_it_was() -> Iterator[None]:
     hook, threads, benchmark = sys.excepthook, torch.get_num_threads(), torch.backends.cudnn.benchmark
-    torch.set_num_threads(1)  # sums in one order, in this process as in those that a test starts
+    torch.set_num_threads(1)  # the same order of sums in this process and in those that a test starts
     yield
     sys.excepthook, torch.backends.cudnn.benchmark = hook, benchmark
     torch.set_num_threads(threads)
@@ -78,7 +78,7 @@ def _process_as_it_was() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def whole(dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a one-process run of two rounds, by the bundle's own config, scored and reported."""
+    """The folder of a one-process run of two rounds with the config of the bundle, scored and with a report."""
     folder = tmp_path_factory.mktemp("whole") / "out"
     given = {**TINY, "sites": SITES, "rounds": 2, "dataset_dir": str(dataset), "output_dir": str(folder)}
     given = {name: value for name, value in given.items() if name != "tensorboard"}
@@ -96,7 +96,7 @@ def whole(dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def network_of_its_own() -> list[str]:
-    """Runs a shell's commands where nothing else listens: FLARE's server takes fixed ports of all addresses."""
+    """A command that runs a shell in its own network, because FLARE's server uses fixed ports of all addresses."""
     refused = ""
     for how in (["unshare", "--net"], ["unshare", "--user", "--map-root-user", "--net"]):
         try:
@@ -116,7 +116,7 @@ def words(output_dir: Path, env: str, rounds: int, *options: str, bundle: Path =
 
 
 def start(given: Sequence[str], home: Path) -> subprocess.Popen:
-    """Start the command, or one that begins otherwise; what it says is in ``<home>.log``."""
+    """Start the command ``flare``, or any other; its output is in ``<home>.log``."""
     home.mkdir(parents=True, exist_ok=True)
     paths = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests"), os.environ.get("PYTHONPATH", "")])
     programs = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
@@ -127,14 +127,14 @@ def start(given: Sequence[str], home: Path) -> subprocess.Popen:
 
 
 def end(process: subprocess.Popen) -> None:
-    """End a command and all that it has started: FLARE's processes are in sessions of their own."""
+    """End a command and all its descendants: FLARE's processes have sessions of their own."""
     for member in [process, *psutil.Process(process.pid).children(recursive=True)]:
         member.kill()
     process.wait()
 
 
 def run_command(given: Sequence[str], home: Path) -> str:
-    """What the command says, once it has ended well."""
+    """The output of the command, which must succeed."""
     process = start(given, home)
     try:
         process.wait(timeout=900)
@@ -147,13 +147,13 @@ def run_command(given: Sequence[str], home: Path) -> str:
 
 
 def files(folder: Path) -> set[str]:
-    """The files of a run outside FLARE's workspace and the sites' own folders."""
+    """The files of a run, except for FLARE's workspace and the folders of the sites."""
     paths = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     return {path for path in paths if path.split("/")[0] not in ("flare", "sites", "tensorboard")}
 
 
 def assert_finished(output_dir: Path, whole: Path, one_machine: bool = True, published: bool = False) -> None:
-    """The weights, figures and files of the one-process run, and every personalised model where it belongs."""
+    """Check for the weights, metrics and files of the one-process run, and the place of each personalised model."""
     assert_same(load_weights(output_dir / "models" / "model.pt"), load_weights(whole / "models" / "model.pt"))
     assert figures(output_dir) == figures(whole)
     assert {row["model"] for row in read_rows(output_dir / "history.csv")} == {"local", "global", "personalised"}
@@ -179,10 +179,10 @@ def assert_finished(output_dir: Path, whole: Path, one_machine: bool = True, pub
     assert kept_by_flare <= known, "FLARE's processes and the server hold no personalised model that is not published"
 
 
-def test_simulator_gives_the_run_of_one_process_and_its_server_receives_nothing_personal(
+def test_simulator_gives_the_results_of_one_process_and_its_server_receives_nothing_personal(
     dataset, whole, tmp_path, monkeypatch
 ):
-    """Property 5, with FLARE's simulator; and every byte that its server receives is looked at."""
+    """Property 5, with FLARE's simulator; the test searches every byte that its server receives."""
     for name in ("received", "recorder"):
         (tmp_path / name).mkdir()
     (tmp_path / "recorder" / "sitecustomize.py").write_text(RECORDER)
@@ -208,12 +208,12 @@ def test_simulator_gives_the_run_of_one_process_and_its_server_receives_nothing_
 
 
 def first_round_is_done(workspace: Path) -> bool:
-    """Whether the server has written a model, and after it the checkpoint of its round."""
+    """Whether the server has written a model and then the checkpoint of its round."""
     models = list(workspace.rglob("iopfl/models/model.pt"))
     return any((path.parents[1] / "flare.pt").stat().st_mtime_ns >= path.stat().st_mtime_ns for path in models)
 
 
-def test_simulation_that_was_killed_is_resumed_to_the_same_weights(dataset, tmp_path):
+def test_simulation_that_was_killed_and_resumed_gives_the_same_weights(dataset, tmp_path):
     federation = one_process(tmp_path / "one", dataset, rounds=4)
     given = words(tmp_path / "flare", "sim", 4, "--dataset_dir", str(dataset), "--publish", "True")
     process = start(given, tmp_path / "home")
@@ -234,15 +234,15 @@ def test_simulation_that_was_killed_is_resumed_to_the_same_weights(dataset, tmp_
 
 
 def assert_continued(output_dir: Path, federation: Federation) -> None:
-    """The global model, every personalised one and the history of a one-process run."""
+    """Check for the global model, all personalised models and the history of a one-process run."""
     assert_same(load_weights(output_dir / "models" / "model.pt"), federation.weights)
     assert figures(output_dir) == figures(federation.output_dir)
     for site, client in federation.clients.items():
         assert_same(load_weights(output_dir / "sites" / site / f"model_{site}.pt"), client.personalised)
 
 
-def test_rounds_go_on_without_a_site_that_raises_dies_hangs_or_sends_nan_and_it_comes_back(tmp_path):
-    """As in one process, where the same sites raise in the same rounds."""
+def test_rounds_continue_without_a_site_that_raises_dies_hangs_or_sends_nan_and_the_site_rejoins(tmp_path):
+    """The results are those of one process in which the same sites raise in the same rounds."""
     sites = ["A", "B", "C"]
     dataset = make_sites(tmp_path / "sites", sites)
     # by round: B raises and C dies in the 2nd, A hangs in the 3rd, B sends NaN in the 4th
@@ -276,7 +276,7 @@ def test_rounds_go_on_without_a_site_that_raises_dies_hangs_or_sends_nan_and_it_
         assert_same(own, client.personalised)
 
 
-def test_simulation_goes_on_without_a_site_whose_scans_cannot_be_read(dataset, tmp_path):
+def test_simulation_continues_without_a_site_whose_scans_cannot_be_read(dataset, tmp_path):
     shutil.copytree(dataset, tmp_path / "sites")
     for path in (tmp_path / "sites" / "B").glob("*_segmentation.nii.gz"):
         path.write_bytes(path.read_bytes()[:100])
@@ -290,8 +290,10 @@ def test_simulation_goes_on_without_a_site_whose_scans_cannot_be_read(dataset, t
         assert not path.is_file() or "_segmentation.nii.gz" not in path.read_text(), f"{path} names a scan"
 
 
-def test_processes_that_speak_over_loopback_give_the_run_of_one_process(dataset, whole, tmp_path, network_of_its_own):
-    """FLARE's proof of concept: a provisioned server, two clients and an admin, with certificates of their own."""
+def test_processes_that_communicate_over_loopback_give_the_results_of_one_process(
+    dataset, whole, tmp_path, network_of_its_own
+):
+    """FLARE's proof of concept has a provisioned server, two clients and an admin, each with a certificate."""
     given = words(tmp_path / "out", "poc", 2, "--dataset_dir", str(dataset), "--publish", "True")
     command = shlex.join([sys.executable, "-m", "shared_iopfl", *given])
     run_command([*network_of_its_own, f"ip link set lo up; exec {command}"], tmp_path / "home")
@@ -301,7 +303,7 @@ def test_processes_that_speak_over_loopback_give_the_run_of_one_process(dataset,
 
 @pytest.fixture
 def kits(tmp_path: Path) -> Iterator[Path]:
-    """What `nvflare provision` makes of the guide's project; at the end, nothing that was started from it is left."""
+    """The output of `nvflare provision` for the project of the guide; its processes are ended after the test."""
     project = GUIDE.read_text().split("```yaml\n")[1].split("```")[0]
     project = project.replace("server.coordinator.example", "localhost")
     for site, name in zip(SITES, ("BIDMC", "HK")):
@@ -316,7 +318,7 @@ def kits(tmp_path: Path) -> Iterator[Path]:
 
 
 def start_kits(kits: Path, places: Mapping[str, Mapping[str, Path]]) -> str:
-    """Shell commands that start every kit as the guide has it, and wait for the clients to be connected."""
+    """Shell commands that start every kit as described in the guide, and wait until the clients are connected."""
     lines = ["ip link set lo up", f"{kits}/localhost/startup/start.sh"]
     for site, of_site in places.items():
         said = " ".join(f"{name}={shlex.quote(str(place))}" for name, place in of_site.items())
@@ -327,7 +329,7 @@ def start_kits(kits: Path, places: Mapping[str, Mapping[str, Path]]) -> str:
 
 
 def test_provisioned_machines_give_the_weights_of_one_process(dataset, whole, tmp_path, kits, network_of_its_own):
-    """The guide, word for word: project, kits, one site's command, the admin's; sites with folders of their own."""
+    """Follows the guide: project, kits, and the commands of a site and of the admin; each site has its own folder."""
     places = {}
     for site in SITES:
         shutil.copytree(dataset / site, tmp_path / f"hospital_{site}" / "scans" / site)

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""A site under NVIDIA FLARE: what it says of itself goes before the job; it goes back if its update did not count."""
+"""A site with NVIDIA FLARE: its own settings take precedence, and a refused update is undone."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ JOB: dict[str, Any] = {
 }
 
 
-def test_what_a_site_says_of_itself_goes_before_the_job(tmp_path, fake):
+def test_settings_of_a_site_take_precedence_over_the_job(tmp_path, fake):
     environment = {
         "IOPFL_BUNDLE": str(BUNDLE),
         "IOPFL_DATASET_DIR": "/of/the/site",
@@ -70,7 +70,7 @@ def test_what_a_site_says_of_itself_goes_before_the_job(tmp_path, fake):
     }
 
 
-def test_site_that_lacks_a_folder_or_has_another_bundle_takes_no_part(tmp_path, fake):
+def test_site_without_a_folder_or_with_another_bundle_takes_no_part(tmp_path, fake):
     with pytest.raises(InputError, match="IOPFL_OUTPUT_DIR"):
         Member(JOB, "A", {})
     place = {"IOPFL_OUTPUT_DIR": str(tmp_path)}
@@ -83,7 +83,7 @@ def test_site_that_lacks_a_folder_or_has_another_bundle_takes_no_part(tmp_path, 
         Member(JOB, "A", {**place, "IOPFL_BUNDLE": str(other)}).client(0)
 
 
-def test_site_keeps_two_states_of_its_run_and_none_of_another(tmp_path, fake):
+def test_site_keeps_two_states_of_its_run_and_none_of_other_runs(tmp_path, fake):
     place = {"IOPFL_OUTPUT_DIR": str(tmp_path), "IOPFL_BUNDLE": str(BUNDLE)}
     weights = {"w": torch.zeros(2)}
     for run in ("first", "second"):
@@ -96,8 +96,8 @@ def test_site_keeps_two_states_of_its_run_and_none_of_another(tmp_path, fake):
     assert [Member({**JOB, "run": "second"}, "A", place).client(done).epoch for done in (2, 3, 4, 9)] == [0, 3, 4, 4]
 
 
-def test_site_whose_update_did_not_count_goes_back_and_so_does_its_model(tmp_path, fake):
-    """Refused or too late, which the server alone knows, and tells with its next task."""
+def test_site_whose_update_was_not_averaged_restores_its_state_and_its_model(tmp_path, fake):
+    """Only the server knows that an update was refused or late; its next task contains this information."""
     member = Member(JOB, "A", {"IOPFL_OUTPUT_DIR": str(tmp_path), "IOPFL_BUNDLE": str(BUNDLE)})
     weights, own = {"w": torch.zeros(2)}, tmp_path / "sites" / "A" / "model_A.pt"
     member.answer("train", received(weights, 0))
@@ -114,7 +114,7 @@ def test_site_whose_update_did_not_count_goes_back_and_so_does_its_model(tmp_pat
     assert not own.exists(), "what is left of a first round that did not count is no model"
 
 
-def test_site_scores_the_global_model_and_its_own(tmp_path, fake):
+def test_site_scores_the_global_and_its_personalised_model(tmp_path, fake):
     member = Member(JOB, "A", {"IOPFL_OUTPUT_DIR": str(tmp_path), "IOPFL_BUNDLE": str(BUNDLE)})
     member.answer("train", received({"w": torch.zeros(2)}, 0))
     figures = member.answer("validate", received({"w": torch.full((2,), 7.0)}, 0, counted=1)).metrics
@@ -124,7 +124,7 @@ def test_site_scores_the_global_model_and_its_own(tmp_path, fake):
     assert load_weights(tmp_path / "sites" / "A" / "model.pt")["w"].tolist() == [7, 7]
 
 
-def test_figures_are_told_as_they_come_if_the_job_asks_for_it(tmp_path, fake):
+def test_metrics_are_streamed_if_the_job_asks_for_it(tmp_path, fake):
     member = Member(JOB, "A", {"IOPFL_OUTPUT_DIR": str(tmp_path), "IOPFL_BUNDLE": str(BUNDLE)})
     told: list[tuple[str, float, int]] = []
     member.stream = lambda *figure: told.append(figure)
@@ -138,7 +138,7 @@ def test_figures_are_told_as_they_come_if_the_job_asks_for_it(tmp_path, fake):
 
 @pytest.mark.parametrize("allows", ["", "False", "True"])
 @pytest.mark.parametrize("asked", [False, True])
-def test_personalised_model_leaves_a_site_if_the_site_allows_it_and_the_job_asks_for_it(
+def test_personalised_model_is_sent_only_if_the_site_allows_it_and_the_job_asks_for_it(
     asked, allows, dataset, tmp_path, fake, monkeypatch
 ):
     monkeypatch.setenv(PUBLISH, allows)
@@ -154,7 +154,7 @@ def test_personalised_model_leaves_a_site_if_the_site_allows_it_and_the_job_asks
 
 
 def test_site_that_fails_to_select_publishes_its_moving_average(dataset, tmp_path, fake, monkeypatch):
-    """As in one process: it is named, judges no model and has chosen no share; its model is judged by the others."""
+    """As in one process, the site is named, scores no models and has no selected share; others score its model."""
     averages = {}
 
     def fail(self: Any, weights: Any, own_rounds: int, shares: Any) -> float:
@@ -176,7 +176,7 @@ def test_site_that_fails_to_select_publishes_its_moving_average(dataset, tmp_pat
     assert failure["site"] == "A" and "RuntimeError at 'validate'" in failure["reason"]
 
 
-def test_personalised_model_that_does_not_fit_is_not_handed_on(dataset, tmp_path, fake, monkeypatch):
+def test_personalised_model_that_does_not_fit_is_not_published(dataset, tmp_path, fake, monkeypatch):
     monkeypatch.setenv(PUBLISH, "True")
 
     def spoiled(site: str, task: str, number: int, reply: FLModel) -> FLModel:
@@ -205,7 +205,7 @@ def test_personalised_model_that_does_not_fit_is_not_handed_on(dataset, tmp_path
 def test_site_that_is_not_connected_is_left_out_of_the_round_and_asked_in_the_next(
     absent, losses, dataset, tmp_path, fake, monkeypatch
 ):
-    """Its past goes on where it was (the fake's loss is one over its own rounds); the other site misses no round."""
+    """It continues from its last state (the fake's loss is 1 / number of its rounds); the other site goes on."""
     train = Rounds._train
 
     def train_without(self: Any, model: Any) -> Any:

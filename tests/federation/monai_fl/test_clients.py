@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""A federated client finds its site by its name or by its folder, and never takes another's."""
+"""A federated client finds its site by name or by its folder, and never reads another site."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def sites(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("name", ["ISBI", "ISBI_1.5", "HK"])
 def test_client_is_the_site_of_its_name(sites: Path, name: str) -> None:
-    """The whole name: one site's may begin with another's."""
+    """The whole name is compared, because the name of a site may begin with that of another."""
     assert own_site(sites, f"{name}_{STARTED}", "UCL") == name
 
 
@@ -43,17 +43,17 @@ def test_client_with_one_site_in_its_folder_is_that_site(tmp_path: Path) -> None
 
 
 def test_client_that_is_none_of_several_sites_is_refused(sites: Path) -> None:
-    """It would train on another site's scans; the line says which sites there are."""
+    """It would train on the scans of another site; the message names the sites."""
     with pytest.raises(InputError, match=r"'site-1'.*HK, ISBI, ISBI_1\.5"):
         own_site(sites, f"site-1_{STARTED}", "HK")
 
 
 @pytest.mark.parametrize("run_name", [None, "", "my experiment", "HK"])
-def test_outside_a_federation_it_is_the_default(sites: Path, run_name: str | None) -> None:
+def test_outside_a_federation_the_default_site_is_used(sites: Path, run_name: str | None) -> None:
     assert own_site(sites, run_name, "ISBI") == "ISBI"
 
 
-def test_without_data_it_is_the_default(tmp_path: Path) -> None:
-    """A config must resolve before there is data: tools that bring their own data ask for the site too."""
+def test_without_data_the_default_site_is_used(tmp_path: Path) -> None:
+    """Tools with their own data resolve the config before any data exist."""
     assert own_site(tmp_path / "nowhere", None, "UCL") == "UCL"
     assert own_site(tmp_path, f"HK_{STARTED}", "UCL") == "UCL"

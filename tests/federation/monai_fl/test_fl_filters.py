@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What leaves a client through the privacy filter: a part of what changed, bounded, and the same from the same seed."""
+"""What a client sends with the privacy filter: a clipped part of the changes, reproducible by its seed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def sent(changes: dict[str, Tensor], epoch: int = 1, **options: Any) -> dict[str
 
 
 def test_small_changes_are_withheld_and_large_ones_clipped() -> None:
-    """In each tensor by its own scale; integers pass."""
+    """The limits are those of each tensor; integers are not changed."""
     result = sent(CHANGES, percentile=20, clip=90)
     for name in "ab":
         size, kept = CHANGES[name].abs(), result[name].abs()
@@ -45,13 +45,13 @@ def test_small_changes_are_withheld_and_large_ones_clipped() -> None:
     assert torch.equal(result["count"], CHANGES["count"])
 
 
-def test_everything_passes_an_open_filter() -> None:
+def test_open_filter_changes_nothing() -> None:
     result = sent(CHANGES, percentile=0, clip=100, share=1)
     assert all(torch.equal(result[name], change) for name, change in CHANGES.items())
 
 
-def test_a_random_part_of_the_rest_is_sent() -> None:
-    """Another one each round, the same from the same seed, and global randomness is not asked."""
+def test_random_part_of_the_changes_is_sent() -> None:
+    """It differs between rounds, is the same for the same seed, and does not use the global random state."""
     with untouched():
         one, again, later, other = (
             sent(CHANGES, epoch, percentile=0, share=0.3, seed=seed) for epoch, seed in ((1, 0), (1, 0), (2, 0), (1, 1))
@@ -63,8 +63,8 @@ def test_a_random_part_of_the_rest_is_sent() -> None:
         assert not torch.equal(one[name] != 0, other[name] != 0)
 
 
-def test_the_servers_values_stay_between_the_old_and_the_sites() -> None:
-    """So a variance stays one."""
+def test_values_at_the_server_stay_between_the_old_values_and_those_of_the_site() -> None:
+    """A variance therefore stays positive."""
     old, new = unet(0).state_dict(), unet(1).state_dict()
     result = sent({name: new[name] - old[name] for name in old}, share=0.7)
     for name, tensor in old.items():
@@ -75,15 +75,15 @@ def test_the_servers_values_stay_between_the_old_and_the_sites() -> None:
             assert (value > 0).all()
 
 
-def test_full_weights_are_changed_in_part_and_only_where_the_server_knows_them() -> None:
-    """As the differences are, to what arrived last; weights that never arrived do not leave."""
+def test_full_weights_are_filtered_by_their_changes_and_sent_only_if_they_had_arrived() -> None:
+    """The filter is applied to the difference from the weights that arrived last."""
     old, new = {"a": torch.ones(40, 50)}, {"a": torch.ones(40, 50) + CHANGES["a"], "own": torch.ones(2)}
     arrived = ArrivedWeights()
     options: dict[str, Any] = {"arrived": arrived, "percentile": 20, "clip": 90, "share": 0.5}
     nothing = SelectiveSharing(**options)(ExchangeObject(dict(new), weight_type=WeightType.WEIGHTS))
     assert nothing.weights == {}
     assert arrived(ExchangeObject(old)).weights is old
-    old["a"] += 1  # the server goes on with its own tensors
+    old["a"] += 1  # the server changes its own tensors
     data = ExchangeObject(dict(new), weight_type=WeightType.WEIGHTS, statistics={"current_epoch": 1})
     result = SelectiveSharing(**options)(data).weights
     assert list(result) == ["a"]
@@ -94,6 +94,6 @@ def test_full_weights_are_changed_in_part_and_only_where_the_server_knows_them()
 @pytest.mark.parametrize(
     "wrong", [{"percentile": -1}, {"percentile": 99}, {"clip": 101}, {"share": 0}, {"share": 1.5}], ids=str
 )
-def test_bounds_outside_their_range_are_refused(wrong: dict[str, float]) -> None:
+def test_limits_out_of_range_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(InputError, match=next(iter(wrong))):
         SelectiveSharing(**wrong)  # type: ignore[arg-type]
