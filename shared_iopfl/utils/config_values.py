@@ -41,7 +41,10 @@ from shared_iopfl.utils.files import check_writable
 from shared_iopfl.utils.names import check_sites, nearest, parse_names
 from shared_iopfl.utils.reading import read_json
 
-PATHS = ("bundle_root", "dataset_dir", "output_dir", "ckpt_dir", "mask_dir", "ckpt", "site_model", "pseudonyms")
+PATHS = (
+    *("bundle_root", "dataset_dir", "output_dir", "ckpt_dir", "mask_dir"),
+    *("ckpt", "site_model", "initial_model", "pseudonyms"),
+)
 WORDS = (
     *("site", "role", "model", "split", "mode", "preset", "filters", "run_name", "coding", "crop", "grey"),
     *("norm_statistics", "averaging", "empty_masks", "output_format", "patient"),
