@@ -18,7 +18,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from typing import Any
 
 from fire.parser import DefaultParseValue
@@ -136,21 +136,20 @@ def run_config(
 @contextmanager
 def _shown(amount: str) -> Iterator[None]:
     """Show as much text as requested; restore logging, warnings and exception hooks afterwards."""
-    hooks = sys.excepthook, threading.excepthook
-    try:
-        with nullcontext() if amount == "verbose" else _less_shown(amount):
-            yield
-    finally:
-        sys.excepthook, threading.excepthook = hooks
+    with ExitStack() as stack:
+        for module in (sys, threading):
+            stack.callback(setattr, module, "excepthook", module.excepthook)
+        if amount != "verbose":
+            stack.enter_context(_less_shown(amount))
+        yield
 
 
 @contextmanager
 def _less_shown(amount: str) -> Iterator[None]:
     root = logging.getLogger()
-    before, levels = (root.level, list(root.handlers)), {name: logging.getLogger(name).level for name in SILENCED}
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
-    handler.setLevel(logging.WARNING)
+    handler.setLevel(logging.CRITICAL if amount == "quiet" else logging.WARNING)
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
@@ -158,15 +157,10 @@ def _less_shown(amount: str) -> Iterator[None]:
             nothing = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
             stack.enter_context(redirect_stdout(nothing))
             stack.enter_context(redirect_stderr(nothing))
-            handler.setLevel(logging.CRITICAL)
-        root.handlers[:] = [handler]
-        root.setLevel(logging.WARNING)
-        for name in SILENCED:
-            logging.getLogger(name).setLevel(logging.CRITICAL + 1)
-        try:
-            yield
-        finally:
-            root.setLevel(before[0])
-            root.handlers[:] = before[1]
-            for name, level in levels.items():
-                logging.getLogger(name).setLevel(level)
+        levels = {root: logging.WARNING, **{logging.getLogger(name): logging.CRITICAL + 1 for name in SILENCED}}
+        for logger, level in levels.items():
+            stack.callback(logger.setLevel, logger.level)
+            logger.setLevel(level)
+        stack.callback(setattr, root, "handlers", root.handlers)
+        root.handlers = [handler]
+        yield

@@ -85,7 +85,7 @@ class SiteClient:
         if failed is not None:  # outside of the except clause, so that further exceptions are not chained to this one
             self._name_all(failed)
             raise failed
-        parser = self.algo.train_workflow.parser
+        parser = self.algo.train_workflow.parser  # type: ignore[union-attr]
         self.cases = len(parser.get_parsed_content("train#dataset#data"))
         state = parser.get_parsed_content("round_state")
         _return_memory()

@@ -154,6 +154,10 @@ def _are_fractions(value: Any) -> bool:
     )
 
 
+def _are_features(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == 6 and all(whole(1, 4096).holds(one) for one in value)
+
+
 switch = Rule("True or False", lambda value: isinstance(value, (bool, Integral)) and value in (False, True))
 a_seed = whole(0, 2**63 - 1)
 a_name = Rule("a name", lambda value: bool(value) and (isinstance(value, str) or _is_number(value)))
@@ -176,31 +180,19 @@ RULES: dict[str, Rule] = {
     "patient": Rule("'auto', a table FILE.csv, or a pattern with a group, such as (.*)_(OD|OS)", is_patient_setting),
     "image_size": whole(16, 2048),
     "field_of_view": number(0, 2000),
-    "normalise": switch,
-    "match_manifest": switch,
-    "soft_labels": switch,
-    "augment": switch,
+    **dict.fromkeys(("normalise", "match_manifest", "soft_labels", "augment"), switch),
     # network and machine
-    "features": either(
-        whole(1, 256), Rule("six such for the network's stages, at most 4096", lambda value: _are_features(value))
-    ),
+    "features": either(whole(1, 256), Rule("six such for the network's stages, at most 4096", _are_features)),
     "slices": Rule("an odd whole number from 1 to 99", lambda value: whole(1, 99).holds(value) and value % 2 == 1),
     "device": Rule("a device that this machine has, such as 'cpu' or 'cuda:0'", _works),
-    "amp": switch,
-    "bf16": switch,
-    "recompute": switch,
-    "deterministic": switch,
+    **dict.fromkeys(("amp", "bf16", "recompute", "deterministic"), switch),
     "num_workers": whole(0, 256),
     "batch_size": whole(1),
     # training
     "seed": a_seed,
     "seeds": several("a list of at least one whole number from 0", a_seed, fewest=1),
-    "rounds": whole(1),
-    "local_epochs": whole(1),
-    "epochs": whole(1),
+    **dict.fromkeys(("rounds", "local_epochs", "epochs", "passes", "slices_per_case"), whole(1)),
     "start_epoch": whole(0),
-    "passes": whole(1),
-    "slices_per_case": whole(1),
     "learning_rate": number(0, above=True),
     "tail": number(0, 1),
     "tail_rate": number(0, 1),
@@ -211,10 +203,7 @@ RULES: dict[str, Rule] = {
     "proximal": number(0),
     "ditto": number(0),
     "val_interval": whole(0),
-    "personalised_metrics": switch,
-    "save_checkpoints": switch,
-    "tensorboard": switch,
-    "verbose": switch,
+    **dict.fromkeys(("personalised_metrics", "save_checkpoints", "tensorboard", "verbose"), switch),
     # federation and comparison
     "min_sites": whole(0),
     "max_update_norm": number(0),
@@ -224,21 +213,13 @@ RULES: dict[str, Rule] = {
     "site_timeout": number(0),
     "own_rounds": whole(0),
     "shares": several("a list of numbers from 0 to 1", number(0, 1)),
-    "resume": switch,
-    "overwrite": switch,
-    "publish": switch,
     "fine_tuning": whole(0),
-    "labelled": switch,
+    **dict.fromkeys(("resume", "overwrite", "publish", "labelled"), switch),
     "level": number(0.5, 1, below=True),
     # inference
     "mode": word("episodic", "site", "off"),
     "preset": word("default", "paper", "soup", "adapted", "self_trained"),
-    "one_component": switch,
-    "overlays": switch,
+    **dict.fromkeys(("one_component", "overlays"), switch),
     "empty_masks": word("fail", "allow"),
     "output_format": Rule(f"one or several of {', '.join(FORMATS)}", _are_formats),
 }
-
-
-def _are_features(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and len(value) == 6 and all(whole(1, 4096).holds(one) for one in value)

@@ -224,19 +224,10 @@ class FlareRun:
     def _recipe(self, all_there: bool = False) -> Iterator[FederationRecipe]:
         run, here = self.federation, self.dataset_dir is not None
         places = {name: str(getattr(self, name)) for name in ("bundle", "dataset_dir", "output_dir")}
-        rounds = Rounds(
-            sites=self.sites,
-            rounds=run.rounds,
-            min_sites=self.min_sites,
-            val_interval=run.val_interval,
-            max_update_norm=run.max_update_norm,
-            server_momentum=run.server_momentum,
-            own_rounds=run.own_rounds,
-            shares=list(run.shares),
-            round_timeout=self.round_timeout,
-            publish=self.publish,
-            averaging=run.averaging,
-        )
+        same = ("rounds", "val_interval", "max_update_norm", "server_momentum", "own_rounds", "averaging")
+        settings = {"shares": list(run.shares), **{name: getattr(run, name) for name in same}}
+        settings |= {"min_sites": self.min_sites, "round_timeout": self.round_timeout, "publish": self.publish}
+        rounds = Rounds(sites=self.sites, **settings)
         with tempfile.TemporaryDirectory() as folder:
             files = Path(folder)
             how = (self.round_timeout, self.device, places if here else None, self.tracking, self.publish)
