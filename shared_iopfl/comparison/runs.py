@@ -32,7 +32,7 @@ class Runs:
     """Score methods on sites for a :class:`~shared_iopfl.comparison.protocol.Comparison`, each of them once.
 
     Args:
-        bundle_root, dataset_dir, output_dir, scoring: of the comparison.
+        bundle_root, dataset_dir, output_dir, scoring: As in the comparison.
 
     Attributes:
         failures: Cases that could not be scored.

@@ -56,7 +56,7 @@ class Contest:
 
     Attributes:
         role: "inside" or "outside".
-        metrics: scores by metric, Dice among them.
+        metrics: Scores by metric, Dice among them.
         reference: Method to which differences are computed.
         own: Method that is judged against the targets; None if it was not run.
         bounds: Methods that used labels or hindsight: shown, but never named the best.

@@ -54,8 +54,8 @@ def dice_picture(
 
     Args:
         sites: ``{site: {model: {case: Dice between 0 and 1, or NaN}}}``, models in the order to draw them.
-        colour: colour of each model.
-        label: title of the vertical axis.
+        colour: Colour of each model.
+        label: Title of the vertical axis.
     """
     figure, axes = _panels(list(sites), height=2.9, share_x=False)
     for panel, by_model in zip(axes, sites.values()):
@@ -96,10 +96,10 @@ def routes_picture(weights: np.ndarray, experts: Sequence[str], cases: Sequence[
     """Above, each expert's mean weight by layer; below, each case's mean weights over layers as a stacked bar.
 
     Args:
-        weights: routes of shape ``(case, layer, expert)``, NaN where there is none.
-        experts: name of each expert; ``global`` keeps the colour it has elsewhere.
-        cases: name of each case.
-        layers: name of each routed layer, in the network's order.
+        weights: Routes of shape ``(case, layer, expert)``, NaN if there is none.
+        experts: Name of each expert; ``global`` keeps the colour it has elsewhere.
+        cases: Name of each case.
+        layers: Name of each routed layer, in the network's order.
     """
     figure = Figure(figsize=(WIDTH, 0.3 * len(experts) + 4.6), layout="constrained")
     above, below = figure.subplots(2, 1, height_ratios=[0.3 * len(experts) + 0.9, 2.7])

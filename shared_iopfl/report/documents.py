@@ -100,8 +100,8 @@ class Table:
     """A table whose first column names the rows.
 
     Attributes:
-        heads: headings of the columns.
-        rows: see `Row`.
+        heads: Headings of the columns.
+        rows: Rows, see `Row`.
         text: Whether the cells hold text rather than numbers.
         dots: Colours of dots in front of headings, only on the page.
     """

@@ -32,7 +32,7 @@ def overlays_section(output_dir: Path, dice: Scores, colour: Mapping[str, str]) 
     Args:
         output_dir: Folder of a run. Without a ``cases.csv`` the result is empty.
         dice: Dice of the run, from which the cases are chosen.
-        colour: colour of each model.
+        colour: Colour of each model.
     """
     cases: dict[tuple[str, str], dict[str, dict[str, dict[str, str]]]] = {}
     for row in read_rows(output_dir / "cases.csv", "site role case model image label mask"):

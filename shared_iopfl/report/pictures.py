@@ -73,10 +73,10 @@ class CaseImages:
     """A case ready to be shown: a volume is in the order left, posterior, superior; a 2D picture is one slice thick.
 
     Attributes:
-        image: array of shape ``(channel, x, y, z)``.
-        masks: reference (under the name ``reference``) and predictions by model, each of shape ``(x, y, z)``.
-        aspect: height of a pixel over its width.
-        is_volume: whether the case is a volume.
+        image: Array of shape ``(channel, x, y, z)``.
+        masks: Reference (under the name ``reference``) and predictions by model, each of shape ``(x, y, z)``.
+        aspect: Height of a pixel over its width.
+        is_volume: Whether the case is a volume.
     """
 
     image: np.ndarray

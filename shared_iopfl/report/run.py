@@ -233,10 +233,10 @@ def write_report(output_dir: str | Path, title: str = "IOP-FL") -> Path:
     """Write ``report.html`` of a run into its folder: one file that loads nothing from elsewhere.
 
     Args:
-        output_dir: folder of a run with any of ``metrics.csv``, ``history.csv``, ``failures.csv``, ``cases.csv``,
+        output_dir: Folder of a run with any of ``metrics.csv``, ``history.csv``, ``failures.csv``, ``cases.csv``,
             ``run.json``, and, at any depth, ``routes.csv`` and ``routes.json``. A part of the report whose file is
             missing is left out.
-        title: heading of the report.
+        title: Heading of the report.
 
     Returns:
         Path of the report.

@@ -49,10 +49,10 @@ def read_bounded(path: str | os.PathLike, limit: int) -> bytes:
 
 
 def read_json(path: str | os.PathLike, limit: int = LARGEST_JSON) -> Any:
-    """The content of a JSON file.
+    """Return the content of a JSON file.
 
     Raises:
-        InputError: in one line, as of `read_bounded` and `parse_json`.
+        InputError: For the reasons of `read_bounded` and `parse_json`.
     """
     return parse_json(read_bounded(path, limit), path)
 

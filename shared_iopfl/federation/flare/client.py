@@ -60,9 +60,7 @@ def bundle_fingerprint(bundle_root: str | os.PathLike) -> str:
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
-        raise InputError(
-            f"no bundle at {bundle_root}: cannot read {path} ({error.strerror}); give its folder."
-        ) from error
+        raise InputError(f"no bundle at {bundle_root}: cannot read {path} ({error.strerror}).") from error
 
 
 class Member:
@@ -199,7 +197,7 @@ class Member:
             return FLModel(params=average, metrics={}, meta={"error": kind})
 
     def train(self, received: FLModel) -> FLModel:
-        """Train for one round, and return local weights, metrics and number of cases; the personalised model stays."""
+        """Train for one round; return local weights, metrics and number of cases, but not the personalised model."""
         client = self.client(self._counted(received))
         began = time.perf_counter()
         update = client.train(received.params)

@@ -44,9 +44,9 @@ def distribution_picture(values: Sequence[float], sites: Mapping[str, Sequence[f
     """Values of one measure as dots with their median, and above them the quantiles of each inside site.
 
     Args:
-        values: one for each mask.
-        sites: site -> quantiles at 5, 25, 50, 75 and 95 %.
-        title: of the axis.
+        values: One value for each mask.
+        sites: Site -> quantiles at 5, 25, 50, 75 and 95 %.
+        title: Title of the axis.
     """
     figure = Figure(figsize=(WIDTH, 1.3 + 0.32 * len(sites)), layout="constrained")
     axes = figure.subplots()
