@@ -51,9 +51,9 @@ def publish(run: FederationState) -> None:
     models = {GLOBAL: run.weights, **{site: run.clients[site].personalised for site in present}}
     for name, weights in models.items():
         save_atomically(dict(weights), model_path(str(folder), GLOBAL if name == GLOBAL else "personalised", name))
-    judges = [site for site in present if site not in run.failures.of(run.round)]
-    write_json(folder / "scores.json", cross_site_scores(run, models, judges))
-    compare_statistics(run, judges)
+    scorers = [site for site in present if site not in run.failures.of(run.round)]
+    write_json(folder / "scores.json", cross_site_scores(run, models, scorers))
+    compare_statistics(run, scorers)
     if absent := [site for site in run.sites if site not in delivered]:
         raise InputError(
             f"site '{absent[0]}' failed all {run.rounds} rounds and has no personalised model; {folder} has the models "
@@ -76,21 +76,21 @@ def select_personalised(run: FederationState, sites: Sequence[str]) -> None:
 
 
 def cross_site_scores(
-    run: FederationState, models: Mapping[str, Weights], judges: Sequence[str]
+    run: FederationState, models: Mapping[str, Weights], scorers: Sequence[str]
 ) -> dict[str, float | None]:
     """Score each model at the other sites on their validation cases, and write ``cross_site.csv``.
 
     Args:
         run: The federation.
         models: "global" or name of a site -> weights of the model.
-        judges: Sites that score the models. A site that fails scores none.
+        scorers: Sites that score the models. A site that fails scores none.
 
     Returns:
         The content of ``scores.json``, see :func:`expert_scores`.
     """
     dice: dict[str, dict[str, float]] = {name: {} for name in models}
     shifts: list[float] = []
-    for site in judges:
+    for site in scorers:
         client = run.clients[site]
         with _left_out_if_it_fails(run, site, len(models)):
             found = {n: client.validate(w)["val_mean_dice"] for n, w in models.items() if n != site}
@@ -138,10 +138,10 @@ def expert_scores(dice: Mapping[str, Mapping[str, float]], shifts: Sequence[floa
     return {**known, USUAL_SHIFT: shift if math.isfinite(shift) else None}
 
 
-def compare_statistics(run: FederationState, judges: Sequence[str]) -> None:
+def compare_statistics(run: FederationState, scorers: Sequence[str]) -> None:
     """Write ``statistics.csv``: Dice of the global model with its running statistics and with those of each site."""
     rows = []
-    for site in judges:
+    for site in scorers:
         with _left_out_if_it_fails(run, site, 2):
             if dice := run.clients[site].dice_by_statistics(run.weights):
                 rows.append({"site": site, **dice})

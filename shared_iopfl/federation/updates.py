@@ -224,7 +224,7 @@ class Failures:
             raise error
         known = root_input_error(error)
         reason = " ".join((str(known) if known else f"{type(error).__name__}: {error}").split())
-        logger.warning("round %d goes on without '%s': %s", number, site, reason, exc_info=None if known else error)
+        logger.warning("round %d continues without '%s': %s", number, site, reason, exc_info=None if known else error)
         self.rows.append({"round": number, "site": site, "reason": reason})
         failed = self.of(number)
         if (left := self.sites - len(failed)) < self.min_sites:

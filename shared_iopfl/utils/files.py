@@ -24,7 +24,7 @@ from shared_iopfl.utils.errors import InputError
 
 
 class Keeper(Protocol):
-    """An object that is told about every file that is written, such as a run that owns its folder."""
+    """An object that is notified of every file that is written, such as a run that owns its folder."""
 
     def check(self, target: Path) -> None:
         """Raise `InputError` if the file must not be written."""

@@ -66,7 +66,7 @@ def csv_text(columns: Sequence[str], rows: Iterable[Row], header: bool = True) -
             self.append(line.removesuffix("\r\n") + "\n")
 
     lines = Lines()
-    # with both letters in its line's end, it quotes a cell that holds either
+    # this line terminator makes the writer quote every cell with one of its two characters
     writer = csv.DictWriter(lines, columns, extrasaction="ignore", lineterminator="\r\n")
     if header:
         writer.writeheader()

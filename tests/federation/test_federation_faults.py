@@ -128,7 +128,7 @@ def test_round_continues_without_a_site_that_fails_and_the_site_rejoins(fault, t
     [failure] = read_rows(tmp_path / "run" / "failures.csv")
     assert (failure["round"], failure["site"]) == ("2", "B")
     assert SPOILT[fault][1] in failure["reason"]
-    [line] = [record.getMessage() for record in caplog.records if "goes on without" in record.getMessage()]
+    [line] = [record.getMessage() for record in caplog.records if "continues without" in record.getMessage()]
     assert "'B'" in line and SPOILT[fault][1] in line and "\n" not in line
     history = read_rows(tmp_path / "run" / "history.csv")
     failed = [(row["round"], row["site"], row["value"]) for row in history if row["metric"] == "failed"]

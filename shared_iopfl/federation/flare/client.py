@@ -88,7 +88,7 @@ class Member:
         # receives name, value and round of each metric as soon as it is known, in addition to the answer
         self.stream: Callable[[str, float, int], object] | None = None
         self._client: SiteClient | None = None
-        self._judge: SiteClient | None = None  # scores models after the last round
+        self._scorer: SiteClient | None = None  # scores models after the last round
         self._round = 0  # the client has its state after this round
 
     def _path(self, name: str) -> str:
@@ -190,7 +190,7 @@ class Member:
             own.error("'%s' failed: %s", task, "".join(traceback.format_exception(error)))
             shared.warning("'%s' failed with %s; see %s", task, kind, self.folder / LOG_FILE)
             # part of a round may be done; the next task starts from the last state that was kept
-            self._client = self._judge = None
+            self._client = self._scorer = None
             # if the selection failed, the site publishes the moving average
             publishes = selects and self.publishes and self.own_file.is_file()
             average = load_weights(self.own_file) if publishes else None
@@ -243,7 +243,7 @@ class Member:
             self._put_back(before)
             raise
         self._put_back(client.personalised)
-        self._client, self._judge = None, client
+        self._client, self._scorer = None, client
         told = {"share": float(share)}
         if (shift := client.shift(received.params)) is not None:
             told["shift"] = float(shift)
@@ -253,9 +253,9 @@ class Member:
 
     def score(self, received: FLModel) -> FLModel:
         """Return the validation Dice of the global model, or of one that another site publishes; keep nothing of it."""
-        if self._judge is None:
-            self._judge, _ = self._restored(self._counted(received))
-        return FLModel(metrics={"dice": self._judge.validate(received.params)["val_mean_dice"]})
+        if self._scorer is None:
+            self._scorer, _ = self._restored(self._counted(received))
+        return FLModel(metrics={"dice": self._scorer.validate(received.params)["val_mean_dice"]})
 
     def _counted(self, received: FLModel) -> int:
         return int(received.meta[COUNTED].get(self.site, 0))

@@ -183,20 +183,20 @@ class Rounds(ModelController):
                         statistics.append({"site": site, "global": told["global"], "own": told["own"]})
         dice: dict[str, dict[str, float]] = {}
         if self.publish:
-            judges = [site for site in shares if counted[site] == self.rounds and site not in self._failed()]
-            dice = self._cross_site({GLOBAL: model.params, **published}, judges)
+            scorers = [site for site in shares if counted[site] == self.rounds and site not in self._failed()]
+            dice = self._cross_site({GLOBAL: model.params, **published}, scorers)
             self.persistor.save_published(published, dice, self.fl_ctx)
         scores = expert_scores(dice, list(shifts.values()))
         self.persistor.save_selected(shares if self.shares else {}, scores, statistics, self.fl_ctx)
 
     def _cross_site(
-        self, models: Mapping[str, Mapping[str, Tensor]], judges: Sequence[str]
+        self, models: Mapping[str, Mapping[str, Tensor]], scorers: Sequence[str]
     ) -> dict[str, dict[str, float]]:
         """Return the validation Dice of each model at the other sites; a site that fails scores no models."""
         dice: dict[str, dict[str, float]] = {}
         for name, weights in models.items():
             asked = FLModel(params=dict(weights), current_round=self.rounds - 1)
-            others = [site for site in judges if site != name and site not in self._failed()]
+            others = [site for site in scorers if site != name and site not in self._failed()]
             dice[name] = {}
             for site, reply in self._ask(AppConstants.TASK_VALIDATION, asked, others, SCORE).items():
                 with self._left_out_if_wrong(site):
