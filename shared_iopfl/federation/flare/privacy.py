@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from shared_iopfl.federation.monai_fl.filters import ArrivedWeights
 from shared_iopfl.utils.errors import InputError
 
 
+@dataclass(eq=False)
 class FlarePrivacy(Filter):
     """Applies a privacy filter of FLARE to the changes of a site's weights.
 
@@ -42,9 +44,8 @@ class FlarePrivacy(Filter):
         arrived: The weights with which full weights are compared; not needed for weight differences.
     """
 
-    def __init__(self, privacy: Any, arrived: ArrivedWeights | None = None) -> None:
-        self.privacy = privacy
-        self.arrived = arrived
+    privacy: Any
+    arrived: ArrivedWeights | None = None
 
     def __call__(self, data: ExchangeObject, extra: dict | None = None) -> ExchangeObject:
         """Replace the weights of the object by the filtered ones, and return it."""

@@ -19,8 +19,9 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,7 @@ TRACKING = ("", "tensorboard", "mlflow")  # the receivers of FLARE that send not
 LOGIN = 30.0  # seconds to wait for the server
 
 
+@dataclass(eq=False)
 class FlareRun:
     """A federation with FLARE, described by the bundle's ``federate.json`` as the one-process run is.
 
@@ -84,38 +86,34 @@ class FlareRun:
         InputError: If one of the settings is not allowed, before anything starts.
     """
 
-    def __init__(
-        self,
-        bundle: str,
-        sites: Sequence[str],
-        rounds: int,
-        output_dir: str,
-        dataset_dir: str | None = None,
-        round_timeout: int = 0,
-        own_process: bool = False,
-        settings: Mapping[str, Any] | None = None,
-        tracking: str = "",
-        publish: bool = False,
-    ) -> None:
-        self.bundle = Path(bundle).resolve()
-        self.output_dir = Path(output_dir).resolve()
-        self.dataset_dir = None if dataset_dir is None else Path(dataset_dir).resolve()
-        given = {**(settings or {}), "sites": checked_names(sites), "rounds": rounds}
+    bundle: Path
+    sites: list[str]
+    rounds: int
+    output_dir: Path
+    dataset_dir: Path | None = None
+    round_timeout: int = 0
+    own_process: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    tracking: str = ""
+    publish: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the settings and describe the run."""
+        self.bundle = Path(self.bundle).resolve()
+        self.output_dir = Path(self.output_dir).resolve()
+        self.dataset_dir = None if self.dataset_dir is None else Path(self.dataset_dir).resolve()
+        given = {**self.settings, "sites": checked_names(self.sites), "rounds": self.rounds}
         self.device = given.pop("device", None)
         self.overwrite = given.pop("overwrite", False)
-        check_values({"overwrite": self.overwrite})
+        check_values({"overwrite": self.overwrite, "publish": self.publish})
         self.federation, self.scoring, self.settings = describe(self.bundle, given)
         self.sites = self.federation.sites
         self.min_sites = self.federation.failures.min_sites
-        if not isinstance(round_timeout, int) or round_timeout < 0:
-            raise InputError(f"round_timeout must be whole seconds, 0 for none, but is {round_timeout!r}.")
-        if tracking not in TRACKING:
-            raise InputError(f"tracking must be {' or '.join(TRACKING[1:])}, or empty for none, but is {tracking!r}.")
-        check_values({"publish": publish})
-        self.round_timeout = round_timeout
-        self.own_process = own_process
-        self.tracking = tracking
-        self.publish = publish
+        if not isinstance(self.round_timeout, int) or self.round_timeout < 0:
+            raise InputError(f"round_timeout must be whole seconds, 0 for none, but is {self.round_timeout!r}.")
+        if self.tracking not in TRACKING:
+            known = " or ".join(TRACKING[1:])
+            raise InputError(f"tracking must be {known}, or empty for none, but is {self.tracking!r}.")
         self.state: dict[str, Any] = {}
 
     def simulate(self) -> Path:

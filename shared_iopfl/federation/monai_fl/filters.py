@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import zlib
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from torch import Tensor
 from shared_iopfl.utils.errors import InputError
 
 
+@dataclass(eq=False)
 class ArrivedWeights(Filter):
     """Keeps the weights that arrived last: a ``pre_filter`` with which filters of the outgoing weights compare.
 
@@ -32,14 +34,14 @@ class ArrivedWeights(Filter):
         weights: Name -> tensor on the CPU; empty before any weights have arrived.
     """
 
-    def __init__(self) -> None:
-        self.weights: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = field(default_factory=dict, init=False)
 
     def __call__(self, data: ExchangeObject, extra: dict | None = None) -> ExchangeObject:
         self.weights = {name: torch.as_tensor(w).detach().cpu().clone() for name, w in (data.weights or {}).items()}
         return data
 
 
+@dataclass(eq=False)
 class SelectiveSharing(Filter):
     """Sends only a part of the changes of a site's weights (Shokri and Shmatikov, CCS 2015).
 
@@ -64,23 +66,18 @@ class SelectiveSharing(Filter):
         InputError: If `percentile`, `clip` or `share` is out of range.
     """
 
-    def __init__(
-        self,
-        arrived: ArrivedWeights | None = None,
-        percentile: float = 10.0,
-        clip: float = 99.0,
-        share: float = 1.0,
-        seed: int = 0,
-    ) -> None:
-        if not 0 <= percentile < clip <= 100:
-            raise InputError(f"0 <= percentile < clip <= 100 must hold, but they are {percentile} and {clip}.")
-        if not 0 < share <= 1:
-            raise InputError(f"share must be above 0 and at most 1, but is {share}.")
-        self.arrived = arrived
-        self.percentile = percentile
-        self.clip = clip
-        self.share = share
-        self.seed = seed
+    arrived: ArrivedWeights | None = None
+    percentile: float = 10.0
+    clip: float = 99.0
+    share: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the limits."""
+        if not 0 <= self.percentile < self.clip <= 100:
+            raise InputError(f"0 <= percentile < clip <= 100 must hold, not {self.percentile} and {self.clip}.")
+        if not 0 < self.share <= 1:
+            raise InputError(f"share must be above 0 and at most 1, but is {self.share}.")
 
     def __call__(self, data: ExchangeObject, extra: dict | None = None) -> ExchangeObject:
         """Replace the weights of the object by the filtered ones, and return it."""
