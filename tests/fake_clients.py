@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Federations of four sites whose clients are cheap fakes: for what a run does around the training."""
+"""Federations of four sites with fake clients, for tests of everything but the training."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
 
 
 class FakeClient:
-    """A site that moves the global weights by a step of its own; its past, and its model, are its number of rounds."""
+    """A site that adds its own step to the global weights; its state is its number of rounds and its last model."""
 
     def __init__(self, bundle_root: str, site: str, local_epochs: int, overrides: Mapping[str, Any]) -> None:
         network = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
@@ -84,7 +84,7 @@ def make(folder: Path, **kwargs: Any) -> Federation:
 
 
 def by_hand(folder: Path, absent: Mapping[int, str], rounds: int = 3) -> tuple[State, dict[str, FakeClient]]:
-    """The run as it should be: in each round, the sites that are not absent."""
+    """The expected weights and clients of a run in which some sites are absent in some rounds."""
     run = make(folder)
     run.start()
     weights, clients = run.weights, run.clients

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""A handler by which a site's training goes wrong, once, in a process that no test can reach into."""
+"""A handler that makes the training of a site fail once, for processes that a test cannot change."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from torch import nn
 
 
 class Fault:
-    """Goes wrong at the end of a site's epoch, the first time that the site comes to it.
+    """Makes a site fail at the end of an epoch, the first time that the site reaches it.
 
     Args:
         network: what the site trains.
@@ -59,7 +59,7 @@ class Fault:
 
 
 def faulty_bundle(bundle: Path, folder: Path, plan: Mapping[str, Mapping[str, str]]) -> Path:
-    """A copy of a bundle whose sites go wrong as planned."""
+    """Copy a bundle, with sites that fail as planned."""
     copy = folder / bundle.name
     shutil.copytree(bundle / "configs", copy / "configs")
     (folder / "gone_wrong").mkdir()

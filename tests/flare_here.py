@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""FLARE's rounds and members in this process, with all that crosses the wire between them; sites that are fakes."""
+"""FLARE's rounds and members in this process, with a record of the messages between them, and fake sites."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ def _process_as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A config seeds the process and changes how it reports errors; a FLARE run changes the environment."""
     hook, threads, benchmark = sys.excepthook, torch.get_num_threads(), torch.backends.cudnn.benchmark
     for variable in (*ENVIRONMENT.values(), PUBLISH, "NVFLARE_POC_WORKSPACE"):
-        monkeypatch.setenv(variable, "")  # so that it is put back, whatever a test does
+        monkeypatch.setenv(variable, "")  # so that it is restored after the test
         monkeypatch.delenv(variable)
-    torch.set_num_threads(1)  # sums in one order, in this process as in those that a test starts
+    torch.set_num_threads(1)  # the same order of sums in this process and in those that a test starts
     yield
     sys.excepthook, torch.backends.cudnn.benchmark = hook, benchmark
     torch.set_num_threads(threads)
@@ -62,11 +62,11 @@ def flare_run(output_dir: Path, dataset_dir: Path | None, rounds: int = 2, **opt
     return FlareRun(str(BUNDLE), SITES, rounds, str(output_dir), dataset_dir and str(dataset_dir), **options)
 
 
-# ---- the server's rounds and the sites' members in one process, with all that crosses the wire between them ----------
+# ---- the server's rounds and the sites' members in one process, with a record of the messages -----------------------
 
 
 class Wire:
-    """FLARE's part: carries tasks to the members and their answers to the rounds, and keeps a copy of the answers."""
+    """Takes the place of FLARE: carries tasks to the members and answers to the rounds, and keeps copies of answers."""
 
     def __init__(self, members: Mapping[str, Any], between: Callable[[str, str, int, FLModel], FLModel | None]) -> None:
         self.members, self.between = members, between
@@ -115,7 +115,7 @@ class RoundsHere(Rounds):
 
 
 def received(weights: Mapping[str, Tensor], number: int, counted: int | None = None) -> FLModel:
-    """A task as it reaches site A: the rounds done before, and the last one in which its update counted."""
+    """A task for site A: the number of finished rounds, and the last one in which its update was averaged."""
     last = number if counted is None else counted
     return FLModel(params=dict(weights), current_round=number, meta={COUNTED: {"A": last}})
 
@@ -125,7 +125,7 @@ def unchanged(site: str, task: str, number: int, reply: FLModel) -> FLModel:
 
 
 def run_here(run: FlareRun, workspace: Path, between: Callable[..., FLModel | None] = unchanged) -> RoundsHere:
-    """A whole run: the exported job's files, the rounds and the members."""
+    """Run the rounds and the members with the files of the exported job."""
     run._begin()
     with run._recipe() as recipe:
         job = Path(recipe.export(str(workspace / "job")) or workspace / "job" / recipe.name)
@@ -141,7 +141,7 @@ def run_here(run: FlareRun, workspace: Path, between: Callable[..., FLModel | No
 
 
 class FakeClient:
-    """A site whose local weights depend on the global ones, its own past and the round."""
+    """A site whose local weights depend on the global weights, on its own state and on the round."""
 
     def __init__(self, bundle_root: str, site: str, local_epochs: int, overrides: Mapping[str, Any]) -> None:
         self.site, self.overrides, self.cases, self.epoch = site, dict(overrides), 1 + SITES.index(site), 0
@@ -160,7 +160,7 @@ class FakeClient:
         self.personalised = {
             key: (past[key] + tensor) / 2 if tensor.is_floating_point() else tensor for key, tensor in update.items()
         }
-        # what a site has kept must show in what it sends, or a test of resuming would prove nothing
+        # the update depends on the state that the site keeps, so that tests of resuming notice a wrong state
         return {
             key: 0.9 * tensor + 0.1 * self.personalised[key] if tensor.is_floating_point() else tensor
             for key, tensor in update.items()

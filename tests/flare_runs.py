@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What tests of the federation by NVIDIA FLARE share: tiny sites, the run to compare with, and how to compare."""
+"""Common parts of the tests with NVIDIA FLARE: tiny sites, the one-process run, and comparisons."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ TINY: dict[str, Any] = {
     "image_size": 32,
     "features": [4, 4, 4, 4, 4, 4],
     "passes": 1,
-    "seed": 5,  # whose networks are not all alike on the validation cases
+    "seed": 5,  # its networks differ in their Dice on the validation cases
     "val_interval": 1,
     "server_momentum": 0.5,
     "own_rounds": 1,
-    # without 0, by which a personalised model would be the global one, and 1, by which it could be an update as sent
+    # not 0, which gives the global model, and not 1, which may give an update that was sent
     "shares": [0.5],
     "tensorboard": False,
 }
-OF_THE_FEDERATION = ("server_momentum", "own_rounds", "shares")  # the others are of the training
+OF_THE_FEDERATION = ("server_momentum", "own_rounds", "shares")  # the others are settings of the training
 
 
 def make_sites(folder: Path, sites: Sequence[str] = SITES) -> Path:
-    """Sites of different weight, and each with cases to train, to validate and to test on."""
+    """Make sites with different numbers of cases, each with training, validation and test cases."""
     make_prostate_sites(folder, sites=sites, cases=4, size=(32, 32, 8))
     for name in ("Case03.nii.gz", "Case03_segmentation.nii.gz"):
         (folder / sites[0] / name).unlink()

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""A tiny federation of two real sites, in this process or in one of its own that can be killed or starved of disk."""
+"""A tiny federation of two real clients, in this process or in one that is killed or has a limit on file sizes."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ OVERRIDES: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class TinyRun:
-    """Sites A and B, each with two steps a round."""
+    """Sites A and B, each with two steps in a round."""
 
     dataset_dir: Path
 
@@ -54,7 +54,7 @@ class TinyRun:
         return cls(folder)
 
     def federation(self, output_dir: Path, **options: Any) -> Federation:
-        """Options are `Federation`'s own or, where it has none of that name, overrides of the training config."""
+        """Options are arguments of `Federation` or, if it has none of that name, overrides of the training config."""
         own = {name: options.pop(name) for name in list(options) if name in inspect.signature(Federation).parameters}
         overrides = {**OVERRIDES, "dataset_dir": str(self.dataset_dir), **options}
         settings: dict[str, Any] = {"rounds": 4, "val_interval": 0, **own}
@@ -68,7 +68,7 @@ class Ended:
 
 
 class OneProcess:
-    """Runs, or goes on with, a tiny federation in a process of its own."""
+    """Runs or resumes a tiny federation in a process of its own."""
 
     def run(
         self,
@@ -101,7 +101,7 @@ def _main(dataset_dir: str, folder: str, options: str) -> None:
     def started() -> None:
         start()
         if limits["kill_after"] is not None:
-            # a timer whose signal nobody handles kills as surely as SIGKILL, at any instruction
+            # a timer whose signal is not handled kills the process at any instruction, as SIGKILL does
             signal.setitimer(signal.ITIMER_REAL, limits["kill_after"])
         if limits["file_size"] is not None:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the write fails instead of the process
