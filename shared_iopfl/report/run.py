@@ -286,7 +286,6 @@ def _facts(found: Mapping[str, Scores], history: Sequence[Mapping[str, str]]) ->
     cases = {
         (s, c) for scores in found.values() for (_, s), m in scores.items() for values in m.values() for c in values
     }
-    parts = [f"{counted(n, 'site')} {role}" for role in ROLES if (n := sum(r == role for r, _ in sites))]
-    parts += [counted(len(cases), "test case")] if cases else []
-    rounds = {row["round"] for row in history}
-    return " · ".join([*parts, *([counted(len(rounds), "round")] if rounds else [])])
+    counts = [(sum(r == role for r, _ in sites), "site", f" {role}") for role in ROLES]
+    counts += [(len(cases), "test case", ""), (len({row["round"] for row in history}), "round", "")]
+    return " · ".join(counted(n, what) + where for n, what, where in counts if n)

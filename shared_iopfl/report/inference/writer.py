@@ -13,14 +13,12 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 
 from ignite.engine import Engine, Events
 
 from shared_iopfl.evaluation.run.folder import finish
 
 
-@dataclass(eq=False)
 class ReportWriter:
     """Write ``report.html`` of an inference after the last scan, and mark the run as finished.
 
@@ -29,8 +27,9 @@ class ReportWriter:
         ckpt_dir: Folder of the models, whose manifest may hold distributions of measures at the inside sites.
     """
 
-    output_dir: str | os.PathLike
-    ckpt_dir: str | os.PathLike | None = None
+    def __init__(self, output_dir: str | os.PathLike, ckpt_dir: str | os.PathLike | None = None) -> None:
+        self.output_dir = output_dir
+        self.ckpt_dir = ckpt_dir
 
     def attach(self, engine: Engine) -> None:
         """Register the handlers with an ignite engine."""
