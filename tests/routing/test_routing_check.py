@@ -220,7 +220,7 @@ def test_a_network_of_several_outputs_is_routed_but_not_served(per):
     one, other = route(network, states, per=per, sample=scan)(scan)
     assert torch.equal(one, -other)
     for inferer in (StackInferer(slices=None), default(Several, start="uniform", per=per)):
-        with pytest.raises(InputError, match="gives a tuple") as error:
+        with pytest.raises(InputError, match="a tuple") as error:
             inferer(scan, network)
         one_line(error)
 
