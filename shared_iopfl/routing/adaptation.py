@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,6 +94,50 @@ class Adaptation:
         values = [objective(routed, batch, view) * len(batch) for view in views for batch in batches]
         return sum(torch.stack(values).tolist()) / (len(views) * sum(map(len, batches)))
 
+    def guarded(
+        self,
+        routed: RoutedNetwork,
+        images: Tensor,
+        batches: Sequence[Tensor],
+        start: Tensor,
+        predict: Callable[[], tuple[Tensor, dict[str, Any]]],
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Take the steps, and reset the network if the result is rejected.
+
+        The result is accepted if it is finite, the objective improved, and the mask has at least the Dice
+        ``settings.agreement`` with that at the start.
+
+        Args:
+            routed: Network to adapt, which is changed in place.
+            images: Network inputs (N, C_in, *spatial) of the scan.
+            batches: The same inputs, in batches that a forward without gradient can take.
+            start: Logits at the starting routes.
+            predict: Function that returns the logits at the current routes, of the shape of `start`, and a report.
+
+        Returns:
+            The logits after adaptation, or those at the start if the result is rejected; and a report with
+            ``objective_start``, ``objective_end``, ``agreement`` and ``reason``, and if the result is accepted also
+            ``decision``, ``routes`` and the report of `predict`.
+        """
+        before = self.value(routed, batches)
+        self.adapt(routed, images)
+        after = self.value(routed, batches)
+        logits, predicted = predict()
+        agreement = mask_agreement(start, logits, self.output)
+        report = {"objective_start": before, "objective_end": after, "agreement": agreement}
+        objection = ""
+        if not (torch.isfinite(logits).all() and math.isfinite(after)):
+            objection = "adaptation became non-finite"
+        elif after >= before:
+            objection = "adaptation did not improve its objective"
+        elif agreement < self.settings.agreement:
+            objection = f"the adapted mask differs too much from the start (Dice {agreement:.3f})"
+        if objection:
+            routed.reset()
+            return start, {**report, "reason": objection}
+        accepted = {"decision": "adapted", "reason": "objective improved", "routes": routed.last_routes().tolist()}
+        return logits, {**report, **predicted, **accepted}
+
     def _objective(self) -> Objective:
         if self.objective is not None:
             return self.objective
@@ -150,27 +195,3 @@ def mask_agreement(one: Tensor, other: Tensor, output: Output) -> float:
     first, second = (logits.argmax(1) > 0 if output == "softmax" else logits > 0 for logits in (one, other))
     total, shared = torch.stack([first.sum() + second.sum(), (first & second).sum()]).tolist()
     return 2 * shared / total if total else 1.0
-
-
-def objection_to(
-    logits: Tensor, before: float, after: float, agreement: float, settings: RoutingSettings
-) -> str | None:
-    """Check the result of an adaptation.
-
-    Args:
-        logits: Logits (N, C, *spatial) after adaptation.
-        before: Objective at the starting routes.
-        after: Objective after the steps.
-        agreement: Dice of the masks before and after adaptation.
-        settings: Settings, of which ``agreement`` is the lowest Dice that is accepted.
-
-    Returns:
-        The reason why the mask after adaptation is rejected; None if it is accepted.
-    """
-    if not (torch.isfinite(logits).all() and math.isfinite(after)):
-        return "adaptation became non-finite"
-    if after >= before:
-        return "adaptation did not improve its objective"
-    if agreement < settings.agreement:
-        return f"the adapted mask differs too much from the start (Dice {agreement:.3f})"
-    return None

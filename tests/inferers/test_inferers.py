@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from shared_iopfl.inferers import routing as inferers
 from shared_iopfl.inferers.members import MeanOfNetworks, load_members
 from shared_iopfl.inferers.routing import TestTimeRoutingInferer
+from shared_iopfl.routing import adaptation
 from shared_iopfl.routing.distances import distance_routes, distribution_distance
 from shared_iopfl.routing.settings import PRESETS, RoutingSettings, preset
 from shared_iopfl.utils.errors import InputError
@@ -51,7 +52,7 @@ def test_without_experts_the_global_model_has_the_statistics_and_views_of_the_se
     assert alone.reports[-1]["experts"] == ["global"]
 
 
-def test_a_site_that_asks_for_its_own_model_gets_that_model():
+def test_a_network_that_is_an_expert_gives_plain_inference():
     """A network that is one of the experts is not routed; after it, the global model is as before."""
     inferer, scan = routing(), volume(3)
     before = inferer(scan, unet())
@@ -64,7 +65,7 @@ def test_a_site_that_asks_for_its_own_model_gets_that_model():
 
 
 @torch.no_grad()
-def test_its_attributes_can_be_logged():
+def test_the_attributes_of_an_inferer_have_a_short_repr():
     """MONAI Label prints them at every request: thousands of lines of weights would bury all else."""
     inferer = routing()
     inferer(volume(2), unet())
@@ -120,7 +121,7 @@ def test_adapts_for_every_kind_of_routes_and_outputs(per, output, shape):
 
 @pytest.mark.parametrize("scan", [torch.zeros(1, 1, 32, 32, 2), torch.full((1, 1, 32, 32, 2), 1e6), 1e-6 * volume(2)])
 @pytest.mark.parametrize("name", EPISODIC)
-def test_odd_scans_do_not_break_it(scan, name):
+def test_constant_and_extreme_scans_give_finite_logits(scan, name):
     """Constant, huge and nearly empty images give finite logits."""
     logits = routing(name, overrides={"steps": min(1, PRESETS[name].steps)})(scan, unet())
     assert torch.isfinite(logits).all()
@@ -185,10 +186,10 @@ def test_site_adapts_on_slices_of_every_scan(monkeypatch):
     assert len(seen[0]) == 6
 
 
-def test_refused_site_adaptation_leaves_the_start(monkeypatch):
+def test_rejected_adaptation_of_a_site_leaves_the_starting_routes(monkeypatch):
     inferer = routing("adapted", mode="site")
     monkeypatch.setattr(inferer.adaptation, "adapt", harmful)
-    monkeypatch.setattr(inferers, "mask_agreement", lambda *_: 0.0)
+    monkeypatch.setattr(adaptation, "mask_agreement", lambda *_: 0.0)
     assert inferer.fit([volume(2)], unet())["decision"] == "start"
     start = routing(mode="site")
     start.fit([volume(2)], unet())
@@ -211,7 +212,7 @@ def test_site_network_keeps_the_sites_statistics():
 
 
 @torch.no_grad()
-def test_a_site_is_served_by_one_network_a_share_of_its_statistics(tmp_path):
+def test_a_site_has_one_network_per_share_of_its_statistics(tmp_path):
     """The mean of plain networks, which its state_dict brings back; its mask is that of their mean probability."""
     inferer, scan, network = (
         routing(overrides={"statistics": [0.0, 0.5], "views": "none"}, mode="site"),
@@ -232,7 +233,7 @@ def test_a_site_is_served_by_one_network_a_share_of_its_statistics(tmp_path):
         load_members(network, {"networks.0.other": torch.zeros(1)}, "softmax", "site.pt")
 
 
-def test_site_mode_refuses_what_leaves_no_plain_network():
+def test_site_mode_refuses_routes_per_sample_or_volume():
     for overrides in ({"per": "sample"}, {"per": "volume"}):
         with pytest.raises(InputError, match=r"one plain network.*'paper'.*per='layer'"):
             routing(overrides=overrides, mode="site").fit([volume(2)], unet())
@@ -302,7 +303,7 @@ def test_expert_that_does_not_fit_is_named_when_the_scan_is_routed():
         TestTimeRoutingInferer(space)(volume(2), unet())
 
 
-def test_what_is_no_network_cannot_be_routed():
+def test_a_function_cannot_be_routed():
     with pytest.raises(ValueError, match=r"nn\.Module"):
         routing()(volume(2), lambda x: x)
 

@@ -29,7 +29,7 @@ from shared_iopfl.utils.stacks import StackInferer, to_stack
 
 
 @torch.no_grad()
-def test_soup_serves_the_network_of_the_averaged_weights():
+def test_soup_predicts_as_the_network_of_the_averaged_weights():
     network, scan = unet(), volume(3)
     plain = copy.deepcopy(network)
     plain.load_state_dict(mixture([network.state_dict(), *experts(2).values()], [1 / 3] * 3))  # type: ignore[list-item]
@@ -37,7 +37,7 @@ def test_soup_serves_the_network_of_the_averaged_weights():
 
 
 @torch.no_grad()
-def test_global_start_serves_the_global_model_within_a_thousandth():
+def test_global_start_predicts_as_the_global_model_within_a_thousandth():
     network, scan = unet(), volume(3)
     inferer = routing(overrides={"start": "global", "views": "none"})
     difference = (inferer(scan, network) - StackInferer()(scan, network)).abs().max()
@@ -46,7 +46,7 @@ def test_global_start_serves_the_global_model_within_a_thousandth():
 
 
 @torch.no_grad()
-def test_start_by_distance_are_the_distance_routes_of_the_scan():
+def test_routes_by_distance_are_the_distance_routes_of_the_scan():
     network, scan = unet(), volume(3)
     inferer = routing()
     inferer(scan, network)
@@ -119,7 +119,7 @@ def test_a_scan_of_a_large_shift_is_segmented_by_its_own_statistics_as_well(usua
     ids=["no file", "no such number", "known", "statistics given", "shift not measured"],
 )
 @torch.no_grad()
-def test_models_without_a_usual_shift_are_named_once_where_auto_depends_on_it(scores, overrides, warned, caplog):
+def test_one_warning_if_auto_needs_a_usual_shift_that_the_models_lack(scores, overrides, warned, caplog):
     inferer, network = routing(overrides={"statistics": "auto", **overrides}, scores=scores), unet()
     for seed in range(2):
         inferer(volume(3, seed=seed), network)

@@ -41,7 +41,7 @@ def sites() -> dict[str, dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("site", SCALES)
-def test_nearest_expert_is_the_one_that_has_seen_such_images(sites, site):
+def test_the_nearest_expert_is_the_one_trained_on_such_images(sites, site):
     """A scan of a site's contrast is nearest to that site's expert, and at the first batch norm next to nothing."""
     scan = SCALES[site] * images(8, 3, 32, 32, seed=1000)
     distances = distribution_distance(unet(), sites, [scan])
@@ -98,7 +98,7 @@ def test_constant_images_give_finite_routes(scan):
     torch.testing.assert_close(routes.sum(), torch.tensor(1.0))
 
 
-def test_batch_norms_that_no_image_passes_do_not_count():
+def test_batch_norms_without_input_do_not_count():
     """An auxiliary branch that prediction leaves out has no distance, rather than one of NaN."""
 
     class Branched(nn.Module):
@@ -143,7 +143,7 @@ def test_network_without_batch_norm_is_refused():
 
 @given(st.lists(st.floats(0, 1e3), min_size=1, max_size=7), st.floats(0.01, 10))
 @settings(max_examples=40, deadline=None)
-def test_routes_sum_to_one_and_prefer_the_nearer(distances, temperature):
+def test_routes_sum_to_one_and_prefer_near_experts(distances, temperature):
     values = torch.tensor(distances)
     routes = distance_routes(values, temperature)
     torch.testing.assert_close(routes.sum(), torch.tensor(1.0))

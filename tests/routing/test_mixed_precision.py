@@ -78,14 +78,14 @@ def check_types(
 
 @pytest.mark.parametrize("per", ["sample", "volume", "layer"])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_as_many_layers_in_half_precision_as_in_the_plain_network(name: str, per: Per) -> None:
+def test_as_many_layers_run_in_half_precision_as_in_the_plain_network(name: str, per: Per) -> None:
     check_types(name, per, torch.bfloat16)
 
 
 @pytest.mark.usefixtures("_together")
 @pytest.mark.parametrize("half", HALF, ids=str)
 @pytest.mark.parametrize("name", NETWORKS)
-def test_as_many_where_samples_go_through_a_layer_at_once(name: str, half: torch.dtype) -> None:
+def test_as_many_layers_run_in_half_precision_if_samples_share_a_forward(name: str, half: torch.dtype) -> None:
     """By CUDA's rules: there a group norm gives float32, which a CPU's autocast leaves in half precision."""
     check_types(name, "sample", half, but=(nn.GroupNorm,))
 
@@ -135,7 +135,7 @@ class Squared(nn.Conv2d):
 
 @pytest.mark.usefixtures("_together")
 @torch.no_grad()
-def test_a_layer_with_a_forward_of_its_own_is_run_as_it_is() -> None:
+def test_a_layer_with_its_own_forward_is_not_cast() -> None:
     network, scan = nn.Sequential(Squared(3, 2, 1)), torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     routed = route(network, dict.fromkeys("AB", network.state_dict()), per="sample")
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -147,5 +147,7 @@ def test_a_layer_with_a_forward_of_its_own_is_run_as_it_is() -> None:
 @pytest.mark.parametrize("half", HALF, ids=str)
 @pytest.mark.parametrize("per", ["sample", "volume", "layer"])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_as_many_on_an_accelerator(gpu: torch.device, name: str, per: Per, half: torch.dtype) -> None:
+def test_as_many_layers_run_in_half_precision_on_an_accelerator(
+    gpu: torch.device, name: str, per: Per, half: torch.dtype
+) -> None:
     check_types(name, per, half, device=gpu)

@@ -43,14 +43,14 @@ from shared_iopfl.routing.objectives import (
     shape=st.lists(st.integers(1, 5), min_size=2, max_size=3),
 )
 @settings(max_examples=60, deadline=None)
-def test_undo_brings_every_pixel_back(flips, turns, shape):
+def test_undo_returns_every_pixel_to_its_place(flips, turns, shape):
     """Any flips and turns, in 2D and 3D, of square and other images."""
     view = View(flips=tuple(axis for axis in flips if axis < len(shape)), quarter_turns=turns)
     scan = images(2, 3, *shape)
     assert torch.equal(view.undo(view.apply(scan)), scan)
 
 
-def test_view_moves_pixels_and_changes_intensities_as_it_says():
+def test_a_view_moves_pixels_and_changes_intensities_as_documented():
     scan = torch.arange(6.0).reshape(1, 1, 2, 3)
     assert View(flips=(0,)).apply(scan)[0, 0].tolist() == [[3, 4, 5], [0, 1, 2]]
     assert View(flips=(1,)).apply(scan)[0, 0].tolist() == [[2, 1, 0], [5, 4, 3]]
@@ -118,7 +118,7 @@ def test_entropy_lies_between_zero_and_one(classes, scale, output, seed):
 
 
 @pytest.mark.parametrize("output", ["softmax", "sigmoid"])
-def test_entropy_is_one_where_all_is_as_likely_and_zero_where_all_is_sure(output):
+def test_entropy_is_one_for_a_uniform_and_zero_for_a_certain_prediction(output):
     unsure, sure = torch.zeros(1, 3, 2, 2), torch.zeros(1, 3, 2, 2)
     sure[:, 1] = 200
     sure[:, [0, 2]] = -200
@@ -228,7 +228,7 @@ def test_backward_through_one_term_after_the_other_is_backward_through_the_objec
     assert len(list(only.terms(network, scan, view))) == 1
 
 
-def test_consistency_vanishes_where_network_and_view_commute():
+def test_consistency_is_zero_if_network_and_view_commute():
     objective = RoutingObjective("sigmoid", consistency=1.0, entropy=0.0)
     scan = images(2, 1, 8, 12)
     assert float(objective(pixelwise, scan, View(flips=(0,), quarter_turns=1))) == 0

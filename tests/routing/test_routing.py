@@ -76,7 +76,7 @@ def test_soup_is_the_network_of_the_averaged_weights(activation):
 
 
 @torch.no_grad()
-def test_norms_of_the_network_are_kept_where_they_are_not_routed():
+def test_norm_layers_that_are_not_routed_keep_the_weights_of_the_network():
     """route_norms=False mixes all but the norm layers, which stay the passed network's."""
     network, space, scan = unet(), experts(2), images(2, 3, 32, 32)
     norms = {name for name, module in network.named_modules() if isinstance(module, nn.BatchNorm2d)}
@@ -91,7 +91,7 @@ def test_norms_of_the_network_are_kept_where_they_are_not_routed():
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_routes_a_sample_differ_and_equal_the_loop_over_samples(name):
+def test_routes_per_sample_differ_and_equal_a_loop_over_samples(name):
     network, space, scan = spread(name)
     routed = route(network, space, per="sample", random=True)
     alone, routes = [], []
@@ -104,7 +104,7 @@ def test_routes_a_sample_differ_and_equal_the_loop_over_samples(name):
 
 
 @torch.no_grad()
-def test_routes_a_volume_are_shared_by_its_slices():
+def test_all_slices_of_a_volume_share_its_routes():
     """One set of routes a layer: the volume is served by one plain network, which `collapse` gives."""
     network, space, scan = unet(), experts(3), images(4, 3, 32, 32)
     routed = route(network, space, per="volume", random=True)
@@ -136,7 +136,7 @@ def test_routers_normalise(seed, random, activation):
 
 
 @torch.no_grad()
-def test_router_dropout_is_seeded_and_off_unless_asked_for():
+def test_router_dropout_is_seeded_and_off_without_a_generator():
     router = Router(8, 3, random=True, dropout=0.5, generator=torch.Generator().manual_seed(0))
     scan = images(2, 8, 4, 4)
     plain = router(scan)
@@ -170,7 +170,7 @@ def test_same_seed_same_routers():
     assert not all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters()))
 
 
-def test_reset_forgets_what_was_learnt():
+def test_reset_discards_what_was_learnt():
     """After reset the routed network is as it was made: same output, though all that is trainable had moved."""
     network, space, scan = unet(), experts(2), images(2, 3, 32, 32)
     routed = route(network, space, per="sample", random=True, affine=True)
@@ -185,7 +185,7 @@ def test_reset_forgets_what_was_learnt():
     assert not torch.allclose(moved, before)
 
 
-def test_adaptation_may_change_routes_and_norm_shifts_alone():
+def test_adaptation_can_only_change_routes_and_norm_shifts():
     """Experts' weights are frozen buffers; every trainable parameter gets a gradient."""
     network, space, scan = unet(), experts(2), images(2, 3, 32, 32)
     for per in PER:
@@ -220,7 +220,7 @@ def test_network_and_global_randomness_are_untouched(name):
     assert all(torch.equal(tensor, kept[site][key]) for site, state in space.items() for key, tensor in state.items())
 
 
-def test_start_of_another_shape_is_refused():
+def test_starting_routes_of_another_shape_are_refused():
     with pytest.raises(ValueError, match="shape"):
         route(unet(), experts(2)).start_from(torch.ones(3) / 3)
 
