@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Model files: whole or not at all, read without running anything in them, and wrong ones named in one line."""
+"""Model files: written completely or not at all, read without executing anything, and refused by one line if faulty."""
 
 from __future__ import annotations
 
