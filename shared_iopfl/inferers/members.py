@@ -48,7 +48,7 @@ def load_members(network: nn.Module, state: Weights, output: Output, name: str) 
 
     Args:
         network: Network that defines the architecture; it is not changed.
-        state: state_dict of one or the other.
+        state: State of a network of either kind.
         output: Kind of the network's output.
         name: Name of the file that the state was read from, for the error message.
 

@@ -131,10 +131,7 @@ class TestTimeRoutingInferer(ViewsOfScans):
             return super().__call__(inputs, network)
         if self.mode == "episodic" and (name := expert_of(network, self.experts)):
             if name not in self._warned:
-                logger.warning(
-                    "the network is the model of '%s', one of the experts: inference with it is plain, without routing",
-                    name,
-                )
+                logger.warning("the network is the model of '%s', an expert: plain inference, without routing", name)
                 self._warned.add(name)
             return super().__call__(inputs, network)
         with self._lock:

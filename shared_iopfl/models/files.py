@@ -117,7 +117,7 @@ def load_weights(path: str | os.PathLike) -> dict[str, Tensor]:
         _check_archive(content)
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if isinstance(error, pickle.UnpicklingError):  # the message of torch recommends to trust the file
             reason = "it is damaged or contains more than tensors"
         raise InputError(f"cannot read the model {path}: {reason[:160]}; train or download it again.") from error

@@ -242,9 +242,8 @@ def _bundle_files(root: Path) -> list[Path]:
             )
     files = [path for path in files if path.is_file()]
     listed = check_manifest(models)["files"] if published_files(models) is not None else {}
-    unpublished = [name for name, entry in listed.items() if entry.get("released")]
-    if not listed:
-        unpublished = sorted(path.name for path in models.glob("*.pt"))
+    present = sorted(path.name for path in models.glob("*.pt"))
+    unpublished = [name for name, entry in listed.items() if entry.get("released")] if listed else present
     if unpublished:
         raise InputError(f"{models / unpublished[0]} was never published: publish the models, or move them away.")
     return files + [models / name for name in (MANIFEST, *listed) if listed]

@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -127,9 +128,11 @@ def validated_interpolation(
     """
     candidates = [(0.0, global_state)]
     candidates += [(share, state) for state in personalised_states for share in sorted(set(shares) - {0.0})]
-    best, selected = -1.0, candidates[0]
-    for share, state in candidates:
+
+    def score(candidate: tuple[float, Weights]) -> float:
+        share, state = candidate
         dice = validate(interpolate(global_state, state, share))
-        if dice > best:
-            best, selected = dice, (share, state)
-    return selected[0], interpolate(global_state, selected[1], selected[0])
+        return -1.0 if math.isnan(dice) else dice
+
+    share, state = max(candidates, key=score)
+    return share, interpolate(global_state, state, share)

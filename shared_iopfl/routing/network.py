@@ -104,9 +104,8 @@ class RoutedNetwork(nn.Module):
     def reset(self) -> None:
         """Reset routes, routers and norm shifts to their initial values; the starting routes stay."""
         with torch.no_grad():
-            for name, parameter in self.named_parameters():
-                if name in self._fresh:
-                    parameter.copy_(self._fresh[name])
+            for name, fresh in self._fresh.items():
+                self.get_parameter(name).copy_(fresh)
         for layer in self._routed:
             layer.last_routes = None
         for layer in self._norms:

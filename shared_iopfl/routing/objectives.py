@@ -161,7 +161,7 @@ def view_agreement(logits: Sequence[Tensor], mean: Tensor, output: Output) -> fl
     """
     agreed = _masks(mean, output)
     axes = [axis for axis in range(agreed.ndim) if axis != 1]
-    masks = [_masks(one, output) for one in logits]
+    masks = (_masks(one, output) for one in logits)
     dice = [2 * (agreed & mask).sum(axes) / (agreed.sum(axes) + mask.sum(axes)).clamp(min=1) for mask in masks]
     return round(float(torch.stack(dice).mean()), 4)
 

@@ -62,8 +62,7 @@ def test_randomness_depends_on_seed_and_epoch_alone():
 
 
 def test_optimizer_starts_each_round_without_moments():
-    """The second round's steps are those of a new optimiser from the same weights; its learning rate stays. Between
-    rounds a site holds neither moments nor gradients."""
+    """Its steps are those of a new optimiser with the same learning rate; between rounds there are no gradients."""
 
     def run(rounds: int, fresh: bool) -> Tensor:
         weight = nn.Parameter(torch.ones(2))

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The methods outside: each by the property it is known by, all without a trace in network or random state."""
+"""The other outside methods: the property that defines each, without changes of network or random state."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def inferer(kind: str, **kwargs: Any) -> ScanInferer:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, nullcontext])
 def test_methods_segment_volumes_and_images_and_change_nothing_else(kind, mode):
-    """Finite logits of the right shape without gradient, the same twice, even from a network in training mode."""
+    """Logits are finite, without gradient, and equal in a second call, for a network in training mode too."""
     network = unet().train()
     with untouched(network), mode():
         for output in ("softmax", "sigmoid"):
@@ -113,7 +113,7 @@ def test_wrong_arguments_are_refused():
 
 
 def test_a_turned_image_gives_the_turned_prediction():
-    """Averaged over all eight views, the network does not care how the image lies; on its own it does."""
+    """With all eight views the orientation of the image does not matter; without views it does."""
     network, image = unet(), images(1, 3, 32, 32)
     turned = image.rot90(1, (2, 3)).flip(2)
     serve = ViewsInferer([0, 1], rotations=True, slices=None)
@@ -159,7 +159,7 @@ def test_ensemble_is_the_mean_probability_of_all_with_the_global_model():
 @torch.no_grad()
 @pytest.mark.parametrize("temperature", [1e-4, 0.5, 1e6])
 def test_dawin_mixes_weights_by_the_entropy_of_each_expert(temperature):
-    """Cold: the surest expert alone; hot: the soup; between: the softmax of the negative entropies."""
+    """A low temperature gives the most certain expert, a high one the soup, and others the softmax of -entropy."""
     network, image = unet(), images(1, 3, 32, 32)
     states = [network.state_dict(), *experts(2).values()]
     doubt = torch.stack([entropy(unet(seed)(image).softmax(1), "softmax") for seed in (0, 1, 2)])
@@ -174,7 +174,7 @@ def test_dawin_mixes_weights_by_the_entropy_of_each_expert(temperature):
 
 @torch.no_grad()
 def test_full_statistics_are_those_of_a_forward_in_training_mode():
-    """All slices of the scan together, few enough to be measured all; and no share is the plain network."""
+    """The statistics are those of all slices of the scan; with share 0 the result is that of the plain network."""
     network, scan = unet(), volume(5)
     stack = to_stack(scan[0])
     expected = copy.deepcopy(network).train()(stack).permute(1, 2, 3, 0)[None]
@@ -186,7 +186,7 @@ def test_full_statistics_are_those_of_a_forward_in_training_mode():
 
 @torch.no_grad()
 def test_blended_statistics_lie_between_running_and_own_ones():
-    """running * (1 - share) + own * share, of means and variances."""
+    """Means and variances are running * (1 - share) + own * share."""
     network = make(lambda: nn.Sequential(nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2)), 0)
     image, share = images(1, 3, 8, 8), 0.3
     features = network[0](image)  # type: ignore[index]
@@ -231,7 +231,7 @@ def test_methods_that_are_settings_are_settings_of_the_routing(name):
 
 
 def test_labelled_routes_beat_the_soup_and_stay_within_the_experts():
-    """Labels made by one expert: the routes find it. Inside the space: no weight lies outside the experts'."""
+    """For labels from one expert, the routes prefer it; all weights lie between those of the experts."""
     network, truth = unet(), unet(1)
     space = {"global": network.state_dict(), **experts(2)}
     batches = []

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Inference in every mode and by every preset: a mask of any input, a site's network, or one line that says why not."""
+"""Inference in all modes and presets: masks, the network of a site, and refusals by one line."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_without_experts_the_global_model_has_the_statistics_and_views_of_the_se
 
 
 def test_a_network_that_is_an_expert_gives_plain_inference():
-    """A network that is one of the experts is not routed; after it, the global model is as before."""
+    """A network that is an expert is not routed; the global model is routed as before."""
     inferer, scan = routing(), volume(3)
     before = inferer(scan, unet())
     for number, expert in enumerate(experts(2).values(), 1):
@@ -66,7 +66,7 @@ def test_a_network_that_is_an_expert_gives_plain_inference():
 
 @torch.no_grad()
 def test_the_attributes_of_an_inferer_have_a_short_repr():
-    """MONAI Label prints them at every request: thousands of lines of weights would bury all else."""
+    """MONAI Label logs them at every request, and weights would take thousands of lines."""
     inferer = routing()
     inferer(volume(2), unet())
     assert len(str(inferer.__dict__)) < 20_000
@@ -80,7 +80,7 @@ EPISODIC = [name for name, settings in PRESETS.items() if not settings.self_trai
 @pytest.mark.parametrize("name", EPISODIC)
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, nullcontext])
 def test_presets_run_on_images_and_volumes(name, mode):
-    """Finite logits of the right shape, one report a scan, and neither network nor random state is touched."""
+    """Logits are finite, each scan has a report, and neither network nor random state is changed."""
     overrides = {"steps": min(1, PRESETS[name].steps)}
     build = ARCHITECTURES["BasicUNet 2D"][0] if mode is torch.no_grad else unet
     network, other = make(build, 0), make(build, 1)
@@ -122,14 +122,14 @@ def test_adapts_for_every_kind_of_routes_and_outputs(per, output, shape):
 @pytest.mark.parametrize("scan", [torch.zeros(1, 1, 32, 32, 2), torch.full((1, 1, 32, 32, 2), 1e6), 1e-6 * volume(2)])
 @pytest.mark.parametrize("name", EPISODIC)
 def test_constant_and_extreme_scans_give_finite_logits(scan, name):
-    """Constant, huge and nearly empty images give finite logits."""
+    """For constant, huge and nearly empty images."""
     logits = routing(name, overrides={"steps": min(1, PRESETS[name].steps)})(scan, unet())
     assert torch.isfinite(logits).all()
 
 
 @torch.no_grad()
 def test_volumes_of_a_3d_network():
-    """slices=None with a 3D network; turns only where the first two axes are equally long."""
+    """With slices=None and a 3D network; quarter turns only if the first two axes have equal length."""
     network = nn.Sequential(nn.Conv3d(1, 2, 3, padding=1), nn.BatchNorm3d(2)).eval()
     space = {"A": copy.deepcopy(network).state_dict()}
     seen: list[tuple[int, ...]] = []
@@ -177,7 +177,7 @@ def test_site_routes_are_those_of_the_mean_distance():
 
 
 def test_site_adapts_on_slices_of_every_scan(monkeypatch):
-    """The number of slices is one per scan, not for the site."""
+    """The number of slices is that of each scan, not of the site."""
     monkeypatch.setattr(inferers, "SCAN_SLICES", 2)
     inferer = routing(overrides=ADAPTING, mode="site")
     seen: list[Tensor] = []
@@ -201,7 +201,7 @@ def test_rejected_adaptation_of_a_site_leaves_the_starting_routes(monkeypatch):
 
 @torch.no_grad()
 def test_site_network_keeps_the_sites_statistics():
-    """In mode "site" the blended statistics are baked in: a plain network, the same for every batch size."""
+    """In mode "site" the blended statistics are part of a plain network; masks do not depend on the batch size."""
     inferer = routing(overrides={"statistics": 1.0, "views": "none"}, mode="site")
     assert inferer.fit([3 * volume(4), 3 * volume(3, seed=1)], unet())["statistics"] == [1.0]
     site = inferer.site_network
@@ -213,7 +213,7 @@ def test_site_network_keeps_the_sites_statistics():
 
 @torch.no_grad()
 def test_a_site_has_one_network_per_share_of_its_statistics(tmp_path):
-    """The mean of plain networks, which its state_dict brings back; its mask is that of their mean probability."""
+    """A mean of plain networks, which can be loaded from its state_dict, and averages their probabilities."""
     inferer, scan, network = (
         routing(overrides={"statistics": [0.0, 0.5], "views": "none"}, mode="site"),
         volume(3),
@@ -311,7 +311,7 @@ def test_a_function_cannot_be_routed():
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", EPISODIC)
 def test_cuda_gives_the_masks_of_the_cpu(gpu, name):
-    """Logits within 1e-2 in full precision; under autocast finite, and the decision is reported."""
+    """Logits agree within 1e-2 in full precision; under autocast they are finite, and the decision is reported."""
     network, scan = unet(), volume(3)
     expected = routing(name)(scan, network)
     found = routing(name)(scan.to(gpu), copy.deepcopy(network).to(gpu))

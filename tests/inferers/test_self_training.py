@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Self-training: a site's network learns the masks of its own scans, reproducibly, and nothing else changes."""
+"""Self-training: the network of a site learns the masks of its scans, reproducibly, and nothing else changes."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def make_network(seed=0):
 
 
 def trained(own_statistics=True, steps=40, seed=0):
-    """A network that learns where images of noise are bright."""
+    """Train a network on the bright regions of noise images."""
     generator = torch.Generator().manual_seed(1)
     images = torch.nn.functional.interpolate(torch.randn(12, 3, 4, 4, generator=generator), size=16)
     bright = (images[:, 1:2] > 0).float()
@@ -70,7 +70,7 @@ def test_the_seed_decides_and_the_global_random_state_is_left_alone():
 
 @pytest.mark.parametrize("scans, kept", [(1, 32), (10, 40), (100, 100)])
 def test_the_inputs_of_all_scans_fit_in_memory(scans, kept, monkeypatch):
-    """As many of each scan as 40 inputs of 8 x 8 pixels allow, and at least one."""
+    """The limit is 40 inputs of 8 x 8 pixels in total, and at least one of each scan."""
     monkeypatch.setattr(self_training, "TRAINING_PIXELS", 40 * 64)
     training, seen = SelfTraining(1, ViewSampler(()), "softmax", 6, 0), []
     monkeypatch.setattr(training, "train", lambda network, *given: seen.extend(given))

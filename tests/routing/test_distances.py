@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Distance routes: they find the expert that has seen data like the scan's, whatever the batch size."""
+"""Routes by distance, which prefer the expert that was trained on data like the scan."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SCALES = {"weak": 0.5, "plain": 1.0, "strong": 3.0}
 
 @pytest.fixture(scope="module")
 def sites() -> dict[str, dict[str, Tensor]]:
-    """Experts with the same weights, whose batch norms have seen images of different contrast."""
+    """Experts with equal weights, and batch-norm statistics of images of different contrast."""
     states = {}
     for site, scale in SCALES.items():
         network = unet().train()
@@ -42,7 +42,7 @@ def sites() -> dict[str, dict[str, Tensor]]:
 
 @pytest.mark.parametrize("site", SCALES)
 def test_the_nearest_expert_is_the_one_trained_on_such_images(sites, site):
-    """A scan of a site's contrast is nearest to that site's expert, and at the first batch norm next to nothing."""
+    """A scan with the contrast of a site is nearest to its expert; at the first batch norm the distance is almost 0."""
     scan = SCALES[site] * images(8, 3, 32, 32, seed=1000)
     distances = distribution_distance(unet(), sites, [scan])
     assert distances.shape == (3, sum(isinstance(module, nn.BatchNorm2d) for module in unet().modules()))
@@ -62,7 +62,7 @@ def test_distance_does_not_depend_on_the_batch_size(size):
 
 
 def test_distance_equals_the_formula():
-    """Mean over channels of the squared log ratio of variances, of what enters the batch norm."""
+    """The mean over channels of the squared log ratio of variances at the input of the batch norm."""
     network = nn.Sequential(nn.Conv2d(1, 2, 1, bias=False), nn.BatchNorm2d(2)).eval()
     state = copy.deepcopy(network.state_dict())
     state["1.running_var"] = torch.tensor([2.0, 0.5])
@@ -75,7 +75,7 @@ def test_distance_equals_the_formula():
 
 
 def test_every_expert_is_run_with_its_own_weights_under_autocast():
-    """Autocast caches half-precision copies of weights: the second expert must not be probed with the first one's."""
+    """Autocast caches half-precision weights, and must not use those of the first expert for the second."""
     space, scan = experts(2), [images(2, 3, 32, 32)]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         together = distribution_distance(unet(), space, scan)
@@ -99,7 +99,7 @@ def test_constant_images_give_finite_routes(scan):
 
 
 def test_batch_norms_without_input_do_not_count():
-    """An auxiliary branch that prediction leaves out has no distance, rather than one of NaN."""
+    """An auxiliary branch that a forward leaves out has no distance, and not NaN."""
 
     class Branched(nn.Module):
         def __init__(self) -> None:
@@ -117,7 +117,7 @@ def test_batch_norms_without_input_do_not_count():
 
 @pytest.mark.parametrize("dead", ["scan", "expert"])
 def test_one_dead_channel_of_eight_does_not_dominate(dead):
-    """Constant in the scan or remembered as such, it counts as the farthest of the others."""
+    """A channel that is constant in the scan or in training counts as the farthest of the others."""
     network = nn.Sequential(nn.Conv2d(1, 8, 1, bias=False), nn.BatchNorm2d(8)).eval()
     scan = images(2, 1, 16, 16)
     weight = torch.ones(8, 1, 1, 1)
@@ -160,7 +160,7 @@ def test_equal_distances_give_uniform_routes_and_the_temperature_sharpens():
 
 
 def test_distances_that_hardly_differ_hardly_move_the_routes():
-    """By the size of the difference, not by rank: a third of a thousandth apart is no reason to lean on either."""
+    """The size of the difference matters, not the rank: a relative difference of 0.0003 hardly changes the routes."""
     routes = distance_routes(torch.tensor([0.3, 0.3001]))
     assert 0.5 < routes[0] < 0.51
     apart = distance_routes(torch.tensor([0.3, 0.6]))

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Any network is routed rightly, or refused in one line that names the layer: no silent difference, no raw error."""
+"""Any network is routed correctly, or refused by one line that names the layer."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def one_line(error: pytest.ExceptionInfo[InputError], *words: str) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("name", WORKS)
 def test_unusual_layers_give_the_output_of_a_plain_network_with_the_mixed_weights(name):
-    """Whatever gives the routes, per sample too; and what it collapses to is that network."""
+    """For all kinds of routes; and the network collapses to this plain network."""
     network, states = space(WORKS[name])
     scan, routes = images(3, 3, 9, 9), routes_of(3)
     plain = make(WORKS[name], 0)
@@ -96,7 +96,7 @@ def test_samples_of_a_batch_have_their_own_routes_with_gradients_too(build):
 
 @torch.no_grad()
 def test_a_batch_norm_without_input_keeps_its_running_statistics():
-    """The default, which blends statistics, serves such a network."""
+    """The default settings, which blend statistics, can segment with such a network."""
     network, states = space(Spare)
     routed = route(network, states, statistics=0.5)
     scan = images(3, 3, 9, 9)
@@ -108,7 +108,7 @@ def test_a_batch_norm_without_input_keeps_its_running_statistics():
 @pytest.mark.slow
 @torch.no_grad()
 def test_flexible_unet_runs_with_own_statistics_too(monkeypatch):
-    """Its encoder has batch norms that no image passes; a backbone of random weights needs no download."""
+    """Its encoder has batch norms without input; a backbone with random weights needs no download."""
 
     def build() -> nn.Module:
         return FlexibleUNet(3, 2, "efficientnet-b0", pretrained=False, spatial_dims=2)
@@ -184,7 +184,7 @@ def test_a_network_that_cannot_be_routed_is_refused_by_one_line_that_names_the_l
     "build, words", [(Twice, "more than once"), (WORKS["subclass"], "of its own"), (hooked, "hooks")]
 )
 def test_statistics_that_cannot_be_blended_are_refused_and_the_advice_works(build, words):
-    """By the inferer at the first scan, whatever its shift; by hand once they would be kept."""
+    """The inferer refuses them at the first scan, for any shift; the network refuses to keep them."""
     network, scan = make(build, 0), images(2, 3, 9, 9)
     with pytest.raises(InputError) as error:
         default(build, statistics=0.5)(scan, network)
@@ -228,7 +228,7 @@ def test_a_network_with_several_outputs_can_be_routed_but_not_used_by_inferers(p
 @torch.no_grad()
 @pytest.mark.parametrize("baseline", [BatchStatisticsInferer, TentInferer, DaWinInferer])
 def test_baselines_that_route_refuse_the_same_networks(baseline):
-    """At every scan, not the first one only."""
+    """They are refused at every scan, not only at the first."""
     network, states = space(AsksForType)
     inferer = baseline(experts=states, slices=None) if baseline is DaWinInferer else baseline(slices=None)
     for _ in range(2):
@@ -259,7 +259,7 @@ def test_a_baseline_checks_a_network_once(monkeypatch):
 
 @torch.no_grad()
 def test_a_scan_is_checked_once_a_network(monkeypatch):
-    """Not again for the next scan; again once the network has changed."""
+    """The check is not repeated for the next scan, but after a change of the network."""
     inferer, network, seen = routing(), unet(), []
     monkeypatch.setattr("shared_iopfl.routing.network.check_routed", lambda *args: seen.append(args))
     for _ in range(2):
