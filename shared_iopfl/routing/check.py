@@ -175,7 +175,7 @@ def _first_difference(plain: nn.Module, routed: nn.Module, layers: Sequence[str]
     for (name, output), (other, seen) in zip(expected, chain(found, repeat(("", [])))):
         if name != other or _differ(output, seen):
             return f"'{name}'"
-    return f"what follows '{expected[-1][0]}'" if expected else "its first layer"
+    return f"the part after '{expected[-1][0]}'" if expected else "its first layer"
 
 
 def _calls(network: nn.Module, layers: Sequence[str], sample: Tensor) -> list[tuple[str, list[Tensor]]]:

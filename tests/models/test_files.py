@@ -148,6 +148,21 @@ def test_nan_and_infinity_are_refused(tmp_path, value):
     assert "'broken'" in one_line(tmp_path / "model.pt")
 
 
+def test_negative_variances_are_refused(tmp_path):
+    save_atomically({"norm.running_var": torch.tensor([1.0, -1.0])}, tmp_path / "model.pt")
+    assert "'norm.running_var'" in one_line(tmp_path / "model.pt")
+
+
+def test_a_flipped_bit_is_noticed(tmp_path):
+    """In the numbers of a tensor, where the file can still be loaded by torch."""
+    save_atomically({"weight": torch.zeros(10**4)}, tmp_path / "model.pt")
+    content = bytearray((tmp_path / "model.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "model.pt").write_bytes(content)
+    assert torch.load(tmp_path / "model.pt", weights_only=True)["weight"].count_nonzero() == 1
+    assert "checksum" in one_line(tmp_path / "model.pt")
+
+
 @pytest.mark.parametrize(
     "tensor",
     [

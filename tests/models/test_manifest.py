@@ -212,6 +212,15 @@ def test_a_field_of_view_that_is_not_a_number_from_0_is_refused(models: Path, va
     refused(lambda: setting(models, "field_of_view", 0.0), "manifest.json")
 
 
+@pytest.mark.parametrize("value", [3, None, ["index"]])
+def test_a_setting_of_another_type_than_its_default_is_refused(models: Path, value: Any) -> None:
+    """A dictionary, with one text per site, is allowed in place of a text."""
+    change_manifest(models, lambda manifest: manifest["architecture"].update(coding={"A": "index"}))
+    assert setting(models, "coding", "auto") == {"A": "index"}
+    change_manifest(models, lambda manifest: manifest["architecture"].update(coding=value))
+    refused(lambda: setting(models, "coding", "auto"), "manifest.json", "coding")
+
+
 def test_training_may_replace_the_files_that_it_writes(models: Path) -> None:
     """And only those: the other files must still be the published ones."""
     release(models, ["model.pt", "model_NEW.pt"])

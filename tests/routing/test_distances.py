@@ -132,6 +132,13 @@ def test_one_dead_channel_of_eight_does_not_dominate(dead):
     torch.testing.assert_close(found[0, 0], (others.sum() + others.max()) / 8, rtol=1e-3, atol=1e-4)
 
 
+def test_statistics_that_cannot_be_compared_are_refused_with_layer_and_expert():
+    network = nn.Sequential(nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2)).eval()
+    damaged = {**network.state_dict(), "1.running_var": torch.tensor([1.0, -1.0])}
+    with pytest.raises(InputError, match=r"at '1' .* expert 'B'"):
+        distribution_distance(network, {"A": network.state_dict(), "B": damaged}, [images(1, 3, 16, 16)])
+
+
 def test_network_without_batch_norm_is_refused():
     network = nn.Sequential(nn.Conv2d(3, 2, 1), nn.InstanceNorm2d(2))
     with pytest.raises(InputError, match="start='uniform'"):
