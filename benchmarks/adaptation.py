@@ -26,7 +26,7 @@ from benchmarks.timing import alternate, machine, peak_memory, print_peak
 from shared_iopfl.inferers.routing import TestTimeRoutingInferer
 from shared_iopfl.models.weights import copy_network
 from shared_iopfl.routing.network import route
-from shared_iopfl.routing.objectives import RoutingObjective, View, ViewSampler, entropy, probabilities
+from shared_iopfl.routing.objectives import RoutingObjective, View, entropy, probabilities
 from shared_iopfl.routing.settings import RoutingSettings, preset
 from shared_iopfl.utils.stacks import StackInferer
 
@@ -60,7 +60,7 @@ def _step_over_plain(network: nn.Module, experts: int, images: Tensor, repeats: 
     """
     space = {"global": network.state_dict(), **make_experts(network, experts - 1)}
     routed = route(network, space)
-    objective = RoutingObjective(consistency=1.0, entropy=0.1, views=ViewSampler())
+    objective = RoutingObjective(consistency=1.0, entropy=0.1)
     view = View(flips=(0,), gain=1.05)
 
     def gradient(module: nn.Module) -> Tensor:

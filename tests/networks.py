@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Tiny networks and experts for the tests: every MONAI architecture the routing space is promised for."""
+"""Tiny networks and experts for the tests, of each MONAI architecture that routing supports."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ ARCHITECTURES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 
 def make(build: Callable[[], nn.Module], seed: int) -> nn.Module:
-    """A network with weights and batch-norm statistics of its own, in eval mode; global randomness is left alone."""
+    """A network with random weights and batch-norm statistics, in evaluation mode; the global random state is kept."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         network = build().eval()
@@ -66,7 +66,7 @@ def make(build: Callable[[], nn.Module], seed: int) -> nn.Module:
 
 
 def unet(seed: int = 0, outputs: int = 2, channels: int = 3) -> nn.Module:
-    """A U-Net of two levels with batch norm, quick to route: for images (B, channels, even, even)."""
+    """A fast U-Net of two levels with batch norm, for images (B, channels, even, even)."""
     return make(lambda: UNet(2, channels, outputs, (4, 8, 8), (2, 1), norm="batch", act="relu"), seed)
 
 
@@ -76,7 +76,7 @@ def experts(count: int = 2, first: int = 1, outputs: int = 2) -> dict[str, dict[
 
 
 def images(*shape: int, seed: int = 0) -> Tensor:
-    """Standard normal noise."""
+    """Images of standard normal noise."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -91,7 +91,7 @@ def routes_of(count: int, seed: int = 0, layers: int | None = None) -> Tensor:
 
 
 def mixture(states: Sequence[dict[str, Tensor]], routes: Sequence[float] | Tensor) -> dict[str, Tensor]:
-    """The routes' weighted mean of some states, key by key; integer buffers of the first."""
+    """The mean of states weighted by routes, key by key; integer buffers are those of the first state."""
     mixed = {}
     for key, like in states[0].items():
         if like.is_floating_point():
@@ -104,7 +104,7 @@ def mixture(states: Sequence[dict[str, Tensor]], routes: Sequence[float] | Tenso
 
 @contextmanager
 def untouched(*networks: nn.Module) -> Iterator[None]:
-    """Nothing that happens inside changes global randomness, nor a network's weights, gradients or training flags."""
+    """Assert that the block changes neither the global random state nor weights, gradients and modes of networks."""
 
     def picture() -> tuple:
         state: Any = np.random.get_state()  # noqa: NPY002 (it is the global state that must not move)
@@ -126,6 +126,6 @@ def untouched(*networks: nn.Module) -> Iterator[None]:
 
 
 def spread(name: str, count: int = 3) -> tuple[nn.Module, dict[str, Any], torch.Tensor]:
-    """A network of the architecture, as many experts of it, and images."""
+    """A network of the architecture, a number of experts, and images."""
     build, shape = ARCHITECTURES[name]
     return make(build, 0), {f"e{n}": make(build, 1 + n).state_dict() for n in range(count)}, images(*shape)

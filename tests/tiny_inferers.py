@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What tests of test-time routing share: an inferer of two experts, how it adapts, and an adaptation that harms."""
+"""Objects for the tests of test-time routing: an inferer of two experts, settings, and a harmful adaptation."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ LEARNT = {"steps": 3, "learning_rate": 0.1, "agreement": 0.0, "objective": ENTRO
 
 
 def routing(name: str = "default", overrides: Mapping[str, Any] | None = None, **kwargs: Any) -> TestTimeRoutingInferer:
-    """Distance routes and running statistics unless told otherwise: most properties are about routes."""
+    """An inferer, by default with distance routes and running statistics, because most tests concern routes."""
     if name in ("default", "adapted"):
         overrides = {"start": "distance", "statistics": 0.0, **(overrides or {})}
     return TestTimeRoutingInferer(experts(2), settings=preset(name, overrides), **{"flips": [0], **kwargs})

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What tests of the methods inside share: a site that trains a tiny network on a few batches, and how to compare."""
+"""Objects for the tests of inside methods: a site that trains a tiny network on a few batches, and comparisons."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def batches(seed: int = 0, count: int = 3) -> list[dict[str, Tensor]]:
 
 
 class Site:
-    """A trainer and the handlers of a site, run as `MonaiAlgo` does: global weights in, one round, local ones out."""
+    """A trainer with the handlers of a site, run as `MonaiAlgo` does: global weights in, local weights out."""
 
     def __init__(self, seed: int = 0, rate: float = 0.05, adam: bool = False) -> None:
         self.network = unet()
@@ -72,7 +72,7 @@ def equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
 
 @pytest.fixture(autouse=True)
 def _process_as_it_was() -> Iterator[None]:
-    """A config seeds the process and changes how it reports errors."""
+    """Restore the seeds and the handling of errors, which a config changes."""
     hook, path, benchmark = sys.excepthook, list(sys.path), torch.backends.cudnn.benchmark
     yield
     sys.excepthook, sys.path[:], torch.backends.cudnn.benchmark = hook, path, benchmark

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Networks with layers that seldom occur, which a routed network mixes, or refuses."""
+"""Networks with unusual layers, which routing mixes or refuses."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from torch import Tensor, nn
 
 
 class ShiftedNorm(nn.BatchNorm2d):
-    """A batch norm with a forward of its own."""
+    """A batch norm with its own forward."""
 
     def forward(self, inputs: Tensor) -> Tensor:
         return 2 * super().forward(inputs) + 1
 
 
 class Around(nn.Module):
-    """A convolution, something, and a convolution."""
+    """A convolution, further layers, and a convolution."""
 
     def __init__(self, *middle: nn.Module) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class Twice(Around):
 
 
 class Spare(Around):
-    """A batch norm that no image passes, as in FlexibleUNet's encoder."""
+    """A batch norm without input, as in the encoder of FlexibleUNet."""
 
     def __init__(self) -> None:
         super().__init__(nn.BatchNorm2d(4))

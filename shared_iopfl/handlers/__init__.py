@@ -10,7 +10,7 @@
 # limitations under the License.
 """Handlers of the trainer in ``train.json``: personalization, norm statistics, FedProx, FedBN, Ditto, checkpoints.
 
-They know `models`, `routing` and `evaluation`; the server and the other sites are unknown to them.
+The folder may import `models`, `routing` and `evaluation`; it knows nothing of the server and of other sites.
 """
 
 from shared_iopfl.handlers.checkpoints import ModelSaver

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Checkpoints during training: a model file is replaced whole or not at all."""
+"""Model files that training writes; each is replaced completely or not at all."""
 
 from __future__ import annotations
 
@@ -16,17 +16,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
+import ignite.distributed as idist
 from monai.handlers import CheckpointSaver
 
 from shared_iopfl.models.files import save_atomically
 
 
 class ModelSaver(CheckpointSaver):
-    """MONAI's `CheckpointSaver`, by which a disk that is full costs no model that was there before.
+    """MONAI's `CheckpointSaver`, which keeps the earlier model if a new one cannot be written, as on a full disk.
 
-    MONAI's own removes the best model so far, then writes the next in its place. Here each goes to a temporary file
-    first, which takes the model's name once it is complete.
+    MONAI's own class removes the best model before it writes the next one. Here each model is written to a temporary
+    file, which takes the name of the model once it is complete.
+
+    Args:
+        args: Arguments of `CheckpointSaver`.
+        kwargs: Arguments of `CheckpointSaver`.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -39,21 +43,24 @@ class ModelSaver(CheckpointSaver):
 
 
 class _WholeFile:
-    """What ignite's `Checkpoint` saves with; a callable, and `remove` for a model that is no longer among the best."""
+    """The save handler of an ignite `Checkpoint`.
+
+    Args:
+        folder: Folder to write to.
+        name: Name of the only file, which each model replaces; None if each model has its own name.
+        rank: Rank of the process that writes.
+    """
 
     def __init__(self, folder: Path, name: str | None, rank: int) -> None:
         self.folder = folder
-        self.name = name  # of a file that is replaced by the next model
+        self.name = name
         self.rank = rank
 
-    def _is_ours(self) -> bool:
-        ready = torch.distributed.is_available() and torch.distributed.is_initialized()
-        return not ready or torch.distributed.get_rank() == self.rank
-
     def __call__(self, checkpoint: Mapping, filename: str, metadata: Mapping | None = None) -> None:
-        if self._is_ours():
+        if idist.get_rank() == self.rank:
             save_atomically(checkpoint, self.folder / (self.name or filename))
 
     def remove(self, filename: str) -> None:
-        if self.name is None and self._is_ours():
+        """Remove a model that is no longer among the best."""
+        if self.name is None and idist.get_rank() == self.rank:
             (self.folder / filename).unlink()

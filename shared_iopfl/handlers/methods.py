@@ -10,8 +10,8 @@
 # limitations under the License.
 """Handlers of the other inside methods: FedProx, FedBN and Ditto.
 
-Handlers of the bundle's trainer, each switched by one hyper-parameter of ``train.json``. `MonaiAlgo` loads the global
-weights and then runs the trainer once a round, so that at STARTED the network holds the global model.
+One hyper-parameter of ``train.json`` switches on each of them. `MonaiAlgo` loads the global weights and then runs the
+trainer once per round, so that at STARTED the network has the global weights.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from shared_iopfl.utils.checks import check_values
 
 
 class _Anchor:
-    """The weights of a network at one moment, and how far another one is from them."""
+    """The weights of a network at one moment, from which the distance of other weights is computed."""
 
     def __init__(self, network: nn.Module) -> None:
         self.weights = [parameter.detach().clone() for parameter in network.parameters()]
@@ -46,11 +46,11 @@ class _Anchor:
 class ProximalHandler:
     r"""FedProx (Li et al. 2020): adds :math:`\frac{\mu}{2} \lVert w - w_{global} \rVert^2` to the training loss.
 
-    The loss that the trainer reports holds the term.
+    The loss that the trainer reports includes the term.
 
     Args:
-        network: the network that is trained.
-        mu: weight of the term, not negative.
+        network: Network that is trained.
+        mu: Weight of the term, 0 or more.
     """
 
     def __init__(self, network: nn.Module, mu: float) -> None:
@@ -59,29 +59,29 @@ class ProximalHandler:
         self.mu = mu
 
     def attach(self, engine: Engine) -> None:
-        """Register the handlers with an ignite engine."""
+        """Register the handler with an ignite engine."""
         engine.add_event_handler(Events.STARTED, self.start)
         engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self.add)
 
     def start(self, engine: Engine) -> None:
-        """Keep the global weights, which the round begins with."""
+        """Keep the global weights, from which the round starts."""
         self.anchor = _Anchor(self.network)
 
     def add(self, engine: Engine) -> None:
         """Add the proximal term to the loss of this iteration."""
-        # the weights are in full precision, under AMP too, and so is the sum
+        # weights and sum are in full precision, with AMP too
         output: Any = engine.state.output
         output[Keys.LOSS] = output[Keys.LOSS] + self.mu * self.anchor.distance(self.network)
 
 
 class LocalNormsHandler:
-    """FedBN (Li et al. 2021): the site keeps its own norm layers, found by module type, statistics included.
+    """FedBN (Li et al. 2021): the site keeps its own norm layers with their statistics, found by module type.
 
-    What the server averages of them is ignored: they are put back when a round starts. The model of a site is the
-    global one with the site's own norm layers, :meth:`personal_state`.
+    The server's averages of these layers are ignored, because the site restores its own when a round starts. The model
+    of the site, :meth:`personal_state`, is the global model with the site's norm layers.
 
     Args:
-        network: the network that is trained.
+        network: Network that is trained.
     """
 
     state_name = "local_norms"  # see `round_state`
@@ -94,29 +94,29 @@ class LocalNormsHandler:
             if isinstance(module, NORMS)
             for key in module.state_dict()
         ]
-        self.norms: dict[str, Tensor] = {}  # none before the first round is over: it begins with the global ones
+        self.norms: dict[str, Tensor] = {}  # empty in the first round, which starts from the global norm layers
 
     def attach(self, engine: Engine) -> None:
-        """Register the handlers with an ignite engine."""
+        """Register the handler with an ignite engine."""
         engine.add_event_handler(Events.STARTED, self.restore)
         engine.add_event_handler(Events.COMPLETED, self.keep)
 
     def restore(self, engine: Engine) -> None:
-        """Put the site's own norm layers into the network."""
+        """Restore the site's norm layers in the network."""
         self.network.load_state_dict(self.norms, strict=False)
 
     def keep(self, engine: Engine) -> None:
-        """Keep the norm layers of the network as the site's own."""
+        """Keep the norm layers of the network as those of the site."""
         state = self.network.state_dict()
         self.norms = {name: state[name].detach().clone() for name in self.names}
 
     def personal_state(self, global_state: Weights) -> dict[str, Tensor]:
-        """The site's model: the global weights with its own norm layers (copies, where the global weights are)."""
+        """Return the model of the site: a copy of the global weights with the site's norm layers, on their device."""
         personal = {key: tensor.clone() for key, tensor in global_state.items()}
         return {**personal, **{key: tensor.to(personal[key], copy=True) for key, tensor in self.norms.items()}}
 
     def state_dict(self) -> dict[str, Any]:
-        """The state to be kept in a checkpoint."""
+        """Return the state for a checkpoint."""
         return {"norms": self.norms}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -125,22 +125,22 @@ class LocalNormsHandler:
 
 
 class DittoHandler:
-    r"""Ditto (Li et al. 2021): a personal model v, trained beside the local one and pulled towards the global one.
+    r"""Ditto (Li et al. 2021): a personalised model v is trained beside the local model and kept near the global one.
 
-    On each batch of the trainer, right after the local model's gradients, v makes a step of its own on
+    For each batch, after the gradients of the local model, v is updated by one step on
 
     .. math:: L(v) + \frac{\lambda}{2} \lVert v - w_{global} \rVert^2
 
-    with the trainer's loss and inferer, and an optimiser of the same kind, at the trainer's learning rate of the
-    moment and new each round. It begins as the first global model; it never leaves the site.
+    with the loss and the inferer of the trainer. Its optimiser is of the same kind, has the trainer's current learning
+    rate, and is new in each round. v starts as the first global model and never leaves the site.
 
     Args:
-        network: the network that is trained.
-        optimizer: of the trainer.
-        pull: lambda, not negative; 0: the site alone, on the same batches.
+        network: Network that is trained.
+        optimizer: Optimiser of the trainer.
+        pull: Factor :math:`\lambda`, 0 or more; 0 trains v on the data of the site alone.
 
     Attributes:
-        model: the personal model.
+        model: Personalised model v.
     """
 
     state_name = "ditto"  # see `round_state`
@@ -149,29 +149,29 @@ class DittoHandler:
         self.network = network
         check_values({"ditto": pull})
         self.pull = pull
-        copies: dict[int, Any] = {}  # through it the copied optimiser finds the copied parameters
+        copies: dict[int, Any] = {}  # shared, so that the copied optimiser refers to the copied parameters
         self.model = copy.deepcopy(network, copies)
         self.optimizer = copy.deepcopy(optimizer, copies)
         self.begun = False
 
     def attach(self, engine: Engine) -> None:
-        """Register the handlers with an ignite engine."""
+        """Register the handler with an ignite engine."""
         engine.add_event_handler(Events.STARTED, self.start)
-        # the last event at which the batch is whole: MONAI takes it apart when the iteration is over
+        # the last event with a complete batch, which MONAI decollates at the end of the iteration
         engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self.step)
 
     def start(self, engine: Engine) -> None:
-        """Keep the global weights as the anchor of the personalised model."""
+        """Keep the global weights, with which the personalised model is compared in this round."""
         self.anchor = _Anchor(self.network)
         if not self.begun:
             self.model.load_state_dict(self.network.state_dict())
             self.begun = True
         self.optimizer.state.clear()
         amp = bool(getattr(engine, "amp", False))
-        self.scaler = torch.amp.GradScaler(enabled=amp)  # a new one each round, as the trainer's
+        self.scaler = torch.amp.GradScaler(enabled=amp)  # new in each round, as that of the trainer
 
     def step(self, engine: Any) -> None:
-        """Take one step with the personalised model on the batch of this iteration."""
+        """Update the personalised model by one step on the batch of this iteration."""
         output = engine.state.output
         for own, trained in zip(self.optimizer.param_groups, engine.optimizer.param_groups):
             own["lr"] = trained["lr"]
@@ -184,11 +184,11 @@ class DittoHandler:
         self.scaler.update()
 
     def personal_state(self) -> dict[str, Tensor]:
-        """The site's model (a copy, on the CPU)."""
+        """Return a copy of the personalised model, on the CPU."""
         return {key: tensor.detach().cpu().clone() for key, tensor in self.model.state_dict().items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """The state to be kept in a checkpoint."""
+        """Return the state for a checkpoint."""
         return {"begun": self.begun, "model": self.model.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

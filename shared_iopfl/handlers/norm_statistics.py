@@ -8,11 +8,12 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The statistics that batch norm uses during local training: batch, global or blended.
+"""The statistics that batch norm uses during local training: those of the batch, the global ones, or a blend.
 
-In plain FedAvg every site normalises by the statistics of its own batches while it trains, and is then served by the
-average of all sites' running statistics, which fit none of them: a pooled training of the same network has no such gap
-(Zhong et al. 2023, arXiv 2303.06530). ``norm_statistics`` of ``train.json`` chooses what a site trains by.
+In plain FedAvg every site normalises by the statistics of its batches during training, and the average of all sites'
+running statistics, with which the global model then runs, fits none of them. Training of the same network on pooled
+data has no such gap (Zhong et al. 2023, arXiv 2303.06530). The setting ``norm_statistics`` of ``train.json`` chooses
+the statistics.
 """
 
 from __future__ import annotations
@@ -27,46 +28,39 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from shared_iopfl.models.weights import copy_network
+from shared_iopfl.routing.layers import batch_norms
 from shared_iopfl.utils.checks import check_values
 from shared_iopfl.utils.stacks import evenly
 from shared_iopfl.utils.tables import read_rows
 
-STATISTICS = "statistics.csv"  # of a federation: see `print_statistics`
+STATISTICS = "statistics.csv"  # table of a federation; see `print_statistics`
 NormStatistics = Literal["batch", "global", "blend"]
 
 
-def batch_norms(network: nn.Module) -> dict[str, nn.modules.batchnorm._BatchNorm]:
-    """The batch norms of a network that hold running statistics, by name, found by module type."""
-    return {
-        name: layer
-        for name, layer in network.named_modules()
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.running_mean is not None
-    }
-
-
 class NormStatisticsHandler:
-    r"""Chooses the statistics that batch norm normalises by while a site trains.
+    r"""Chooses the statistics by which batch norm normalises while a site trains.
 
-    - "batch": those of each batch, as published FedAvg does;
-    - "global": from `start_epoch` on, the running statistics that came with the global weights, which then stay as they
-      are (FixBN, Zhong et al. 2023, arXiv 2303.06530). Each site then trains the very function that the global model
-      is, and their average fits its statistics;
-    - "blend": as "global", but in half of the steps, drawn at random, mixed with those of the batch,
-      :math:`s \, \mu_{global} + (1 - s) \, \mu_{batch}` with :math:`s \sim U(0, 1)`, the variances likewise, with one
-      share for all layers of a step: the network becomes robust to other statistics than the global ones.
+    - "batch": those of each batch, as in published FedAvg;
+    - "global": from `start_epoch` on, the running statistics of the global model, which then do not change (FixBN,
+      Zhong et al. 2023, arXiv 2303.06530). Each site then trains the function that the global model computes, and the
+      average of the sites fits its statistics;
+    - "blend": as "global", but in a random half of the steps blended with those of the batch,
+      :math:`s \, \mu_{global} + (1 - s) \, \mu_{batch}` with :math:`s \sim U(0, 1)` (the variances likewise), and one
+      share for all layers of a step. The network becomes robust to statistics other than the global ones.
 
-    Before `start_epoch` every choice trains by batch statistics: the running ones of a new network are arbitrary.
+    Before `start_epoch` every choice trains by batch statistics, because the running ones of a new network are
+    arbitrary.
 
     Args:
-        network: the network that is trained; its batch norms are found by module type. Other norms have no running
-            statistics, and are left alone.
+        network: Network that is trained; its batch norms are found by module type. Other norm layers have no running
+            statistics and are not changed.
         statistics: "batch", "global" or "blend".
-        start_epoch: the first epoch, counted over all rounds from 0, in which the choice holds; it holds to the end,
-            own rounds of a site included, so that the experts agree in their statistics.
-        seed: of the shares that are drawn, with the epoch; the global random state is not touched.
+        start_epoch: First epoch, counted from 0 over all rounds, in which the choice holds. It holds to the end, in a
+            site's own rounds too, so that the experts agree in their statistics.
+        seed: Seed of the random shares, together with the epoch; the global random state is not changed.
 
     Raises:
-        InputError: for an unknown choice.
+        InputError: If the choice is unknown.
     """
 
     def __init__(
@@ -82,11 +76,11 @@ class NormStatisticsHandler:
         self.start_epoch = start_epoch
         self.seed = seed
         self.generator = torch.Generator()
-        self.share = 1.0  # of the global statistics, in this step
+        self.share = 1.0  # share of the global statistics in this step
         self._hooks: list[Any] = []
 
     def attach(self, engine: Engine) -> None:
-        """Register the handlers with an ignite engine."""
+        """Register the handler with an ignite engine."""
         if self.statistics == "batch":
             return
         engine.add_event_handler(Events.EPOCH_STARTED, self.start)
@@ -96,7 +90,7 @@ class NormStatisticsHandler:
         engine.add_event_handler(Events.EXCEPTION_RAISED, self.fail)
 
     def start(self, engine: Engine) -> None:
-        """Take hold of the batch norms, once it is time; the trainer puts the whole network in training mode."""
+        """Register hooks with the batch norms from `start_epoch` on, after the trainer has set the training mode."""
         epoch = engine.state.epoch - 1  # ignite counts a running epoch from 1
         if epoch >= self.start_epoch:
             self.stop(engine)
@@ -111,7 +105,7 @@ class NormStatisticsHandler:
         self.share = 1.0 if half < 0.5 else share
 
     def stop(self, engine: Engine) -> None:
-        """Leave the batch norms as they were: what is scored, copied or sent has no hooks."""
+        """Remove the hooks, so that a network that is scored, copied or sent has none."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -122,10 +116,10 @@ class NormStatisticsHandler:
         raise error
 
     def _normalise(self, layer: nn.modules.batchnorm._BatchNorm, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
-        layer.eval()  # by its running statistics, which stay as they are
+        layer.eval()  # normalises by its running statistics and does not change them
         if self.share == 1.0:
             return None
-        # shifted and scaled such that the layer, by its running statistics, normalises by the blended ones
+        # the input is transformed such that normalising it by the running statistics equals using the blended ones
         running_mean, running_var = cast(Tensor, layer.running_mean), cast(Tensor, layer.running_var)
         wide = inputs[0].float()
         var, mean = torch.var_mean(wide, [dim for dim in range(wide.ndim) if dim != 1], correction=0)
@@ -138,12 +132,15 @@ class NormStatisticsHandler:
 
 @torch.no_grad()
 def with_own_statistics(network: nn.Module, batches: Iterable[Tensor]) -> dict[str, Tensor]:
-    """The state of a network with the running statistics of its batch norms measured anew on some inputs.
+    """Measure the running statistics of a network anew.
 
     Args:
-        network: untouched; on the device of the batches.
-        batches: network inputs (B, C, *spatial); of several scans each, for a variance that holds what differs between
-            scans.
+        network: Network, which is not changed; on the device of the batches.
+        batches: Network inputs (B, C, *spatial); each batch should have inputs of several scans, so that the variance
+            includes the differences between scans.
+
+    Returns:
+        The state_dict of the network with the statistics of these inputs.
     """
     probe = copy_network(network)
     update_bn(batches, probe)
@@ -151,30 +148,30 @@ def with_own_statistics(network: nn.Module, batches: Iterable[Tensor]) -> dict[s
 
 
 def mixed_batches(stacks: Sequence[Tensor], count: int = 64, size: int = 16) -> Sequence[Tensor]:
-    """Batches for :func:`with_own_statistics` that hold inputs of several scans each.
+    """Make batches for :func:`with_own_statistics`, each with inputs of several scans.
 
     Args:
-        stacks: the network inputs (N, C, *spatial) of each scan.
-        count: inputs in all, about as many of each scan.
-        size: of a batch.
+        stacks: Network inputs (N, C, *spatial) of each scan.
+        count: Total number of inputs, with about as many from each scan.
+        size: Number of inputs in each batch.
     """
     inputs = evenly(torch.cat([evenly(stack, count // len(stacks) + 1) for stack in stacks]), count)
-    # in an order of its own, so that each batch holds slices of several cases
+    # in a fixed random order, so that each batch has slices of several scans
     return inputs[torch.randperm(len(inputs), generator=torch.Generator().manual_seed(0))].split(size)
 
 
 def print_statistics(output_dir: str | Path) -> str:
-    """Print, from a federation's ``statistics.csv``, how the global model does by its statistics and by a site's own.
+    """Print the ``statistics.csv`` of a federation: the Dice of the global model with global and with own statistics.
 
     Args:
-        output_dir: of the run; where nothing could be measured, nothing is printed.
+        output_dir: Folder of the run; without measurements there nothing is printed.
 
     Returns:
-        The text that was printed.
+        The printed text.
     """
     lines = [
-        f"{row['site']}: Dice {100 * float(row['global']):.1f} by the global statistics, "
-        f"{100 * float(row['own']):.1f} by its own"
+        f"{row['site']}: Dice {100 * float(row['global']):.1f} with the global statistics, "
+        f"{100 * float(row['own']):.1f} with its own"
         for row in read_rows(Path(output_dir) / STATISTICS)
     ]
     text = "\n".join(["norm statistics, global model on validation cases", *lines]) if lines else ""

@@ -8,11 +8,10 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Metrics of both models of a site in one federated evaluation: the received one and the personalised one."""
+"""Metrics of both models of a site, the received and the personalised one, in one federated evaluation."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,20 +25,20 @@ from torch.nn.parallel import DistributedDataParallel
 
 from shared_iopfl.evaluation.failed_scans import TolerantEvaluator
 from shared_iopfl.models.files import load_weights
-from shared_iopfl.models.weights import check_experts
+from shared_iopfl.models.weights import check_experts, copy_network
 
 
 class PersonalisedMetrics:
-    """Adds the metrics of the site's own model to an evaluator's, as ``personalised_<metric>``.
+    """Adds the metrics of a site's personalised model to those of an evaluator, as ``personalised_<metric>``.
 
-    When the evaluator is done, its cases go through the same inferer, postprocessing and metrics once more, with a copy
-    of its network that has the weights of the file. The other handlers, which write masks and tables, see the first
-    pass only. Before there is such a file, nothing is added.
+    After the evaluation, a second evaluator runs a copy of the network with the personalised weights on the same cases,
+    with the same inferer and new metrics. The other handlers, which write masks and tables, see the first run only. As
+    long as there is no personalised model, nothing is added.
 
     Args:
-        load_path: the site's personalised model, a plain state_dict.
-        key_metric: as the evaluator's, name -> metric, but not the same objects: a metric belongs to one engine.
-        postprocessing: of the evaluator; it must write no files.
+        load_path: Path of the site's personalised model, a plain state_dict.
+        key_metric: Metrics as in the evaluator, name -> metric, but other objects, as a metric belongs to one engine.
+        postprocessing: Postprocessing as in the evaluator; it must not write files.
     """
 
     def __init__(
@@ -50,8 +49,8 @@ class PersonalisedMetrics:
         self.postprocessing = postprocessing
 
     def attach(self, engine: SupervisedEvaluator) -> None:
-        """Register the handlers with an ignite engine."""
-        # a new dictionary each time: `MonaiAlgo` hands out the engine's own, which the next round would change
+        """Register the handler with an evaluator."""
+        # a new dictionary in each run, because `MonaiAlgo` returns that of the engine, which would change later
         engine.add_event_handler(Events.STARTED, lambda engine: setattr(engine.state, "metrics", {}))
         engine.add_event_handler(Events.COMPLETED, self)
 
@@ -61,7 +60,7 @@ class PersonalisedMetrics:
         weights = load_weights(self.load_path)
         network = engine.network.module if isinstance(engine.network, DistributedDataParallel) else engine.network
         check_experts(network, {self.load_path: weights})
-        network = copy.deepcopy(network)  # the evaluator's own may be the one in training
+        network = copy_network(network)  # a copy, because the evaluator may share its network with the trainer
         network.load_state_dict(weights)
         options: dict[str, Any] = (
             {"output_dir": engine.output_dir, "strict": False} if isinstance(engine, TolerantEvaluator) else {}
@@ -82,6 +81,6 @@ class PersonalisedMetrics:
             amp_kwargs=engine.amp_kwargs,
         )
         second.logger = engine.logger
-        with torch.random.fork_rng(devices=[]):  # a loader draws a seed for each run, which training must not notice
+        with torch.random.fork_rng(devices=[]):  # a loader draws a seed for each run, which must not affect training
             second.run()
         engine.state.metrics.update({f"personalised_{name}": value for name, value in second.state.metrics.items()})

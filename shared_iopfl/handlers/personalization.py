@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The personalised model, a moving average of a site's local models, updated at the end of each round."""
+"""The handler of the personalised model, a moving average of a site's local models."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ from shared_iopfl.models.weights import is_weight
 
 
 class PersonalizationHandler:
-    r"""Keeps a site's personalised model: a moving average of its own local models, updated after each round.
+    r"""Updates a site's personalised model, the moving average of its local models, at the end of each round.
 
     .. math:: p \leftarrow \alpha \, p + (1 - \alpha) \, w
 
-    with w the site's weights after the round's local training, which started from the global ones: p accumulates the
+    w are the weights of the site after local training, which started from the global weights, so that p accumulates the
     global and the local gradients (Jiang et al. 2023). Floating-point buffers are averaged with the weights, integer
-    ones copied. The personalised model never leaves the site.
+    buffers are copied. The personalised model never leaves the site.
 
     Args:
-        network: the network that is trained.
-        alpha: in [0, 1); 0 keeps the newest local model.
-        start_epoch: up to this epoch p is the newest local model; the average begins after it. Otherwise, with a large
-            alpha, the early rounds of large learning rate would dominate the average.
-        correct_start: weigh as if the average had no beginning, as Adam does: the n-th update uses
-            ``(1 - alpha) / (1 - alpha^n)`` in place of ``1 - alpha``. Without it, alpha -> 1 keeps the first model.
-        save_path: where p is written after each round; None: nowhere.
+        network: Network that is trained.
+        alpha: Factor of the earlier average, in [0, 1); 0 keeps the newest local model.
+        start_epoch: Epoch after which the average begins; until then p is the newest local model. With a large alpha,
+            the early rounds with their large learning rate would otherwise dominate the average.
+        correct_start: Whether to correct the beginning of the average as Adam does, by ``(1 - alpha) / (1 - alpha^n)``
+            instead of ``1 - alpha`` in the n-th update. Without it, an alpha near 1 keeps the first model.
+        save_path: Path to which p is written after each round; None for no file.
 
     Attributes:
-        ema_model: the personalised model.
-        count: how many local models the average holds.
+        ema_model: Personalised model p.
+        count: Number of local models in the average.
     """
 
     state_name = "personalization"  # see `round_state`
@@ -66,7 +66,7 @@ class PersonalizationHandler:
         self.save_path = save_path
         self.count = 0
         if isinstance(network, nn.parallel.DistributedDataParallel):
-            network = network.module  # the personalised model is a plain one, as the global model that is saved
+            network = network.module  # so that the keys are those of a plain network, as in the global model
         self._average = AveragedModel(network, avg_fn=self._averaged, use_buffers=True).requires_grad_(False).eval()
         self.ema_model: nn.Module = self._average.module
 
@@ -75,23 +75,23 @@ class PersonalizationHandler:
         engine.add_event_handler(Events.COMPLETED, self.update)
 
     def update(self, engine: Engine) -> None:
-        """Take the round's local model into the average, and write the personalised model."""
-        # a model from before the start is what p is until then, but no part of the average
+        """Add the local model of the round to the average, and write the personalised model."""
+        # until the average begins, p is the newest local model
         self.count = 0 if engine.state.epoch <= self.start_epoch else self.count + 1
-        self._average.n_averaged.fill_(max(self.count - 1, 0))  # none before: copied
+        self._average.n_averaged.fill_(max(self.count - 1, 0))  # at 0, torch copies the local model
         self._average.update_parameters(self.network)
         if self.save_path is not None:
             save_atomically({key: tensor.cpu() for key, tensor in self.ema_model.state_dict().items()}, self.save_path)
 
     def _averaged(self, average: Tensor, local: Tensor, _: Tensor | int) -> Tensor:
-        """One tensor of the average with that of a further local model."""
+        """A tensor of the average, updated by that of a local model."""
         if not is_weight(average):
             return local
         start = 1 - self.alpha**self.count if self.correct_start else 1
         return torch.lerp(average, local, (1 - self.alpha) / start)
 
     def state_dict(self) -> dict[str, Any]:
-        """What has to be kept to go on after an interruption."""
+        """Return the state for a checkpoint."""
         return {"count": self.count, "model": self.ema_model.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -8,11 +8,10 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Activation checkpointing: the backward pass computes activations again, a part of the network at a time.
+"""Activation checkpointing: the backward pass computes activations again, one part of the network at a time.
 
-For a U-Net of 32 features the activations of 16 slices of 384 x 384 are most of what training holds. Fewer slices a
-step would change the batch that batch norm normalises by, and so the gradient; computing them again changes nothing but
-the time.
+For a U-Net of 32 features, the activations of 16 slices of 384 x 384 take most of the memory of training. A smaller
+batch would change the statistics of batch norm, and so the gradient; computing activations again only takes more time.
 """
 
 from __future__ import annotations
@@ -29,10 +28,13 @@ from shared_iopfl.routing.network import NORMS
 
 
 def parts(network: nn.Module) -> list[nn.Module]:
-    """The parts of a network whose activations are computed again: the children that hold a norm layer.
+    """Return the parts of a network whose activations are computed again: the children that contain a norm layer.
 
-    A list of modules, and an only child, stand for their own children. Of a `BasicUNet` these are its nine levels. None
-    holds another, where a network keeps a module in two places.
+    Lists of modules, and an only child, are replaced by their own children. For a `BasicUNet` the parts are its nine
+    levels. If a network has a module in two places, no part contains another.
+
+    Args:
+        network: Network to divide.
     """
     found = dict.fromkeys(_children_with_norms(network))
     return [part for part in found if not any(module in found for module in part.modules() if module is not part)]
@@ -49,9 +51,12 @@ def _children_with_norms(network: nn.Module) -> Iterator[nn.Module]:
 
 @contextmanager
 def recomputed(network: nn.Module) -> Iterator[None]:
-    """Within it, a forward in training keeps only the inputs of each of the network's :func:`parts`.
+    """Let a forward in training, within a ``with`` block, keep only the inputs of the network's :func:`parts`.
 
-    The network is as before afterwards: same modules, same names of weights. Its backward pass may come later.
+    Modules and names of weights do not change. The backward pass may follow after the block.
+
+    Args:
+        network: Network in training.
     """
     changed = parts(network)
     for part in changed:
@@ -78,7 +83,7 @@ def _recomputing(part: nn.Module) -> Any:
 
 @contextmanager
 def _buffers_kept(part: nn.Module) -> Iterator[None]:
-    """The second forward of a step works on copies of the buffers: only the first updates running statistics."""
+    """Let the second forward of a step use copies of the buffers, so that only the first updates running statistics."""
     buffers = [
         (module, name, buffer) for module in part.modules() for name, buffer in module.named_buffers(recurse=False)
     ]
@@ -93,10 +98,10 @@ def _buffers_kept(part: nn.Module) -> Iterator[None]:
 
 
 class _NoEmptyPadding(TorchFunctionMode):
-    """Within it, padding by nothing returns its input instead of a copy.
+    """A mode in which padding by zero pixels returns its input instead of a copy.
 
-    `BasicUNet` pads at every level of its decoder, though the sizes fit where they are multiples of 16. The copies,
-    which autocast makes in float32, are kept to the end of the level.
+    `BasicUNet` pads at every level of its decoder, although sizes that are multiples of 16 need no padding. The copies,
+    which autocast makes in float32, would be kept to the end of the level.
     """
 
     def __torch_function__(
@@ -106,7 +111,7 @@ class _NoEmptyPadding(TorchFunctionMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Run a function of torch, or skip it."""
+        """Call a function of torch, or skip it."""
         if function is nn.functional.pad and len(args) > 1 and not any(args[1]):
             return args[0]
         return function(*args, **(kwargs or {}))

@@ -8,9 +8,9 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The rounds of a trainer: learning rate, a fresh start of each round, and what is kept from round to round.
+"""The rounds of a trainer: learning rate, new optimiser and seeds in each round, and the state between rounds.
 
-`MonaiAlgo` keeps one trainer through all rounds and runs it once a round: STARTED and COMPLETED are the round's ends.
+`MonaiAlgo` keeps one trainer for all rounds and runs it once per round: STARTED and COMPLETED are the ends of a round.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from shared_iopfl.utils.errors import root_input_error
 
 
 class DecayThenTail:
-    """A learning-rate factor for `LambdaLR`: cosine from 1 to `floor`, then constant for the last part of the run.
+    """A factor of the learning rate for `LambdaLR`: a cosine from 1 to `floor`, then constant to the end of the run.
 
-    The small-rate tail matters more than alpha: a personalised model should be the average of a site's models there.
-    A `SequentialLR` of `CosineAnnealingLR` and `ConstantLR` would need three components for one formula.
+    A personalised model should average the models of this last part, which matters more than its alpha. A
+    `SequentialLR` of `CosineAnnealingLR` and `ConstantLR` would need three components for one formula.
 
     Args:
-        epochs: of the whole run, over all rounds.
-        tail: last part of the epochs, in [0, 1), at the constant small rate.
-        floor: the factor there.
+        epochs: Epochs of the whole run, over all rounds.
+        tail: Last fraction of the epochs, in [0, 1), with the constant rate.
+        floor: Factor in this part.
     """
 
     def __init__(self, epochs: int, tail: float = 0.25, floor: float = 0.1) -> None:
-        # rounded down, as the epoch after which a personalised model is averaged: no model above the floor is in it
+        # rounded down as the `start_epoch` of a personalised model, so that the average has no model of a higher rate
         self.decay = max(1, math.floor((1 - tail) * epochs))
         self.floor = floor
 
@@ -51,14 +51,15 @@ class DecayThenTail:
 
 
 class RoundHandler:
-    """Makes each round start afresh: a new optimiser, and randomness that depends on seed and epoch alone.
+    """Starts each round with a new optimiser, and with randomness that depends on seed and epoch alone.
 
-    Shuffling and augmentation are seeded from (seed, epoch), so that a round gives the same weights whether the process
-    has run since the first round or was resumed a moment ago; the global random state is not touched.
+    Shuffling and augmentation are seeded by (seed, epoch), so that a round gives the same weights in an uninterrupted
+    and in a resumed process; the global random state is not changed.
 
     Args:
-        optimizer: its moments are forgotten (Jiang et al. 2023 make a new one each round); None keeps it.
-        seed: of shuffling and augmentation.
+        optimizer: Optimiser whose moments are cleared, as Jiang et al. 2023 use a new one in each round; None to keep
+            them.
+        seed: Seed of shuffling and augmentation.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer | None = None, seed: int = 0) -> None:
@@ -66,12 +67,12 @@ class RoundHandler:
         self.seed = seed
 
     def attach(self, engine: Engine) -> None:
-        """Register the handlers with an ignite engine."""
+        """Register the handler with an ignite engine."""
         engine.add_event_handler(Events.STARTED, self.start)
         engine.add_event_handler(Events.COMPLETED, self.forget)
 
     def start(self, engine: Engine) -> None:
-        """Begin a round: seed shuffling and augmentation, forget the moments of the optimiser."""
+        """Seed shuffling and augmentation, and clear the optimiser."""
         seed = int(np.random.SeedSequence((self.seed, engine.state.epoch)).generate_state(1)[0])
         loader: Any = engine.state.dataloader
         if getattr(loader, "generator", None) is not None:
@@ -80,29 +81,33 @@ class RoundHandler:
         self.forget(engine)
 
     def forget(self, engine: Engine) -> None:
-        """Forget the moments of the optimiser, and the gradients: other sites may train in this process."""
+        """Clear moments and gradients, whose memory other sites in this process need."""
         if self.optimizer is not None:
             self.optimizer.state.clear()
             self.optimizer.zero_grad()
 
 
 def round_state(optimizer: Any, lr_scheduler: Any, handlers: Iterable[Any]) -> dict[str, Any]:
-    """What a site keeps from round to round, by name, for a federation to continue from after an interruption.
+    """Collect the state that a site keeps between rounds, for a federation to resume after an interruption.
 
     Args:
-        optimizer, lr_scheduler: of the trainer.
-        handlers: of the trainer. Those with a state to be kept have the attribute ``state_name``, and the methods
+        optimizer: Optimiser of the trainer.
+        lr_scheduler: Learning-rate scheduler of the trainer.
+        handlers: Handlers of the trainer. Those with a state have an attribute ``state_name`` and the methods
             ``state_dict`` and ``load_state_dict``.
+
+    Returns:
+        The objects with a state, by name.
     """
     named = {handler.state_name: handler for handler in handlers if hasattr(handler, "state_name")}
     return {"optimizer": optimizer, "lr_scheduler": lr_scheduler, **named}
 
 
 class OneLineStatsHandler(StatsHandler):
-    """MONAI's `StatsHandler`, which logs no traceback of an error that ends the run in one line anyway."""
+    """MONAI's `StatsHandler` without the traceback of an input error, which ends the run with one line."""
 
     def exception_raised(self, engine: Engine, e: Exception) -> None:
-        """Log an error of the input as one line, and raise it."""
+        """Raise an input error without logging it here; log and raise any other error."""
         if root_input_error(e) is not None:
             raise e
         super().exception_raised(engine, e)

@@ -10,7 +10,7 @@
 # limitations under the License.
 """MONAI inferers: test-time routing, and the methods that it is compared with.
 
-They know `routing`; scans come to them as tensors.
+The folder may import `routing` and the folders below it; it receives scans as tensors and knows nothing of files.
 """
 
 from shared_iopfl.inferers.routing import TestTimeRoutingInferer

@@ -8,24 +8,23 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Several plain networks whose predictions are averaged, as one network: what a site is served by."""
+"""A network that averages the predictions of several plain networks, which is how a site may be served."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from shared_iopfl.models.weights import check_experts
+from shared_iopfl.models.weights import Weights, check_experts, copy_network
 from shared_iopfl.routing.objectives import Output, mean_prediction
 
 
 class MeanOfNetworks(nn.Module):
-    """Logits whose probabilities are the mean of those of several networks.
+    """A network whose probabilities are the mean of those of several networks.
 
     Args:
-        networks: of one architecture.
+        networks: Networks of one architecture.
         output: "softmax" for exclusive classes, "sigmoid" for overlapping targets.
     """
 
@@ -35,26 +34,26 @@ class MeanOfNetworks(nn.Module):
         self.output: Output = output
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Logits (B, C, *spatial) of network inputs (B, C_in, *spatial)."""
+        """Return logits (B, C, *spatial) for network inputs (B, C_in, *spatial)."""
         return mean_prediction([network(inputs) for network in self.networks], self.output)
 
 
 def members_of(network: nn.Module) -> list[nn.Module]:
-    """The networks of a `MeanOfNetworks`; any other network alone."""
+    """Return the networks of a `MeanOfNetworks`, or a list of any other network alone."""
     return list(network.networks) if isinstance(network, MeanOfNetworks) else [network]
 
 
-def load_members(network: nn.Module, state: Mapping[str, Tensor], output: Output, name: str) -> nn.Module:
-    """The network that a state belongs to: one like `network`, or a `MeanOfNetworks` of such.
+def load_members(network: nn.Module, state: Weights, output: Output, name: str) -> nn.Module:
+    """Make the network that a state belongs to: one like `network`, or a `MeanOfNetworks` of such networks.
 
     Args:
-        network: the architecture; untouched.
-        state: of one or the other.
-        output: of the network.
-        name: of the state's file, for the error.
+        network: Network that defines the architecture; it is not changed.
+        state: State of a network of either kind.
+        output: Kind of the network's output.
+        name: Name of the file that the state was read from, for the error message.
 
     Raises:
-        InputError: where it fits neither.
+        InputError: If the state fits neither.
     """
     prefix = "networks."
     members: dict[str, dict[str, Tensor]] = {}
@@ -65,6 +64,6 @@ def load_members(network: nn.Module, state: Mapping[str, Tensor], output: Output
     networks = []
     for weights in members.values() or [state]:
         check_experts(network, {name: weights})
-        networks.append(copy.deepcopy(network).eval())
+        networks.append(copy_network(network).eval())
         networks[-1].load_state_dict(weights)
     return MeanOfNetworks(networks, output) if members else networks[0]

@@ -8,10 +8,11 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Self-training: the network of a site learns from the masks that routing made of the site's unlabelled scans."""
+"""Self-training: the network of a site learns from the masks that routing predicts for the site's unlabelled scans."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,26 +25,26 @@ from shared_iopfl.models.weights import copy_network
 from shared_iopfl.routing.objectives import Output, ViewSampler, is_square, probabilities
 from shared_iopfl.utils.stacks import bounded, evenly
 
-AVERAGING = 0.98  # the network that is kept is the mean of about the last fifty steps
+AVERAGING = 0.98  # decay of the moving average, which covers about the last fifty steps
 ANGLE, SCALE, SHIFT = 0.25, 0.15, 0.1  # largest rotation (radians), zoom, and shift (of half the image side)
-TRAINING_PIXELS = 2**26  # of all network inputs that are kept for training: 4096 of 128 x 128
+TRAINING_PIXELS = 2**26  # pixels of all network inputs that are kept for training: 4096 inputs of 128 x 128
 
 
 @dataclass
 class SelfTraining:
-    """Trains a network on its own site's scans, whose targets are probabilities that routing predicted.
+    """Trains a network on the scans of its site, with the probabilities that routing predicts as targets.
 
-    Routing predicts each scan on its own; a network that learns these predictions under random rotations, zooms and
-    changes of intensity keeps what they have in common over all scans of the site. No label is used. (Self-training for
-    source-free domain adaptation, e.g. Liang et al. 2020, arXiv 2002.08546.)
+    Routing predicts each scan on its own. A network that learns these predictions under random rotations, zooms and
+    changes of intensity keeps what they have in common over all scans of the site. No label is used. Self-training is
+    common in source-free domain adaptation (e.g. Liang et al. 2020, arXiv 2002.08546).
 
     Args:
-        steps: of Adam.
-        views: flips, quarter turns, noise and changes of intensity that are drawn.
-        output: of the network.
-        batch_size: network inputs a step, or fewer where they are large.
-        seed: of batches and views.
-        learning_rate: of Adam.
+        steps: Number of steps of Adam.
+        views: Sampler of flips, quarter turns, noise and changes of intensity.
+        output: Kind of the network's output.
+        batch_size: Network inputs per step; fewer are used if they are large.
+        seed: Seed of batches and views.
+        learning_rate: Learning rate of Adam.
     """
 
     steps: int
@@ -53,19 +54,33 @@ class SelfTraining:
     seed: int
     learning_rate: float = 3e-4
 
-    def inputs_per_scan(self, scans: int, stack: Tensor) -> int:
-        """How many inputs of each scan to keep, so that those of all of them fit in memory; at least one."""
-        return bounded(len(stack), stack, TRAINING_PIXELS // scans)
-
-    def train(self, network: nn.Module, images: Tensor, targets: Tensor, own_statistics: bool) -> nn.Module:
-        """A trained copy of a plain network.
+    def train_on(
+        self, network: nn.Module, stacks: Sequence[Tensor], predict: Callable[[Tensor], Tensor], own_statistics: bool
+    ) -> nn.Module:
+        """Train on as many inputs of each scan as fit in memory; see :meth:`train`.
 
         Args:
-            network: where training starts; untouched.
-            images: network inputs (N, C_in, H, W) of all scans.
-            targets: probabilities (N, C, H, W).
-            own_statistics: whether batch norm learns the statistics of the site, as where routing uses those of the
-                scan; else it keeps the stored ones. Dropout is off.
+            network: Plain network at which training starts; it is not changed.
+            stacks: Network inputs (N, C_in, H, W) of each scan.
+            predict: Function that returns the logits (N, C, H, W) of a scan.
+            own_statistics: Whether batch norm learns the statistics of the site.
+        """
+        pairs = []
+        for stack in stacks:
+            count = bounded(len(stack), stack, TRAINING_PIXELS // len(stacks))
+            pairs.append((evenly(stack, count), evenly(probabilities(predict(stack), self.output), count)))
+        images, targets = (torch.cat(parts) for parts in zip(*pairs))
+        return self.train(network, images, targets, own_statistics)
+
+    def train(self, network: nn.Module, images: Tensor, targets: Tensor, own_statistics: bool) -> nn.Module:
+        """Train a copy of a network, without dropout.
+
+        Args:
+            network: Plain network at which training starts; it is not changed.
+            images: Network inputs (N, C_in, H, W) of all scans.
+            targets: Probabilities (N, C, H, W).
+            own_statistics: Whether batch norm learns the statistics of the site, as suits a routing that uses those of
+                the scan; otherwise it keeps the stored ones.
 
         Returns:
             The exponential moving average of the network over the steps, in evaluation mode.
@@ -81,7 +96,7 @@ class SelfTraining:
         generator = torch.Generator().manual_seed(self.seed)
         size = min(bounded(max(2, self.batch_size), images), len(images))
         order = torch.empty(0, dtype=torch.long)
-        # full precision, as in adaptation
+        # in full precision, as in adaptation
         with torch.enable_grad(), torch.autocast(images.device.type, enabled=False):
             for _ in range(self.steps):
                 if len(order) < size:
@@ -98,7 +113,7 @@ class SelfTraining:
 
 
 def _moved(images: Tensor, targets: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Images and targets (N, C, H, W), each rotated, zoomed and shifted at random; the border is repeated."""
+    """Rotate, zoom and shift each image and its target (N, C, H, W) at random; the border is repeated."""
 
     def uniform(*shape: int) -> Tensor:
         return 2 * torch.rand(*shape, generator=generator) - 1
@@ -110,8 +125,3 @@ def _moved(images: Tensor, targets: Tensor, generator: torch.Generator) -> tuple
     grid = affine_grid(matrix, list(images.shape), align_corners=False)
     moved = (grid_sample(each, grid, padding_mode="border", align_corners=False) for each in (images, targets))
     return next(moved), next(moved)
-
-
-def training_inputs(stack: Tensor, logits: Tensor, count: int, output: Output) -> tuple[Tensor, Tensor]:
-    """Of a scan's network inputs (N, C_in, H, W) and logits (N, C, H, W), `count` inputs and their probabilities."""
-    return evenly(stack, count), evenly(probabilities(logits, output), count)

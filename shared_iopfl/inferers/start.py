@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Where the routing of a scan starts: the routed network, its routes, and how far the scan is from the models' data."""
+"""The start of the routing of a scan: the routed network, the starting routes, and the shift of the scan."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ States = Mapping[str, Weights]
 
 
 class BriefWeights(dict[str, Tensor]):
-    """A state_dict with a short `repr`: MONAI Label logs an inferer's attributes at every request."""
+    """A state_dict with a short `repr`, because MONAI Label logs the attributes of an inferer at every request."""
 
     def __repr__(self) -> str:
         return f"{len(self)} tensors"
 
 
 class RoutedCopy:
-    """The routed copy of a network, built and checked once and again only when the network's weights have changed.
+    """The routed copy of a network, which is built and checked again only if the weights of the network change.
 
     Args:
-        settings: see `RoutingSettings`.
-        seed: of routers.
+        settings: Settings of the routing.
+        seed: Seed of the routers.
     """
 
     def __init__(self, settings: RoutingSettings, seed: int) -> None:
@@ -47,9 +47,15 @@ class RoutedCopy:
         self._built: tuple[weakref.ref[nn.Module], dict[str, Tensor], RoutedNetwork] | None = None
 
     def of(self, network: nn.Module, space: States, sample: Tensor | None = None) -> RoutedNetwork:
-        """The routed copy of the network, of the models in the space; one network input is what it is checked on."""
+        """Return the routed copy of a network.
+
+        Args:
+            network: Network to route.
+            space: Routing space, name -> state_dict.
+            sample: Network input for the check of a new copy, as in `route`.
+        """
         state = network.state_dict()
-        # compared by value, which costs little next to a scan and misses no way of changing a network
+        # compared by value, which is fast in comparison with a scan and detects every kind of change
         if self._built is not None and self._built[0]() is network and equal_weights(self._built[1], state):
             return self._built[2]
         settings = self.settings
@@ -70,12 +76,12 @@ class RoutedCopy:
 
 
 def expert_of(network: object, experts: States) -> str | None:
-    """The expert that a network is, by value, among several; None where it is none of them."""
+    """Find the expert, among several, that has the weights of a network; return None if there is no such expert."""
     if not isinstance(network, nn.Module) or len(experts) < 2:
         return None
     state = network.state_dict()
     for name, expert in experts.items():
-        # tensor by tensor, on the CPU: the first of another network already differs, and the experts may lie elsewhere
+        # on the CPU, as experts may be on another device; different networks differ in the first tensor already
         if state.keys() == expert.keys() and all(torch.equal(state[key].cpu(), expert[key].cpu()) for key in state):
             return name
     return None
@@ -86,22 +92,21 @@ def find_start(
     measure: Callable[[Tensor, States], Tensor],
     space: States,
     settings: RoutingSettings,
-    has_statistics: bool = True,
+    has_statistics: bool,
 ) -> tuple[Tensor, float | None]:
-    """The starting routes for a scan, or for all scans of a site, and their shift.
+    """Find the starting routes for a scan, or for all scans of a site, and their shift.
 
     Args:
-        samples: slices (N, C_in, *spatial) of each scan, from :func:`~shared_iopfl.utils.stacks.scan_slices`.
-        measure: slices and models (E) -> how far the slices are from each model (E,); see
+        samples: Slices (N, C_in, *spatial) of each scan, from :func:`~shared_iopfl.utils.stacks.scan_slices`.
+        measure: Function of slices and models that returns the distance from each model (E,); see
             :func:`~shared_iopfl.routing.distances.scan_distances`.
-        space: the routing space, name -> state_dict, the global model first.
-        settings: see `RoutingSettings`.
-        has_statistics: whether the network has running statistics, which a distance needs.
+        space: Routing space, name -> state_dict, with the global model first.
+        settings: Settings of the routing.
+        has_statistics: Whether the network has running statistics, without which there is no distance.
 
     Returns:
-        Routes (E,); and the shift, the mean distance of the scans from the global model, which tells how far a scan is
-        from those of the federation and does not change the routes. None where it cannot be measured, and where
-        no views judge the mask: it costs a forward of the global model.
+        Routes (E,), and the shift: the mean distance of the scans from the global model. The shift is None if it
+        cannot be measured, or if no views judge the mask, because it takes a forward of the global model.
     """
     by_distance = settings.start == "distance"
     routes = torch.full((len(space),), 1 / len(space))

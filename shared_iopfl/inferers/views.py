@@ -8,16 +8,16 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Prediction from several views of a scan and several networks, and how far the predictions agree."""
+"""Prediction of a scan from several views and by several networks, and the agreement of the predictions."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, get_args
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from shared_iopfl.routing.network import RoutedNetwork
+from shared_iopfl.routing.network import RoutedNetwork, collapse
 from shared_iopfl.routing.objectives import (
     Output,
     View,
@@ -33,7 +33,7 @@ from shared_iopfl.utils.stacks import Network, StackInferer, evenly
 
 
 def check_output(output: str) -> Output:
-    """The name of a network's output, if it is one."""
+    """Return the kind of a network's output, or raise `InputError` if there is no such kind."""
     if output not in get_args(Output):
         raise InputError(f"unknown output '{output}': choose one of {', '.join(get_args(Output))}.")
     return output  # type: ignore[return-value]
@@ -43,12 +43,12 @@ class ViewsOfScans(StackInferer):
     """A `StackInferer` that predicts a scan from several views and by several networks.
 
     Args:
-        settings: whether the views are averaged, judge the mask alone, or are not looked at; noise and intensity of
-            those that adaptation draws.
+        settings: Settings of the routing: use of the views, and noise and intensity of those that adaptation draws.
         output: "softmax" for exclusive classes, "sigmoid" for overlapping targets.
-        flips: spatial axes of the network input along which the anatomy may be mirrored.
-        rotations: whether quarter turns fit the anatomy.
-        slices, batch_size: as in `StackInferer`.
+        flips: Spatial axes of the network input along which the anatomy may be mirrored.
+        rotations: Whether quarter turns fit the anatomy.
+        slices: Neighbouring slices per network input, as in `StackInferer`.
+        batch_size: Network inputs per forward, as in `StackInferer`.
     """
 
     def __init__(
@@ -66,39 +66,60 @@ class ViewsOfScans(StackInferer):
         self.views = ViewSampler(tuple(flips), rotations, settings.objective.noise, settings.objective.intensity)
 
     def _batches(self, stack: Tensor, network: Network) -> Iterable[Tensor]:
-        """As in `StackInferer`; but where slices look at each other, the scan goes in whole."""
+        """The batches of `StackInferer`; or the whole stack, if the prediction of a slice depends on the others."""
         together = isinstance(network, RoutedNetwork) and (self.settings.per == "volume" or network.blends)
         return [stack] if together else super()._batches(stack, network)
+
+    def _networks(self, routed: RoutedNetwork, some: Tensor, shares: Sequence[float]) -> Iterator[nn.Module]:
+        """The network for each share of the scan's statistics; each has to be used before the next is requested.
+
+        Args:
+            routed: Routed network at its current routes.
+            some: Slices (N, C_in, *spatial) that the statistics are measured on.
+            shares: Shares of the scan's own statistics.
+        """
+        for share in shares:
+            routed.set_statistics(share)
+            yield self._plain_for(routed, some)
+
+    def _plain_for(self, routed: RoutedNetwork, some: Tensor) -> nn.Module:
+        """The plain network that a routed one collapses to; the routed one itself if routes differ between slices."""
+        if self.settings.per != "layer":
+            return routed
+        if routed.blends:
+            routed(some)
+        return collapse(routed).eval()
 
     def _predict(
         self, stack: Tensor, networks: Iterable[Network], judged: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Any]]:
-        """Logits of a stack; of several views and networks the logarithm (or logit) of the mean probability.
-
-        With it what the predictions' agreement says of the mask; of one alone, the areas of its targets.
+        """Predict a stack, averaged over views and networks.
 
         Args:
-            stack: network inputs (N, C_in, *spatial).
-            networks: each is asked once before the next is taken.
-            judged: those of the inputs on which the views judge the mask, where they are not averaged.
+            stack: Network inputs (N, C_in, *spatial).
+            networks: Networks, each of which is used before the next is requested.
+            judged: Those of the inputs on which the views judge the mask, if they are not averaged.
+
+        Returns:
+            Logits (N, C, *spatial), and a report: ``areas`` and, for several predictions, ``quality``.
         """
         views = self.views.all(is_square(stack))
         averaged = views if self.settings.views == "average" else views[:1]
-        seen: list[Tensor] = []
-        alike: list[Tensor] = []
+        predictions: list[Tensor] = []
+        compared: list[Tensor] = []
         for network in networks:
-            first, *others = self._seen(stack, network, averaged)
-            seen += [first, *others]
+            found = self._of_views(stack, network, averaged)
+            predictions += found
             if judged is not None and self.settings.views == "judge":
-                # the slices that are judged have been predicted as they are
-                alike += [evenly(first, len(judged)), *self._seen(judged, network, views[1:])]
-        mean = seen[0] if len(seen) == 1 else mean_prediction(seen, self.output)
-        agreed: dict[str, Any] = {"areas": target_areas(mean, self.output)}
-        alike = alike if len(alike) > 1 else seen
-        if len(alike) > 1:
-            agreed["quality"] = view_agreement(alike, mean_prediction(alike, self.output), self.output)
-        return mean, agreed
+                # these slices have already been predicted as they are
+                compared += [evenly(found[0], len(judged)), *self._of_views(judged, network, views[1:])]
+        mean = predictions[0] if len(predictions) == 1 else mean_prediction(predictions, self.output)
+        report: dict[str, Any] = {"areas": target_areas(mean, self.output)}
+        compared = compared if len(compared) > 1 else predictions
+        if len(compared) > 1:
+            report["quality"] = view_agreement(compared, mean_prediction(compared, self.output), self.output)
+        return mean, report
 
-    def _seen(self, stack: Tensor, network: Network, views: Sequence[View]) -> list[Tensor]:
-        """What a network makes of each view, back where the pixels came from."""
+    def _of_views(self, stack: Tensor, network: Network, views: Sequence[View]) -> list[Tensor]:
+        """The prediction from each view, transformed back."""
         return [view.undo(self._forward(view.apply(stack), network)) for view in views]

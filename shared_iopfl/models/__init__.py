@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Model files and what they were trained with: weights, manifests, published sets, packed bundles.
+"""Model files and what their models were trained with: weights, manifests, published sets, packed bundles.
 
-It knows `utils`, and nothing of scans or of federated training.
+The folder may import `utils`; it knows nothing of scans or of federated training.
 """

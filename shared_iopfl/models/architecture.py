@@ -8,11 +8,11 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What the models of a folder were trained with: network, size, channels; written by training, checked at use.
+"""The architecture of the models of a folder: their network and settings, written by training and compared before use.
 
 A network runs without an error on images of another size or normalisation, but its masks are wrong. The
-``architecture`` of ``manifest.json`` holds the settings that must be the same: network, image size, channels,
-normalisation, crop; and others for information, such as the coding of the masks.
+``architecture`` in ``manifest.json`` therefore records the settings that must be the same (network, image size,
+channels, normalisation, crop), and others for information, such as the coding of the masks.
 """
 
 from __future__ import annotations
@@ -36,47 +36,50 @@ from shared_iopfl.utils.tables import write_json
 
 logger = logging.getLogger(__name__)
 NETWORK = "network_def"
-# for information: masks of other sites may be coded in another way
+# settings that are recorded but not compared, because the masks of other sites may be coded differently
 FREE = ("coding", "codings")
-# a setting that each site's pictures decide agrees with any value
-BY_SITE = "auto"
+BY_SITE = "auto"  # value of a setting that depends on the pictures of each site; it agrees with any other
 WIDTHS = (1, 2, 4, 8, 16, 1)  # of the levels of a U-Net, in units of the first
 
 
 def unet_features(features: int | Sequence[int]) -> list[int]:
-    """The six widths of a `BasicUNet`: as they are given, or from the width of its first level.
+    """Return the six widths of a `BasicUNet`.
 
     Args:
-        features: the six widths; or the first, which doubles at each of the four levels below.
+        features: The six widths, or the first of them, which doubles at each of the four levels below.
     """
     return [features * width for width in WIDTHS] if isinstance(features, int) else list(features)
 
 
 def describe_architecture(values: Mapping[str, Any], network_def: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """What a manifest says of the models that are trained with these settings.
+    """Return the architecture in the form in which a manifest records it.
 
     Args:
-        values: such as ``image_size``, ``features``, ``normalise``.
-        network_def: how the network is built; None: as in the config in which this is evaluated.
+        values: Settings such as ``image_size``, ``features``, ``normalise``.
+        network_def: Definition of the network; None takes that of the config in which this is evaluated.
     """
     if network_def is None:
         workflow: Any = running_workflow()
         network_def = network_of(workflow.parser.config) if workflow is not None else {}
-    network = dict(network_def)
-    whole = {**({NETWORK: network} if network else {}), **values}
-    return json.loads(json.dumps(whole, default=str))
+    network = {NETWORK: dict(network_def)} if network_def else {}
+    return json.loads(json.dumps({**network, **values}, default=str))
 
 
 def network_of(config: Any) -> dict[str, Any]:
-    """How the network of a config would be built, references as values; none where it has no ``network_def``."""
-    # a parser of its own: one that has resolved a component without building it would never build it
+    """Return the ``network_def`` of a config with references resolved; empty if the config has none."""
+    # in a new parser, because a parser that has resolved a component without building it never builds it
     parser = ConfigParser({key: value for key, value in config.items() if key not in STEPS or key == "imports"})
     item = parser.get_parsed_content(NETWORK, instantiate=False) if NETWORK in parser else None
     return dict(item.get_config()) if isinstance(item, ConfigComponent) else {}
 
 
 def write_architecture(ckpt_dir: str | os.PathLike, architecture: Mapping[str, Any]) -> None:
-    """Write into a folder what the models that come there are trained with; a published set keeps its manifest."""
+    """Write the manifest of a folder before training; a published set keeps its own.
+
+    Args:
+        ckpt_dir: Folder of the models.
+        architecture: Result of :func:`describe_architecture`.
+    """
     if published_files(ckpt_dir) is not None:
         return
     versions = {"shared_iopfl": __version__, "torch": torch.__version__, "monai": monai.__version__}
@@ -88,50 +91,57 @@ def write_architecture(ckpt_dir: str | os.PathLike, architecture: Mapping[str, A
 def check_architecture(
     ckpt_dir: str | os.PathLike, values: Mapping[str, Any], match: bool = True, network_def: Any = None
 ) -> None:
-    """Compare the settings with which models are run with those with which they were trained.
+    """Compare the settings of a run with those that its models were trained with.
 
-    For models without a manifest, a warning says that nothing could be compared.
+    If the models have no manifest, a warning says that nothing could be compared.
 
     Args:
-        ckpt_dir: folder of the models.
-        values, network_def: as for :func:`describe_architecture`.
-        match: False: differences are intended and not reported.
+        ckpt_dir: Folder of the models.
+        values: Settings of the run, as for :func:`describe_architecture`.
+        match: Whether to compare; False if a difference is intended.
+        network_def: Definition of the network, as for :func:`describe_architecture`.
 
     Raises:
-        InputError: naming the first setting that differs, both values, and what to do.
+        InputError: If a setting differs; the message names the first one, both values, and what to do.
     """
     manifest = read_manifest(ckpt_dir)
+    if not match:
+        return
     if manifest is None:
-        if match and any(MODEL_FILE.fullmatch(path.name) for path in Path(ckpt_dir).glob("*.pt")):
+        if any(MODEL_FILE.fullmatch(path.name) for path in Path(ckpt_dir).glob("*.pt")):
             given = ", ".join(f"{name} {value}" for name, value in values.items())
             logger.warning(
-                "%s has no %s: its models are run with %s, whatever they were trained with", ckpt_dir, MANIFEST, given
+                "%s has no %s, so that its models cannot be compared with the settings of this run: %s",
+                ckpt_dir,
+                MANIFEST,
+                given,
             )
         return
-    difference = _difference(manifest["architecture"], describe_architecture(values, network_def)) if match else None
-    if difference is not None:
+    if difference := next(_differences(manifest["architecture"], describe_architecture(values, network_def)), None):
         name, trained, asked = difference
         raise InputError(
             f"--{name} {asked} contradicts {Path(ckpt_dir) / MANIFEST}: these models were trained with {trained}; "
-            "leave it out, or run them so all the same with --match_manifest False."
+            "omit the setting, or use it nevertheless with --match_manifest False."
         )
 
 
 def check_training(ckpt_dir: str | os.PathLike, architecture: Mapping[str, Any], names: Sequence[str]) -> None:
-    """Raise `InputError` where training would put models among others that were trained with something else.
+    """Check that training does not mix models of different architectures in a folder.
 
     Args:
-        ckpt_dir: the folder.
-        architecture: as of :func:`describe_architecture`.
-        names: of the files that training writes.
+        ckpt_dir: Folder of the models.
+        architecture: Result of :func:`describe_architecture`.
+        names: Names of the files that training writes.
+
+    Raises:
+        InputError: If the folder has other models, and they were trained with a different architecture.
     """
     manifest = read_manifest(ckpt_dir)
-    there = sorted(path.name for path in Path(ckpt_dir).glob("*.pt") if MODEL_FILE.fullmatch(path.name))
-    others = [name for name in there if name not in names]
+    present = sorted(path.name for path in Path(ckpt_dir).glob("*.pt") if MODEL_FILE.fullmatch(path.name))
+    others = [name for name in present if name not in names]
     if manifest is None or not others:
         return
-    difference = _difference(manifest["architecture"], architecture)
-    if difference is not None:
+    if difference := next(_differences(manifest["architecture"], architecture), None):
         name, trained, asked = difference
         raise InputError(
             f"{Path(ckpt_dir) / others[0]} was trained with {name} {trained}, and would lie beside models of {name} "
@@ -139,22 +149,19 @@ def check_training(ckpt_dir: str | os.PathLike, architecture: Mapping[str, Any],
         )
 
 
-def _difference(trained: Mapping[str, Any], asked: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
-    """The first setting that both name and that differs, with both values."""
+def _differences(trained: Mapping[str, Any], asked: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """The settings that both name and that differ, with both values; the network comes last."""
     same_network = NETWORK in trained and trained[NETWORK] == asked.get(NETWORK)
-    for name in sorted(trained.keys() & asked.keys(), key=lambda name: name == NETWORK):  # the network last
+    for name in sorted(trained.keys() & asked.keys(), key=lambda name: name == NETWORK):
         one, other = trained[name], asked[name]
-        # a network may be described by its features in two ways
+        # the same network can be described by two forms of its features
         if one in (other, BY_SITE) or name in FREE or (name == "features" and same_network):
             continue
-        if name != NETWORK:
-            return name, one, other
-        return next(_parts(one, other), None)
-    return None
+        yield from _parts(one, other) if name == NETWORK else [(name, one, other)]
 
 
 def _parts(trained: Any, asked: Any) -> Iterator[tuple[str, Any, Any]]:
-    """What of a network's arguments differs; what one side leaves out is a default, which may be the same."""
+    """The arguments of a network that differ; an argument of only one side may be the default of the other."""
     if not isinstance(trained, Mapping) or not isinstance(asked, Mapping):
         yield NETWORK, trained, asked
         return

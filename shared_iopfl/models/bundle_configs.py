@@ -10,16 +10,16 @@
 # limitations under the License.
 """The configs of a bundle, generated from configs that all tasks have in common and the task's own ``task.json``.
 
-``bundles/common/*.json`` are the configs of a bundle, with macros in the places where tasks differ. ``task.json`` gives
-the values of the macros. It names a file of ``bundles/common/tasks`` as its ``base``, which has the values of any task
-on volumes or on pictures, and changes them as `monai.bundle.ConfigParser` merges config files: ``"a#b"`` replaces a
-part, ``"+a#b"`` extends it.
+``bundles/common/*.json`` are the configs of a bundle, with macros where tasks differ; ``task.json`` defines the values
+of the macros. Its key ``base`` names a file of ``bundles/common/tasks`` with the values for tasks on volumes or on
+pictures. ``task.json`` changes these as `monai.bundle.ConfigParser` merges config files: ``"a#b"`` replaces a part,
+``"+a#b"`` extends it.
 
-A macro is written as MONAI's macros are:
+Macros have the form of MONAI's macros:
 
-- ``"%task#a#b"`` is replaced by what the task has at ``a#b``; in a list, a list's items take the macro's place;
-- in longer text, ``%task#a#b`` is replaced by the value as text;
-- the key ``"**"`` is replaced by the keys of the dictionary that it has, as in Python.
+- ``"%task#a#b"`` is replaced by the value of the task at ``a#b``; in a list, the items of a list are inserted;
+- in a longer text, ``%task#a#b`` is replaced by the value as text;
+- the key ``"**"`` is replaced by the keys of the dictionary that is its value, as in Python.
 """
 
 from __future__ import annotations
@@ -39,22 +39,22 @@ from shared_iopfl.utils.files import whole_file
 COMMON = Path(__file__).parents[2] / "bundles" / "common"
 MACRO = re.compile(r"%task#(\w+(?:#\w+)*)")
 SPLICE = "**"
-WIDTH = 100  # of a list that stands in one line
+WIDTH = 100  # largest number of characters of a list in one line
 
 
 def write_configs(task: str, output_dir: str | None = None, common_dir: str | None = None) -> list[str]:
     """Generate the configs of a bundle from its ``task.json``.
 
     Args:
-        task: the bundle's folder, or its ``task.json``.
-        output_dir: folder of the configs; default: ``configs`` beside the ``task.json``.
-        common_dir: folder of the common configs; default: ``common`` beside the bundle, else that of the repository.
+        task: Folder of the bundle, or its ``task.json``.
+        output_dir: Folder to write to; by default ``configs`` beside the ``task.json``.
+        common_dir: Folder of the common configs; by default ``common`` beside the bundle, or else in the repository.
 
     Returns:
         The paths of the configs.
 
     Raises:
-        InputError: where the task cannot be read, or lacks something that a common config asks for.
+        InputError: If the task cannot be read, or lacks a value that a common config needs.
     """
     path = Path(task) / "task.json" if Path(task).is_dir() else Path(task)
     beside = path.absolute().parent.parent / "common"
@@ -68,23 +68,31 @@ def write_configs(task: str, output_dir: str | None = None, common_dir: str | No
 
 
 def generate_configs(task: Path, common: Path = COMMON) -> dict[str, str]:
-    """The text of each config of a task, by the name of its file."""
+    """Generate the configs of a task: name of the file -> text.
+
+    Args:
+        task: Path of the ``task.json``.
+        common: Folder of the common configs.
+
+    Raises:
+        InputError: As for :func:`write_configs`.
+    """
     settings = ConfigParser(read_task(task, common))
     texts = {path.name: path.read_text(encoding="utf-8") for path in sorted(common.glob("*.conf"))}
     for path in sorted(common.glob("*.json")):
         try:
             texts[path.name] = as_text(_filled(ConfigParser.load_config_file(path), settings))
         except KeyError as error:
-            raise InputError(f"{task} lacks {error.args[0]}, which {path} asks for: add it.") from error
+            raise InputError(f"{task} lacks {error.args[0]}, which {path} needs: add it.") from error
     return texts
 
 
 def read_task(task: Path, common: Path = COMMON) -> dict[str, Any]:
-    """A ``task.json`` merged over its base."""
+    """Read a ``task.json``, merged with its base; arguments as for :func:`generate_configs`."""
     own = _read(task)
     bases = sorted(path.stem for path in (common / "tasks").glob("*.json"))
     if own.get("base") not in bases:
-        raise InputError(f"{task} has the base {own.get('base')!r}: name one of {', '.join(bases)} in its key 'base'.")
+        raise InputError(f"{task} has the base {own.get('base')!r}: set its key 'base' to one of {', '.join(bases)}.")
     return dict(ConfigParser.load_config_files([common / "tasks" / f"{own['base']}.json", task]))
 
 
@@ -94,12 +102,12 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read as a task ({error}): correct the file.") from error
     if not isinstance(content, dict):
-        raise InputError(f"{path} is not a task: it must be a JSON object.")
+        raise InputError(f"{path} is not a task: its content must be a JSON object.")
     return content
 
 
 def _filled(config: Any, task: ConfigParser) -> Any:
-    """A common config, or a part of it, with the task's values in the place of the macros."""
+    """A common config, or a part of it, with macros replaced by values of the task."""
     if isinstance(config, str):
         if MACRO.fullmatch(config):
             return _filled(_value(config, task), task)
@@ -129,7 +137,7 @@ def _value(macro: str, task: ConfigParser) -> Any:
 
 
 def as_text(config: Any) -> str:
-    """A config as the text of a file: four spaces of indentation, short lists in one line."""
+    """Return a config as the text of a JSON file, with an indentation of four spaces and short lists in one line."""
     return _text(config, "") + "\n"
 
 

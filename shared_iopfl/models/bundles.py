@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The folders of the bundles: in a checkout, in an installed package, or around the code in a packed bundle."""
+"""The folders of the bundles: in a checkout, beside an installed package, or around the code of a packed bundle."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.names import nearest
 
 METADATA = Path("configs") / "metadata.json"
-SUFFIX = "_iopfl"  # of a bundle's folder; what comes before it is the task
+SUFFIX = "_iopfl"  # end of the name of a bundle's folder; the beginning is the task
 
 
 def own_bundles() -> dict[str, Path]:
-    """The bundles that come with the package, task -> folder."""
+    """Find the bundles that come with the package: task -> folder."""
     above = Path(__file__).parents
-    packed = [above[3]] if above[2].name == "scripts" else []  # a bundle that carries its code
-    # a checkout, and what pip makes of an installation with --target
+    packed = [above[3]] if above[2].name == "scripts" else []  # the code is in a packed bundle
+    # in a checkout, and where pip puts them with --target
     beside = [above[2] / "bundles", above[2] / "share" / "shared_iopfl" / "bundles"]
     found = [*packed, *(folder for place in beside for folder in sorted(place.glob(f"*{SUFFIX}")))] or _installed()
     return {folder.name.removesuffix(SUFFIX): folder for folder in found if (folder / METADATA).is_file()}
 
 
 def _installed() -> list[Path]:
-    """Those that an installation put beside the package."""
+    """The bundles that an installation has put beside the package."""
     try:
         listed = files("shared_iopfl") or []
     except PackageNotFoundError:
@@ -42,14 +42,14 @@ def _installed() -> list[Path]:
 
 
 def find_bundle(bundle: str | Path) -> Path:
-    """The folder of a bundle.
+    """Find the folder of a bundle.
 
     Args:
-        bundle: a task (``prostate``), the name of a bundle that comes with the package (``prostate_iopfl``), or the
-            folder of a bundle. Of a folder the configs are run as code, as of any bundle for MONAI.
+        bundle: Task (``prostate``), name of a bundle that comes with the package (``prostate_iopfl``), or folder of a
+            bundle. As with any MONAI bundle, the configs of such a folder are run as code.
 
     Raises:
-        InputError: when there is none.
+        InputError: If there is no such bundle.
     """
     own = own_bundles()
     name = str(bundle)

@@ -8,11 +8,11 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The manifest of a folder of models: what they were trained with and, once published, checksums and terms.
+"""The manifest of a folder of models: the architecture of the models and, once published, checksums and terms of use.
 
-``manifest.json`` is beside the models. Training writes the architecture (see `architecture`); publishing adds terms,
-figures and checksums. The size and SHA-256 of each file of a published set are checked when it is read, on the same
-bytes that are then used. Folders that were not published are read without such checks.
+Training writes the architecture to ``manifest.json`` beside the models (see `architecture`); publishing adds terms,
+figures and checksums. Whenever a file of a published set is read, the size and SHA-256 of the same bytes are compared
+with the manifest. Files of other folders are read without this check.
 """
 
 from __future__ import annotations
@@ -35,12 +35,10 @@ MANIFEST = "manifest.json"
 SCORES = "scores.json"
 CALIBRATION = "calibration.json"
 FORMAT = 1
-# largest file, in bytes: far more than any network of this kind needs, and less than the memory of a machine
-LIMIT = 4 * 2**30
-# what is loaded as the global model or as an expert; model_final.pt is MONAI FL's name for the last global model
+LIMIT = 4 * 2**30  # largest size of a file in bytes, far above that of any network here
+# files of the global model and of experts; model_final.pt is MONAI FL's name for the last global model
 MODEL_FILE = re.compile(r"model(?:_(?!final\.pt)(.+))?\.pt")
-# what publishing adds
-PUBLISHED = {"sites": list, "terms": str, "files": dict}
+PUBLISHED = {"sites": list, "terms": str, "files": dict}  # entries that publishing adds, with their types
 AGAIN = "download the models again, or publish them anew."
 T = TypeVar("T")
 
@@ -51,10 +49,10 @@ def is_published(name: str) -> bool:
 
 
 def plain_name(name: str) -> str:
-    """The name, or `InputError` where it would lead out of the folder it is looked up in."""
+    """Return the name of a file in a folder, or raise `InputError` if it leads out of the folder."""
     if not name or name != os.path.basename(name) or name in (".", "..") or set(name) & set("/\\\0"):
         raise InputError(
-            f"{name!r} is not a plain name: it must not be a path, as it names a file in the models' folder."
+            f"{name!r} is not a plain name: give the name of a file in the folder of the models, without a path."
         )
     return name
 
@@ -67,30 +65,30 @@ def write_manifest(
     training: Mapping[str, Any] | None = None,
     versions: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Write ``manifest.json`` over the models and scores that lie in a folder.
+    """Write ``manifest.json`` for the models and scores in a folder.
 
     Args:
-        models_dir: the folder.
-        architecture: ``network_def`` as resolved, and what else a run needs: ``features``, ``image_size``, ``slices``.
-        terms: one line: what the models may be used for, as far as the data they were trained on say.
-        metrics: how the models do, in any shape that JSON knows.
-        training: the settings they were trained with.
-        versions: of the packages they were trained with.
+        models_dir: Folder of the models.
+        architecture: Resolved ``network_def`` and settings such as ``features``, ``image_size``, ``slices``.
+        terms: Terms of use in one line, as the training data require them.
+        metrics: Scores of the models, in any form that JSON can express.
+        training: Settings of the training.
+        versions: Versions of the packages in the training.
 
     Returns:
         The manifest.
 
     Raises:
-        InputError: where there is no global model, or a model file is a link that leads out of the folder.
+        InputError: If there is no global model, or a model file is a link that leads out of the folder.
     """
     if not isinstance(terms, str) or not terms.strip() or "\n" in terms.strip():
         raise InputError(
-            f"the terms must be one line of text that says what the models may be used for, not {terms!r}."
+            f"the terms must be one line of text that states the permitted use of the models, but are {terms!r}."
         )
     folder = Path(models_dir)
     names = sorted(path.name for path in folder.glob("*") if is_published(path.name))
     if "model.pt" not in names:
-        raise InputError(f"no global model to publish in {folder}: a set needs model.pt.")
+        raise InputError(f"no global model to publish in {folder}: add model.pt.")
     manifest = {
         "format": FORMAT,
         "terms": terms.strip(),
@@ -106,10 +104,16 @@ def write_manifest(
 
 
 def read_manifest(models_dir: str | os.PathLike) -> dict[str, Any] | None:
-    """The manifest of a folder, or None where there is none.
+    """Read the manifest of a folder.
+
+    Args:
+        models_dir: Folder of the models.
+
+    Returns:
+        The manifest, or None if there is none.
 
     Raises:
-        InputError: where it cannot be read, or is not a manifest that this version knows.
+        InputError: If it cannot be read, or is not a manifest of a known format.
     """
     path = Path(models_dir) / MANIFEST
     if not os.path.lexists(path):
@@ -137,50 +141,62 @@ def read_manifest(models_dir: str | os.PathLike) -> dict[str, Any] | None:
 
 
 def published_files(models_dir: str | os.PathLike) -> dict[str, Any] | None:
-    """What the manifest of a folder lists, file -> entry; None where the set was not published.
+    """Return the files that the manifest of a folder lists, name -> entry; None if the set was not published.
+
+    Args:
+        models_dir: Folder of the models.
 
     Raises:
-        InputError: as :func:`read_manifest`.
+        InputError: As for :func:`read_manifest`.
     """
     return (read_manifest(models_dir) or {}).get("files")
 
 
 def read_checked(path: str | os.PathLike) -> bytes | None:
-    """The content of a file of a models' folder, checked against the manifest beside it if there is one.
+    """Read a file in a folder of models, and compare it with the manifest if there is one.
+
+    Args:
+        path: Path of the file.
 
     Returns:
-        The bytes that were checked; None where there is no such file and none is listed.
+        The bytes that were compared; None if the file does not exist and is not listed.
 
     Raises:
-        InputError: in one line, where the file is larger than `LIMIT`, is a link that leads out of its folder, differs
-            from what the manifest says, is listed but missing, or is a model that the manifest does not list.
+        InputError: If the file is larger than `LIMIT`, is a link that leads out of its folder, differs from the
+            manifest, is listed but missing, or is a model that the manifest does not list.
     """
     path = Path(path)
     files = published_files(path.parent)
     entry = files.get(path.name) if files is not None else None
     if not path.is_file():
         if entry is not None and not entry.get("released"):
-            raise InputError(f"{path} is missing: {MANIFEST} lists it; {AGAIN}")
+            raise InputError(f"{path} is missing, but {MANIFEST} lists it; {AGAIN}")
         return None
     if entry is None and files is not None and MODEL_FILE.fullmatch(path.name):
-        raise InputError(f"{path} is not in {MANIFEST} beside it: take it away, or publish it with the others.")
+        raise InputError(f"{path} is not in {MANIFEST} beside it: move it away, or publish it with the others.")
     if entry is None or entry.get("released"):
         return _read(path)
-    _check_size(path, entry["size"])
+    expected = {"size": entry["size"], "sha256": entry["sha256"]}
+    if (size := path.stat().st_size) != expected["size"]:  # before the whole file is read
+        what = "cut short" if size < expected["size"] else "longer than the published file"
+        raise InputError(f"{path} is {what}: it has {size} bytes, and {expected['size']} in {MANIFEST}; {AGAIN}")
     content = _read(path)
-    if _fingerprint(content) != {"size": entry["size"], "sha256": entry["sha256"]}:
-        raise InputError(f"{path} was changed: its SHA-256 is not the one in {MANIFEST}; {AGAIN}")
+    if _fingerprint(content) != expected:
+        raise InputError(f"{path} was changed: its SHA-256 is not that in {MANIFEST}; {AGAIN}")
     return content
 
 
 def check_manifest(models_dir: str | os.PathLike) -> dict[str, Any]:
-    """Check a whole published set against its manifest.
+    """Compare all files of a published set with its manifest.
+
+    Args:
+        models_dir: Folder of the models.
 
     Returns:
         The manifest.
 
     Raises:
-        InputError: as :func:`read_checked`, for the first file that is wrong; also where there is no manifest.
+        InputError: As for :func:`read_checked`, for the first faulty file; also if there is no manifest.
     """
     manifest = read_manifest(models_dir)
     if manifest is None:
@@ -194,51 +210,51 @@ def check_manifest(models_dir: str | os.PathLike) -> dict[str, Any]:
 
 
 def setting(models_dir: str | os.PathLike, name: str, default: T) -> T:
-    """A setting of the architecture as the folder's manifest has it, so that published models run as they are.
+    """Return a setting of the architecture from the manifest of a folder, so that published models need no settings.
 
     Args:
-        models_dir: the folder.
-        name: such as ``features``.
-        default: where there is no manifest, or it does not say.
+        models_dir: Folder of the models.
+        name: Name of the setting, such as ``features``.
+        default: Value without a manifest, or if the manifest does not contain the setting.
 
     Raises:
-        InputError: where the manifest has a value that the setting may not have (see `checks.RULES`), or of another
-            type than the default; text may also be a dictionary, one text a site.
+        InputError: If the value in the manifest is not allowed (see `checks.RULES`) or differs in type from the
+            default; instead of a text, a dictionary with one text per site is allowed.
     """
     value = ((read_manifest(models_dir) or {}).get("architecture") or {}).get(name, default)
     kinds = (str, dict) if isinstance(default, str) else type(default)
     if name not in checks.RULES and not isinstance(value, kinds):
         path = Path(models_dir) / MANIFEST
-        raise InputError(f"{path} has {name} {value!r:.80}, not such a value as {default!r:.40}; {AGAIN}")
+        raise InputError(f"{path} has {name} {value!r:.80}, which must be a value like {default!r:.40}; {AGAIN}")
     return check_setting(name, value, Path(models_dir) / MANIFEST)
 
 
 def check_setting(name: str, value: T, path: str | os.PathLike) -> T:
-    """The value of a setting as a file has it, if it is one that the setting may have.
+    """Return the value of a setting that was read from a file, if it is allowed.
 
     Args:
-        name: such as ``features``.
-        value: what the file has.
-        path: of that file, for the message.
+        name: Name of the setting, such as ``features``.
+        value: Value in the file.
+        path: Path of the file, for the message.
 
     Raises:
-        InputError: for a value that `checks.RULES` does not allow.
+        InputError: If `checks.RULES` does not allow the value.
     """
     rule = checks.RULES.get(name)
     if rule is not None and not rule.holds(value):
-        raise InputError(f"{path} has {name} {value!r:.80}, not {rule.allowed}; {AGAIN}")
+        raise InputError(f"{path} has {name} {value!r:.80}, which must be {rule.allowed}; {AGAIN}")
     return value
 
 
 def release(models_dir: str | os.PathLike, names: Iterable[str]) -> None:
-    """Let training replace some models of a published set.
+    """Allow training to replace some models of a published set.
 
-    From then on these files are not checked against the manifest, and may be missing. The other files still are, and
-    the architecture stays. Without a manifest nothing is done.
+    From then on these files may be missing or different; the other files and the architecture are still compared with
+    the manifest. Without a manifest nothing is done.
 
     Args:
-        models_dir: the folder.
-        names: of the files, whether they were published or not.
+        models_dir: Folder of the models.
+        names: Names of the files, whether published or not.
     """
     manifest = read_manifest(models_dir)
     released = {plain_name(name): {**_role(name), "released": True} for name in names}
@@ -261,15 +277,8 @@ def _fingerprint(content: bytes) -> dict[str, Any]:
     return {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
-def _check_size(path: Path, size: int) -> None:
-    found = path.stat().st_size
-    if found != size:
-        what = "cut short" if found < size else "longer than it was"
-        raise InputError(f"{path} is {what}: {found} bytes, {size} in {MANIFEST}; {AGAIN}")
-
-
 def _read(path: Path, limit: int = LIMIT) -> bytes:
-    """The bytes of a file that is in its folder, not a link to another one, and is not too large."""
+    """The bytes of a file that is not too large and not a link to another folder."""
     if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(path.parent)):
         raise InputError(f"{path} is a link that leads out of its folder: put the file itself there.")
     return read_bounded(path, limit)

@@ -8,11 +8,12 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Operations on model weights: whether they fit a network, comparison, copies, interpolation."""
+"""Operations on model weights: check that they fit a network, comparison, copies, interpolation."""
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -20,16 +21,16 @@ from torch import Tensor, nn
 
 from shared_iopfl.utils.errors import InputError
 
-Weights = Mapping[str, Tensor]  # of a state_dict
+Weights = Mapping[str, Tensor]  # a state_dict
 
 
 def is_weight(tensor: Tensor) -> bool:
-    """Whether a tensor of a state_dict is averaged or mixed: real or complex numbers; integer counters are not."""
+    """Whether a tensor of a state_dict has real or complex numbers, which are averaged, and not an integer counter."""
     return tensor.is_floating_point() or tensor.is_complex()
 
 
 def equal_weights(one: Weights, other: Weights) -> bool:
-    """Whether two states are the same in keys, device, type and value."""
+    """Whether two states have the same keys, devices, types, shapes and values."""
     if one.keys() != other.keys():
         return False
     pairs = [(tensor, other[key]) for key, tensor in one.items()]
@@ -37,16 +38,20 @@ def equal_weights(one: Weights, other: Weights) -> bool:
         return False
     if all(a.device.type == "cpu" for a, _ in pairs):
         return all(torch.equal(a, b) for a, b in pairs)
-    # the host waits for an accelerator once, not once a tensor
+    # one transfer for all tensors, because the host waits for an accelerator at each
     differ = [(a != b).any() for a, b in pairs]
     return not bool(torch.stack([answer.to(differ[0].device) for answer in differ]).any())
 
 
 def copy_network(network: nn.Module, replaced: dict[int, nn.Module] | None = None) -> nn.Module:
-    """A deep copy, with other modules in place of those whose id is in `replaced`, wherever and however often used.
+    """Make a deep copy of a network, with some modules replaced.
 
-    Also of a network that keeps outputs of its last forward (DynUNet's deep supervision), which torch does not copy
-    when they have a gradient.
+    It can also copy a network that keeps outputs of its last forward (deep supervision of DynUNet), which torch cannot
+    copy if they have a gradient.
+
+    Args:
+        network: Network to copy.
+        replaced: Modules of the copy, by the id of the module that each replaces wherever it is used.
     """
     memo: dict[int, nn.Module | Tensor] = dict(replaced or {})
     for module in network.modules():
@@ -58,7 +63,15 @@ def copy_network(network: nn.Module, replaced: dict[int, nn.Module] | None = Non
 
 
 def check_experts(network: nn.Module, experts: Mapping[str, Weights]) -> None:
-    """Raise `InputError`, naming the expert and the first difference, unless every expert fits the network."""
+    """Check that every expert fits a network.
+
+    Args:
+        network: Network that defines the architecture.
+        experts: Routing space, name -> state_dict.
+
+    Raises:
+        InputError: If one does not; the message names the expert and the first difference.
+    """
     if not experts:
         raise InputError("a routing space needs at least one expert; got none.")
     own = network.state_dict()
@@ -79,11 +92,12 @@ def check_experts(network: nn.Module, experts: Mapping[str, Weights]) -> None:
 
 
 def interpolate(global_state: Weights, personalised_state: Weights, share: float) -> dict[str, Tensor]:
-    """Weights between two models of one architecture; integer buffers are the global one's.
+    """Interpolate between two models of one architecture.
 
     Args:
-        global_state, personalised_state: the two models; the result lies where the global one does.
-        share: of the personalised model, in [0, 1].
+        global_state: Global model, which also gives the integer buffers and the device.
+        personalised_state: Personalised model.
+        share: Share of the personalised model, in [0, 1].
     """
     if not 0 <= share <= 1:
         raise InputError(f"the share of the personalised model must be from 0 to 1, but is {share}.")
@@ -99,22 +113,26 @@ def validated_interpolation(
     validate: Callable[[dict[str, Tensor]], float],
     shares: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
 ) -> tuple[float, dict[str, Tensor]]:
-    """The interpolation with the highest Dice on a site's validation cases, never below that of the global model.
+    """Select the interpolation with the highest Dice on a site's validation cases.
+
+    The global model is always a candidate, so that the result is never worse on these cases.
 
     Args:
-        global_state: the global model.
-        personalised_states: what it may be interpolated with, one of them.
-        validate: the Dice of weights on the site's validation cases.
-        shares: of the personalised model, to choose among; 0, the global model, is always one of them.
+        global_state: Global model.
+        personalised_states: Models to interpolate with, one at a time.
+        validate: Function of weights that returns their Dice on the validation cases.
+        shares: Shares of the personalised model to choose from.
 
     Returns:
-        The share and the weights; of equal ones, those of the first model and its smallest share.
+        The share and the weights; at equal Dice, those of the first model and of its smallest share.
     """
-    tries = [(0.0, global_state)]
-    tries += [(share, state) for state in personalised_states for share in sorted(set(shares) - {0.0})]
-    best, choice = -1.0, tries[0]
-    for share, state in tries:
+    candidates = [(0.0, global_state)]
+    candidates += [(share, state) for state in personalised_states for share in sorted(set(shares) - {0.0})]
+
+    def score(candidate: tuple[float, Weights]) -> float:
+        share, state = candidate
         dice = validate(interpolate(global_state, state, share))
-        if dice > best:
-            best, choice = dice, (share, state)
-    return choice[0], interpolate(global_state, choice[1], choice[0])
+        return -1.0 if math.isnan(dice) else dice
+
+    share, state = max(candidates, key=score)
+    return share, interpolate(global_state, state, share)

@@ -8,9 +8,9 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The routing space: a network whose layers are mixtures of the experts' layers, and what its mixture is chosen by.
+"""The routing space: networks whose layers are mixtures of the experts' layers, and how the mixture is chosen.
 
-It knows torch, `utils` and `models.weights`, and nothing of scans or of federated training.
+The folder may import torch, `utils` and `models.weights`; it knows nothing of scan files or of federated training.
 """
 
 from shared_iopfl.models.weights import check_experts

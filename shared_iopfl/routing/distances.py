@@ -10,8 +10,8 @@
 # limitations under the License.
 """Distances of a scan from the experts by batch-norm statistics, and the routes that follow from them.
 
-Forward passes only, no training. The batch norms of an expert store the statistics of its training data. A scan is run
-through each expert once, and the statistics of each batch norm's *input* are compared with the stored ones.
+The batch norms of an expert store the statistics of the features that it was trained on. A scan is passed through each
+expert once, without training, and the statistics of each batch norm's *input* are compared with the stored ones.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from shared_iopfl.models.weights import copy_network
-from shared_iopfl.routing.layers import channel_statistics
+from shared_iopfl.models.weights import Weights, copy_network
+from shared_iopfl.routing.layers import batch_norms, channel_statistics
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.stacks import bounded
 
-LEAST_SPREAD = 0.03  # of the mean distance: on real sites the experts' distances spread by 0.09 of it and more
+LEAST_SPREAD = 0.03  # as a fraction of the mean distance; between experts of real sites the spread is 0.09 or more
 
 
 class _Moments:
-    """Sums over all that passes one batch norm, so that a volume's statistics do not depend on the batch size."""
+    """Sums over all inputs of a batch norm, so that the statistics of a volume do not depend on the batch size."""
 
     def __init__(self, channels: int, device: torch.device) -> None:
         self.count = 0
@@ -38,9 +38,8 @@ class _Moments:
         self.squares = torch.zeros(channels, dtype=torch.float64, device=device)
 
     def add(self, inputs: Tensor) -> None:
-        mean, var = channel_statistics(inputs.float())
+        mean, var = (each.double() for each in channel_statistics(inputs.float()))
         count = inputs.numel() // inputs.shape[1]
-        mean, var = mean.double(), var.double()
         self.count += count
         self.sum += count * mean
         self.squares += count * (var + mean**2)
@@ -51,39 +50,31 @@ class _Moments:
 
 
 @torch.no_grad()
-def distribution_distance(
-    network: nn.Module, experts: Mapping[str, Mapping[str, Tensor]], batches: Iterable[Tensor]
-) -> Tensor:
-    """The distance between a scan's features and the statistics stored in each expert's batch norms.
+def distribution_distance(network: nn.Module, experts: Mapping[str, Weights], batches: Iterable[Tensor]) -> Tensor:
+    """Compute the distances between a scan's features and the statistics stored in each expert's batch norms.
 
-    For a batch norm with C channels: ``d = mean_c (log var_c(scan) - log running_var_c)^2``, as measured on real sites
-    (squared log ratio of variances; the means added nothing). A constant channel, whose logarithm is unbounded, is
-    counted with the largest distance of the others.
+    For a batch norm with C channels, ``d = mean_c (log var_c(scan) - log running_var_c)^2``. On real sites the squared
+    log ratio of the variances was measured to be enough; the means did not improve the routes. For a constant channel,
+    whose logarithm is unbounded, the largest distance of the other channels is used.
 
     Args:
-        network: the architecture; untouched.
-        experts: the routing space, name -> state_dict.
-        batches: one scan's network inputs, in batches (B, C, *spatial); read once for each expert.
+        network: Network that defines the architecture; it is not changed.
+        experts: Routing space, name -> state_dict.
+        batches: Network inputs of one scan, in batches (B, C, *spatial).
 
     Returns:
         Distances (E, N) of each expert at each of the N batch norms with running statistics that the scan passes, in
-        the network's order.
+        the order of the network.
 
     Raises:
-        InputError: where the network has no batch norm with running statistics, or a variance is not valid.
+        InputError: If the network has no batch norm with running statistics, or a variance is not valid.
     """
     # frozen, because autocast would keep the half-precision copies of the first expert's weights for all the others
     probe = copy_network(network).eval().requires_grad_(False)
     moments: dict[str, _Moments] = {}
-    norms: dict[str, nn.modules.batchnorm._BatchNorm] = {}
-
-    def watch(name: str, layer: nn.modules.batchnorm._BatchNorm) -> None:
-        norms[name] = layer
-        layer.register_forward_pre_hook(lambda _, inputs: moments[name].add(inputs[0]))
-
-    for name, layer in probe.named_modules():
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.running_var is not None:
-            watch(name, layer)
+    norms = batch_norms(probe)
+    for name, layer in norms.items():
+        layer.register_forward_pre_hook(lambda _, inputs, name=name: moments[name].add(inputs[0]))
     if not norms:
         raise InputError(
             "distance routes need batch norms with running statistics, and the network has none: use start='uniform'."
@@ -97,57 +88,59 @@ def distribution_distance(
             probe(batch)
         distances = []
         for name, layer in norms.items():
-            if not moments[name].count:  # a branch that prediction leaves out
+            if not moments[name].count:  # the layer is in a branch that a forward in evaluation mode leaves out
                 continue
-            remembered = state[f"{name}.running_var" if name else "running_var"].to(batches[0].device).double()
+            stored = state[f"{name}.running_var" if name else "running_var"].to(batches[0].device).double()
             seen = moments[name].variance()
-            squares = (torch.log(seen + layer.eps) - torch.log(remembered + layer.eps)) ** 2
-            # a channel that is constant, in the scan or in what is remembered, counts as the farthest other one
-            alive = torch.minimum(seen, remembered) > layer.eps
-            farthest = squares.masked_fill(~alive, 0).max()
-            distances.append(torch.where(alive.any(), squares.minimum(farthest), squares).mean())
+            squares = (torch.log(seen + layer.eps) - torch.log(stored + layer.eps)) ** 2
+            is_alive = torch.minimum(seen, stored) > layer.eps
+            farthest = squares.masked_fill(~is_alive, 0).max()
+            distances.append(torch.where(is_alive.any(), squares.minimum(farthest), squares).mean())
             finite.append(torch.isfinite(squares).all())
             names.append((name, expert))
         rows.append(torch.stack(distances))
-    # one synchronisation for all: each one makes an accelerator wait
+    # one transfer for all answers, because an accelerator waits at each
     if not (answers := torch.stack(finite).cpu()).all():
         name, expert = names[answers.tolist().index(False)]
         raise InputError(
-            f"the features of a scan at '{name}' cannot be compared with those of the expert '{expert}': they, "
-            "or the variances that it remembers, are no finite numbers from 0."
+            f"the features of a scan at '{name}' cannot be compared with those of the expert '{expert}': some of them, "
+            "or of the stored variances, are negative or not finite; check the scan, or download the models again."
         )
     return torch.stack(rows).float().cpu()
 
 
-def scan_distances(
-    network: nn.Module, experts: Mapping[str, Mapping[str, Tensor]], slices: Tensor, batch_size: int
-) -> Tensor:
-    """How far a scan is from each expert (E,), the mean over the batch norms; the first expert's is the scan's shift.
+def scan_distances(network: nn.Module, experts: Mapping[str, Weights], slices: Tensor, batch_size: int) -> Tensor:
+    """Compute the distance of a scan from each expert, as the mean over the batch norms.
 
-    Inside, where the usual shift is measured, and outside, where a scan is held against it, this one function is used,
-    on slices that :func:`~shared_iopfl.utils.stacks.scan_slices` takes.
+    The distance from the first expert, the global model, is the scan's shift. The same function measures the usual
+    shift inside and the shift of a scan outside, on the slices that :func:`~shared_iopfl.utils.stacks.scan_slices`
+    selects, so that both can be compared.
 
     Args:
-        network, experts: as for :func:`distribution_distance`.
-        slices: of the scan (N, C_in, *spatial).
-        batch_size: network inputs a forward, or fewer where they are large.
+        network: Network that defines the architecture; it is not changed.
+        experts: Routing space, name -> state_dict.
+        slices: Slices of the scan, as network inputs (N, C_in, *spatial).
+        batch_size: Network inputs per forward; fewer are used if they are large.
+
+    Returns:
+        Distances (E,).
     """
     return distribution_distance(network, experts, slices.split(bounded(batch_size, slices))).mean(1)
 
 
 def distance_routes(distances: Tensor, temperature: float = 1.0) -> Tensor:
-    """Routes that lean on the nearest experts: ``softmax(-z / temperature)``.
+    """Compute routes that prefer the nearest experts: ``softmax(-z / temperature)``.
 
     ``z`` is the distance, averaged over the batch norms and standardised over the experts: its difference from their
-    mean m, divided by ``sqrt(spread^2 + (0.03 m)^2)``, so that differences which are small beside the distances
-    themselves hardly move the routes, and equal distances not at all.
+    mean m, divided by ``sqrt(spread^2 + (0.03 m)^2)``. Differences that are small in comparison with the distances
+    themselves therefore hardly change the routes.
 
     Args:
-        distances: (E,) or (E, N), from :func:`distribution_distance`; for a site, the mean over its scans.
-        temperature: small: the nearest expert alone; large: the uniform mixture.
+        distances: Distances (E,) or (E, N) from :func:`distribution_distance`; for a site, the mean over its scans.
+        temperature: A small value selects the nearest expert alone; a large one gives the uniform mixture.
 
     Returns:
-        Routes (E,) that sum to one; with equal distances, uniform.
+        Routes (E,) that sum to one; they are uniform if all distances are equal.
     """
     mean = distances.reshape(len(distances), -1).mean(1)
     spread = mean.std(correction=0)

@@ -10,16 +10,16 @@
 # limitations under the License.
 """The objective of test-time routing, without labels: consistency between views, shape constraint, entropy.
 
-Each term is a mean over the batch, on a scale of its own (0 to about 1) that depends on neither batch nor image size,
-so that a weight means the same everywhere. Two kinds of output are served alike: exclusive classes (softmax, the first
-one background) and overlapping targets (sigmoid).
+Each term is a mean over the batch between 0 and about 1 that does not depend on the size of the batch or the images, so
+that a weight has the same meaning for all of them. Outputs are exclusive classes (softmax, the first class is the
+background) or overlapping targets (sigmoid).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -31,16 +31,16 @@ Output = Literal["softmax", "sigmoid"]
 
 @dataclass(frozen=True)
 class View:
-    """One view of a batch (B, C, *spatial): geometry that can be undone, and intensity changes that need not be.
+    """A view of a batch of images: flips and turns, which can be undone, and changes of intensity.
 
     Attributes:
-        flips: spatial axes to flip, 0 the first.
-        quarter_turns: turns by 90 degrees in the plane of the first two spatial axes (which must be of equal length
-            unless the number is even).
-        gain: factor on the intensities.
-        offset: added to the intensities.
-        noise: standard deviation of Gaussian noise, in units of the (normalised) intensities.
-        seed: of the noise.
+        flips: Spatial axes to flip, counted from 0.
+        quarter_turns: Number of turns by 90 degrees in the plane of the first two spatial axes; if it is odd, these
+            must have equal length.
+        gain: Factor of the intensities.
+        offset: Number that is added to the intensities.
+        noise: Standard deviation of Gaussian noise, in units of the normalised intensities.
+        seed: Seed of the noise.
     """
 
     flips: tuple[int, ...] = ()
@@ -51,19 +51,19 @@ class View:
     seed: int = 0
 
     def apply(self, images: Tensor) -> Tensor:
-        """The view of `images`."""
+        """Return the view of images (B, C, *spatial)."""
         images = torch.rot90(images, self.quarter_turns, (2, 3)) if self.quarter_turns else images
         images = images.flip([2 + axis for axis in self.flips]) if self.flips else images
         if self.gain != 1.0 or self.offset != 0.0:
             images = images * self.gain + self.offset
         if self.noise > 0:
-            # drawn on the CPU, so that a seed means the same on every device
+            # drawn on the CPU, so that a seed gives the same noise on every device
             drawn = torch.randn(images.shape, generator=torch.Generator().manual_seed(self.seed))
             images = images + self.noise * drawn.to(images)
         return images
 
     def undo(self, outputs: Tensor) -> Tensor:
-        """Bring what a network made of the view back to where the pixels came from."""
+        """Return outputs (B, C, *spatial) for the view in the geometry of the original images."""
         outputs = outputs.flip([2 + axis for axis in self.flips]) if self.flips else outputs
         return torch.rot90(outputs, -self.quarter_turns, (2, 3)) if self.quarter_turns else outputs
 
@@ -73,10 +73,10 @@ class ViewSampler:
     """The views that fit an anatomy, and how to draw from them.
 
     Attributes:
-        flips: spatial axes that may be flipped: for a prostate left-right only, never up-down.
-        rotations: whether quarter turns fit.
-        noise: standard deviation of the noise of a drawn view.
-        intensity: a drawn view's gain lies in ``1 +- intensity`` and its offset in ``+- intensity``.
+        flips: Spatial axes that may be flipped; for a prostate the left-right axis only.
+        rotations: Whether quarter turns fit the anatomy.
+        noise: Standard deviation of the noise of a drawn view.
+        intensity: Largest change of a drawn view: its gain is in ``1 +- intensity``, its offset in ``+- intensity``.
     """
 
     flips: Sequence[int] = ()
@@ -85,7 +85,12 @@ class ViewSampler:
     intensity: float = 0.1
 
     def draw(self, generator: torch.Generator, square: bool = True) -> View:
-        """A random view; each possible flip with probability one half. `square` False leaves out odd quarter turns."""
+        """Draw a random view, with each flip at a probability of one half.
+
+        Args:
+            generator: Source of random numbers.
+            square: Whether the images are square; otherwise odd quarter turns are left out.
+        """
 
         def uniform(size: float) -> float:
             return float(size * (2 * torch.rand((), generator=generator) - 1))
@@ -102,12 +107,16 @@ class ViewSampler:
         )
 
     def all(self, square: bool = True) -> list[View]:
-        """Every distinct view of pure geometry, the identity first: what a prediction is averaged over."""
+        """Return all distinct views by flips and turns, over which a prediction is averaged; the identity comes first.
+
+        Args:
+            square: Whether the images are square; otherwise odd quarter turns are left out.
+        """
         axes, turns = list(self.flips), [0]
         if self.rotations:
             turns = [0, 1, 2, 3] if square else [0, 2]
             if 0 in axes and 1 in axes:
-                axes.remove(1)  # both flips of the plane are its half turn
+                axes.remove(1)  # two flips of the plane are a half turn
         subsets: list[tuple[int, ...]] = [()]
         for axis in axes:
             subsets += [(*subset, axis) for subset in subsets]
@@ -115,65 +124,77 @@ class ViewSampler:
 
 
 def probabilities(logits: Tensor, output: Output) -> Tensor:
-    """Probabilities (B, C, *spatial) of exclusive classes or overlapping targets, in full precision."""
+    """Return the probabilities (B, C, *spatial) of logits (B, C, *spatial), in full precision."""
     return torch.softmax(logits.float(), dim=1) if output == "softmax" else torch.sigmoid(logits.float())
 
 
 def mean_prediction(logits: Sequence[Tensor], output: Output) -> Tensor:
-    """Several predictions (B, C, *spatial) as one: the logarithm (or logit) of their mean probability."""
+    """Average predictions: return the logarithm (softmax) or logit (sigmoid) of their mean probability.
+
+    Args:
+        logits: Logits (B, C, *spatial) of each prediction.
+        output: Kind of the network's output.
+
+    Returns:
+        Logits (B, C, *spatial).
+    """
     mean = torch.stack([probabilities(one, output) for one in logits]).mean(0).clamp(1e-7, 1 - 1e-7)
     return mean.log() if output == "softmax" else mean.logit()
 
 
 def is_square(images: Tensor) -> bool:
-    """Whether the plane of the first two spatial axes may be turned by 90 degrees."""
+    """Whether the first two spatial axes of images (B, C, *spatial) have equal length, as a quarter turn requires."""
     return images.shape[2] == images.shape[3]
 
 
 def view_agreement(logits: Sequence[Tensor], mean: Tensor, output: Output) -> float:
-    """How far several predictions of one scan agree with their mean: without a label, the best sign of a bad mask.
+    """Measure the agreement of several predictions of a scan, which without labels is the best sign of a bad mask.
 
     Args:
-        logits: the predictions (N, C, *spatial), of a volume all its slices.
-        mean: what :func:`mean_prediction` made of them.
-        output: of the network.
+        logits: Logits (N, C, *spatial) of each prediction, for all slices of a volume.
+        mean: Result of :func:`mean_prediction` for them.
+        output: Kind of the network's output.
 
     Returns:
-        The quality, in [0, 1]: the Dice of each prediction's mask with the mean's, averaged over predictions and
-        targets; 0 for a target that the mean's mask lacks, as nothing found is nothing to trust.
+        The quality, in [0, 1]: the Dice of the masks of the predictions with the mask of the mean, averaged over
+        predictions and targets. It is 0 for a target that is empty in the mask of the mean.
     """
     agreed = _masks(mean, output)
     axes = [axis for axis in range(agreed.ndim) if axis != 1]
-    dice = torch.stack(
-        [
-            2 * (agreed & seen).sum(axes) / (agreed.sum(axes) + seen.sum(axes)).clamp(min=1)
-            for seen in (_masks(one, output) for one in logits)
-        ]
-    )
-    return round(float(dice.mean()), 4)
+    masks = (_masks(one, output) for one in logits)
+    dice = [2 * (agreed & mask).sum(axes) / (agreed.sum(axes) + mask.sum(axes)).clamp(min=1) for mask in masks]
+    return round(float(torch.stack(dice).mean()), 4)
 
 
 def target_areas(logits: Tensor, output: Output) -> list[float]:
-    """The share of the pixels that the mask of a prediction (N, C, *spatial) gives to each target."""
+    """Return the fraction of pixels of each target in the mask of logits (N, C, *spatial)."""
     masks = _masks(logits, output).float()
     areas = masks.mean([axis for axis in range(masks.ndim) if axis != 1])
     return [round(area, 6) for area in areas.tolist()]
 
 
 def _masks(logits: Tensor, output: Output) -> Tensor:
-    """(N, T, *spatial), a channel a target."""
+    """Masks (N, T, *spatial), with one channel per target."""
     if output == "sigmoid":
         return logits > 0
     return torch.stack([logits.argmax(1) == target for target in range(1, logits.shape[1])], dim=1)
 
 
 def foreground(probability: Tensor, output: Output) -> Tensor:
-    """The channels that are targets: all but the first (background) of exclusive classes, all overlapping ones."""
+    """Return the channels of targets: all for overlapping targets, all but the background for exclusive classes."""
     return probability[:, 1:] if output == "softmax" else probability
 
 
 def entropy(probability: Tensor, output: Output) -> Tensor:
-    """Mean entropy of a pixel in [0, 1], 1 where every class (or, for overlapping targets, yes and no) is as likely."""
+    """Compute the mean entropy per pixel, divided by that of a uniform prediction.
+
+    Args:
+        probability: Probabilities (B, C, *spatial).
+        output: Kind of the network's output.
+
+    Returns:
+        The entropy, in [0, 1].
+    """
 
     def plogp(p: Tensor) -> Tensor:
         return torch.special.entr(p.clamp(1e-7, 1.0))
@@ -184,14 +205,14 @@ def entropy(probability: Tensor, output: Output) -> Tensor:
 
 
 def contour_band(targets: Tensor, window: float = 21 / 384) -> Tensor:
-    """The shape constraint: mean local range of the foreground probability, a band around each target's contour.
+    """Compute the shape constraint: the mean local range of the foreground probability.
 
-    ``max-pool(p) + max-pool(-p)`` with a square window (Jiang et al. 2023): small for one compact target with a firm
-    contour, large for ragged and scattered ones.
+    ``max-pool(p) + max-pool(-p)`` with a square window (Jiang et al. 2023) is large in a band around each contour. Its
+    mean is small for one compact target with a sharp contour, and large for ragged and scattered targets.
 
     Args:
-        targets: foreground probabilities (B, T, *spatial).
-        window: side of the window as a fraction of the mean image side (21 pixels of 384), at least 3 pixels.
+        targets: Foreground probabilities (B, T, *spatial).
+        window: Side of the window as a fraction of the mean image side (21 pixels of 384); at least 3 pixels.
     """
     spatial = targets.shape[2:]
     size = max(3, round(window * sum(spatial) / len(spatial)) // 2 * 2 + 1)
@@ -203,14 +224,15 @@ def contour_band(targets: Tensor, window: float = 21 / 384) -> Tensor:
 class RoutingObjective:
     """The weighted sum of the terms for one view of a batch.
 
-    ``consistency * MSE(view, target) + entropy * H + shape * band``, the target being what the same network says of the
-    plain images, detached. (Jiang et al. 2023, equation of the test-time routing; the scales are ours, see the module.)
+    ``consistency * MSE(view, target) + entropy * H + shape * band``, where the target is the prediction of the same
+    network for the plain images, detached. The terms are those of Jiang et al. (2023), scaled as described above.
 
     Attributes:
         output: "softmax" for exclusive classes, "sigmoid" for overlapping targets.
-        consistency, entropy, shape: weights of the terms.
-        window: of the shape constraint, a fraction of the image side.
-        views: what views are drawn.
+        consistency: Weight of the consistency between views.
+        entropy: Weight of the entropy.
+        shape: Weight of the shape constraint.
+        window: Window of the shape constraint, as a fraction of the image side.
     """
 
     output: Output = "softmax"
@@ -218,23 +240,25 @@ class RoutingObjective:
     entropy: float = 0.1
     shape: float = 0.0
     window: float = 21 / 384
-    views: ViewSampler = field(default_factory=ViewSampler)
 
     def __call__(self, network: Callable[[Tensor], Tensor], images: Tensor, view: View) -> Tensor:
-        """The objective, a scalar with gradient.
+        """Compute the objective.
 
         Args:
-            network: gives logits (B, C, *spatial).
-            images: (B, C_in, *spatial).
-            view: drawn from :attr:`views`.
+            network: Function that returns logits (B, C, *spatial).
+            images: Network inputs (B, C_in, *spatial).
+            view: View that is compared with the plain images.
+
+        Returns:
+            A scalar with gradient.
         """
         return sum(self.terms(network, images, view), images.new_zeros(()))
 
     def terms(self, network: Callable[[Tensor], Tensor], images: Tensor, view: View) -> Iterator[Tensor]:
-        """The objective's summands, one for each forward: of the images as they are, and of their view.
+        """Compute the summands of the objective: one for the forward of the plain images, one for that of the view.
 
-        Their graphs share nothing, the target being detached: backward through one before asking for the next, and the
-        memory is that of one forward.
+        As the target is detached, the summands share no graph: the memory is that of a single forward if `backward` is
+        called on each of them before the next one is requested. Arguments are those of :meth:`__call__`.
         """
         of_plain = bool(self.entropy or self.shape)
         with torch.set_grad_enabled(of_plain and torch.is_grad_enabled()):
@@ -244,7 +268,7 @@ class RoutingObjective:
             total = total + self.entropy * entropy(plain, self.output)
         if self.shape:
             total = total + self.shape * contour_band(foreground(plain, self.output), self.window)
-        del plain  # its graph must not outlive the caller's backward
+        del plain  # so that its graph is freed in the caller's backward
         if of_plain:
             yield total
         del total

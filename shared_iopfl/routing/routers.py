@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Routers: the routes of a layer as free parameters, or computed from the layer's input."""
+"""Routes of a layer: free parameters, fixed values, or the output of a router that sees the layer's input."""
 
 from __future__ import annotations
 
@@ -22,20 +22,21 @@ Activation = Literal["softmax", "sigmoid"]
 
 
 def _mixture(logits: Tensor, start: Tensor, activation: Activation) -> Tensor:
-    """Routes ``r_e ~ start_e * gain(logit_e)``, normalised: zero logits give back `start`, whichever the activation.
+    """Routes ``r_e ~ start_e * gain(logit_e)``, normalised, so that zero logits give `start` for each activation.
 
-    The gain is exp or, for "sigmoid", the sigmoid; in logarithms, so that it cannot vanish for all experts at once.
+    The gain is the exponential function or the sigmoid. It is computed as a logarithm, because the gains of all experts
+    could otherwise underflow to zero.
     """
     gain = logits if activation == "softmax" else F.logsigmoid(logits)
     return torch.softmax(start.log() + gain, dim=-1)
 
 
 class FreeRoutes(nn.Module):
-    """One set of routes for a layer, whatever its input: E free numbers.
+    """Routes of a layer that are free parameters and do not depend on its input.
 
     Args:
-        experts: number E of experts.
-        activation: "softmax", or "sigmoid" (the paper; here normalised to sum to one).
+        experts: Number E of experts.
+        activation: "softmax", or "sigmoid" as in the paper; here both are normalised to sum to one.
     """
 
     def __init__(self, experts: int, activation: Activation = "softmax") -> None:
@@ -46,15 +47,15 @@ class FreeRoutes(nn.Module):
         self.register_buffer("start", torch.full((experts,), 1.0 / experts))
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Routes of shape (1, E)."""
+        """Return routes (1, E)."""
         return _mixture(self.logits, self.start, self.activation)
 
 
 class FixedRoutes(nn.Module):
-    """Routes that nothing changes.
+    """Routes of a layer that are constant.
 
     Args:
-        routes: (E,).
+        routes: Routes (E,).
     """
 
     def __init__(self, routes: Tensor) -> None:
@@ -62,7 +63,7 @@ class FixedRoutes(nn.Module):
         self.start = routes
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Routes of shape (1, E)."""
+        """Return routes (1, E)."""
         return self.start[None].to(inputs.device)
 
 
@@ -70,14 +71,15 @@ class Router(nn.Module):
     """Routes from a layer's input: global average pool, linear C -> 2C, ReLU, dropout, linear 2C -> E, normalised.
 
     Args:
-        channels: channels C of the layer's input.
-        experts: number E of experts.
-        activation: "softmax", or "sigmoid" (the paper; here normalised to sum to one).
-        per_volume: pool over the batch as well, so that all slices of a volume share one set of routes.
-        random: leave the last layer at a random start (the paper) instead of at zero, which starts at `start` exactly.
-        dropout: fraction of hidden units dropped while :attr:`generator` is set, that is during adaptation only.
-        generator: source of the initial weights; the global random state is neither read nor changed.
-        axis: of the channels in the layer's input; -1 for a linear layer, whose input may be (B, tokens, C).
+        channels: Number C of channels of the layer's input.
+        experts: Number E of experts.
+        activation: "softmax", or "sigmoid" as in the paper; here both are normalised to sum to one.
+        per_volume: Whether to pool over the batch as well, so that all slices of a volume have the same routes.
+        random: Whether the last linear layer starts at random weights, as in the paper. Otherwise it starts at zero,
+            and the routes exactly at `start`.
+        dropout: Fraction of hidden units that are dropped while :attr:`generator` is set, which is during adaptation.
+        generator: Source of the initial weights; the global random state is neither read nor changed.
+        axis: Axis of the channels in the layer's input; -1 for a linear layer, whose input may be (B, tokens, C).
     """
 
     def __init__(
@@ -97,7 +99,7 @@ class Router(nn.Module):
         self.dropout = dropout
         self.axis = axis
         self.generator: torch.Generator | None = None
-        # skip_init: torch's own initialisation would draw from the global random state
+        # `skip_init`, because torch's own initialisation would draw from the global random state
         self.squeeze = nn.utils.skip_init(nn.Linear, channels, 2 * channels)
         self.excite = nn.utils.skip_init(nn.Linear, 2 * channels, experts)
         with torch.no_grad():
@@ -112,17 +114,17 @@ class Router(nn.Module):
         self.register_buffer("start", torch.full((experts,), 1.0 / experts))
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Routes (B, E), or (1, E) where they are per volume, from a layer's input (B, C, *spatial) or (B, ..., C)."""
-        # routers cost little: full precision; autocast would also keep serving the weights from before an adaptation
+        """Return routes (B, E), or (1, E) per volume, for a layer's input (B, C, *spatial) or (B, ..., C)."""
+        # in full precision, which is fast enough; autocast would also cache the weights from before an adaptation
         with torch.autocast(inputs.device.type, enabled=False):
-            # over the axes as they lie: flattening channels-last images would copy them
+            # without `flatten`, which would copy channels-last images
             others = [axis for axis in range(1, inputs.ndim) if axis != self.axis % inputs.ndim]
             pooled = inputs.float().mean(others) if others else inputs.float()
             if self.per_volume:
                 pooled = pooled.mean(0, keepdim=True)
             hidden = torch.relu(self.squeeze(pooled))
             if self.generator is not None and self.dropout > 0:
-                # drawn on the CPU, so that a seed means the same on every device
+                # drawn on the CPU, so that a seed gives the same dropout on every device
                 keep = torch.rand(hidden.shape, generator=self.generator) >= self.dropout
                 hidden = hidden * keep.to(hidden) / (1 - self.dropout)
             return _mixture(self.excite(hidden), self.start, self.activation)

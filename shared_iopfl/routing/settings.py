@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The settings of test-time routing, and the presets by name."""
+"""The settings of test-time routing, and presets of them."""
 
 from __future__ import annotations
 
@@ -17,18 +17,21 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args, get_type_hints
 
 from shared_iopfl.routing.routers import Activation
-from shared_iopfl.utils.checks import Rule, number, switch, whole
+from shared_iopfl.utils.checks import AUTO, Rule, either, number, several, switch, whole
 from shared_iopfl.utils.errors import InputError
 
 
 @dataclass(frozen=True)
 class ObjectiveSettings:
-    """Weights and views of the objective that adaptation minimises; see `RoutingObjective`.
+    """Weights and views of the objective that adaptation minimises; see `RoutingObjective` and `ViewSampler`.
 
     Attributes:
-        consistency, entropy, shape: weights of the terms.
-        window: of the shape constraint, as a fraction of the image side.
-        noise, intensity: strength of the drawn views; see `ViewSampler`.
+        consistency: Weight of the consistency between views.
+        entropy: Weight of the entropy.
+        shape: Weight of the shape constraint.
+        window: Window of the shape constraint, as a fraction of the image side.
+        noise: Standard deviation of the noise of the views.
+        intensity: Largest change of the views' gain and offset.
     """
 
     consistency: float = 1.0
@@ -39,7 +42,7 @@ class ObjectiveSettings:
     intensity: float = 0.1
 
     def __post_init__(self) -> None:
-        """Raise `InputError` for a value outside its range."""
+        """Raise `InputError` for a value that is not allowed."""
         for name, rule in OBJECTIVE_LIMITS.items():
             if not rule.holds(value := getattr(self, name)):
                 raise InputError(f"routing setting objective.{name} must be {rule.allowed}, but is {value!r:.80}.")
@@ -49,29 +52,31 @@ class ObjectiveSettings:
 class RoutingSettings:
     """How a scan is routed.
 
-    By default the experts' weights are mixed in equal parts, the scan is segmented by the mixture in all views that fit
-    the anatomy, and the probabilities are averaged. The rest is for other methods, the paper's among them;
-    :func:`preset` knows them.
+    By default the weights of the experts are averaged, the scan is segmented by this soup in all views that fit the
+    anatomy, and the probabilities are averaged. Other settings define other methods, among them that of the paper; see
+    :func:`preset`.
 
     Attributes:
-        start: where the routes begin: "uniform" (the soup), "distance" (the experts nearest by batch-norm statistics),
-            "global" (the global model, but for 0.001 an expert, so that adaptation can move) or "random" (the paper).
-        temperature: of distance routes; small leans on the nearest expert alone.
-        per: routes a "sample" (the paper), a "volume", or a "layer" without a router.
-        activation: "softmax", or (the paper) "sigmoid"; normalised either way.
-        route_norms: mix the norm layers as well; False keeps the global model's (the paper).
-        statistics: share of the scan's own batch-norm statistics, the rest being the running ones; in mode "site",
-            those of all its scans. The prostate bundle takes one half, as a volume is large enough to measure its own.
-            Of several shares the predictions are averaged (InTEnt, Dong et al. 2024). "auto": 0, and the average of 0
-            and 0.5 for a scan whose shift is large, as the running statistics do not describe it.
-        views: "average" the prediction over all views that fit the anatomy; "judge" the mask by how far they agree on
-            the slices that the scan is measured on, and predict the scan as it is; or "none".
-        affine: adaptation may shift the norm layers' weight and bias.
-        steps: optimiser steps of adaptation; 0 predicts from the starting routes.
-        learning_rate: of Adam.
-        agreement: the adapted mask must have at least this Dice with the starting one.
-        self_training: in mode "site", steps of training on the masks of the site's scans; 0: none.
-        objective: of adaptation; given as a dictionary, the values replace those of the preset.
+        start: Starting routes: "uniform" (the soup); "distance" (the nearest experts by batch-norm statistics);
+            "global" (the global model, and 0.001 of each other expert, without which adaptation could not move the
+            routes); or "random" (as in the paper).
+        temperature: Temperature of distance routes; a small value selects the nearest expert alone.
+        per: Routes per "sample" (as in the paper), per "volume", or per "layer" without a router.
+        activation: "softmax", or "sigmoid" as in the paper; normalised in both cases.
+        route_norms: Whether norm layers are mixed; in the paper they are those of the global model.
+        statistics: Share of the scan's own batch-norm statistics, in [0, 1]; the rest are the running ones. In mode
+            "site" they are the statistics of all scans of the site. For several shares, the predictions are averaged
+            (InTEnt, Dong et al. 2024). "auto" uses 0, and the shares 0 and 0.5 for a scan with a large shift, which the
+            running statistics do not describe. The prostate bundle uses 0.5, as the slices of a volume are enough to
+            measure its own statistics.
+        views: "average": the predictions of all views that fit the anatomy are averaged; "judge": the scan is predicted
+            as it is, and the agreement of the views on some slices judges the mask; or "none".
+        affine: Whether adaptation may shift the weight and bias of the norm layers.
+        steps: Optimiser steps of adaptation; 0 predicts from the starting routes.
+        learning_rate: Learning rate of Adam in adaptation.
+        agreement: Lowest Dice of the masks before and after adaptation for which the latter is accepted.
+        self_training: Training steps on the masks of the site's scans, in mode "site"; 0 for none.
+        objective: Objective of adaptation; in a dictionary of settings, its values replace those of the preset.
     """
 
     start: Literal["uniform", "distance", "global", "random"] = "uniform"
@@ -89,7 +94,7 @@ class RoutingSettings:
     objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
 
     def __post_init__(self) -> None:
-        """Raise `InputError` for a value outside its range: a misspelt start would else be another start in silence."""
+        """Raise `InputError` for a value that is not allowed."""
         for name, hint in get_type_hints(type(self)).items():
             value, choices = getattr(self, name), [c for c in get_args(hint) if isinstance(c, str)]
             if choices and not (isinstance(value, str) and value in choices):
@@ -97,53 +102,46 @@ class RoutingSettings:
             rule = switch if hint is bool else LIMITS.get(name)
             if rule is not None and not rule.holds(value):
                 raise InputError(f"routing setting {name} must be {rule.allowed}, but is {value!r:.80}.")
-        shares = self.shares()
-        if not shares or not all(SHARE.holds(share) for share in shares):
-            raise InputError(
-                f"routing setting statistics must be {SHARE.allowed}, a list of such numbers, or 'auto', but is "
-                f"{self.statistics!r:.80}."
-            )
         terms = self.objective
         if self.steps and not (terms.consistency or terms.entropy or terms.shape):
             raise InputError("adaptation needs an objective: give consistency, entropy or shape a weight, or steps=0.")
 
     def shares(self, is_far: bool = False) -> tuple[float, ...]:
-        """The shares of the scan's own statistics that predictions are made with.
+        """Return the shares of the scan's own statistics, each of which gives a prediction.
 
         Args:
-            is_far: whether the scan's shift is large.
+            is_far: Whether the scan's shift is large.
         """
         shares: Any = self.statistics
-        if shares == "auto":
+        if shares == AUTO:
             return FAR_SHARES if is_far else (0.0,)
-        return tuple(shares) if isinstance(shares, Sequence) and not isinstance(shares, str) else (shares,)
+        return tuple(shares) if isinstance(shares, Sequence) else (shares,)
 
 
-LARGE_SHIFT = 3  # times the usual one: single photographs of inside sites reach 2.7
+LARGE_SHIFT = 3  # in units of the usual shift; single photographs of inside sites reach 2.7
 FAR_SHARES = (0.0, 0.5)
 SHARE = number(0, 1)
 LIMITS: dict[str, Rule] = {
     "temperature": number(1e-3),
+    "statistics": either(
+        SHARE, several("a list of such numbers", SHARE, fewest=1), Rule("'auto'", lambda value: value == AUTO)
+    ),
     "steps": whole(0),
     "learning_rate": number(0),
     "agreement": number(0, 1),
     "self_training": whole(0),
 }
 OBJECTIVE_LIMITS: dict[str, Rule] = {
-    "consistency": number(0),
-    "entropy": number(0),
-    "shape": number(0),
+    **dict.fromkeys(("consistency", "entropy", "shape", "noise", "intensity"), number(0)),
     "window": number(0, 1),
-    "noise": number(0),
-    "intensity": number(0),
 }
 
 PRESETS: dict[str, RoutingSettings] = {
     "default": RoutingSettings(),
-    # Jiang et al. 2023 as released, with known defects fixed: every expert in every layer, routers with a nonlinearity,
-    # trained at all depths and normalised; terms on their own scales, target detached; a new view each step; dropout
-    # off in the scored output; no label picks the pass. The weights keep the released proportions (shape 1e-3 of the
-    # entropy).
+    # the released method of Jiang et al. 2023 with known defects fixed: all experts are in all layers; the routers have
+    # a nonlinearity, are trained in all layers, and their output is normalised; the terms are scaled and the target is
+    # detached; each step draws a new view; the scored output is without dropout; and no label selects the step that is
+    # scored. The weights of the terms have the released proportions (shape 1e-3 of the entropy).
     "paper": RoutingSettings(
         start="random",
         per="sample",
@@ -157,23 +155,19 @@ PRESETS: dict[str, RoutingSettings] = {
         agreement=0.0,
         objective=ObjectiveSettings(consistency=0.1, entropy=10.0, shape=0.01, noise=0.5, intensity=0.0),
     ),
-    # the uniform mixture of the routing space as it stands
+    # the uniform mixture of the routing space, with one forward
     "soup": RoutingSettings(views="none"),
-    # the default, then a careful refinement of the routes alone
+    # the default, followed by gradient steps on the routes
     "adapted": RoutingSettings(steps=10),
-    # for a site: a network trained on the masks that the default makes of its scans
+    # for a site: a network that is trained on the masks that the default predicts for its scans
     "self_trained": RoutingSettings(self_training=400),
 }
-
-
-# presets that a bundle adjusts to its images; the others are defined by their publications
+# presets that a bundle may adjust to its images; the others are defined by publications
 ADJUSTED = ("default", "adapted", "self_trained")
 
 
 def preset(
-    name: str = "default",
-    overrides: Mapping[str, Any] | None = None,
-    bundle: Mapping[str, Any] | None = None,
+    name: str = "default", overrides: Mapping[str, Any] | None = None, bundle: Mapping[str, Any] | None = None
 ) -> RoutingSettings:
     """Return the settings of a preset, with some of them replaced.
 
@@ -196,7 +190,7 @@ def preset(
 
 
 def _known(overrides: Any, kind: type, prefix: str = "") -> dict[str, Any]:
-    """The overrides, if they are a dictionary of the settings that `kind` has."""
+    """The overrides as a dictionary, after a check that `kind` has these settings."""
     if not isinstance(overrides, Mapping | None):
         what = f"routing setting {prefix.rstrip('.')}" if prefix else "routing"
         raise InputError(f"{what} must be a dictionary, setting -> value, but is {overrides!r:.80}.")

@@ -255,5 +255,5 @@ def test_a_bundle_without_models_says_so(
     process = machine.bundle("inference", machine.folder / bundle, *options)
     assert process.returncode == 1
     (line,) = [line for line in process.stderr.splitlines() if line.startswith("error:")]
-    assert "comes without trained weights" in line
+    assert "has no trained weights" in line
     assert "Traceback" not in process.stderr

@@ -183,7 +183,7 @@ def test_equal_quality_is_ordered_by_name() -> None:
         ({"quality": 1.0, "areas": [0.1, 0.1], "shift": 0.21}, "large shift"),
         ({"quality": 0.5, "areas": [0.1, 0.0], "shift": 0.3}, "target 2 is missing; large shift"),
         ({"quality": 0.0, "areas": [0.0, 0.0]}, "empty mask"),
-        ({"quality": 0.8, "decision": "start", "reason": "no adaptation asked for"}, "views disagree"),
+        ({"quality": 0.8, "decision": "start", "reason": "no adaptation was requested"}, "views disagree"),
         ({"quality": 1.0, "decision": "start", "reason": "it strays", "objective_start": 0.1}, "it strays"),
         ({"quality": 1.0, "decision": "adapted", "reason": "improved", "objective_start": 0.1}, ""),
     ],

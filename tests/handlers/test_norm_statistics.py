@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""By which statistics batch norm normalises while a site trains: each choice by its formula, nothing left behind."""
+"""The statistics of batch norm during local training, each choice compared with its formula."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def statistics_of(state: State) -> State:
 
 
 def by_hand(weights: State, normalise: Any) -> State:
-    """A round of SGD in which `normalise` prepares each batch norm before each step."""
+    """Train one round by SGD, with `normalise` called for each batch norm before each step."""
     network = unet()
     network.load_state_dict(weights)
     for batch in batches():
@@ -52,16 +52,16 @@ def by_hand(weights: State, normalise: Any) -> State:
 
 @pytest.fixture
 def weights() -> State:
-    """A network whose running statistics are not those of its first batch."""
+    """The weights of a network whose running statistics differ from those of its first batch."""
     return {key: tensor.clone() for key, tensor in Site().round(unet(5).state_dict()).items()}
 
 
-def test_batch_statistics_are_training_as_it_is(weights):
+def test_batch_statistics_are_plain_training(weights):
     assert equal(site("batch").round(weights), Site().round(weights))
 
 
 def test_global_statistics_normalise_and_stay(weights):
-    """As a loop in which every batch norm is in evaluation mode, gradients included."""
+    """Weights and gradients are those of a loop in which every batch norm is in evaluation mode."""
     local = site("global").round(weights)
     expected = by_hand(weights, lambda layer: layer.eval())
     for key, tensor in expected.items():
@@ -71,15 +71,15 @@ def test_global_statistics_normalise_and_stay(weights):
 
 
 @pytest.mark.parametrize("statistics", ["global", "blend"])
-def test_choice_holds_from_its_start_on(weights, statistics):
-    """Counted over the rounds: the first of three trains by its batches."""
+def test_the_choice_holds_from_the_start_epoch_on(weights, statistics):
+    """The start is counted over all rounds: the first of three rounds trains with batch statistics."""
     chosen, plain = site(statistics, start_epoch=1), Site()
     same = [equal(chosen.round(weights), plain.round(weights)) for _ in range(3)]
     assert same == [True, False, False]
 
 
 def test_blend_is_the_formula(weights, monkeypatch):
-    """With one share for all: the gradient of a network that normalises by the weighted mean of both statistics."""
+    """With one share for all layers, the gradient is that of a network with the weighted mean of both statistics."""
     share = 0.3
     monkeypatch.setattr(NormStatisticsHandler, "draw", lambda self, engine: setattr(self, "share", share))
     local = site("blend").round(weights)
@@ -101,8 +101,8 @@ def test_blend_is_the_formula(weights, monkeypatch):
     assert equal(statistics_of(local), statistics_of(weights))
 
 
-def test_blend_draws_anew_and_resumes(weights):
-    """Half of the steps by the global statistics alone; a handler made anew in a later round draws the same."""
+def test_blend_draws_new_shares_and_resumes(weights):
+    """Half of the steps use the global statistics alone; a new handler draws the same shares in a later round."""
     handler = NormStatisticsHandler(unet(), "blend")
     shares = []
     for _ in range(400):
@@ -116,8 +116,8 @@ def test_blend_draws_anew_and_resumes(weights):
 
 
 @pytest.mark.parametrize("statistics", ["global", "blend"])
-def test_nothing_is_left_on_the_network(weights, statistics, monkeypatch):
-    """After a round, and after one that fails, the network has no hooks and evaluates as any other."""
+def test_no_hook_is_left_on_the_network(weights, statistics, monkeypatch):
+    """After a round, and after a round that fails, the network has no hooks and evaluates as before."""
     made = site(statistics)
     made.round(weights)
     assert not any(layer._forward_pre_hooks for layer in batch_norms(made.network).values())
@@ -128,7 +128,7 @@ def test_nothing_is_left_on_the_network(weights, statistics, monkeypatch):
 
 
 def test_own_statistics_are_those_of_the_inputs(weights):
-    """Measured on some inputs, the first batch norm's running mean is that of its input; nothing else changes."""
+    """The running mean of the first batch norm becomes that of its inputs; the weights do not change."""
     network = unet()
     network.load_state_dict(weights)
     own = with_own_statistics(network, [images(4, 3, 8, 8, seed=1), images(4, 3, 8, 8, seed=2)])
@@ -141,6 +141,6 @@ def test_own_statistics_are_those_of_the_inputs(weights):
     torch.testing.assert_close(own[f"{name}.running_mean"], seen[0].mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
 
 
-def test_unknown_choice_is_one_line():
+def test_an_unknown_choice_is_refused_by_one_line():
     with pytest.raises(InputError, match="norm_statistics must be one of batch, global, blend, but is 'frozen'"):
         NormStatisticsHandler(unet(), "frozen")  # type: ignore[arg-type]

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""One evaluation tells of both models: what arrived, and the site's own, and leaves no other trace."""
+"""One evaluation scores the received and the personalised model, and has no other effect."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def evaluator(network: nn.Module, *handlers: Any) -> SupervisedEvaluator:
 
 
 class Passes:
-    """Counts the cases that an evaluator's handlers see, as one that writes masks would."""
+    """Counts the cases that the handlers of an evaluator see, for example one that writes masks."""
 
     def __init__(self) -> None:
         self.cases = 0
@@ -68,8 +68,8 @@ def dice_of(network: nn.Module) -> float:
     return engine.state.metrics["dice"]
 
 
-def test_own_model_is_scored_as_if_it_had_arrived(tmp_path: Path) -> None:
-    """On the same cases; the network, random state and what other handlers see are as in an evaluation without it."""
+def test_the_personalised_model_is_scored_like_a_received_one(tmp_path: Path) -> None:
+    """On the same cases; network, random state and other handlers are as in an evaluation without it."""
     network, path, passes = unet(0), tmp_path / "model_A.pt", Passes()
     torch.save(unet(1).state_dict(), path)
     engine = evaluator(network, PersonalisedMetrics(str(path), metric(), POSTPROCESSING), passes)
@@ -87,8 +87,8 @@ def test_own_model_is_scored_as_if_it_had_arrived(tmp_path: Path) -> None:
     assert engine.network is network
 
 
-def test_each_evaluation_stands_for_itself(tmp_path: Path) -> None:
-    """Without a file nothing is added; with a new one its score is; figures handed out before do not change."""
+def test_evaluations_are_independent(tmp_path: Path) -> None:
+    """Nothing is added without a file, a new file is scored, and metrics that were returned earlier do not change."""
     path = tmp_path / "model_A.pt"
     engine = evaluator(unet(0), PersonalisedMetrics(str(path), metric(), POSTPROCESSING))
     told = []

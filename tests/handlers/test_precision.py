@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Training in bfloat16: the forward is reduced, what the loss sees is not."""
+"""Training in bfloat16: the forward has reduced precision, the input of the loss has not."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from shared_iopfl.handlers.precision import AutocastInferer
 
 
 @pytest.mark.parametrize("enabled", [True, False])
-def test_forward_runs_in_bfloat16_only_where_asked_and_returns_float32(enabled: bool) -> None:
+def test_the_forward_runs_in_bfloat16_only_if_enabled_and_returns_float32(enabled: bool) -> None:
     seen: list[torch.dtype] = []
     layer = nn.Conv2d(3, 2, 1)
     layer.register_forward_hook(lambda *call: seen.append(call[-1].dtype))

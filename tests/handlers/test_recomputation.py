@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Activation checkpointing: a step is what it is without, to the bit; what is kept of its forward is less."""
+"""Activation checkpointing: a step gives exactly the same result, with less memory for activations."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def step(network: nn.Module, recompute: bool, half: bool = False) -> tuple[dict[
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_gradient_and_running_statistics_are_those_of_the_plain_step(name: str, half: bool) -> None:
-    """Statistics and their counters are updated once, though a part's forward runs twice; dropout drops the same."""
+    """Statistics and counters are updated once although the forward runs twice, and dropout is the same in both."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = NETWORKS[name]()
@@ -64,7 +64,7 @@ def test_gradient_and_running_statistics_are_those_of_the_plain_step(name: str, 
 
 @pytest.mark.parametrize("statistics", ["batch", "global", "blend"])
 def test_rounds_with_all_handlers_are_the_same(statistics: str) -> None:
-    """The hooks of the batch norms act in both forwards; Ditto's own model takes its steps by the same inferer."""
+    """The hooks of batch norms run in both forwards, and the model of Ditto uses the same inferer."""
     results = []
     for recompute in (False, True):
         site = Site()
@@ -78,7 +78,7 @@ def test_rounds_with_all_handlers_are_the_same(statistics: str) -> None:
     assert equal(*results)
 
 
-def test_what_is_kept_between_forward_and_backward_is_a_fraction() -> None:
+def test_few_activations_are_kept_between_forward_and_backward() -> None:
     network, kept = NETWORKS["BasicUNet"](), []
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -97,15 +97,15 @@ def test_what_is_kept_between_forward_and_backward_is_a_fraction() -> None:
 
 
 @pytest.mark.parametrize("side, padded", [(32, False), (40, True)])
-def test_only_a_padding_that_adds_something_is_run(side: int, padded: bool) -> None:
-    """`BasicUNet` pads at every level, though only sizes that are no multiple of 16 need it."""
+def test_padding_by_zero_pixels_is_skipped(side: int, padded: bool) -> None:
+    """`BasicUNet` pads at every level, although only sizes that are not multiples of 16 need it."""
     network = NETWORKS["BasicUNet"]().train()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         AutocastInferer(False, True)(images(2, 3, side, side, seed=3), network).mean().backward()
     assert any(event.name == "aten::replication_pad2d" for event in profile.events() or ()) == padded
 
 
-def test_an_error_in_the_forward_leaves_the_network_as_it_was() -> None:
+def test_an_error_in_the_forward_does_not_change_the_network() -> None:
     network = NETWORKS["BasicUNet"]()
     with pytest.raises(RuntimeError, match="channels"):
         AutocastInferer(False, True)(images(2, 5, 32, 32, seed=3), network)

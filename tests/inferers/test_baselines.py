@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The methods outside: each by the property it is known by, all without a trace in network or random state."""
+"""The other outside methods: the property that defines each, without changes of network or random state."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def inferer(kind: str, **kwargs: Any) -> ScanInferer:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, nullcontext])
-def test_serves_volumes_and_images_and_touches_nothing(kind, mode):
-    """Finite logits of the right shape without gradient, the same twice, even from a network in training mode."""
+def test_methods_segment_volumes_and_images_and_change_nothing_else(kind, mode):
+    """Logits are finite, without gradient, and equal in a second call, for a network in training mode too."""
     network = unet().train()
     with untouched(network), mode():
         for output in ("softmax", "sigmoid"):
@@ -73,7 +73,7 @@ def test_serves_volumes_and_images_and_touches_nothing(kind, mode):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_scans_of_a_batch_know_nothing_of_each_other(kind):
+def test_scans_of_a_batch_are_independent(kind):
     network, scans = unet(), torch.cat([volume(3), 2 + volume(3, seed=1)])
     together = inferer(kind)(scans, network)
     for scan, logits in zip(scans, together):
@@ -81,14 +81,14 @@ def test_scans_of_a_batch_know_nothing_of_each_other(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_odd_scans_do_not_break_it(kind):
+def test_constant_and_extreme_scans_give_finite_logits(kind):
     for scan in (torch.zeros(1, 1, 32, 32, 1), torch.full((1, 1, 32, 32, 2), 1e6)):
         assert torch.isfinite(inferer(kind)(scan, unet())).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["BasicUNet 3D", "SegResNet"])
-def test_serves_other_architectures(kind, name):
+def test_methods_run_on_other_architectures(kind, name):
     """3D networks, and norm layers without running statistics."""
     build, shape = ARCHITECTURES[name]
     serve = inferer(kind, slices=None)
@@ -112,8 +112,8 @@ def test_wrong_arguments_are_refused():
 # ---- views ----------------------------------------------------------------------------------------------------------
 
 
-def test_views_see_a_turned_image_as_the_image_turned():
-    """Averaged over all eight views, the network does not care how the image lies; on its own it does."""
+def test_a_turned_image_gives_the_turned_prediction():
+    """With all eight views the orientation of the image does not matter; without views it does."""
     network, image = unet(), images(1, 3, 32, 32)
     turned = image.rot90(1, (2, 3)).flip(2)
     serve = ViewsInferer([0, 1], rotations=True, slices=None)
@@ -140,7 +140,7 @@ def test_views_average_probabilities(output):
 @torch.no_grad()
 @pytest.mark.parametrize("kind", [EnsembleInferer, DaWinInferer])
 @pytest.mark.parametrize("output", ["softmax", "sigmoid"])
-def test_equal_experts_serve_as_the_plain_network(kind, output):
+def test_equal_experts_give_the_plain_prediction(kind, output):
     network, scan = unet(), volume(3)
     plain = probabilities(StackInferer()(scan, network), output)
     for space in (None, dict.fromkeys("AB", network.state_dict())):
@@ -158,8 +158,8 @@ def test_ensemble_is_the_mean_probability_of_all_with_the_global_model():
 
 @torch.no_grad()
 @pytest.mark.parametrize("temperature", [1e-4, 0.5, 1e6])
-def test_dawin_mixes_weights_by_how_sure_each_expert_is(temperature):
-    """Cold: the surest expert alone; hot: the soup; between: the softmax of the negative entropies."""
+def test_dawin_mixes_weights_by_the_entropy_of_each_expert(temperature):
+    """A low temperature gives the most certain expert, a high one the soup, and others the softmax of -entropy."""
     network, image = unet(), images(1, 3, 32, 32)
     states = [network.state_dict(), *experts(2).values()]
     doubt = torch.stack([entropy(unet(seed)(image).softmax(1), "softmax") for seed in (0, 1, 2)])
@@ -174,7 +174,7 @@ def test_dawin_mixes_weights_by_how_sure_each_expert_is(temperature):
 
 @torch.no_grad()
 def test_full_statistics_are_those_of_a_forward_in_training_mode():
-    """All slices of the scan together, few enough to be measured all; and no share is the plain network."""
+    """The statistics are those of all slices of the scan; with share 0 the result is that of the plain network."""
     network, scan = unet(), volume(5)
     stack = to_stack(scan[0])
     expected = copy.deepcopy(network).train()(stack).permute(1, 2, 3, 0)[None]
@@ -185,8 +185,8 @@ def test_full_statistics_are_those_of_a_forward_in_training_mode():
 
 
 @torch.no_grad()
-def test_blended_statistics_lie_between():
-    """running * (1 - share) + own * share, of means and variances."""
+def test_blended_statistics_lie_between_running_and_own_ones():
+    """Means and variances are running * (1 - share) + own * share."""
     network = make(lambda: nn.Sequential(nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2)), 0)
     image, share = images(1, 3, 8, 8), 0.3
     features = network[0](image)  # type: ignore[index]
@@ -231,7 +231,7 @@ def test_methods_that_are_settings_are_settings_of_the_routing(name):
 
 
 def test_labelled_routes_beat_the_soup_and_stay_within_the_experts():
-    """Labels made by one expert: the routes find it. Inside the space: no weight lies outside the experts'."""
+    """For labels from one expert, the routes prefer it; all weights lie between those of the experts."""
     network, truth = unet(), unet(1)
     space = {"global": network.state_dict(), **experts(2)}
     batches = []

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Inference in every mode and by every preset: a mask of any input, a site's network, or one line that says why not."""
+"""Inference in all modes and presets: masks, the network of a site, and refusals by one line."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from shared_iopfl.inferers import routing as inferers
 from shared_iopfl.inferers.members import MeanOfNetworks, load_members
 from shared_iopfl.inferers.routing import TestTimeRoutingInferer
+from shared_iopfl.routing import adaptation
 from shared_iopfl.routing.distances import distance_routes, distribution_distance
 from shared_iopfl.routing.settings import PRESETS, RoutingSettings, preset
 from shared_iopfl.utils.errors import InputError
@@ -51,8 +52,8 @@ def test_without_experts_the_global_model_has_the_statistics_and_views_of_the_se
     assert alone.reports[-1]["experts"] == ["global"]
 
 
-def test_a_site_that_asks_for_its_own_model_gets_that_model():
-    """A network that is one of the experts is not routed; after it, the global model is as before."""
+def test_a_network_that_is_an_expert_gives_plain_inference():
+    """A network that is an expert is not routed; the global model is routed as before."""
     inferer, scan = routing(), volume(3)
     before = inferer(scan, unet())
     for number, expert in enumerate(experts(2).values(), 1):
@@ -64,8 +65,8 @@ def test_a_site_that_asks_for_its_own_model_gets_that_model():
 
 
 @torch.no_grad()
-def test_its_attributes_can_be_logged():
-    """MONAI Label prints them at every request: thousands of lines of weights would bury all else."""
+def test_the_attributes_of_an_inferer_have_a_short_repr():
+    """MONAI Label logs them at every request, and weights would take thousands of lines."""
     inferer = routing()
     inferer(volume(2), unet())
     assert len(str(inferer.__dict__)) < 20_000
@@ -79,7 +80,7 @@ EPISODIC = [name for name, settings in PRESETS.items() if not settings.self_trai
 @pytest.mark.parametrize("name", EPISODIC)
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, nullcontext])
 def test_presets_run_on_images_and_volumes(name, mode):
-    """Finite logits of the right shape, one report a scan, and neither network nor random state is touched."""
+    """Logits are finite, each scan has a report, and neither network nor random state is changed."""
     overrides = {"steps": min(1, PRESETS[name].steps)}
     build = ARCHITECTURES["BasicUNet 2D"][0] if mode is torch.no_grad else unet
     network, other = make(build, 0), make(build, 1)
@@ -120,15 +121,15 @@ def test_adapts_for_every_kind_of_routes_and_outputs(per, output, shape):
 
 @pytest.mark.parametrize("scan", [torch.zeros(1, 1, 32, 32, 2), torch.full((1, 1, 32, 32, 2), 1e6), 1e-6 * volume(2)])
 @pytest.mark.parametrize("name", EPISODIC)
-def test_odd_scans_do_not_break_it(scan, name):
-    """Constant, huge and nearly empty images give finite logits."""
+def test_constant_and_extreme_scans_give_finite_logits(scan, name):
+    """For constant, huge and nearly empty images."""
     logits = routing(name, overrides={"steps": min(1, PRESETS[name].steps)})(scan, unet())
     assert torch.isfinite(logits).all()
 
 
 @torch.no_grad()
 def test_volumes_of_a_3d_network():
-    """slices=None with a 3D network; turns only where the first two axes are equally long."""
+    """With slices=None and a 3D network; quarter turns only if the first two axes have equal length."""
     network = nn.Sequential(nn.Conv3d(1, 2, 3, padding=1), nn.BatchNorm3d(2)).eval()
     space = {"A": copy.deepcopy(network).state_dict()}
     seen: list[tuple[int, ...]] = []
@@ -176,7 +177,7 @@ def test_site_routes_are_those_of_the_mean_distance():
 
 
 def test_site_adapts_on_slices_of_every_scan(monkeypatch):
-    """The number of slices is one per scan, not for the site."""
+    """The number of slices is that of each scan, not of the site."""
     monkeypatch.setattr(inferers, "SCAN_SLICES", 2)
     inferer = routing(overrides=ADAPTING, mode="site")
     seen: list[Tensor] = []
@@ -185,10 +186,10 @@ def test_site_adapts_on_slices_of_every_scan(monkeypatch):
     assert len(seen[0]) == 6
 
 
-def test_refused_site_adaptation_leaves_the_start(monkeypatch):
+def test_rejected_adaptation_of_a_site_leaves_the_starting_routes(monkeypatch):
     inferer = routing("adapted", mode="site")
     monkeypatch.setattr(inferer.adaptation, "adapt", harmful)
-    monkeypatch.setattr(inferers, "mask_agreement", lambda *_: 0.0)
+    monkeypatch.setattr(adaptation, "mask_agreement", lambda *_: 0.0)
     assert inferer.fit([volume(2)], unet())["decision"] == "start"
     start = routing(mode="site")
     start.fit([volume(2)], unet())
@@ -200,7 +201,7 @@ def test_refused_site_adaptation_leaves_the_start(monkeypatch):
 
 @torch.no_grad()
 def test_site_network_keeps_the_sites_statistics():
-    """In mode "site" the blended statistics are baked in: a plain network, the same for every batch size."""
+    """In mode "site" the blended statistics are part of a plain network; masks do not depend on the batch size."""
     inferer = routing(overrides={"statistics": 1.0, "views": "none"}, mode="site")
     assert inferer.fit([3 * volume(4), 3 * volume(3, seed=1)], unet())["statistics"] == [1.0]
     site = inferer.site_network
@@ -211,8 +212,8 @@ def test_site_network_keeps_the_sites_statistics():
 
 
 @torch.no_grad()
-def test_a_site_is_served_by_one_network_a_share_of_its_statistics(tmp_path):
-    """The mean of plain networks, which its state_dict brings back; its mask is that of their mean probability."""
+def test_a_site_has_one_network_per_share_of_its_statistics(tmp_path):
+    """A mean of plain networks, which can be loaded from its state_dict, and averages their probabilities."""
     inferer, scan, network = (
         routing(overrides={"statistics": [0.0, 0.5], "views": "none"}, mode="site"),
         volume(3),
@@ -232,7 +233,7 @@ def test_a_site_is_served_by_one_network_a_share_of_its_statistics(tmp_path):
         load_members(network, {"networks.0.other": torch.zeros(1)}, "softmax", "site.pt")
 
 
-def test_site_mode_refuses_what_leaves_no_plain_network():
+def test_site_mode_refuses_routes_per_sample_or_volume():
     for overrides in ({"per": "sample"}, {"per": "volume"}):
         with pytest.raises(InputError, match=r"one plain network.*'paper'.*per='layer'"):
             routing(overrides=overrides, mode="site").fit([volume(2)], unet())
@@ -302,7 +303,7 @@ def test_expert_that_does_not_fit_is_named_when_the_scan_is_routed():
         TestTimeRoutingInferer(space)(volume(2), unet())
 
 
-def test_what_is_no_network_cannot_be_routed():
+def test_a_function_cannot_be_routed():
     with pytest.raises(ValueError, match=r"nn\.Module"):
         routing()(volume(2), lambda x: x)
 
@@ -310,7 +311,7 @@ def test_what_is_no_network_cannot_be_routed():
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", EPISODIC)
 def test_cuda_gives_the_masks_of_the_cpu(gpu, name):
-    """Logits within 1e-2 in full precision; under autocast finite, and the decision is reported."""
+    """Logits agree within 1e-2 in full precision; under autocast they are finite, and the decision is reported."""
     network, scan = unet(), volume(3)
     expected = routing(name)(scan, network)
     found = routing(name)(scan.to(gpu), copy.deepcopy(network).to(gpu))

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Adaptation leaks nothing from scan to scan, and serves nothing worse than its start."""
+"""Adaptation has no effect on later scans, and its result is never worse than the start."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from shared_iopfl.inferers import routing as inferers
 from shared_iopfl.inferers.routing import TestTimeRoutingInferer
+from shared_iopfl.routing import adaptation
 from shared_iopfl.routing.adaptation import mask_agreement
 from shared_iopfl.routing.network import RoutedNetwork
 from shared_iopfl.routing.objectives import RoutingObjective, View, ViewSampler, entropy, probabilities
@@ -35,8 +36,8 @@ from shared_iopfl.routing.settings import PRESETS, preset
 
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if name != "self_trained"])
-def test_mask_does_not_depend_on_what_was_served_before(name):
-    """A, B, A: both As are the same to the bit, as is A from a fresh inferer; another seed may differ."""
+def test_a_mask_does_not_depend_on_earlier_scans(name):
+    """Of the scans A, B, A, both masks of A are identical, and identical to that of a new inferer."""
     network = unet()
     overrides = dict(LEARNT) if PRESETS[name].steps else {}
     inferer = routing(name, overrides=overrides)
@@ -53,7 +54,7 @@ def test_mask_does_not_depend_on_what_was_served_before(name):
 
 
 def test_interrupted_adaptation_leaves_nothing_behind(monkeypatch):
-    """A scan that fails half way through its adaptation does not colour the next one."""
+    """A scan that fails during adaptation does not change the next one."""
     network, scan = unet(), volume(2)
     inferer = routing("paper", overrides=LEARNT)
     expected = inferer(scan, network)
@@ -71,7 +72,7 @@ def test_interrupted_adaptation_leaves_nothing_behind(monkeypatch):
     assert torch.equal(inferer(scan, network), expected)
 
 
-def test_two_threads_are_served_as_one_by_one():
+def test_two_threads_get_the_masks_of_one_thread():
     network, scans = unet(), [volume(2, seed=n) for n in range(4)]
     inferer = routing("adapted", overrides=LEARNT)
     alone = [inferer(scan, network) for scan in scans]
@@ -113,7 +114,7 @@ CHANGES = {
 @torch.no_grad()
 @pytest.mark.parametrize("change", CHANGES)
 def test_changed_network_is_routed_anew_and_an_unchanged_one_is_not(change):
-    """However the global model gets its new weights, the next scan is routed from them."""
+    """For any way in which the global model gets new weights, the next scan is routed with them."""
     network, scan = unet(), volume(2)
     inferer = routing("soup")
     before = inferer(scan, network)
@@ -126,16 +127,16 @@ def test_changed_network_is_routed_anew_and_an_unchanged_one_is_not(change):
     assert torch.equal(inferer(scan, unet()), before)
 
 
-def test_network_made_under_inference_mode_is_served():
-    """Inference tensors have no version and allow no gradient; neither is needed of the network's own."""
+def test_a_network_made_in_inference_mode_can_be_routed():
+    """Inference tensors have no version and no gradient; the routing needs neither of the network."""
     with torch.inference_mode():
         network = unet()
         logits = routing("adapted", overrides=LEARNT)(volume(2), network)
     assert torch.equal(logits, routing("adapted", overrides=LEARNT)(volume(2), unet()))
 
 
-def test_experts_are_not_kept_in_touch_with_the_live_network():
-    """The routing space is a copy: training the network on does not change what an expert was, nor the other way."""
+def test_experts_do_not_change_with_the_network():
+    """The experts are copied, so that training the network does not change them, nor the reverse."""
     network = unet()
     space = experts(2)
     kept = copy.deepcopy(space)
@@ -143,8 +144,8 @@ def test_experts_are_not_kept_in_touch_with_the_live_network():
     assert all(torch.equal(tensor, kept[site][key]) for site in space for key, tensor in space[site].items())
 
 
-def test_adapted_router_is_what_predicts_under_autocast():
-    """With half precision as without, what adaptation changed reaches the mask."""
+def test_the_adapted_router_predicts_under_autocast():
+    """The adapted router changes the mask in half precision too."""
     overrides = {**LEARNT, "per": "sample", "views": "none"}
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
         inferer = routing(overrides=overrides)
@@ -158,8 +159,8 @@ def test_adapted_router_is_what_predicts_under_autocast():
 
 
 @pytest.mark.parametrize("per", ["sample", "layer"])
-def test_diverged_adaptation_is_refused(per):
-    """With an absurd learning rate the start is served, to the bit, and the report says why."""
+def test_diverged_adaptation_is_rejected(per):
+    """With an extreme learning rate the mask is exactly that of the start, and the report has the reason."""
     overrides = {"per": per, "affine": True, "agreement": 0.0}
     inferer = routing(overrides={**overrides, "steps": 3, "learning_rate": 1e30})
     logits = inferer(volume(2), unet())
@@ -168,12 +169,14 @@ def test_diverged_adaptation_is_refused(per):
     assert inferer.reports[0]["reason"] == "adaptation became non-finite"
 
 
-@pytest.mark.parametrize("after, agreement, reason", [(2, 1, "improve"), (1, 1, "improve"), (0.5, 0.89, "strays")])
-def test_guard_refuses_what_is_no_better_and_what_strays(monkeypatch, after, agreement, reason):
+@pytest.mark.parametrize(
+    "after, agreement, reason", [(2, 1, "improve"), (1, 1, "improve"), (0.5, 0.89, "differs too much")]
+)
+def test_guard_rejects_a_result_that_is_no_better_or_differs_too_much(monkeypatch, after, agreement, reason):
     inferer, scan, values = routing("adapted"), volume(2), iter((1.0, after))
     monkeypatch.setattr(inferer.adaptation, "adapt", harmful)
     monkeypatch.setattr(inferer.adaptation, "value", lambda *_: next(values))
-    monkeypatch.setattr(inferers, "mask_agreement", lambda *_: agreement)
+    monkeypatch.setattr(adaptation, "mask_agreement", lambda *_: agreement)
     logits = inferer(scan, unet())
     assert torch.equal(logits, routing()(scan, unet()))
     assert inferer.reports[0]["decision"] == "start"
@@ -188,8 +191,8 @@ def _climbing(term: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("rate, kept", [(0.1, True), (0.01, True), (-0.1, False), (-0.01, False)])
-def test_what_is_served_never_has_a_worse_objective_than_the_start(rate, kept, monkeypatch):
-    """Steps that climb instead (a negative rate) are never served, steps that descend are."""
+def test_the_result_never_has_a_higher_objective_than_the_start(rate, kept, monkeypatch):
+    """Steps that raise the objective are rejected, steps that lower it are accepted."""
     inferer, scan = routing(overrides={**LEARNT, "learning_rate": abs(rate)}), volume(2)
     if rate < 0:
         terms = RoutingObjective.terms
@@ -236,7 +239,7 @@ def test_adaptation_sees_new_views_and_dropout_masks_each_step_and_none_in_predi
 
 
 def test_adaptation_takes_evenly_spaced_slices(monkeypatch):
-    """At most so many of them, spread over the volume."""
+    """At most this number of slices, spread over the volume."""
     monkeypatch.setattr(inferers, "SCAN_SLICES", 3)
     inferer = routing(overrides=ADAPTING, batch_size=2)
     seen: list[Tensor] = []
@@ -250,14 +253,14 @@ def test_adaptation_takes_evenly_spaced_slices(monkeypatch):
 
 
 class Confidence(nn.Module):
-    """The entropy of the plain images: an objective that is no `RoutingObjective`."""
+    """The entropy of the plain images, as an objective other than `RoutingObjective`."""
 
     def forward(self, network, images, view):
         return entropy(probabilities(network(images), "softmax"), "softmax")
 
 
-def test_a_module_is_minimised_in_place_of_the_settings_objective():
-    """The settings' objective with the same terms takes the same steps; with others, others."""
+def test_an_objective_module_replaces_that_of_the_settings():
+    """It takes the same steps as the objective of the settings with the same terms, and others with other terms."""
     network, scan = unet(), volume(3)
     given = routing(
         "adapted", overrides={**LEARNT, "objective": {**ENTROPY, "entropy": 0.0, "shape": 1.0}}, objective=Confidence()

@@ -8,9 +8,9 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Outside methods on an accelerator: the CPU's logits, in half precision too, and few waits for the device a scan.
+"""Outside methods on an accelerator: logits as on a CPU, half precision, and few waits for the device per scan.
 
-On CUDA, or on the pretended device (``tests/conftest.py``).
+The tests run on CUDA, or on the pretended device (``tests/conftest.py``).
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def test_routes_from_labels_are_those_of_the_cpu(gpu: torch.device) -> None:
 def test_the_host_waits_seldom_for_the_device(
     gpu: torch.device, waits: Callable[[Callable[[], object]], int], name: str
 ) -> None:
-    """Each wait leaves the device idle: so many a scan, once the routed network is built."""
+    """The device is idle during each wait; the number is bounded per scan, after the routed network is built."""
     network, scan, inferer = on(gpu, unet()), volume(3).to(gpu), routing(name)
     inferer(scan, network)
     counted = waits(lambda: inferer(scan, network))

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Where the routes of a scan start, and with which statistics it is predicted, whatever the batch size."""
+"""The starting routes of a scan, and the statistics and views of its prediction."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from shared_iopfl.utils.stacks import StackInferer, to_stack
 
 
 @torch.no_grad()
-def test_soup_serves_the_network_of_the_averaged_weights():
+def test_soup_predicts_as_the_network_of_the_averaged_weights():
     network, scan = unet(), volume(3)
     plain = copy.deepcopy(network)
     plain.load_state_dict(mixture([network.state_dict(), *experts(2).values()], [1 / 3] * 3))  # type: ignore[list-item]
@@ -37,7 +37,7 @@ def test_soup_serves_the_network_of_the_averaged_weights():
 
 
 @torch.no_grad()
-def test_global_start_serves_the_global_model_within_a_thousandth():
+def test_global_start_predicts_as_the_global_model_within_a_thousandth():
     network, scan = unet(), volume(3)
     inferer = routing(overrides={"start": "global", "views": "none"})
     difference = (inferer(scan, network) - StackInferer()(scan, network)).abs().max()
@@ -46,7 +46,7 @@ def test_global_start_serves_the_global_model_within_a_thousandth():
 
 
 @torch.no_grad()
-def test_start_by_distance_are_the_distance_routes_of_the_scan():
+def test_routes_by_distance_are_the_distance_routes_of_the_scan():
     network, scan = unet(), volume(3)
     inferer = routing()
     inferer(scan, network)
@@ -58,7 +58,7 @@ def test_start_by_distance_are_the_distance_routes_of_the_scan():
 
 @torch.no_grad()
 def test_average_over_views_is_the_mean_probability():
-    """Averaged logits are the logarithm of the mean probability over the flips that fit, and no other."""
+    """The logits are the logarithm of the mean probability over the allowed flips, and no others."""
     network, scan = unet(), images(1, 3, 32, 32)
     for output, activate in (("softmax", lambda x: x.softmax(1)), ("sigmoid", torch.sigmoid)):
         single = routing("soup", slices=None, output=output)
@@ -97,7 +97,7 @@ def test_the_default_is_the_mean_over_views_of_the_soup():
 @torch.no_grad()
 @pytest.mark.parametrize("usual, shares", [(0.0, [0.0]), (1.1, [0.0]), (0.9, [0.0, 0.5])])
 def test_a_scan_of_a_large_shift_is_segmented_by_its_own_statistics_as_well(usual, shares, monkeypatch):
-    """Large is more than three times the usual shift, where that is known; the mask is then that of both shares."""
+    """A shift is large if it is more than three times the known usual shift; the mask is then that of both shares."""
     network, scan = unet(), volume(3)
     monkeypatch.setattr(TestTimeRoutingInferer, "_distances", lambda self, some, network, models: torch.tensor([3.0]))
     inferer = TestTimeRoutingInferer(experts(2), scores={"usual_shift": usual})
@@ -119,7 +119,7 @@ def test_a_scan_of_a_large_shift_is_segmented_by_its_own_statistics_as_well(usua
     ids=["no file", "no such number", "known", "statistics given", "shift not measured"],
 )
 @torch.no_grad()
-def test_models_without_a_usual_shift_are_named_once_where_auto_depends_on_it(scores, overrides, warned, caplog):
+def test_one_warning_if_auto_needs_a_usual_shift_that_the_models_lack(scores, overrides, warned, caplog):
     inferer, network = routing(overrides={"statistics": "auto", **overrides}, scores=scores), unet()
     for seed in range(2):
         inferer(volume(3, seed=seed), network)
@@ -130,7 +130,7 @@ def test_models_without_a_usual_shift_are_named_once_where_auto_depends_on_it(sc
 
 @torch.no_grad()
 def test_views_may_judge_a_mask_without_changing_it():
-    """By the slices that the scan is measured on: in a short volume all of them."""
+    """The slices that the scan is measured on are all slices of a short volume."""
     scan, network = volume(4), unet()
     plain, judged, averaged = (routing(overrides={"views": views}) for views in ("none", "judge", "average"))
     assert torch.equal(judged(scan, network), plain(scan, network))
@@ -176,7 +176,7 @@ def test_statistics_of_a_site_are_those_of_all_its_scans():
 
 @torch.no_grad()
 def test_prediction_uses_the_statistics_of_the_whole_scan():
-    """With the scan's own statistics alone, the mask is that of the soup in torch's training mode on the whole scan."""
+    """With the scan's statistics alone, the mask is that of the soup in training mode on the whole scan."""
     overrides = {"statistics": 1.0, "start": "uniform", "views": "none"}
     scan, network = volume(5), unet()
     logits = routing(overrides=overrides, batch_size=2)(scan, network)

@@ -8,14 +8,15 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Self-training: a site's network learns the masks of its own scans, reproducibly, and nothing else changes."""
+"""Self-training: the network of a site learns the masks of its scans, reproducibly, and nothing else changes."""
 
 import pytest
 import torch
 from monai.networks.nets import BasicUNet
 
+from shared_iopfl.inferers import self_training
 from shared_iopfl.inferers.routing import TestTimeRoutingInferer
-from shared_iopfl.inferers.self_training import SelfTraining, training_inputs
+from shared_iopfl.inferers.self_training import SelfTraining
 from shared_iopfl.routing.objectives import ViewSampler
 from shared_iopfl.routing.settings import preset
 from shared_iopfl.utils.errors import InputError
@@ -28,7 +29,7 @@ def make_network(seed=0):
 
 
 def trained(own_statistics=True, steps=40, seed=0):
-    """A network that learns where images of noise are bright."""
+    """Train a network on the bright regions of noise images."""
     generator = torch.Generator().manual_seed(1)
     images = torch.nn.functional.interpolate(torch.randn(12, 3, 4, 4, generator=generator), size=16)
     bright = (images[:, 1:2] > 0).float()
@@ -53,7 +54,7 @@ def test_the_network_learns_the_targets(own_statistics):
     assert not student.training and not any(each.requires_grad for each in student.parameters())
 
 
-def test_stored_statistics_stay_where_routing_takes_none_of_the_scan():
+def test_stored_statistics_stay_if_routing_uses_none_of_the_scan():
     network, student, *_ = trained(own_statistics=False, steps=3)
     for (key, before), after in zip(network.state_dict().items(), student.state_dict().values()):
         assert torch.equal(before, after) == ("running" in key or "tracked" in key), key
@@ -67,13 +68,17 @@ def test_the_seed_decides_and_the_global_random_state_is_left_alone():
     assert any(not torch.equal(one[key], other[key]) for key in one)
 
 
-def test_what_is_kept_of_a_scan_fits_in_memory():
-    training = SelfTraining(1, ViewSampler(()), "softmax", 6, 0)
-    stack = torch.zeros(32, 3, 384, 384)
-    assert training.inputs_per_scan(1, stack) == 32
-    assert training.inputs_per_scan(128, stack) == 3
-    inputs, targets = training_inputs(stack, torch.zeros(32, 2, 384, 384), 3, "softmax")
-    assert len(inputs) == len(targets) == 3 and torch.all(targets == 0.5)
+@pytest.mark.parametrize("scans, kept", [(1, 32), (10, 40), (100, 100)])
+def test_the_inputs_of_all_scans_fit_in_memory(scans, kept, monkeypatch):
+    """The limit is 40 inputs of 8 x 8 pixels in total, and at least one of each scan."""
+    monkeypatch.setattr(self_training, "TRAINING_PIXELS", 40 * 64)
+    training, seen = SelfTraining(1, ViewSampler(()), "softmax", 6, 0), []
+    monkeypatch.setattr(training, "train", lambda network, *given: seen.extend(given))
+    stacks = [torch.zeros(32, 3, 8, 8)] * scans
+    training.train_on(make_network(), stacks, lambda stack: torch.zeros(len(stack), 2, 8, 8), True)
+    images, targets, own_statistics = seen
+    assert images.shape == (kept, 3, 8, 8) and targets.shape == (kept, 2, 8, 8)
+    assert torch.all(targets == 0.5) and own_statistics
 
 
 def experts():
@@ -81,7 +86,7 @@ def experts():
 
 
 @pytest.mark.parametrize("statistics", [0.0, 0.5])
-def test_a_site_is_served_by_one_plain_network_that_self_training_changed(statistics):
+def test_a_site_has_one_plain_network_that_self_training_changed(statistics):
     scans = [torch.randn(1, 1, 16, 16, 4, generator=torch.Generator().manual_seed(n)) for n in range(2)]
     served = {}
     for steps in (0, 5):

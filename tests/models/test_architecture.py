@@ -40,8 +40,8 @@ def models(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_training_says_what_its_models_need(models: Path) -> None:
-    """Numbers, truth values and texts come back as they were, and the folder is no published one."""
+def test_training_records_the_architecture(models: Path) -> None:
+    """Numbers, truth values and texts are read as they were written, and the folder does not count as published."""
     manifest = read_manifest(models)
     assert manifest is not None and manifest["architecture"]["network_def"]["norm"] == "batch"
     found = [setting(models, name, default) for name, default in (("image_size", 384), ("normalise", False))]
@@ -63,8 +63,10 @@ def test_training_says_what_its_models_need(models: Path) -> None:
         ({}, {"_target_": "UNet"}, "--network_def#_target_ UNet .* trained with BasicUNet"),
     ],
 )
-def test_a_contradiction_is_one_line(models: Path, values: dict[str, Any], network: dict[str, Any], said: str) -> None:
-    """It names the flag and both values; whoever means it may say so."""
+def test_a_different_setting_is_refused_by_one_line(
+    models: Path, values: dict[str, Any], network: dict[str, Any], said: str
+) -> None:
+    """The line names the flag and both values; with match False there is no error."""
     given = {**VALUES, **values}, {**NETWORK, **network}
     with pytest.raises(InputError, match=said) as error:
         check_architecture(models, given[0], network_def=given[1])
@@ -79,7 +81,7 @@ def test_what_is_the_same_or_free_is_no_contradiction(models: Path, values: dict
     check_architecture(models, {**VALUES, **values}, network_def=NETWORK)
 
 
-def test_models_of_an_older_run_are_taken_with_a_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_models_without_a_manifest_give_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "model.pt").write_bytes(b"x")
     with caplog.at_level(logging.WARNING):
         check_architecture(tmp_path, VALUES, network_def=NETWORK)
@@ -90,8 +92,8 @@ def test_models_of_an_older_run_are_taken_with_a_line(tmp_path: Path, caplog: py
     assert not caplog.records
 
 
-def test_models_trained_otherwise_are_not_put_beside_others(models: Path) -> None:
-    """A model that training writes anew takes its manifest along; one that stays must be of the same kind."""
+def test_models_of_different_architectures_are_not_mixed_in_a_folder(models: Path) -> None:
+    """Models that training replaces do not matter; those that stay must have the same architecture."""
     other = describe_architecture({**VALUES, "image_size": 128}, NETWORK)
     check_training(models, other, ["model.pt"])
     (models / "model_B.pt").write_bytes(b"x")

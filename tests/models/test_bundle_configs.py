@@ -107,13 +107,13 @@ def test_a_task_changes_its_base_as_monai_merges_configs(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("task", "message"),
     [
-        ('{"base": "pictures"}', "lacks a#b, which .*train.json asks for: add it"),
-        ('{"base": "videos"}', "has the base 'videos': name one of pictures"),
+        ('{"base": "pictures"}', "lacks a#b, which .*train.json needs: add it"),
+        ('{"base": "videos"}', "has the base 'videos': set its key 'base' to one of pictures"),
         ("{", "cannot be read as a task"),
         ("[]", "must be a JSON object"),
     ],
 )
-def test_what_is_wrong_with_a_task_is_one_line(task: str, message: str, tmp_path: Path) -> None:
+def test_a_faulty_task_is_refused_by_one_line(task: str, message: str, tmp_path: Path) -> None:
     common = common_of(tmp_path / "common", {"a": "%task#a#b"})
     (tmp_path / "task.json").write_text(task)
     with pytest.raises(InputError, match=message) as raised:

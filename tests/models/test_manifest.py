@@ -55,14 +55,14 @@ def change_manifest(folder: Path, change: Callable[[dict[str, Any]], Any]) -> No
 
 
 def refused(action: Callable[[], Any], *words: str) -> None:
-    """It ends in one line that has the words."""
+    """The action raises an `InputError` of one line that contains the words."""
     with pytest.raises(InputError) as error:
         action()
     assert "\n" not in str(error.value)
     assert [word for word in words if word not in str(error.value)] == []
 
 
-def test_a_set_says_what_it_is(models: Path) -> None:
+def test_the_manifest_of_a_set_is_complete(models: Path) -> None:
     manifest = check_manifest(models)
     assert manifest["sites"] == ["A", "ISBI_1.5"]
     assert (manifest["terms"], manifest["training"], manifest["metrics"]) == (
@@ -109,7 +109,7 @@ def flip_a_bit(path: Path) -> None:
 def test_a_file_that_is_not_the_published_one_is_refused(
     models: Path, monkeypatch: pytest.MonkeyPatch, name: str, harm: Callable[[Path], Any], word: str
 ) -> None:
-    """By the check of the set and by what loads it, and before anything in it is unpacked."""
+    """By the check of the set and by the functions that load it, before the file is unpickled."""
     harm(models / name)
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it was unpacked"))
     refused(lambda: check_manifest(models), name, word)
@@ -117,8 +117,8 @@ def test_a_file_that_is_not_the_published_one_is_refused(
     refused(load.get(name, lambda: load_experts(str(models))), name, word)
 
 
-def test_a_model_that_nobody_published_is_refused(models: Path) -> None:
-    """It would become an expert; any other file in the folder is not loaded, and none of the manifest's business."""
+def test_a_model_that_is_not_listed_is_refused(models: Path) -> None:
+    """It would become an expert. Other files in the folder are not loaded and need not be listed."""
     for name in ("site.pt", "model.ts", "notes.txt"):
         (models / name).write_bytes(b"x")
     check_manifest(models)
@@ -132,7 +132,7 @@ def test_a_model_that_nobody_published_is_refused(models: Path) -> None:
 @pytest.mark.parametrize("published", [True, False])
 @pytest.mark.parametrize("name", ["model.pt", "model_A.pt", "scores.json"])
 def test_links_that_lead_out_of_the_folder_are_refused(models: Path, published: bool, name: str) -> None:
-    """Even where they lead to the very bytes; links inside the folder, and to the folder, are the user's own order."""
+    """Even if they lead to the published bytes; links within the folder and to the folder are allowed."""
     elsewhere = models.parent / "elsewhere"
     (models / name).rename(elsewhere)
     (models / name).symlink_to(elsewhere)
@@ -147,8 +147,8 @@ def test_links_that_lead_out_of_the_folder_are_refused(models: Path, published: 
 
 
 @pytest.mark.parametrize("target", ["out", "nowhere", "manifest.json"])
-def test_a_manifest_that_is_a_link_is_not_taken_for_none(models: Path, target: str) -> None:
-    """A broken one, or one that leads out of the folder or to itself."""
+def test_a_manifest_that_is_a_link_is_refused(models: Path, target: str) -> None:
+    """A broken link, or one that leads out of the folder or to itself."""
     (models / "manifest.json").rename(models.parent / "out")
     (models / "manifest.json").symlink_to(models.parent / "out" if target == "out" else target)
     refused(lambda: load_weights(models / "model.pt"), "manifest.json")
@@ -183,12 +183,12 @@ def test_a_broken_manifest_is_named(models: Path, content: str) -> None:
     refused(lambda: load_weights(models / "model.pt"), "manifest.json")
 
 
-def test_a_manifest_too_large_for_one_is_refused(models: Path) -> None:
+def test_a_manifest_that_is_too_large_is_refused(models: Path) -> None:
     os.truncate(models / "manifest.json", 2**24 + 1)
     refused(lambda: read_manifest(models), "manifest.json", "too large")
 
 
-def test_settings_come_from_the_manifest_where_there_is_one(models: Path) -> None:
+def test_settings_come_from_the_manifest_if_there_is_one(models: Path) -> None:
     assert setting(models, "features", 32) == 8
     assert setting(models, "slices", 3) == 3
     assert setting(models.parent, "features", 32) == 32
@@ -197,14 +197,14 @@ def test_settings_come_from_the_manifest_where_there_is_one(models: Path) -> Non
 
 
 @pytest.mark.parametrize("value", [0, -1, 10**6, 1.5, True, "32", "$print()", None, [], [8, "x"], {"a": 1}])
-def test_settings_that_are_no_sizes_are_refused(models: Path, value: Any) -> None:
-    """What comes from elsewhere reaches a config as a number, or not at all."""
+def test_settings_that_are_not_widths_are_refused(models: Path, value: Any) -> None:
+    """A value from a file reaches a config as a number or not at all."""
     change_manifest(models, lambda manifest: manifest["architecture"].update(features=value))
     refused(lambda: setting(models, "features", 32), "manifest.json", "features")
 
 
 @pytest.mark.parametrize("value", [-1, True, "90", None, [90], float("inf")])
-def test_a_measure_that_is_no_number_from_0_is_refused(models: Path, value: Any) -> None:
+def test_a_field_of_view_that_is_not_a_number_from_0_is_refused(models: Path, value: Any) -> None:
     assert setting(models, "field_of_view", 0.0) == 0.0
     change_manifest(models, lambda manifest: manifest["architecture"].update(field_of_view=90))
     assert setting(models, "field_of_view", 0.0) == 90
@@ -212,8 +212,17 @@ def test_a_measure_that_is_no_number_from_0_is_refused(models: Path, value: Any)
     refused(lambda: setting(models, "field_of_view", 0.0), "manifest.json")
 
 
-def test_training_may_take_over_the_files_it_writes(models: Path) -> None:
-    """And only those: the others are still held to what was published."""
+@pytest.mark.parametrize("value", [3, None, ["index"]])
+def test_a_setting_of_another_type_than_its_default_is_refused(models: Path, value: Any) -> None:
+    """A dictionary, with one text per site, is allowed in place of a text."""
+    change_manifest(models, lambda manifest: manifest["architecture"].update(coding={"A": "index"}))
+    assert setting(models, "coding", "auto") == {"A": "index"}
+    change_manifest(models, lambda manifest: manifest["architecture"].update(coding=value))
+    refused(lambda: setting(models, "coding", "auto"), "manifest.json", "coding")
+
+
+def test_training_may_replace_the_files_that_it_writes(models: Path) -> None:
+    """And only those: the other files must still be the published ones."""
     release(models, ["model.pt", "model_NEW.pt"])
     assert list(load_experts(str(models))) == ["A", "ISBI_1.5"]
     for name in ("model.pt", "model_NEW.pt"):

@@ -40,14 +40,14 @@ MACHINE = {"dataset_dir": "/hospital/scans", "device": "cpu"}
 
 @pytest.fixture
 def bundle(tmp_path: Path) -> Path:
-    """A bundle as it lies in the repository, without models."""
+    """A copy of the bundle in the repository, without models."""
     ignore = shutil.ignore_patterns("models", "eval")
     return Path(shutil.copytree(ROOT / "bundles" / "prostate_iopfl", tmp_path / "prostate_iopfl", ignore=ignore))
 
 
 @pytest.fixture
 def run(tmp_path: Path, bundle: Path) -> Path:
-    """What a federation of two sites leaves behind, as far as publishing looks at it."""
+    """The files of a federation of two sites that publishing reads."""
     config = ConfigParser()
     config.read_config(str(bundle / "configs" / "inference.json"))
     config["features"] = 4
@@ -85,7 +85,7 @@ def test_published_models_are_those_of_the_run(run: Path, bundle: Path) -> None:
 
 
 def test_the_manifest_tells_how_they_were_made_and_are_run(run: Path, bundle: Path) -> None:
-    """And nothing of the machine that made them."""
+    """The manifest has nothing about the machine of the training."""
     publish(str(run), str(bundle / "models"), "research only", metrics={"note": "one split"})
     manifest = check_manifest(bundle / "models")
     architecture = manifest["architecture"]
@@ -101,7 +101,7 @@ def test_the_manifest_tells_how_they_were_made_and_are_run(run: Path, bundle: Pa
 
 @pytest.mark.parametrize("config", ["inference", "evaluate"])
 def test_the_bundle_runs_published_models_as_they_are(run: Path, bundle: Path, config: str) -> None:
-    """Their size is the bundle's default, and can still be set."""
+    """Their size becomes the default of the bundle, and can still be set."""
     publish(str(run), str(bundle / "models"), "research only")
     parser = ConfigParser()
     parser.read_config(str(bundle / "configs" / f"{config}.json"))
@@ -114,7 +114,7 @@ def test_the_bundle_runs_published_models_as_they_are(run: Path, bundle: Path, c
 
 
 def test_half_precision_takes_half_the_room(run: Path, bundle: Path) -> None:
-    """Weights come back to 1 in 1000; vectors, so the norms and their statistics, exactly."""
+    """Weights are read to 1 in 1000; vectors, and thus the norms and their statistics, exactly."""
     publish(str(run), str(bundle / "models"), "research only", half=True)
     one, other = load_weights(run / "model.pt"), load_weights(bundle / "models" / "model.pt")
     for key, tensor in one.items():
@@ -133,7 +133,7 @@ def test_weights_too_large_for_half_precision_are_named(run: Path, bundle: Path)
 
 
 def test_only_the_named_sites_are_published(run: Path, bundle: Path) -> None:
-    """Neither another site's model nor its score goes along."""
+    """Neither the model nor the score of another site is published."""
     publish(str(run), str(bundle / "models"), "research only", sites=["B"])
     names = {path.name for path in (bundle / "models").iterdir()}
     assert names == {"model.pt", "model_B.pt", "scores.json", "manifest.json"}
@@ -141,7 +141,7 @@ def test_only_the_named_sites_are_published(run: Path, bundle: Path) -> None:
 
 
 def test_a_published_set_is_replaced_on_request_only(run: Path, bundle: Path) -> None:
-    """Then as a whole: no model of the earlier set stays behind."""
+    """The whole set is replaced: no model of the earlier set stays."""
     target = bundle / "models"
     publish(str(run), str(target), "research only")
     before = {path.name: path.read_bytes() for path in target.iterdir()}
@@ -153,10 +153,10 @@ def test_a_published_set_is_replaced_on_request_only(run: Path, bundle: Path) ->
 
 
 @pytest.mark.parametrize("earlier", [False, True])
-def test_what_is_interrupted_does_not_pass_for_a_whole_set(
+def test_an_interrupted_publication_cannot_be_used(
     run: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch, earlier: bool
 ) -> None:
-    """Wherever it is cut off, there is no global model to run, or the manifest of the earlier set refuses it."""
+    """There is no global model yet, or the manifest of the earlier set does not agree with it."""
     target = bundle / "models"
     if earlier:
         publish(str(run), str(target), "research only")
@@ -183,7 +183,7 @@ def test_models_of_another_network_are_not_published(run: Path, bundle: Path) ->
 
 
 @pytest.mark.parametrize("content", [None, "[]", "{"])
-def test_a_run_that_does_not_say_what_it_was_is_not_published(run: Path, bundle: Path, content: str | None) -> None:
+def test_models_without_a_valid_run_json_are_not_published(run: Path, bundle: Path, content: str | None) -> None:
     (run.parent / "run.json").unlink() if content is None else (run.parent / "run.json").write_text(content)
     refused(lambda: publish(str(run), str(bundle / "models"), "research"), "run.json")
 
@@ -208,7 +208,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("name", ["prostate_iopfl", "fundus_iopfl"])
 def test_a_packed_bundle_is_the_bundle_and_its_code(name: str, tmp_path: Path) -> None:
-    """Configs differ by the one import that makes the code known; no weights, caches or results go along."""
+    """Configs differ by one import, and no weights, caches or results are packed."""
     source = ROOT / "bundles" / name
     archive = package(str(source), str(tmp_path))
     assert re.fullmatch(rf"{name}_v\d+\.\d+\.\d+\.zip", Path(archive).name)
@@ -229,7 +229,7 @@ def test_a_packed_bundle_is_the_bundle_and_its_code(name: str, tmp_path: Path) -
 
 
 def test_configs_that_name_the_code_import_it(bundle: Path, tmp_path: Path) -> None:
-    """Those without imports are read beside or on top of one that has them."""
+    """Configs without imports are overlays of one that has them."""
     root = unpacked(package(str(bundle), str(tmp_path / "dist")), tmp_path / "new")
     for path in (root / "configs").glob("*.json"):
         config = json.loads(path.read_text())
@@ -242,14 +242,14 @@ def test_packing_twice_gives_the_same_archive(bundle: Path, tmp_path: Path) -> N
 
 
 def test_each_packed_file_has_a_time_of_its_own(bundle: Path, tmp_path: Path) -> None:
-    """Unzipped with their times, models of one time would be the same model to MONAI Label."""
+    """MONAI Label distinguishes models by their modification times, which unzip restores."""
     with zipfile.ZipFile(package(str(bundle), str(tmp_path))) as packed:
         times = [entry.date_time for entry in packed.infolist()]
-    assert len(set(times)) == len(times) > 60, "or the minutes never turned over"
+    assert len(set(times)) == len(times) > 60, "at least two minutes must occur"
 
 
 def test_published_models_are_packed(run: Path, bundle: Path, tmp_path: Path) -> None:
-    """With their manifest, and no other file of their folder."""
+    """With their manifest, and without other files in the folder."""
     publish(str(run), str(bundle / "models"), "research only")
     (bundle / "models" / "site.pt").write_bytes(b"mine")
     root = unpacked(package(str(bundle), str(tmp_path / "dist")), tmp_path / "new")
@@ -259,7 +259,7 @@ def test_published_models_are_packed(run: Path, bundle: Path, tmp_path: Path) ->
 
 
 def test_models_that_were_not_published_are_not_packed(run: Path, bundle: Path, tmp_path: Path) -> None:
-    """What a training left in the bundle's folder, or changed there, does not leave the machine by the way."""
+    """Models that a training wrote to the bundle's folder, or changed there, are not given away by mistake."""
     shutil.copytree(run, bundle / "models")
     refused(lambda: package(str(bundle), str(tmp_path / "dist")), "never published")
     shutil.rmtree(bundle / "models")
@@ -272,7 +272,7 @@ def test_models_that_were_not_published_are_not_packed(run: Path, bundle: Path, 
 
 
 def test_commands(run: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    """From a run to an archive, as typed; terms are text, whatever they look like."""
+    """From a run to an archive, as on the command line; terms are always text."""
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     models, dist = str(bundle / "models"), str(bundle.parent / "dist")
     for command in (
@@ -304,7 +304,7 @@ EVIL = "$__import__('os').system('touch PWNED')"
 @pytest.mark.parametrize(
     "value", [EVIL, [EVIL], "@seed", "%x", {"_target_": "os.getcwd"}, "4", 4.5, True, 0, 10**6, None]
 )
-def test_settings_of_somebodys_run_are_numbers_and_never_evaluated(
+def test_settings_of_a_run_are_checked_and_never_evaluated(
     run: Path, bundle: Path, name: str, value: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -317,10 +317,10 @@ def test_settings_of_somebodys_run_are_numbers_and_never_evaluated(
     assert not (bundle / "models").exists()
 
 
-def test_other_fields_of_a_run_are_handed_on_as_text(
+def test_other_fields_of_a_run_stay_text(
     run: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing that reads the manifest evaluates them, either."""
+    """They are not evaluated when the manifest is read, either."""
     monkeypatch.chdir(tmp_path)
     fields = dict.fromkeys(("preset", "network_def", "seed", "ckpt_dir", "bundle_root", EVIL), EVIL)
     content = {"settings": {**SETTINGS, **fields}, "versions": {"torch": EVIL, EVIL: "1"}, "config": EVIL}
@@ -337,7 +337,7 @@ def test_a_run_of_another_shape_is_named(run: Path, bundle: Path, content: str) 
 
 
 @pytest.mark.parametrize("row", ["site,model\nA,global\n", "site,model,metric,mean,cases\nA,global,dice,x,3\n"])
-def test_a_summary_that_is_none_is_named(run: Path, bundle: Path, row: str) -> None:
+def test_a_faulty_summary_is_named(run: Path, bundle: Path, row: str) -> None:
     (run.parent / "summary.csv").write_text(row)
     refused(lambda: publish(str(run), str(bundle / "models"), "research only"), "summary.csv")
 

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Distance routes: they find the expert that has seen data like the scan's, whatever the batch size."""
+"""Routes by distance, which prefer the expert that was trained on data like the scan."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SCALES = {"weak": 0.5, "plain": 1.0, "strong": 3.0}
 
 @pytest.fixture(scope="module")
 def sites() -> dict[str, dict[str, Tensor]]:
-    """Experts with the same weights, whose batch norms have seen images of different contrast."""
+    """Experts with equal weights, and batch-norm statistics of images of different contrast."""
     states = {}
     for site, scale in SCALES.items():
         network = unet().train()
@@ -41,8 +41,8 @@ def sites() -> dict[str, dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("site", SCALES)
-def test_nearest_expert_is_the_one_that_has_seen_such_images(sites, site):
-    """A scan of a site's contrast is nearest to that site's expert, and at the first batch norm next to nothing."""
+def test_the_nearest_expert_is_the_one_trained_on_such_images(sites, site):
+    """A scan with the contrast of a site is nearest to its expert; at the first batch norm the distance is almost 0."""
     scan = SCALES[site] * images(8, 3, 32, 32, seed=1000)
     distances = distribution_distance(unet(), sites, [scan])
     assert distances.shape == (3, sum(isinstance(module, nn.BatchNorm2d) for module in unet().modules()))
@@ -62,7 +62,7 @@ def test_distance_does_not_depend_on_the_batch_size(size):
 
 
 def test_distance_equals_the_formula():
-    """Mean over channels of the squared log ratio of variances, of what enters the batch norm."""
+    """The mean over channels of the squared log ratio of variances at the input of the batch norm."""
     network = nn.Sequential(nn.Conv2d(1, 2, 1, bias=False), nn.BatchNorm2d(2)).eval()
     state = copy.deepcopy(network.state_dict())
     state["1.running_var"] = torch.tensor([2.0, 0.5])
@@ -75,7 +75,7 @@ def test_distance_equals_the_formula():
 
 
 def test_every_expert_is_run_with_its_own_weights_under_autocast():
-    """Autocast caches half-precision copies of weights: the second expert must not be probed with the first one's."""
+    """Autocast caches half-precision weights, and must not use those of the first expert for the second."""
     space, scan = experts(2), [images(2, 3, 32, 32)]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         together = distribution_distance(unet(), space, scan)
@@ -98,8 +98,8 @@ def test_constant_images_give_finite_routes(scan):
     torch.testing.assert_close(routes.sum(), torch.tensor(1.0))
 
 
-def test_batch_norms_that_no_image_passes_do_not_count():
-    """An auxiliary branch that prediction leaves out has no distance, rather than one of NaN."""
+def test_batch_norms_without_input_do_not_count():
+    """An auxiliary branch that a forward leaves out has no distance, and not NaN."""
 
     class Branched(nn.Module):
         def __init__(self) -> None:
@@ -117,7 +117,7 @@ def test_batch_norms_that_no_image_passes_do_not_count():
 
 @pytest.mark.parametrize("dead", ["scan", "expert"])
 def test_one_dead_channel_of_eight_does_not_dominate(dead):
-    """Constant in the scan or remembered as such, it counts as the farthest of the others."""
+    """A channel that is constant in the scan or in training counts as the farthest of the others."""
     network = nn.Sequential(nn.Conv2d(1, 8, 1, bias=False), nn.BatchNorm2d(8)).eval()
     scan = images(2, 1, 16, 16)
     weight = torch.ones(8, 1, 1, 1)
@@ -132,6 +132,13 @@ def test_one_dead_channel_of_eight_does_not_dominate(dead):
     torch.testing.assert_close(found[0, 0], (others.sum() + others.max()) / 8, rtol=1e-3, atol=1e-4)
 
 
+def test_statistics_that_cannot_be_compared_are_refused_with_layer_and_expert():
+    network = nn.Sequential(nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2)).eval()
+    damaged = {**network.state_dict(), "1.running_var": torch.tensor([1.0, -1.0])}
+    with pytest.raises(InputError, match=r"at '1' .* expert 'B'"):
+        distribution_distance(network, {"A": network.state_dict(), "B": damaged}, [images(1, 3, 16, 16)])
+
+
 def test_network_without_batch_norm_is_refused():
     network = nn.Sequential(nn.Conv2d(3, 2, 1), nn.InstanceNorm2d(2))
     with pytest.raises(InputError, match="start='uniform'"):
@@ -143,7 +150,7 @@ def test_network_without_batch_norm_is_refused():
 
 @given(st.lists(st.floats(0, 1e3), min_size=1, max_size=7), st.floats(0.01, 10))
 @settings(max_examples=40, deadline=None)
-def test_routes_sum_to_one_and_prefer_the_nearer(distances, temperature):
+def test_routes_sum_to_one_and_prefer_near_experts(distances, temperature):
     values = torch.tensor(distances)
     routes = distance_routes(values, temperature)
     torch.testing.assert_close(routes.sum(), torch.tensor(1.0))
@@ -160,7 +167,7 @@ def test_equal_distances_give_uniform_routes_and_the_temperature_sharpens():
 
 
 def test_distances_that_hardly_differ_hardly_move_the_routes():
-    """By the size of the difference, not by rank: a third of a thousandth apart is no reason to lean on either."""
+    """The size of the difference matters, not the rank: a relative difference of 0.0003 hardly changes the routes."""
     routes = distance_routes(torch.tensor([0.3, 0.3001]))
     assert 0.5 < routes[0] < 0.51
     apart = distance_routes(torch.tensor([0.3, 0.6]))

@@ -8,9 +8,9 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Mixed precision: under autocast a routed network computes in half precision what the plain network does.
+"""Mixed precision: under autocast a routed network runs the same layers in half precision as the plain network.
 
-On a CPU one sample goes through a layer after another, elsewhere all at once. Both ways are held to it here.
+On a CPU a layer processes one sample after another, elsewhere all at once; both are tested here.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ Per = Literal["sample", "volume", "layer"]
 
 @pytest.fixture
 def _together(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All samples at once, as on CUDA."""
+    """Process all samples at once, as on CUDA."""
     monkeypatch.setattr(layers, "WITHOUT_GROUPS", ())
 
 
 def output_types(network: nn.Module, names: tuple[str, ...], scan: Tensor, half: torch.dtype) -> tuple[Counter, Tensor]:
-    """How many of the named layers give which type under autocast, and the output."""
+    """The number of named layers by the type of their output under autocast, and the output of the network."""
     seen: Counter = Counter()
     hooks = [
         network.get_submodule(name).register_forward_hook(lambda layer, inputs, output: seen.update([output.dtype]))
@@ -78,22 +78,22 @@ def check_types(
 
 @pytest.mark.parametrize("per", ["sample", "volume", "layer"])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_as_many_layers_in_half_precision_as_in_the_plain_network(name: str, per: Per) -> None:
+def test_as_many_layers_run_in_half_precision_as_in_the_plain_network(name: str, per: Per) -> None:
     check_types(name, per, torch.bfloat16)
 
 
 @pytest.mark.usefixtures("_together")
 @pytest.mark.parametrize("half", HALF, ids=str)
 @pytest.mark.parametrize("name", NETWORKS)
-def test_as_many_where_samples_go_through_a_layer_at_once(name: str, half: torch.dtype) -> None:
-    """By CUDA's rules: there a group norm gives float32, which a CPU's autocast leaves in half precision."""
+def test_as_many_layers_run_in_half_precision_if_samples_share_a_forward(name: str, half: torch.dtype) -> None:
+    """By the rules of CUDA, where a group norm returns float32; on a CPU it returns half precision."""
     check_types(name, "sample", half, but=(nn.GroupNorm,))
 
 
 @pytest.mark.usefixtures("_together")
 @pytest.mark.parametrize("name", ["UNet", "DynUNet"])
 def test_gradients_to_the_routes_are_those_of_full_precision(name: str) -> None:
-    """In float32, finite, and in the direction of the full-precision gradient."""
+    """They are finite, in float32, and have the direction of the full-precision gradient."""
     network, space, scan = spread(name, 2)
     gradients = []
     for enabled in (False, True):
@@ -112,7 +112,7 @@ def test_gradients_to_the_routes_are_those_of_full_precision(name: str) -> None:
 @pytest.mark.usefixtures("_together")
 @torch.no_grad()
 def test_variances_beyond_the_range_of_float16_do_not_overflow() -> None:
-    """Inputs of 10^4 have a variance of 10^8; float16 ends at 65504."""
+    """Inputs of 10^4 have a variance of 10^8, and the largest float16 is 65504."""
     network = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 2, 1)).eval()
     assert isinstance(network[0].running_var, Tensor)
     network[0].running_var.fill_(1e8)
@@ -127,7 +127,7 @@ def test_variances_beyond_the_range_of_float16_do_not_overflow() -> None:
 
 
 class Squared(nn.Conv2d):
-    """A layer with a forward of its own, of which autocast can know nothing beforehand."""
+    """A layer with its own forward, whose types under autocast are not known."""
 
     def forward(self, inputs: Tensor) -> Tensor:
         return super().forward(inputs).float() ** 2
@@ -135,7 +135,7 @@ class Squared(nn.Conv2d):
 
 @pytest.mark.usefixtures("_together")
 @torch.no_grad()
-def test_a_layer_with_a_forward_of_its_own_is_run_as_it_is() -> None:
+def test_a_layer_with_its_own_forward_is_not_cast() -> None:
     network, scan = nn.Sequential(Squared(3, 2, 1)), torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     routed = route(network, dict.fromkeys("AB", network.state_dict()), per="sample")
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -147,5 +147,7 @@ def test_a_layer_with_a_forward_of_its_own_is_run_as_it_is() -> None:
 @pytest.mark.parametrize("half", HALF, ids=str)
 @pytest.mark.parametrize("per", ["sample", "volume", "layer"])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_as_many_on_an_accelerator(gpu: torch.device, name: str, per: Per, half: torch.dtype) -> None:
+def test_as_many_layers_run_in_half_precision_on_an_accelerator(
+    gpu: torch.device, name: str, per: Per, half: torch.dtype
+) -> None:
     check_types(name, per, half, device=gpu)

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The test-time objective: views and their way back, terms on scales of their own, targets without gradient."""
+"""The objective of test-time routing: views and their inverse, scales of the terms, detached targets."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ from shared_iopfl.routing.objectives import (
     shape=st.lists(st.integers(1, 5), min_size=2, max_size=3),
 )
 @settings(max_examples=60, deadline=None)
-def test_undo_brings_every_pixel_back(flips, turns, shape):
-    """Any flips and turns, in 2D and 3D, of square and other images."""
+def test_undo_returns_every_pixel_to_its_place(flips, turns, shape):
+    """For all flips and turns, in 2D and 3D, of square and oblong images."""
     view = View(flips=tuple(axis for axis in flips if axis < len(shape)), quarter_turns=turns)
     scan = images(2, 3, *shape)
     assert torch.equal(view.undo(view.apply(scan)), scan)
 
 
-def test_view_moves_pixels_and_changes_intensities_as_it_says():
+def test_a_view_moves_pixels_and_changes_intensities_as_documented():
     scan = torch.arange(6.0).reshape(1, 1, 2, 3)
     assert View(flips=(0,)).apply(scan)[0, 0].tolist() == [[3, 4, 5], [0, 1, 2]]
     assert View(flips=(1,)).apply(scan)[0, 0].tolist() == [[2, 1, 0], [5, 4, 3]]
@@ -71,7 +71,7 @@ def pictures(views: list[View], scan: Tensor) -> list[str]:
 @pytest.mark.parametrize("rotations", [False, True])
 @pytest.mark.parametrize("square", [False, True])
 def test_all_views_are_distinct_and_complete(flips, rotations, square):
-    """`all` is what the allowed flips and turns generate, each once, the identity first."""
+    """`all` returns each view that the allowed flips and turns generate once, the identity first."""
     scan = torch.arange(27.0).reshape(1, 1, 3, 3, 3)
     views = ViewSampler(flips, rotations).all(square)
     found = pictures(views, scan)
@@ -93,7 +93,7 @@ def test_square_images_with_rotations_have_eight_views_and_others_keep_their_sha
 
 
 def test_drawn_views_follow_the_generator_and_stay_in_range():
-    """Same seed, same views; a new one each draw; every flip and turn turns up; intensities within what was asked."""
+    """The same seed gives the same views; views differ between draws, and all flips and turns occur."""
     sampler = ViewSampler((0, 1), rotations=True, noise=0.2, intensity=0.3)
     with untouched():
         generator, again = (torch.Generator().manual_seed(0) for _ in range(2))
@@ -118,7 +118,7 @@ def test_entropy_lies_between_zero_and_one(classes, scale, output, seed):
 
 
 @pytest.mark.parametrize("output", ["softmax", "sigmoid"])
-def test_entropy_is_one_where_all_is_as_likely_and_zero_where_all_is_sure(output):
+def test_entropy_is_one_for_a_uniform_and_zero_for_a_certain_prediction(output):
     unsure, sure = torch.zeros(1, 3, 2, 2), torch.zeros(1, 3, 2, 2)
     sure[:, 1] = 200
     sure[:, [0, 2]] = -200
@@ -127,7 +127,7 @@ def test_entropy_is_one_where_all_is_as_likely_and_zero_where_all_is_sure(output
 
 
 def blob(side: int, box: tuple[float, float, float, float]) -> Tensor:
-    """A rectangle of ones, from its edges as fractions of the side."""
+    """A rectangle of ones, given by its edges as fractions of the image side."""
     mask = torch.zeros(1, 1, side, side)
     top, bottom, left, right = (round(edge * side) for edge in box)
     mask[..., top:bottom, left:right] = 1
@@ -145,7 +145,7 @@ def test_contour_band_is_larger_for_a_ragged_than_for_a_compact_mask_of_the_same
 
 
 def test_contour_band_is_the_share_of_pixels_near_the_contour():
-    """A window of 5 about each pixel: two pixels either side of the straight edge of a half plane."""
+    """A window of 5 pixels gives a band of two pixels on both sides of a straight edge."""
     half = torch.zeros(1, 1, 40, 40)
     half[..., 20:] = 1
     assert float(contour_band(half, window=5 / 40)) == pytest.approx(4 / 40)
@@ -155,7 +155,7 @@ def test_contour_band_is_the_share_of_pixels_near_the_contour():
 
 
 def test_single_class_softmax_pair_and_sigmoid_agree():
-    """Two exclusive classes are one overlapping target: every term is the same."""
+    """Two exclusive classes are one overlapping target, so that every term is equal."""
     logit, other = images(2, 1, 16, 16), images(2, 1, 16, 16, seed=1)
     view = View(gain=1.1)
 
@@ -180,13 +180,13 @@ def test_foreground_is_all_but_the_background():
 
 
 def pixelwise(scan: Tensor) -> Tensor:
-    """A network that looks at one pixel at a time: (B, 1, *spatial) -> (B, 2, *spatial)."""
+    """A network of a 1 x 1 convolution: (B, 1, *spatial) -> (B, 2, *spatial)."""
     return torch.cat([-scan, scan], 1)
 
 
 @pytest.mark.parametrize("term", ["consistency", "entropy", "shape"])
 def test_terms_do_not_depend_on_batch_or_image_size(term):
-    """A batch twice over, or the same image with twice the pixels, gives the same value."""
+    """A repeated batch, and an image with twice the resolution, give the same value."""
     weights: dict[str, Any] = {"consistency": 0.0, "entropy": 0.0, "shape": 0.0, term: 1.0}
     objective, view = RoutingObjective("softmax", **weights), View(flips=(0,), gain=1.2, offset=0.1)
     smooth = F.interpolate(images(2, 1, 6, 6), (192, 192), mode="bicubic")
@@ -198,7 +198,7 @@ def test_terms_do_not_depend_on_batch_or_image_size(term):
 
 
 def test_consistency_target_is_detached():
-    """The gradient is that of the view's half alone: pulling the target towards the view would be a second one."""
+    """The gradient is that of the view alone, without a second one through the target."""
     scan, weight = images(2, 1, 8, 8), torch.ones((), requires_grad=True)
     view = View(flips=(1,), gain=1.5)
     objective = RoutingObjective("softmax", consistency=1.0, entropy=0.0)
@@ -228,7 +228,7 @@ def test_backward_through_one_term_after_the_other_is_backward_through_the_objec
     assert len(list(only.terms(network, scan, view))) == 1
 
 
-def test_consistency_vanishes_where_network_and_view_commute():
+def test_consistency_is_zero_if_network_and_view_commute():
     objective = RoutingObjective("sigmoid", consistency=1.0, entropy=0.0)
     scan = images(2, 1, 8, 12)
     assert float(objective(pixelwise, scan, View(flips=(0,), quarter_turns=1))) == 0

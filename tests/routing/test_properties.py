@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Properties that hold for whatever is put in: splits, averages, collapsed routes, and the readers' front door."""
+"""Properties that hold for any input: splits, averages, collapsed routes, and refusals of the readers."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ fractions = st.tuples(*[st.integers(1, 20)] * 3).map(lambda parts: [part / sum(p
 
 
 def cases_of(counts: list[int]) -> list[dict[str, str]]:
-    """For each patient so many cases."""
+    """Cases of patients, by the number of each patient's cases."""
     return [{"case": f"p{p}_{c}", "patient": f"p{p}", "site": "A"} for p, n in enumerate(counts) for c in range(n)]
 
 
@@ -86,7 +86,7 @@ def test_folds_test_each_case_once_and_their_parts_are_disjoint(count, folds, se
 @given(st.integers(1, 9), st.integers(1, 3), st.sampled_from([1, 3, 5, 7]), st.integers(1, 4), st.integers(1, 4))
 @few
 def test_every_slice_lies_in_the_middle_of_its_own_input(depth, channels, slices, height, width):
-    """So that a network's output for it goes back to its place; and upside down, the neighbours change sides."""
+    """The output for a slice belongs in its place; if the volume is reversed, the neighbours change sides."""
     scan = images(channels, height, width, depth)
     stack = to_stack(scan, slices)
     middle = stack.unflatten(1, (slices, channels))[:, slices // 2]
@@ -109,7 +109,7 @@ def test_evenly_takes_different_slices_in_order(depth, count):
 @given(st.lists(st.integers(1, 10**6), min_size=1, max_size=5), st.integers(0, 99), st.randoms(use_true_random=False))
 @few
 def test_an_average_lies_between_the_sites_in_any_order(counts, seed, order):
-    """Convex, whatever the counts; the sites' order and the counts' unit do not matter."""
+    """For any counts; the order of the sites and the unit of the counts do not matter."""
     updates = {str(n): {"w": images(4, 3, seed=seed + n)} for n in range(len(counts))}
     sizes = {str(n): count for n, count in enumerate(counts)}
     mean = average_updates(updates, sizes)["w"]
@@ -128,7 +128,7 @@ def test_an_average_lies_between_the_sites_in_any_order(counts, seed, order):
 @few
 @torch.no_grad()
 def test_a_collapsed_network_is_the_routed_one_and_the_mixture(count, seed, a_layer):
-    """For any routes, a layer's own or the network's, the same output; for the network's, mixed weights."""
+    """The output is the same for any routes; with equal routes in all layers, the weights are the mixture."""
     network, scan = unet(seed), images(2, 3, 32, 32, seed=seed)
     space = {"global": dict(network.state_dict()), **experts(count, first=seed + 1)}
     routed = route(network, space)
@@ -152,7 +152,7 @@ STARTS = [b"", NIFTI, PNG, JPEG, TIFF, BMP, DICOM, b"NRRD0005\n", b"ObjectType =
 
 
 def come_or_be_refused(load, path: Path) -> None:
-    """What comes in is a tensor, and what does not is named in one line."""
+    """The reader returns a tensor, or raises an `InputError` of one line with the name of the file."""
     refusal = None
     try:
         assert torch.as_tensor(load(path)).numel() > 0
@@ -185,7 +185,7 @@ def test_random_bytes_are_refused_and_never_crash_a_reader(ending, start, rest, 
 @given(st.data())
 @settings(max_examples=60, deadline=None)
 def test_a_damaged_header_is_refused_or_read(data):
-    """A few bytes of a good NIfTI header changed: never anything but a scan or a refusal."""
+    """With a few bytes of a valid NIfTI header changed, the result is a scan or a refusal."""
     content = bytearray(NIFTI + bytes(range(64)))
     for _ in range(data.draw(st.integers(0, 3))):
         content[data.draw(st.integers(0, 351))] = data.draw(st.integers(0, 255))

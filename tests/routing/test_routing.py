@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The routing space: identity, routes a sample, a volume or a layer, what is left alone, and what is refused."""
+"""The routing space: identity, routes per sample, volume and layer, reset, and refusals."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ ACTIVATIONS = ("softmax", "sigmoid")
 @pytest.mark.parametrize("per", PER)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_equal_experts_give_the_plain_network(name, per, activation):
-    """Whatever the normalised routes, equal experts in the routing space return what the plain network does."""
+    """For any normalised routes, equal experts give the output of the plain network."""
     build, shape = ARCHITECTURES[name]
     network = make(build, 0)
     routed = route(network, dict.fromkeys("ABC", network.state_dict()), per=per, activation=activation, random=True)
@@ -50,7 +50,7 @@ def test_equal_experts_give_the_plain_network(name, per, activation):
 @torch.no_grad()
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_weight_is_routed(name):
-    """No layer is left out of the routing space: routes on one expert alone give that expert's network."""
+    """With routes of one expert alone, the output is that of this expert, so that no layer is left out."""
     network, space, scan = spread(name)
     other = copy.deepcopy(network)
     other.load_state_dict(space["e1"])
@@ -63,7 +63,7 @@ def test_every_weight_is_routed(name):
 @torch.no_grad()
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_soup_is_the_network_of_the_averaged_weights(activation):
-    """Zero steps from the start (E,): the network whose weights are the experts' mean under those routes."""
+    """Without steps, the weights are the mean of the experts weighted by the routes (E,)."""
     network, space, scan = unet(), experts(3), images(2, 3, 32, 32)
     for start in (torch.full((3,), 1 / 3), torch.tensor([0.7, 0.3, 0.0])):
         plain = copy.deepcopy(network)
@@ -76,8 +76,8 @@ def test_soup_is_the_network_of_the_averaged_weights(activation):
 
 
 @torch.no_grad()
-def test_norms_of_the_network_are_kept_where_they_are_not_routed():
-    """route_norms=False mixes all but the norm layers, which stay the passed network's."""
+def test_norm_layers_that_are_not_routed_keep_the_weights_of_the_network():
+    """route_norms=False mixes all layers except norm layers, which are those of the given network."""
     network, space, scan = unet(), experts(2), images(2, 3, 32, 32)
     norms = {name for name, module in network.named_modules() if isinstance(module, nn.BatchNorm2d)}
     mean = mixture(list(space.values()), [0.5, 0.5])
@@ -91,7 +91,7 @@ def test_norms_of_the_network_are_kept_where_they_are_not_routed():
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_routes_a_sample_differ_and_equal_the_loop_over_samples(name):
+def test_routes_per_sample_differ_and_equal_a_loop_over_samples(name):
     network, space, scan = spread(name)
     routed = route(network, space, per="sample", random=True)
     alone, routes = [], []
@@ -104,8 +104,8 @@ def test_routes_a_sample_differ_and_equal_the_loop_over_samples(name):
 
 
 @torch.no_grad()
-def test_routes_a_volume_are_shared_by_its_slices():
-    """One set of routes a layer: the volume is served by one plain network, which `collapse` gives."""
+def test_all_slices_of_a_volume_share_its_routes():
+    """With one set of routes per layer, the volume is segmented by one plain network, the result of `collapse`."""
     network, space, scan = unet(), experts(3), images(4, 3, 32, 32)
     routed = route(network, space, per="volume", random=True)
     together = routed(scan)
@@ -116,7 +116,7 @@ def test_routes_a_volume_are_shared_by_its_slices():
 @given(seed=st.integers(0, 2**31), random=st.booleans(), activation=st.sampled_from(ACTIVATIONS))
 @settings(max_examples=20, deadline=None)
 def test_routers_normalise(seed, random, activation):
-    """Routes are non-negative and sum to one, for any input and start; not random, they are the start exactly."""
+    """For any input and start, routes are non-negative and sum to one; without random weights they equal the start."""
     generator = torch.Generator().manual_seed(seed)
     start = routes_of(4, seed)
     for routes in (
@@ -136,7 +136,7 @@ def test_routers_normalise(seed, random, activation):
 
 
 @torch.no_grad()
-def test_router_dropout_is_seeded_and_off_unless_asked_for():
+def test_router_dropout_is_seeded_and_off_without_a_generator():
     router = Router(8, 3, random=True, dropout=0.5, generator=torch.Generator().manual_seed(0))
     scan = images(2, 8, 4, 4)
     plain = router(scan)
@@ -153,7 +153,7 @@ def test_router_dropout_is_seeded_and_off_unless_asked_for():
 
 @torch.no_grad()
 def test_routers_look_at_the_input_in_full_precision():
-    """Under autocast, which caches a weight's half-precision copy, a router that has learnt gives its new routes."""
+    """Autocast caches half-precision weights, and must not return the routes of a router from before a change."""
     router = Router(8, 3, generator=torch.Generator().manual_seed(0))
     scan = images(2, 8, 4, 4)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -170,8 +170,8 @@ def test_same_seed_same_routers():
     assert not all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters()))
 
 
-def test_reset_forgets_what_was_learnt():
-    """After reset the routed network is as it was made: same output, though all that is trainable had moved."""
+def test_reset_discards_what_was_learnt():
+    """After reset, the output is that of the new network, although all trainable parameters had changed."""
     network, space, scan = unet(), experts(2), images(2, 3, 32, 32)
     routed = route(network, space, per="sample", random=True, affine=True)
     routed.start_from(torch.tensor([0.2, 0.8]))
@@ -185,8 +185,8 @@ def test_reset_forgets_what_was_learnt():
     assert not torch.allclose(moved, before)
 
 
-def test_adaptation_may_change_routes_and_norm_shifts_alone():
-    """Experts' weights are frozen buffers; every trainable parameter gets a gradient."""
+def test_adaptation_can_only_change_routes_and_norm_shifts():
+    """The weights of the experts are buffers, and every trainable parameter has a gradient."""
     network, space, scan = unet(), experts(2), images(2, 3, 32, 32)
     for per in PER:
         routed = route(network, space, per=per, random=True, affine=True)
@@ -205,7 +205,7 @@ def test_adaptation_may_change_routes_and_norm_shifts_alone():
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_network_and_global_randomness_are_untouched(name):
-    """Routing, a forward, a backward and collapsing change neither the network, nor its experts, nor random state."""
+    """Routing, forward, backward and collapse change neither the network, nor the experts, nor the random state."""
     network, space, scan = spread(name)
     network.train()
     kept = copy.deepcopy(space)
@@ -220,13 +220,13 @@ def test_network_and_global_randomness_are_untouched(name):
     assert all(torch.equal(tensor, kept[site][key]) for site, state in space.items() for key, tensor in state.items())
 
 
-def test_start_of_another_shape_is_refused():
+def test_starting_routes_of_another_shape_are_refused():
     with pytest.raises(ValueError, match="shape"):
         route(unet(), experts(2)).start_from(torch.ones(3) / 3)
 
 
 def test_experts_that_do_not_fit_are_named():
-    """One line that names the expert and the first key that differs."""
+    """The message has one line with the expert and the first key that differs."""
     network, space = unet(), experts(2)
     key = "model.0.conv.weight"
     cases: list[tuple[dict, str]] = [

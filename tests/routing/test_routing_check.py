@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Any network is routed rightly, or refused in one line that names the layer: no silent difference, no raw error."""
+"""Any network is routed correctly, or refused by one line that names the layer."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ def one_line(error: pytest.ExceptionInfo[InputError], *words: str) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", WORKS)
-def test_unusual_layers_are_mixed_as_the_plain_network_with_the_mixed_weights(name):
-    """Whatever gives the routes, per sample too; and what it collapses to is that network."""
+def test_unusual_layers_give_the_output_of_a_plain_network_with_the_mixed_weights(name):
+    """For all kinds of routes; and the network collapses to this plain network."""
     network, states = space(WORKS[name])
     scan, routes = images(3, 3, 9, 9), routes_of(3)
     plain = make(WORKS[name], 0)
@@ -85,7 +85,7 @@ def test_unusual_layers_are_mixed_as_the_plain_network_with_the_mixed_weights(na
 
 
 @pytest.mark.parametrize("build", [Tokens, Upsampling, lambda: Around(Phase())])
-def test_samples_of_a_batch_are_routed_apart_with_a_gradient_too(build):
+def test_samples_of_a_batch_have_their_own_routes_with_gradients_too(build):
     network, states = space(build)
     scan = images(3, 3, 9, 9)
     routed = route(network, states, per="sample", random=True, sample=scan)
@@ -95,8 +95,8 @@ def test_samples_of_a_batch_are_routed_apart_with_a_gradient_too(build):
 
 
 @torch.no_grad()
-def test_a_batch_norm_that_no_image_passes_keeps_its_running_statistics():
-    """The default, which blends statistics, serves such a network."""
+def test_a_batch_norm_without_input_keeps_its_running_statistics():
+    """The default settings, which blend statistics, can segment with such a network."""
     network, states = space(Spare)
     routed = route(network, states, statistics=0.5)
     scan = images(3, 3, 9, 9)
@@ -107,8 +107,8 @@ def test_a_batch_norm_that_no_image_passes_keeps_its_running_statistics():
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_flexible_unet_is_served_by_its_own_statistics_too(monkeypatch):
-    """Its encoder has batch norms that no image passes; a backbone of random weights needs no download."""
+def test_flexible_unet_runs_with_own_statistics_too(monkeypatch):
+    """Its encoder has batch norms without input; a backbone with random weights needs no download."""
 
     def build() -> nn.Module:
         return FlexibleUNet(3, 2, "efficientnet-b0", pretrained=False, spatial_dims=2)
@@ -123,7 +123,7 @@ def test_flexible_unet_is_served_by_its_own_statistics_too(monkeypatch):
 
 
 @torch.no_grad()
-def test_the_federated_average_of_complex_weights_is_theirs():
+def test_complex_weights_are_averaged_as_complex_numbers():
     sent = {"A": {"w": torch.tensor([1 + 2j])}, "B": {"w": torch.tensor([3 - 4j])}, "C": {"w": torch.tensor([8 + 2j])}}
     assert average_updates(sent, dict.fromkeys("ABC", 1))["w"] == 4
     assert average_updates(sent, dict.fromkeys("ABC", 1), "median")["w"] == 3 + 2j
@@ -168,7 +168,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_routed_is_refused_in_one_line_that_names_the_layer(name):
+def test_a_network_that_cannot_be_routed_is_refused_by_one_line_that_names_the_layer(name):
     build, words = REFUSED[name]
     network = build().eval()
     with torch.random.fork_rng():
@@ -184,7 +184,7 @@ def test_what_cannot_be_routed_is_refused_in_one_line_that_names_the_layer(name)
     "build, words", [(Twice, "more than once"), (WORKS["subclass"], "of its own"), (hooked, "hooks")]
 )
 def test_statistics_that_cannot_be_blended_are_refused_and_the_advice_works(build, words):
-    """By the inferer at the first scan, whatever its shift; by hand once they would be kept."""
+    """The inferer refuses them at the first scan, for any shift; the network refuses to keep them."""
     network, scan = make(build, 0), images(2, 3, 9, 9)
     with pytest.raises(InputError) as error:
         default(build, statistics=0.5)(scan, network)
@@ -214,21 +214,21 @@ def test_running_statistics_without_a_gradient_are_refused_for_steps():
 
 @torch.no_grad()
 @pytest.mark.parametrize("per", ["layer", "sample"])
-def test_a_network_of_several_outputs_is_routed_but_not_served(per):
+def test_a_network_with_several_outputs_can_be_routed_but_not_used_by_inferers(per):
     network, states = space(Several)
     scan = images(2, 3, 8, 8)
     one, other = route(network, states, per=per, sample=scan)(scan)
     assert torch.equal(one, -other)
     for inferer in (StackInferer(slices=None), default(Several, start="uniform", per=per)):
-        with pytest.raises(InputError, match="gives a tuple") as error:
+        with pytest.raises(InputError, match="a tuple") as error:
             inferer(scan, network)
         one_line(error)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("baseline", [BatchStatisticsInferer, TentInferer, DaWinInferer])
-def test_baselines_that_route_refuse_as_the_routing_does(baseline):
-    """At every scan, not the first one only."""
+def test_baselines_that_route_refuse_the_same_networks(baseline):
+    """They are refused at every scan, not only at the first."""
     network, states = space(AsksForType)
     inferer = baseline(experts=states, slices=None) if baseline is DaWinInferer else baseline(slices=None)
     for _ in range(2):
@@ -237,7 +237,7 @@ def test_baselines_that_route_refuse_as_the_routing_does(baseline):
         one_line(error, "'first'", "layer's type")
 
 
-def test_labelled_routes_refuse_as_the_routing_does():
+def test_labelled_routes_refuse_the_same_networks():
     network, states = space(AsksForType)
     batch = (images(2, 3, 9, 9), images(2, 2, 9, 9))
     with pytest.raises(InputError, match="layer's type"):
@@ -259,7 +259,7 @@ def test_a_baseline_checks_a_network_once(monkeypatch):
 
 @torch.no_grad()
 def test_a_scan_is_checked_once_a_network(monkeypatch):
-    """Not again for the next scan; again once the network has changed."""
+    """The check is not repeated for the next scan, but after a change of the network."""
     inferer, network, seen = routing(), unet(), []
     monkeypatch.setattr("shared_iopfl.routing.network.check_routed", lambda *args: seen.append(args))
     for _ in range(2):
@@ -271,7 +271,7 @@ def test_a_scan_is_checked_once_a_network(monkeypatch):
 
 
 @torch.no_grad()
-def test_a_network_that_is_an_expert_is_served_as_it_is_and_it_is_said_once(caplog):
+def test_one_warning_if_the_network_is_an_expert(caplog):
     inferer = routing()
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
@@ -281,7 +281,7 @@ def test_a_network_that_is_an_expert_is_served_as_it_is_and_it_is_said_once(capl
 
 
 @torch.no_grad()
-def test_layers_of_two_names_and_weights_of_two_layers_pass():
+def test_layers_with_two_names_and_shared_weights_pass_the_check():
     def build() -> nn.Module:
         network = Around(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1))
         network.again = network.middle[0]
@@ -293,7 +293,7 @@ def test_layers_of_two_names_and_weights_of_two_layers_pass():
 
 
 @torch.no_grad()
-def test_experts_that_agree_with_the_network_pass():
+def test_equal_experts_pass_the_check():
     network = unet()
     route(network, {"global": network.state_dict(), **experts(2)}, sample=images(1, 3, 32, 32))
     route(network, dict.fromkeys("AB", network.state_dict()), sample=torch.zeros(1, 3, 32, 32))

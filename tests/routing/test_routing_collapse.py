@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""A routed network as a plain one: the same output, export, and the batch statistics that it blends."""
+"""The collapse of a routed network: same output, export, and blended batch statistics."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from shared_iopfl.utils.errors import InputError
 @pytest.mark.parametrize("statistics", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("shape", [(4, 3, 5, 6), (2, 3, 4, 5, 6)])
 def test_batch_norm_blends_running_and_batch_statistics(statistics, shape):
-    """0 is torch's eval mode, 1 its training mode, 0.5 the mean of the two statistics, computed by hand."""
+    """0 equals torch's evaluation mode, 1 its training mode, and 0.5 uses the mean of both statistics."""
     norm = nn.BatchNorm2d if len(shape) == 4 else nn.BatchNorm3d
     layers = [make(lambda: norm(3), seed) for seed in (1, 2)]
     r = torch.tensor([0.3, 0.7])
@@ -46,7 +46,7 @@ def test_batch_norm_blends_running_and_batch_statistics(statistics, shape):
 
 
 def test_gradient_reaches_the_routes_through_running_statistics():
-    """With the experts' affine parameters equal, only their running statistics can teach the routes."""
+    """With equal affine parameters, only the running statistics of the experts give a gradient."""
     layers = [make(lambda: nn.BatchNorm2d(3), seed) for seed in (1, 2)]
     layers[1].weight, layers[1].bias = layers[0].weight, layers[0].bias
     routed = route(layers[0], {"a": layers[0].state_dict(), "b": layers[1].state_dict()})
@@ -67,7 +67,7 @@ def test_batch_norm_without_running_statistics_uses_the_batch():
 @torch.no_grad()
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_collapse_is_a_plain_network_with_the_same_output(name):
-    """Same class, same state_dict keys, trainable as usual, and what it computes is what the routed one did."""
+    """It has the class and the keys of the network, can be trained, and gives the output of the routed network."""
     network, space, scan = spread(name)
     routed = route(network, space)
     table = routes_of(3, layers=len(routed.layers))
@@ -96,7 +96,7 @@ def test_collapse_keeps_the_learnt_norm_shifts():
 
 
 def test_collapse_and_deep_copy_after_a_forward_with_gradient():
-    """Deep supervision keeps its heads' outputs in the module: neither routing nor collapsing may trip over them."""
+    """Deep supervision keeps outputs with gradient in the module, which torch alone cannot copy."""
     network, space, scan = spread("DynUNet deep")
     network(scan)
     routed = route(network, space)
@@ -106,7 +106,7 @@ def test_collapse_and_deep_copy_after_a_forward_with_gradient():
 
 
 def test_collapse_keeps_the_statistics_of_the_last_forward():
-    """Before any forward there are none to keep; after it, the plain network gives the same for the same images."""
+    """Before a forward it is refused; afterwards the plain network gives the same output for the same images."""
     routed = route(unet(), experts(2), statistics=0.5)
     with pytest.raises(InputError, match="statistics"):
         collapse(routed)
@@ -124,7 +124,7 @@ def test_collapse_keeps_the_statistics_of_the_last_forward():
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["BasicUNet 2D", "DynUNet"])
 def test_collapsed_network_exports_to_torchscript(name):
-    """Traced and scripted, as MONAI's ckpt_export does, with the same output."""
+    """Traced and scripted networks, as of MONAI's ckpt_export, have the same output."""
     network, space, scan = spread(name)
     routed = route(network, space)
     routed.start_from(routes_of(3))
@@ -136,7 +136,7 @@ def test_collapsed_network_exports_to_torchscript(name):
 
 @torch.no_grad()
 def test_collapsed_network_exports_to_onnx(tmp_path):
-    """ONNX Runtime computes what the routed network does."""
+    """ONNX Runtime gives the output of the routed network."""
     runtime = pytest.importorskip("onnxruntime")
     network, space, scan = spread("BasicUNet 2D")
     routed = route(network, space)

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Presets, what a bundle adjusts of them, and what a user replaces."""
+"""Presets, the settings that a bundle adjusts, and those that a user replaces."""
 
 from __future__ import annotations
 

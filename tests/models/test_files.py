@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Model files: whole or not at all, read without running anything in them, and wrong ones named in one line."""
+"""Model files: written completely or not at all, read without executing anything, and refused by one line if faulty."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ STATE = {"weight": torch.arange(3.0), "count": torch.tensor(2)}
 
 
 class Hostile:
-    """Unpickled, it would make the file it is told to."""
+    """An object that makes a folder when it is unpickled."""
 
     def __init__(self, proof: Path) -> None:
         self.proof = proof
@@ -67,8 +67,8 @@ def test_weights_come_back_as_they_were_saved(tmp_path):
     assert all(torch.equal(loaded[key], STATE[key]) and loaded[key].dtype == STATE[key].dtype for key in STATE)
 
 
-def test_others_may_read_what_the_umask_lets_them(tmp_path):
-    """Published models are no secret of the user who wrote them, as a temporary file's 0600 would have it."""
+def test_the_umask_decides_who_may_read_a_model(tmp_path):
+    """A temporary file has mode 0600, which a published model must not keep."""
     old = os.umask(0o022)
     try:
         save_atomically(STATE, tmp_path / "model.pt")
@@ -113,7 +113,7 @@ def test_missing_and_broken_files_end_in_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("content", [[torch.ones(1)], {"model": STATE}, {"w": 3.0}, torch.ones(2), {1: torch.ones(1)}])
-def test_what_is_no_plain_state_dict_is_refused(tmp_path, content):
+def test_anything_but_a_plain_state_dict_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "model.pt")
     assert "state_dict" in one_line(tmp_path / "model.pt")
 
@@ -128,13 +128,13 @@ def test_nothing_in_a_file_is_executed(tmp_path):
     (tmp_path / "plain.pt").write_bytes(pickle.dumps(Hostile(proof)))
     for name in ("new", "legacy", "plain"):
         message = one_line(tmp_path / f"{name}.pt")
-        assert "weights_only" not in message, "torch's advice to trust the file is not ours"
+        assert "weights_only" not in message, "the message must not recommend to trust the file"
     assert not proof.exists()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_comes_back_as_single(tmp_path, dtype):
-    """Whole numbers stay whole, and what half precision held is exactly what is there."""
+    """Integers keep their type, and the values are exactly those of half precision."""
     state = {"weight": torch.tensor([0.1, -3.0]).to(dtype), "count": torch.tensor(2)}
     save_atomically(state, tmp_path / "model.pt")
     loaded = load_weights(tmp_path / "model.pt")
@@ -143,9 +143,24 @@ def test_half_precision_comes_back_as_single(tmp_path, dtype):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_values_that_are_no_numbers_are_refused(tmp_path, value):
+def test_nan_and_infinity_are_refused(tmp_path, value):
     save_atomically({"fine": torch.ones(2), "broken": torch.tensor([1.0, value])}, tmp_path / "model.pt")
     assert "'broken'" in one_line(tmp_path / "model.pt")
+
+
+def test_negative_variances_are_refused(tmp_path):
+    save_atomically({"norm.running_var": torch.tensor([1.0, -1.0])}, tmp_path / "model.pt")
+    assert "'norm.running_var'" in one_line(tmp_path / "model.pt")
+
+
+def test_a_flipped_bit_is_noticed(tmp_path):
+    """In the numbers of a tensor, where the file can still be loaded by torch."""
+    save_atomically({"weight": torch.zeros(10**4)}, tmp_path / "model.pt")
+    content = bytearray((tmp_path / "model.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "model.pt").write_bytes(content)
+    assert torch.load(tmp_path / "model.pt", weights_only=True)["weight"].count_nonzero() == 1
+    assert "checksum" in one_line(tmp_path / "model.pt")
 
 
 @pytest.mark.parametrize(
@@ -164,7 +179,7 @@ def test_tensors_of_other_kinds_are_refused(tmp_path, tensor):
 
 
 def test_a_small_file_of_huge_tensors_is_refused(tmp_path):
-    """Whether its tensors repeat their numbers, its archive is packed, or it is large itself: nothing is filled."""
+    """The tensors repeat their numbers, the archive is compressed, or the file is large: no memory is filled."""
     many = torch.ones(1).expand(LIMIT // 8)
     torch.save({"one": many, "two": many, "three": many}, tmp_path / "strides.pt")
     assert "bytes of tensors" in one_line(tmp_path / "strides.pt")
@@ -182,7 +197,7 @@ def test_a_small_file_of_huge_tensors_is_refused(tmp_path):
 
 
 def test_formats_before_the_archive_are_refused(tmp_path):
-    """They are read by other code of torch's, which nothing written today needs."""
+    """Torch reads them by other code, which no file of today needs."""
     torch.save(STATE, tmp_path / "model.pt", _use_new_zipfile_serialization=False)
     assert "not a file of torch.save" in one_line(tmp_path / "model.pt")
     save_atomically(STATE, tmp_path / "whole.pt")
@@ -191,7 +206,7 @@ def test_formats_before_the_archive_are_refused(tmp_path):
 
 
 def test_experts_of_a_folder(tmp_path):
-    """Every model_<site>.pt, in order, but neither the global model nor others' files; or those asked for."""
+    """Every model_<site>.pt, in order, but neither the global model nor other files; or those of the given sites."""
     assert load_experts(str(tmp_path)) == {}
     assert load_experts(str(tmp_path / "missing")) == {}
     for name in ("model_UCL", "model_BIDMC", "model_ISBI_1.5", "model_final", ".model_half", "other"):
@@ -204,7 +219,7 @@ def test_experts_of_a_folder(tmp_path):
 
 
 def test_site_that_kept_the_global_model_adds_no_expert(tmp_path):
-    """Else the global model would be taken for a chosen expert, and the space would hold it twice."""
+    """Otherwise the routing space would contain the global model twice."""
     for name in ("model", "model_A"):
         save_atomically(STATE, tmp_path / f"{name}.pt")
     own = {key: tensor + 1 for key, tensor in STATE.items()}
@@ -213,8 +228,8 @@ def test_site_that_kept_the_global_model_adds_no_expert(tmp_path):
     assert list(load_experts(str(tmp_path), equal_too=True)) == ["A", "B"]
 
 
-def test_models_of_one_time_are_refused_in_monai_label(tmp_path, monkeypatch):
-    """By a file's time it distinguishes models; nobody else does, and no file's time is changed."""
+def test_models_with_equal_modification_times_are_refused_in_monai_label(tmp_path, monkeypatch):
+    """MONAI Label distinguishes models by this time; elsewhere it does not matter, and it is never changed."""
     names = ("model.pt", "model_A.pt", "model_B.pt")
     for name, time in zip(names, (50, 49, 50)):
         save_atomically(STATE, tmp_path / name)
@@ -238,14 +253,14 @@ def test_paths_of_models():
 
 @pytest.mark.parametrize("site", ["../elsewhere", "a/b", "/etc/passwd", "a\\b"])
 def test_no_name_of_a_site_leads_out_of_the_folder(tmp_path, site):
-    """Neither for reading nor for writing."""
+    """For reading and for writing."""
     for action in (lambda: model_path("models", "personalised", site), lambda: load_experts(str(tmp_path), [site])):
         with pytest.raises(InputError, match=r"no name that a site may have|not a plain name"):
             action()
 
 
 def test_scores_of_a_folder(tmp_path):
-    """What was published, without the experts that have none; None where nothing was; one line where it is broken."""
+    """Published scores without unknown ones; None without a file; one line for a faulty file."""
     assert load_scores(str(tmp_path)) is None
     (tmp_path / "scores.json").write_text('{"global": 0.8, "A": null}')
     assert load_scores(str(tmp_path)) == {"global": 0.8}

@@ -8,32 +8,27 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The methods inside: each handler by its formula, and the models between global and personalised."""
+"""The handlers of FedProx, FedBN and Ditto, each compared with its formula."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from networks import mixture, unet
+from networks import unet
 from torch import Tensor, nn
 from trained_sites import Site, State, _process_as_it_was, batches, equal  # noqa: F401
 
 from shared_iopfl.federation.averaging import average_updates
 from shared_iopfl.handlers.methods import DittoHandler, LocalNormsHandler, ProximalHandler
-from shared_iopfl.handlers.personalization import PersonalizationHandler
-from shared_iopfl.handlers.rounds import RoundHandler, round_state
-from shared_iopfl.models.weights import interpolate, validated_interpolation
+from shared_iopfl.handlers.rounds import RoundHandler
 from shared_iopfl.utils.errors import InputError
 
 
 def distance(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
-    """Between the parameters of two states of the U-Net."""
+    """The distance between the parameters of two states of the U-Net."""
     return sum(float((one[name] - other[name]).square().sum()) for name, _ in unet().named_parameters()) ** 0.5
 
 
@@ -85,15 +80,15 @@ def test_proximal_term_pulls_towards_the_global_model():
 
 
 class Seen(LocalNormsHandler):
-    """Notes with what weights a round begins."""
+    """Records the weights at which a round starts."""
 
     def restore(self, engine: Any) -> None:
         super().restore(engine)
         self.begun = {key: tensor.clone() for key, tensor in self.network.state_dict().items()}
 
 
-def test_norms_are_the_sites_own_and_all_else_is_global():
-    """Two sites, three rounds: after the first, each begins with its own norms of the round before."""
+def test_norm_layers_are_those_of_the_site_and_all_others_are_global():
+    """Two sites, three rounds: after the first round, each site starts with its own norm layers of the round before."""
     sites = {name: Site(seed) for seed, name in enumerate("AB")}
     handlers = {name: Seen(site.network) for name, site in sites.items()}
     for name, site in sites.items():
@@ -145,7 +140,7 @@ def ditto(pull: float, adam: bool = False, **kwargs: Any) -> tuple[Site, DittoHa
 
 
 class RoundHandlerWithoutData(RoundHandler):
-    """A new optimiser each round; the batches of these tests are not drawn."""
+    """A `RoundHandler` without seeds, because the batches of these tests are fixed."""
 
     def start(self, engine: Any) -> None:
         self.forget(engine)
@@ -153,7 +148,7 @@ class RoundHandlerWithoutData(RoundHandler):
 
 @pytest.mark.parametrize("adam", [False, True])
 def test_without_pull_ditto_is_local_training_on_the_same_batches(adam):
-    """Whatever global weights come in: the personal model goes on from its own, at the trainer's rate of the moment."""
+    """The personalised model continues from its own weights, at the current learning rate of the trainer."""
     site, handler = ditto(0.0, adam)
     alone = Site(adam=adam)
     RoundHandlerWithoutData(alone.optimizer).attach(alone.trainer)
@@ -178,8 +173,8 @@ def test_pull_keeps_the_personal_model_near_the_global_one():
     assert strayed(15) < 0.7 * strayed(1) < 0.7 * strayed(0)
 
 
-def test_ditto_leaves_the_local_model_alone():
-    """The site sends what it would without a personal model; and the personal model is no part of it."""
+def test_ditto_does_not_change_the_local_model():
+    """The weights that the site sends are those without a personalised model, and are not the personalised ones."""
     site, handler = ditto(0.5, adam=True)
     plain = Site(adam=True)
     RoundHandlerWithoutData(plain.optimizer).attach(plain.trainer)
@@ -204,66 +199,9 @@ def test_ditto_survives_an_interruption(tmp_path):
 
 
 @pytest.mark.parametrize("wrong", [-0.1, float("nan"), float("inf")])
-def test_weights_of_the_pull_out_of_range_are_refused(wrong):
+def test_factors_out_of_range_are_refused(wrong):
     site = Site()
     with pytest.raises(InputError, match="proximal"):
         ProximalHandler(site.network, wrong)
     with pytest.raises(InputError, match="ditto"):
         DittoHandler(site.network, site.optimizer, wrong)
-
-
-# ---- between global and personalised --------------------------------------------------------------------------------
-
-
-@given(st.floats(0, 1))
-@settings(max_examples=10, deadline=None)
-def test_interpolation_is_the_weighted_mean_and_exact_at_its_ends(share):
-    one, other = unet(1).state_dict(), unet(2).state_dict()
-    kept = copy.deepcopy(one)
-    between = interpolate(one, other, share)
-    for key, tensor in mixture([one, other], [1 - share, share]).items():
-        torch.testing.assert_close(between[key], tensor, rtol=1e-4, atol=1e-5)
-        assert between[key].dtype == one[key].dtype
-    assert equal(interpolate(one, other, 0), one)
-    assert all(torch.equal(t, other[k]) for k, t in interpolate(one, other, 1).items() if t.is_floating_point())
-    for tensor in between.values():
-        tensor.zero_()
-    assert equal(one, kept)
-
-
-@given(st.lists(st.sampled_from([0.1, 0.5, 0.9, float("nan")]), min_size=4, max_size=4), st.floats(0, 1))
-@settings(max_examples=40, deadline=None)
-def test_validated_interpolation_is_never_worse_than_global_and_takes_the_smaller_share(dice, global_dice):
-    """Scored by whatever validation says; the global model is a candidate even where it was not asked for."""
-    shares = (1.0, 0.75, 0.5, 0.25)
-    table = {0.0: global_dice, **dict(zip(shares, dice))}
-    one, other = {"w": torch.zeros(1)}, {"w": torch.ones(1)}
-    share, state = validated_interpolation(one, [other], lambda weights: table[float(weights["w"])], shares)
-    best = max([global_dice, *(value for value in dice if value == value)])
-    assert table[share] == best
-    assert share == min(s for s, value in table.items() if value == best)
-    assert float(state["w"]) == share
-
-
-def test_validated_interpolation_takes_the_model_that_does_best_and_the_first_of_equals():
-    one, others = {"w": torch.zeros(1)}, [{"w": torch.tensor([value])} for value in (1.0, 2.0, 3.0)]
-    dice = {0.0: 0.5, 0.5: 0.5, 1.0: 0.7, 1.5: 0.6, 2.0: 0.7, 3.0: 0.6}
-    assert validated_interpolation(one, others, lambda state: dice[float(state["w"])], (0.5, 1.0)) == (1.0, others[0])
-    dice[1.5] = 0.8  # half-way to the third, or three quarters of the second: only the former is asked for
-    assert validated_interpolation(one, others, lambda state: dice[float(state["w"])], (0.5, 1.0))[0] == 0.5
-
-
-def test_share_outside_its_range_is_refused():
-    for share in (-0.1, 1.1, float("nan")):
-        with pytest.raises(InputError, match="share"):
-            interpolate({}, {}, share)
-
-
-def test_the_state_of_a_round_has_what_handlers_keep() -> None:
-    """Named by the handlers themselves; one without a state of its own is left out."""
-    network = unet()
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
-    kept = [LocalNormsHandler(network), DittoHandler(network, optimizer, 0.1), PersonalizationHandler(network, 0.5)]
-    state = round_state(optimizer, None, [RoundHandler(optimizer), ProximalHandler(network, 0.1), *kept])
-    assert list(state) == ["optimizer", "lr_scheduler", "local_norms", "ditto", "personalization"]
-    assert list(state.values()) == [optimizer, None, *kept]

@@ -8,39 +8,27 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The ends of a round: how the personalised model moves on, and that a round starts afresh."""
+"""The personalised model: its average, its state, and its files."""
 
 from __future__ import annotations
 
-import itertools
-import math
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from epochs import run_epoch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ignite.engine import Engine, Events
-from monai.data import CacheDataset, DataLoader
-from monai.transforms import Compose, RandGaussianNoise, ToTensor
+from ignite.engine import Engine
 from networks import images, unet, untouched
 from torch import Tensor, nn
 
 from shared_iopfl.handlers.personalization import PersonalizationHandler
-from shared_iopfl.handlers.rounds import DecayThenTail, RoundHandler
 from shared_iopfl.models.files import load_weights
 
 
-def run_epoch(engine: Engine, data: Any, epoch: int) -> None:
-    """One round of one epoch, as `MonaiAlgo` runs it, in a process that may have been resumed a moment ago."""
-    engine.state.epoch, engine.state.iteration = epoch - 1, (epoch - 1) * len(data)
-    engine.state.max_epochs, engine.state.epoch_length = epoch, len(data)
-    engine.run(data)
-
-
 def train(network: nn.Module, handler: PersonalizationHandler, rounds: int, first: int = 1) -> list[dict[str, Tensor]]:
-    """Rounds of one epoch as `MonaiAlgo` runs them, each ending in random local weights, which are returned."""
+    """Run rounds of one epoch as `MonaiAlgo` does; each ends with random local weights, which are returned."""
     local = []
 
     def step(engine: Engine, batch: Any) -> None:
@@ -60,16 +48,13 @@ def train(network: nn.Module, handler: PersonalizationHandler, rounds: int, firs
 
 
 def averages(values: list[Tensor], alpha: float) -> Tensor:
-    """The closed formula: values weighed by alpha^age, normalised."""
+    """The mean of the values, weighted by alpha^age."""
     weights = [alpha ** (len(values) - 1 - n) for n in range(len(values))]
     return sum(w * value.double() for w, value in zip(weights, values)) / sum(weights)  # type: ignore[return-value]
 
 
-# ---- the personalised model -----------------------------------------------------------------------------------------
-
-
 def test_alpha_zero_keeps_the_local_model():
-    """To the bit, after every round, integer buffers included."""
+    """Exactly, after every round, with integer buffers."""
     network = unet()
     handler = PersonalizationHandler(network, alpha=0)
     for rounds in (1, 3):
@@ -78,7 +63,7 @@ def test_alpha_zero_keeps_the_local_model():
 
 
 def test_alpha_near_one_keeps_the_first_local_model():
-    """Without the correction of the start, as the released method has it."""
+    """Without the correction of the beginning, as in the released method."""
     network = unet()
     handler = PersonalizationHandler(network, alpha=1 - 1e-7, correct_start=False)
     first = train(network, handler, 4)[0]
@@ -90,7 +75,7 @@ def test_alpha_near_one_keeps_the_first_local_model():
 @given(alpha=st.floats(0, 0.999), rounds=st.integers(1, 5))
 @settings(max_examples=15, deadline=None)
 def test_corrected_average_equals_the_closed_formula(alpha, rounds):
-    """Weights alpha^age, normalised: as if the average had no beginning."""
+    """The weights are alpha^age, normalised."""
     network = nn.BatchNorm1d(3)
     handler = PersonalizationHandler(network, alpha)
     local = train(network, handler, rounds)
@@ -114,7 +99,7 @@ def test_uncorrected_average_is_the_recursion():
 @pytest.mark.parametrize("start_epoch", [0, 2])
 @pytest.mark.parametrize("alpha", [0.0, 1 / 3, 0.9])
 def test_average_is_the_formula_to_the_bit(alpha, start_epoch, correct_start):
-    """Each tensor of a whole network, by one interpolation a round; counters are copied."""
+    """Each tensor of a network is interpolated once per round; counters are copied."""
     network = unet()
     handler = PersonalizationHandler(network, alpha, start_epoch, correct_start)
     local = train(network, handler, 5)
@@ -138,8 +123,8 @@ def test_weights_that_two_layers_share_are_averaged_once():
         torch.testing.assert_close(tensor, averages(local, alpha).float())
 
 
-def test_state_of_an_earlier_release_is_resumed():
-    """A checkpoint has the count and the model's state_dict, and nothing of how the average is computed."""
+def test_the_state_of_an_earlier_version_can_be_resumed():
+    """A checkpoint has the count and the state_dict of the model, independent of the way the average is computed."""
     network = nn.BatchNorm1d(3)
     handler = PersonalizationHandler(network, 0.5)
     model = {key: tensor + 1 for key, tensor in network.state_dict().items()}
@@ -152,7 +137,7 @@ def test_state_of_an_earlier_release_is_resumed():
 
 
 def test_average_begins_after_the_start_epoch():
-    """Up to it, p is the newest local model; then the average of those after it, with none from before."""
+    """Until then p is the newest local model; afterwards it averages only the models after that epoch."""
     network, alpha = nn.BatchNorm1d(3), 0.5
     handler = PersonalizationHandler(network, alpha, start_epoch=3)
     local = [state["weight"] for state in train(network, handler, 3)]
@@ -163,8 +148,8 @@ def test_average_begins_after_the_start_epoch():
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5])
-def test_integer_buffers_stay_integers_and_nothing_aliases_the_live_network(alpha):
-    """From the first round on: training further does not change the personalised model, and keys stay the same."""
+def test_integer_buffers_stay_integers_and_no_memory_is_shared_with_the_network(alpha):
+    """Further training does not change the personalised model, and its keys are those of the network."""
     network = unet()
     handler = PersonalizationHandler(network, alpha)
     train(network, handler, 2)
@@ -195,7 +180,7 @@ def test_personalised_model_is_written_after_each_round(tmp_path):
     unet().load_state_dict(saved)
 
 
-def test_training_is_not_disturbed():
+def test_the_network_in_training_is_not_changed():
     network = unet()
     handler = PersonalizationHandler(network, 0.5)
     engine = Engine(lambda engine, batch: None)
@@ -204,8 +189,8 @@ def test_training_is_not_disturbed():
         engine.run([0], max_epochs=1)
 
 
-def test_average_goes_on_after_an_interruption(tmp_path):
-    """A handler with the saved state goes on as the old one would have."""
+def test_the_average_continues_after_an_interruption(tmp_path):
+    """A handler with the saved state gives the same average as one without interruption."""
     network, other = unet(), unet(5)
     whole, part, resumed = (PersonalizationHandler(n, 0.6) for n in (network, network, other))
     train(network, whole, 4)
@@ -222,89 +207,3 @@ def test_average_goes_on_after_an_interruption(tmp_path):
 def test_alpha_outside_its_range_is_refused(alpha):
     with pytest.raises(ValueError, match="alpha"):
         PersonalizationHandler(unet(), alpha)
-
-
-# ---- rounds ---------------------------------------------------------------------------------------------------------
-
-
-def loader() -> DataLoader:
-    generator = torch.Generator()
-    noise = Compose([ToTensor(), RandGaussianNoise(prob=0.9, std=1.0)])
-    dataset = CacheDataset([np.full(2, float(n), np.float32) for n in range(5)], noise, progress=False)
-    return DataLoader(dataset, batch_size=2, shuffle=True, generator=generator, num_workers=0)
-
-
-def draws(rounds: list[int], seed: int = 0) -> dict[int, list]:
-    """What a process that runs these epochs, one a round, sees of shuffling and augmentation."""
-    seen: dict[int, list] = {}
-    engine = Engine(lambda engine, batch: seen.setdefault(engine.state.epoch, []).append(batch.tolist()))
-    RoundHandler(seed=seed).attach(engine)
-    data = loader()
-    for epoch in rounds:
-        run_epoch(engine, data, epoch)
-    return seen
-
-
-def test_randomness_depends_on_seed_and_epoch_alone():
-    """A process resumed at round 3 draws what one from the first round does; rounds and seeds differ."""
-    with untouched():
-        whole = draws([1, 2, 3])
-        resumed = draws([3])
-    assert whole[3] == resumed[3]
-    assert whole[1] != whole[2] != whole[3]
-    assert draws([3], seed=1)[3] != whole[3]
-
-
-def test_optimizer_starts_each_round_without_moments():
-    """The second round's steps are those of a new optimiser from the same weights; its learning rate stays. Between
-    rounds a site holds neither moments nor gradients."""
-
-    def run(rounds: int, fresh: bool) -> Tensor:
-        weight = nn.Parameter(torch.ones(2))
-        optimizer = torch.optim.Adam([weight], lr=0.1, amsgrad=True)
-
-        def step(engine: Engine, batch: Any) -> None:
-            optimizer.zero_grad()
-            (weight * torch.tensor([1.0, float(engine.state.epoch)])).square().sum().backward()
-            optimizer.step()
-
-        engine = Engine(step)
-        RoundHandler(optimizer if fresh else None).attach(engine)
-        for epoch in range(1, rounds + 1):
-            if not fresh:
-                optimizer = torch.optim.Adam([weight], lr=0.1, amsgrad=True)
-            run_epoch(engine, loader(), epoch)
-            if fresh:
-                assert not optimizer.state and weight.grad is None
-        return weight.detach()
-
-    assert torch.equal(run(3, fresh=True), run(3, fresh=False))
-
-
-def test_rounds_fire_as_monai_runs_them():
-    """Run on with a larger max_epochs, an engine fires STARTED and COMPLETED once a round: all this rests on it."""
-    engine, seen = Engine(lambda engine, batch: None), []
-    engine.add_event_handler(Events.STARTED, lambda engine: seen.append(("started", engine.state.epoch)))
-    engine.add_event_handler(Events.COMPLETED, lambda engine: seen.append(("completed", engine.state.epoch)))
-    for epoch in (1, 2):
-        run_epoch(engine, [0], epoch)
-    assert seen == [("started", 0), ("completed", 1), ("started", 1), ("completed", 2)]
-
-
-@given(st.integers(1, 200), st.floats(0, 0.9), st.floats(0.01, 1))
-@settings(max_examples=40, deadline=None)
-def test_learning_rate_falls_and_then_stays_small(epochs, tail, floor):
-    """From 1 down to `floor`, never up, and there for the last part of the epochs."""
-    schedule = DecayThenTail(epochs, tail, floor)
-    factors = [schedule(epoch) for epoch in range(epochs + 1)]
-    assert factors[0] == pytest.approx(1)
-    assert all(later <= earlier + 1e-9 for earlier, later in itertools.pairwise(factors))
-    assert factors[-1] == pytest.approx(floor)
-    assert all(factor == pytest.approx(floor) for factor in factors[max(1, math.floor((1 - tail) * epochs)) :])
-
-
-@pytest.mark.parametrize("epochs", [4, 10, 15, 32, 61])
-def test_the_first_averaged_model_is_trained_at_the_rate_of_the_tail(epochs):
-    """By the configs' start_epoch; where the quarter is no whole number of epochs too."""
-    start_epoch = math.floor((1 - 0.25) * epochs)
-    assert DecayThenTail(epochs, 0.25, 0.1)(start_epoch) == pytest.approx(0.1)
