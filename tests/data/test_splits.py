@@ -82,11 +82,11 @@ def test_fraction_of_zero_leaves_a_part_empty():
 def test_too_few_cases(tmp_path):
     saml(tmp_path, "A", 2)
     with pytest.raises(
-        InputError, match=r"needs at least 3 cases \(one each to train, validate and test\), found 2 in"
+        InputError, match=r"needs at least 3 patients \(one each to train, validate and test\), but .* has 2"
     ):
         site_cases(tmp_path, "A", "train")
     assert len(site_cases(tmp_path, "A", "all")) == 2
-    with pytest.raises(InputError, match="found 1"):  # two scans, one patient
+    with pytest.raises(InputError, match="has 1"):  # two scans of one patient
         split_cases([{**case, "patient": "p"} for case in cases_of("a", "b")])
 
 
