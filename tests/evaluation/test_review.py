@@ -218,7 +218,7 @@ def test_comparison_puts_quality_beside_dice(tmp_path: Path) -> None:
 
 def test_what_is_odd_about_a_picture_is_the_first_reason() -> None:
     reports = {
-        "a": {"quality": 0.5, "areas": [3], "remarks": "optic disc unsure"},
+        "a": {"quality": 0.5, "areas": [3], "remarks": "optic disc uncertain"},
         "b": {"quality": 0.95, "remarks": ""},
     }
-    assert [row["reasons"] for row in review_rows(reports)] == ["optic disc unsure; views disagree", ""]
+    assert [row["reasons"] for row in review_rows(reports)] == ["optic disc uncertain; views disagree", ""]

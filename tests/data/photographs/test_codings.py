@@ -75,7 +75,7 @@ def test_unexpected_values_name_file_values_coding_and_the_coding_that_fits():
 def test_interpolated_masks_are_refused_in_a_short_line():
     mask = torch.linspace(0, 2, 120).reshape(1, 12, 10)
     with pytest.raises(
-        InputError, match=r"0\.0168067.*\.\.\. in a mask without a file name.*correct the mask"
+        InputError, match=r"0\.0168067.*\.\.\. in a picture without a file name.*correct the mask"
     ) as error:
         DecodeMask("index", KNOWN)(mask)
     assert len(str(error.value)) < 300

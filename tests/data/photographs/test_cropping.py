@@ -142,8 +142,8 @@ def test_among_crops_an_unsure_disc_is_taken_with_a_remark_and_no_disc_at_all_is
     picture = MetaTensor(case("A", photograph=False)[0], meta={"filename_or_obj": "x.png"})
     found = find_disc(picture)
     for confidence, whole, remark in (
-        (0.24, False, "optic disc unsure (confidence 0.24)"),
-        (0.24, True, "optic disc unsure (confidence 0.24)"),
+        (0.24, False, "optic disc uncertain (confidence 0.24)"),
+        (0.24, True, "optic disc uncertain (confidence 0.24)"),
         (0.8, True, "looks like a whole photograph among crops"),
         (0.8, False, ""),
     ):
