@@ -130,7 +130,7 @@ class Pelvis:
         return value * (1 + amount * self.noise(cells, cells, max(2, self.size[2] // 2)))
 
     def ellipsoid(self, centre: Sequence[float], axes: Sequence[float], tilt: float = 0.0) -> np.ndarray:
-        """Return the approximate distance (mm) to an ellipsoid, negative inside; `tilt` is an in-plane angle (degrees)."""
+        """Return the approximate distance (mm) to an ellipsoid, negative inside; `tilt` is in degrees, in plane."""
         x, y, z = self.x - centre[0], self.y - centre[1], self.z - centre[2]
         cos, sin = np.cos(np.deg2rad(tilt)), np.sin(np.deg2rad(tilt))
         u, v = cos * x + sin * y, cos * y - sin * x

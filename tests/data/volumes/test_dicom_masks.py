@@ -176,7 +176,7 @@ def test_what_is_no_dicom_is_one_line(tmp_path):
     pytest.importorskip("highdicom")
     source = nifti(tmp_path / "scan.nii.gz", SERIES.T.astype("f4"))
     with pytest.raises(
-        InputError, match=r"scan\.nii\.gz is not a DICOM series, the input that dicomseg and rtstruct must have"
+        InputError, match=r"scan\.nii\.gz is not a DICOM series, which dicomseg and rtstruct output requires"
     ):
         save(case_of(source), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["scan.nii.gz"]
