@@ -101,9 +101,7 @@ class SaveDicomd(MapTransform):
         read = [pydicom.dcmread(file, stop_before_pixels=True) for file in files]
         lacking = [name for name in ("FrameOfReferenceUID", "StudyInstanceUID") if not read[0].get(name)]
         if lacking:
-            raise InputError(
-                f"{source} has no {' and no '.join(lacking)} for DICOM output to refer to: export it again."
-            )
+            raise InputError(f"{source} has no {' and no '.join(lacking)}, which DICOM output needs: export it again.")
         slices = _slices(read, affine, mask, source)
         identity = [
             str(read[0].SeriesInstanceUID),
@@ -190,9 +188,7 @@ def _slices(read: Sequence[Any], affine: np.ndarray, mask: np.ndarray, source: P
         if not (np.allclose(x, [0, 1, 0], atol=0.1) and np.allclose(y, [0, 0, 1], atol=0.1)) or not (
             abs(z[0] - number) < 0.1 and 0 <= number < mask.shape[2]
         ):
-            raise InputError(
-                f"{source} was read in another grid than that of its slices: DICOM output would not fit it."
-            )
+            raise InputError(f"{source} was read in another grid than that of its slices: export it again.")
         slices.append(Slice(mask[:, :, number].T.astype(np.uint8), origin, step, instance, frame))
     return slices
 
