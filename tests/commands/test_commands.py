@@ -165,7 +165,7 @@ def test_ctrl_c_says_how_to_go_on_and_no_summary(scans, models, tmp_path, capsys
         sys.excepthook(KeyboardInterrupt, ended.value, None)
     said = capsys.readouterr()
     assert said.out == "" and (out / "measures.csv").is_file()
-    assert f"interrupted: {out} holds what was done so far; the same command with --overwrite True" in said.err
+    assert f"interrupted: {out} holds the results so far; the same command with --overwrite True" in said.err
 
 
 def test_quiet_prints_nothing_and_verbose_uses_the_bundle_s_logging(scans, models, tmp_path, capsys):

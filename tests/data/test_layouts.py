@@ -110,7 +110,7 @@ def test_other_json_files_are_no_sites(tmp_path):
         ({"image": "../x.nii", "label": "L/b.nii"}, "points outside"),
         ({"image": "/etc/hosts", "label": "L/b.nii"}, "points outside"),
         ({"image": "L/link.nii", "label": "L/b.nii"}, "points outside"),
-        ({"image": "L/gone.nii", "label": "L/b.nii"}, "is not there"),
+        ({"image": "L/gone.nii", "label": "L/b.nii"}, "does not exist"),
         ({"image": "L/a.nii"}, "must have an image and a label"),
         ({"image": ["L/a.nii", "L/b.nii"], "label": "L/b.nii"}, "must have an image and a label"),
         ("L/a.nii", "must have an image and a label"),
@@ -224,7 +224,7 @@ def test_folders_that_a_datalist_names_are_no_sites_but_where_one_is_asked_for(t
 @pytest.mark.parametrize("path", ["..\\x.nii.gz", "C:\\x.nii.gz", "\\\\host\\x.nii.gz", "a\0b"])
 def test_datalist_of_windows_paths_elsewhere(tmp_path, path):
     (tmp_path / "S.json").write_text(json.dumps({"training": [{"image": path, "label": path}]}))
-    with pytest.raises(InputError, match=r"points outside|not there"):
+    with pytest.raises(InputError, match=r"points outside|does not exist"):
         published_parts(tmp_path, "S")
 
 

@@ -20,9 +20,10 @@ from pathlib import Path
 
 import pytest
 
+from shared_iopfl.data.scan_files import WRITTEN
 from shared_iopfl.evaluation.run import folder as run_folder
 from shared_iopfl.evaluation.run.folder import claim, claim_training, describe, finish, release
-from shared_iopfl.evaluation.run.written import LIST, Written
+from shared_iopfl.evaluation.run.written import Written
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.files import keepers, write_text
 
@@ -56,11 +57,11 @@ def files(folder: Path) -> set[str]:
 
 def test_a_new_folder_is_taken_and_given_back(tmp_path: Path) -> None:
     a_run(tmp_path / "new" / "out", "A.nii.gz")
-    assert files(tmp_path / "new" / "out") == {"A.nii.gz", "run.json", LIST}
+    assert files(tmp_path / "new" / "out") == {"A.nii.gz", "run.json", WRITTEN}
     assert json.loads((tmp_path / "new" / "out" / "run.json").read_text())["status"] == "finished"
 
 
-@pytest.mark.parametrize("name", ["scan.nii.gz", "images/eye.jpg", "a/b/slice.dcm", "routes.csv", "run.json", LIST])
+@pytest.mark.parametrize("name", ["scan.nii.gz", "images/eye.jpg", "a/b/slice.dcm", "routes.csv", "run.json", WRITTEN])
 def test_what_somebody_else_has_there_is_in_the_way(name: str, tmp_path: Path) -> None:
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).write_text("mine")
@@ -89,14 +90,14 @@ def test_a_used_folder_needs_a_word(tmp_path: Path) -> None:
     claim("inference", tmp_path, overwrite=True)
     assert files(tmp_path) - {".run.lock"} == before  # until there is something to put in its place
     write_text(tmp_path / "B.nii.gz", "B")
-    assert files(tmp_path) - {".run.lock"} == {"B.nii.gz", "notes.txt", "run.json", LIST}
+    assert files(tmp_path) - {".run.lock"} == {"B.nii.gz", "notes.txt", "run.json", WRITTEN}
     assert json.loads((tmp_path / "run.json").read_text())["status"] == "unfinished"
 
 
 def test_training_replaces_what_is_there_at_once(tmp_path: Path) -> None:
     a_run(tmp_path, "history.csv", kind="federate")
     claim("federate", tmp_path, overwrite=True)
-    assert files(tmp_path) - {".run.lock"} == {"run.json", LIST}
+    assert files(tmp_path) - {".run.lock"} == {"run.json", WRITTEN}
 
 
 def test_another_kind_of_run_is_never_replaced(tmp_path: Path) -> None:
@@ -111,14 +112,14 @@ def test_a_mask_that_was_corrected_by_hand_stays(tmp_path: Path) -> None:
     (tmp_path / "A.nii.gz").write_text("better")
     with pytest.raises(InputError, match=r"A.nii.gz was changed since"):
         claim("inference", tmp_path, overwrite=True)
-    assert files(tmp_path) == {"A.nii.gz", "routes.csv", "run.json", LIST}
+    assert files(tmp_path) == {"A.nii.gz", "routes.csv", "run.json", WRITTEN}
 
 
 def test_a_list_that_leads_elsewhere_removes_nothing_there(tmp_path: Path) -> None:
     (tmp_path / "mine.nii.gz").write_text("mine")
     out = a_run(tmp_path / "out")
     (out / "link").symlink_to(tmp_path)
-    with open(out / LIST, "a") as file:
+    with open(out / WRITTEN, "a") as file:
         for name in ("../mine.nii.gz", str(tmp_path / "mine.nii.gz"), "link/mine.nii.gz"):
             file.write(json.dumps({"file": name}) + "\n")
         file.write('{"file": 3}\n[[\n{"file": "A.')
@@ -129,7 +130,7 @@ def test_a_list_that_leads_elsewhere_removes_nothing_there(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("output", "where"), [("data", "the same as"), ("data/images", "inside of"), (".", "around"), ("link", "the same")]
+    ("output", "where"), [("data", "the same as"), ("data/images", "inside"), (".", "around"), ("link", "the same")]
 )
 def test_data_are_kept_apart(output: str, where: str, tmp_path: Path) -> None:
     (tmp_path / "data" / "images").mkdir(parents=True)
@@ -144,7 +145,7 @@ def test_going_on_needs_the_same_settings(tmp_path: Path) -> None:
     write_text(tmp_path / "federation.pt", "")
     (tmp_path / ".0123456789ab_model.pt").touch()
     release(tmp_path)
-    with pytest.raises(InputError, match="--overwrite True, or go on with it with --resume True"):
+    with pytest.raises(InputError, match="--overwrite True, or continue it with --resume True"):
         claim("federate", tmp_path, settings={"sites": ["A", "B"]})
     with pytest.raises(InputError, match="was begun with sites"):
         claim("federate", tmp_path, settings={"sites": ["A", "C"]}, resume=True)
@@ -196,7 +197,7 @@ def test_a_run_whose_report_fails_is_unfinished(tmp_path: Path) -> None:
 def test_models_that_training_would_replace_need_a_word(tmp_path: Path) -> None:
     model = tmp_path / "models" / "model.pt"
     write_text(model, "shipped")
-    with pytest.raises(InputError, match=r"model.pt is there already.*--overwrite True"):
+    with pytest.raises(InputError, match=r"model.pt already exists.*--overwrite True"):
         claim_training(tmp_path / "out", tmp_path / "data", [model])
     claim_training(tmp_path / "out", tmp_path / "data", [model], overwrite=True)
     assert model.read_text() == "shipped"
