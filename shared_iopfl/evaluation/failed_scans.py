@@ -39,9 +39,9 @@ from shared_iopfl.utils.files import check_writable
 from shared_iopfl.utils.tables import write_rows
 
 logger = logging.getLogger(__name__)
-FAILURES = "failures"  # key of a batch: its scans that could not be loaded
+FAILURES = "failures"  # key of the failures in a batch
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-NAMED = 20  # so many scans are named in one line
+NAMED = 20  # largest number of scans that a line names
 
 
 class Failure(NamedTuple):
@@ -175,8 +175,8 @@ class TolerantEvaluator(SupervisedEvaluator):
         self.output_dir = Path(output_dir)
         self.empty_masks = empty_masks
         self.failures: list[Failure] = []
-        self.empty: list[str] = []  # the cases of empty masks
-        # after the handlers that load the models: a wrong one costs nothing of an earlier run
+        self.empty: list[str] = []  # cases with an empty mask
+        # after the handlers that load the models, so that an invalid model leaves an earlier run intact
         self.add_event_handler(Events.STARTED, lambda: self.failed_csv.unlink(missing_ok=True))
 
     @property
@@ -194,7 +194,7 @@ class TolerantEvaluator(SupervisedEvaluator):
         count = len(self.data_loader.dataset)  # type: ignore[union-attr, arg-type]
         try:
             super().run(global_epoch)
-        except ValueError:  # MONAI's metrics, where there is nothing to aggregate
+        except ValueError:  # raised by MONAI's metrics if there is nothing to aggregate
             if len(self.failures) < count:
                 raise
         ends = []
@@ -203,8 +203,8 @@ class TolerantEvaluator(SupervisedEvaluator):
         if self.empty and self.empty_masks == "fail":
             named = ", ".join(self.empty[:NAMED]) + (", ..." if len(self.empty) > NAMED else "")
             ends.append(
-                f"{len(self.empty)} of {count} scans have an empty mask: {named}; where some show nothing of what is "
-                "looked for, allow that with --empty_masks allow"
+                f"{len(self.empty)} of {count} scans have an empty mask: {named}; if scans without the target are "
+                "expected, set --empty_masks allow"
             )
         if ends:
             raise InputError("; ".join(ends))
@@ -224,8 +224,8 @@ class TolerantEvaluator(SupervisedEvaluator):
             if len(self.data_loader.dataset) == 1 or _is_hopeless(error):  # type: ignore[union-attr, arg-type]
                 raise
             if any(isinstance(cause, OSError) for cause in _chain(error)):
-                check_writable(self.output_dir)  # is it the folder's fault?
-            logger.debug("what failed with %s:", files, exc_info=True)
+                check_writable(self.output_dir)  # an error of the folder ends the run
+            logger.debug("failure of %s:", files, exc_info=True)
             self._record([Failure.of(case, file, error) for case, file in zip(cases, files)])
             return self._nothing()
 
@@ -238,7 +238,7 @@ class TolerantEvaluator(SupervisedEvaluator):
     def _nothing(self) -> list[dict[str, Any]]:
         """Return an iteration's output without a case, so that handlers write and record nothing."""
         if hasattr(self.inferer, "reports"):
-            self.inferer.reports.clear()  # of the scan that failed: the next one's must not be mistaken for it
+            self.inferer.reports.clear()  # the report of the failed scan must not be taken for that of the next one
         self.state.batch = []
         self.fire_event(ServedEvents.SCAN_FAILED)
         return []

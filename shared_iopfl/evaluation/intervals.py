@@ -26,9 +26,9 @@ from scipy.stats import norm, t
 
 RESAMPLES = 10_000
 
-FEWEST_CASES = 5  # of all sites together; with fewer no interval is given
-FEWEST_PER_SITE = 2  # one case says nothing of how far its site's cases differ
-FEWEST_SITES = 3  # for what is said of new sites
+FEWEST_CASES = 5  # of all sites together
+FEWEST_PER_SITE = 2  # a single case gives no variance
+FEWEST_SITES = 3  # for an interval over other sites
 _BOUNDS = (2.5, 97.5)
 _NO_INTERVAL = (float("nan"), float("nan"))
 

@@ -50,7 +50,7 @@ def under_pseudonyms(scans: Sequence[Case], table: str | os.PathLike, output_dir
         return list(scans)
     table = Path(table)
     if table.resolve().is_relative_to(Path(output_dir).resolve()):
-        raise InputError(f"the table of pseudonyms {table} would lie among the masks: keep it somewhere else.")
+        raise InputError(f"the table of pseudonyms {table} would be in the folder of the masks: keep it elsewhere.")
     rows = read_rows(table)
     if any(not row.get(column) for row in rows for column in COLUMNS) or (table.exists() and not rows):
         raise InputError(f"{table} is not a table of pseudonyms: its columns are {' and '.join(COLUMNS)}.")
@@ -78,7 +78,7 @@ def _checked(rows: Sequence[Mapping[str, str]], table: Path) -> dict[str, str]:
     files: dict[str, str] = {}
     for row in rows:
         file, name = row["file"], check_file_name(row["pseudonym"], f"{table}: pseudonym")
-        # letter case does not tell files apart everywhere
+        # some file systems do not distinguish letter case
         if known.setdefault(file, name) != name or files.setdefault(name.casefold(), file) != file:
-            raise InputError(f"{table}: pseudonym {name!r} or its file {file} stands there twice: give each one row.")
+            raise InputError(f"{table}: pseudonym {name!r} or its file {file} is listed twice: give each one row.")
     return known

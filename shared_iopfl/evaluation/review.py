@@ -36,7 +36,7 @@ from shared_iopfl.utils.tables import read_rows, write_rows
 
 COLUMNS = ("rank", "case", "quality", *EXPECTED, "shift", "decision", "reasons")
 COLLECTED = ("seed", "fold", "site", "case", "quality", "dice")
-DISAGREEMENT = 0.9  # below this quality the views are said to disagree
+DISAGREEMENT = 0.9  # quality below which views disagree
 EMPTY = "empty mask"
 
 
@@ -60,7 +60,7 @@ class ReviewRecorder(ServedRecorder):
         self.calibration = found if found is not None and found.applies_to(inferer) else None
         self.output_dir = Path(output_dir)
         self.reports: dict[str, Mapping[str, Any]] = {}
-        self.newest: list[str] = []  # the cases of this iteration
+        self.newest: list[str] = []  # cases of this iteration
 
     def start(self, engine: Engine) -> None:
         """Discard the reports of an earlier run of the engine."""
@@ -88,7 +88,7 @@ class ReviewRecorder(ServedRecorder):
 
     def write(self) -> None:
         """Write ``review.csv``, with the masks to check first at the top."""
-        usual = getattr(self.inferer, "usual_shift", 0)  # inferers of other methods have none
+        usual = getattr(self.inferer, "usual_shift", 0)  # inferers of other methods do not measure a shift
         rows = review_rows(self.reports, LARGE_SHIFT * usual or math.inf, self.calibration)
         if rows:
             write_rows(self.output_dir / "review.csv", COLUMNS, rows)
@@ -137,8 +137,8 @@ def _expected(report: Mapping[str, Any], reasons: str, calibration: Calibration 
 
 def _reasons(report: Mapping[str, Any], large_shift: float) -> Iterable[str]:
     if report.get("remarks"):
-        yield str(report["remarks"])  # of those who read and cropped the picture
-    areas = report.get("areas", ())  # as the network sees the scan: a small target may be lost on the way back
+        yield str(report["remarks"])  # made while the picture was read and cropped
+    areas = report.get("areas", ())  # in the network's grid; a small target may disappear in the scan's own grid
     if report.get("empty", bool(areas) and not any(areas)):
         yield EMPTY
     elif any(areas) and not all(areas):
@@ -148,7 +148,7 @@ def _reasons(report: Mapping[str, Any], large_shift: float) -> Iterable[str]:
     if report.get("shift", 0) > large_shift:
         yield "large shift"
     if report.get("decision") == "start" and "objective_start" in report:
-        yield str(report["reason"])  # why the guard kept the mask of the start
+        yield str(report["reason"])  # why adaptation was rejected
 
 
 def collect_review(output_dir: str | os.PathLike, method: str = "default") -> None:

@@ -26,9 +26,9 @@ from shared_iopfl.utils.tables import aligned, read_rows
 
 DASH, MINUS = "\u2013", "\u2212"
 ROLES = ("inside", "outside")
-MODELS = ("global", "personalised", "soup", "routed")  # the columns that come first, in this order
-SiteScores = Mapping[str, Mapping[str, float]]  # {model: {case: value}}, NaN where undefined
-# {(role, site): {model: {case: value}}}: sites inside first, models in the order of the columns
+MODELS = ("global", "personalised", "soup", "routed")  # the first columns, in this order
+SiteScores = Mapping[str, Mapping[str, float]]  # {model: {case: value}}, NaN if undefined
+# {(role, site): {model: {case: value}}}: inside sites first, models in the order of the columns
 Scores = dict[tuple[str, str], dict[str, dict[str, float]]]
 
 
@@ -153,7 +153,7 @@ def difference(sites: Sequence[SiteScores], model: str, other: str) -> tuple[flo
     values = np.concatenate(paired) if all(paired) else np.zeros(0)
     if not len(values):
         return math.nan, math.nan, math.nan, 0
-    weights = np.concatenate([np.full(len(p), 1 / len(p)) for p in paired])  # every site counts alike
+    weights = np.concatenate([np.full(len(p), 1 / len(p)) for p in paired])  # all sites have the same weight
     gains = [np.array(differences) for differences in paired]
     low, high = case_interval(gains, resampled_means(gains))
     return float(np.average(values, weights=weights)), low, high, len(values)
@@ -178,10 +178,8 @@ def print_table(output_dir: str | Path, metric: str = "dice") -> str:
     if not found and (Path(output_dir) / "history.csv").exists():
         return ""
     if metric not in found:
-        what = (
-            f"no metric {metric!r}: choose one of {', '.join(found)}" if found else "no scores: evaluate the run first"
-        )
-        raise InputError(f"{Path(output_dir) / 'metrics.csv'} has {what}")
+        advice = f"metric {metric!r}: choose one of {', '.join(found)}" if found else "scores: evaluate the run first"
+        raise InputError(f"{Path(output_dir) / 'metrics.csv'} has no {advice}")
     models = in_order(model for by_model in found[metric].values() for model in by_model)
     lines = [[heading(metric), "role", *models, "n"]]
     for role, site, sites, means in table_rows(found[metric]):

@@ -31,8 +31,8 @@ def raise_failures(failures: Sequence[Failure]) -> None:
     if reasons:
         first = next(iter(reasons.values()))
         raise InputError(
-            f"{len(reasons)} cases could not be scored, all others were; failed.csv beside the masks names them. "
-            f"First: {first}"
+            f"{len(reasons)} cases could not be scored, all others were: see failed.csv beside the masks. The first: "
+            f"{first}"
         )
 
 
@@ -80,12 +80,7 @@ class Scoring:
             **self.overrides,
             **overrides,
         }
-        workflow = ConfigWorkflow(
-            config_file=self.configs,
-            meta_file=None,
-            logging_file=False,
-            **as_values(given),
-        )
+        workflow = ConfigWorkflow(self.configs, meta_file=None, logging_file=False, **as_values(given))
         workflow.initialize()
         workflow.run()
         self.failures += workflow.parser.get_parsed_content("evaluator").failures
@@ -97,7 +92,7 @@ class Scoring:
 
     @staticmethod
     def check(sites: Sequence[str], outside_sites: Sequence[str]) -> None:
-        """Raise `InputError` if a site is both inside and outside, as its outside score would not be one of new data."""
+        """Raise `InputError` if a site is both inside and outside: its outside score would not be one of new data."""
         check_sites([*sites, *outside_sites])
         both = sorted(set(sites) & set(outside_sites))
         if both:

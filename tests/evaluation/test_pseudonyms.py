@@ -52,7 +52,7 @@ def test_a_pseudonym_that_is_no_plain_name_is_refused(tmp_path: Path, scans: lis
 @pytest.mark.parametrize("names", [("p", "p"), ("p", "P")])
 def test_a_pseudonym_of_two_files_is_refused(tmp_path: Path, scans: list[Case], names: tuple[str, str]) -> None:
     """The second mask would take the place of the first."""
-    with pytest.raises(InputError, match="stands there twice"):
+    with pytest.raises(InputError, match="is listed twice"):
         under_pseudonyms(scans, edited(tmp_path, scans, *names), tmp_path / "out")
 
 

@@ -49,7 +49,7 @@ class RoutesRecorder(ServedRecorder):
         self.inferer = inferer
         self.output_dir = Path(output_dir)
         self.cases: dict[str, dict[str, Any]] = {}
-        self.newest: list[str] = []  # the cases of this iteration
+        self.newest: list[str] = []  # cases of this iteration
         self.files: list[GrowingFile] = []
 
     def attach(self, engine: Engine) -> None:
