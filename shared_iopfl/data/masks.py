@@ -40,16 +40,18 @@ logger = logging.getLogger(__name__)
 
 
 class EachKey(MapTransform):
-    """A dictionary transform that applies an array transform to several keys.
+    """Base of dictionary transforms that apply an array transform, `array_transform`, to several keys.
 
     Args:
         keys: Keys of the arrays.
-        transform: Transform of one array.
+        args, kwargs: Arguments of the array transform.
     """
 
-    def __init__(self, keys: KeysCollection, transform: Transform) -> None:
+    array_transform: type[Transform]
+
+    def __init__(self, keys: KeysCollection, *args: Any, **kwargs: Any) -> None:
         super().__init__(keys)
-        self.transform = transform
+        self.transform: Any = self.array_transform(*args, **kwargs)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         return {**data, **{key: self.transform(data[key]) for key in self.key_iterator(data)}}
@@ -87,8 +89,7 @@ class KeepMiddleComponent(Transform):
 class KeepMiddleComponentd(EachKey):
     """Dictionary-based `KeepMiddleComponent`."""
 
-    def __init__(self, keys: KeysCollection) -> None:
-        super().__init__(keys, KeepMiddleComponent())
+    array_transform = KeepMiddleComponent
 
 
 class SaveMaskd(MapTransform):

@@ -121,7 +121,15 @@ def _recognised(names: Mapping[Path, str], site: str) -> dict[Path, str]:
             patients = {path: rest.get(name) or name for path, name in patients.items()}
             kinds.append(kind)
     if kinds:
-        _say(site, len(names), len(set(patients.values())), " and ".join(kinds), _example(names, patients))
+        groups: dict[str, list[str]] = {}
+        for path, patient in patients.items():
+            groups.setdefault(patient, []).append(names[path])
+        example = ", ".join(sorted(next(group for group in groups.values() if len(group) > 1))[:2])
+        warn_once(
+            f"site '{site}': {len(names)} files are taken for {len(groups)} patients, as names differ only in the "
+            f'{" and ".join(kinds)} ({example}); --patient "(.*)" takes each file for a patient, another pattern '
+            "divides them differently"
+        )
     return patients
 
 
@@ -136,17 +144,3 @@ def _is_evidence(kind: str, words: Mapping[str, set[str]], others: Iterable[str]
     numbered = {rest: found for rest, found in words.items() if re.search(r"\d", rest)}
     several = any(len(found) > 1 or rest in others for rest, found in numbered.items())
     return several and len({*words, *others}) > 1 and len(numbered) == len(words)
-
-
-def _example(names: Mapping[Path, str], patients: Mapping[Path, str]) -> str:
-    groups: dict[str, list[str]] = {}
-    for path, patient in patients.items():
-        groups.setdefault(patient, []).append(names[path])
-    return ", ".join(sorted(next(group for group in groups.values() if len(group) > 1))[:2])
-
-
-def _say(site: str, files: int, patients: int, kinds: str, example: str) -> None:
-    warn_once(
-        f"site '{site}': {files} files are taken for {patients} patients, as names differ only in the {kinds} "
-        f'({example}); --patient "(.*)" takes each file for a patient, another pattern divides them differently'
-    )

@@ -33,11 +33,6 @@ _BOUNDS = (2.5, 97.5)
 _NO_INTERVAL = (float("nan"), float("nan"))
 
 
-def enough_cases(counts: Sequence[int]) -> bool:
-    """Return whether the numbers of cases per site suffice for an interval."""
-    return sum(counts) >= FEWEST_CASES and min(counts) >= FEWEST_PER_SITE
-
-
 def resampled_means(sites: Sequence[np.ndarray]) -> np.ndarray:
     """Return the means of sites whose cases are drawn with replacement, ``(resample, ..., site)``.
 
@@ -62,7 +57,7 @@ def case_interval(gains: Sequence[np.ndarray], drawn: np.ndarray) -> tuple[float
         drawn: Their means with the cases of each site drawn with replacement, (resample, site); see `resampled_means`.
     """
     counts = np.array([len(of_site) for of_site in gains])
-    if not enough_cases(counts.tolist()):
+    if counts.sum() < FEWEST_CASES or counts.min() < FEWEST_PER_SITE:
         return _NO_INTERVAL
     means = np.array([of_site.mean() for of_site in gains])
     variances = np.array([of_site.var(ddof=1) for of_site in gains]) / counts

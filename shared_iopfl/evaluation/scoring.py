@@ -87,7 +87,7 @@ class Scoring:
         workflow.finalize()
 
     def finish(self) -> None:
-        """Raise `InputError` if cases could not be scored, so that the status of the run tells."""
+        """Raise `InputError` if cases could not be scored, so that the exit status of the run shows it."""
         raise_failures(self.failures)
 
     @staticmethod

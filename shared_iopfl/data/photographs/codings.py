@@ -13,11 +13,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
-from monai.config import KeysCollection, NdarrayOrTensor
+from monai.config import NdarrayOrTensor
 from monai.transforms import FillHoles, KeepLargestConnectedComponent, Transform
 from monai.utils import convert_to_dst_type, convert_to_tensor, ensure_tuple_rep
 
@@ -113,8 +112,7 @@ class DecodeMask(Transform):
 class DecodeMaskd(EachKey):
     """Dictionary-based `DecodeMask` with the same further arguments."""
 
-    def __init__(self, keys: KeysCollection, *args: Any, **kwargs: Any) -> None:
-        super().__init__(keys, DecodeMask(*args, **kwargs))
+    array_transform = DecodeMask
 
 
 class EnforceNesting(Transform):
@@ -132,8 +130,7 @@ class EnforceNesting(Transform):
 class EnforceNestingd(EachKey):
     """Dictionary-based `EnforceNesting`."""
 
-    def __init__(self, keys: KeysCollection) -> None:
-        super().__init__(keys, EnforceNesting())
+    array_transform = EnforceNesting
 
 
 class EncodeMask(Transform):
@@ -173,8 +170,7 @@ class EncodeMask(Transform):
 class EncodeMaskd(EachKey):
     """Dictionary-based `EncodeMask` with the same further arguments."""
 
-    def __init__(self, keys: KeysCollection, *args: Any, **kwargs: Any) -> None:
-        super().__init__(keys, EncodeMask(*args, **kwargs))
+    array_transform = EncodeMask
 
 
 def _check(coding: Coding) -> None:

@@ -35,19 +35,17 @@ def is_label_map(path: Path) -> bool:
     For most scans the middle slice, or the size of a compressed file, is enough to exclude that. A file that cannot be
     read is not a label map; reading it as a scan will report the error.
     """
-    values: set[float] = set()
+    values = np.empty(0)
     try:
         for part in _parts(path):
-            values |= set(np.unique(part).tolist())
-            if len(values) > MOST_LABELS or not all(map(_is_label, values)):
+            values = np.union1d(values, np.unique(part))
+            whole = values.round()
+            labels = (whole >= 0) & (whole <= LARGEST_LABEL) & (np.abs(values - whole) <= ROUNDING)
+            if len(values) > MOST_LABELS or not labels.all():
                 return False
     except Exception:  # the readers' libraries raise many kinds
         return False
     return len(values) > 1
-
-
-def _is_label(value: float) -> bool:
-    return 0 <= round(value) <= LARGEST_LABEL and abs(value - round(value)) <= ROUNDING
 
 
 def _parts(path: Path) -> Iterator[np.ndarray]:

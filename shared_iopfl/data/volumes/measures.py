@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import InvertibleTransform, ResizeWithPadOrCrop
 from nibabel.affines import voxel_sizes
@@ -89,13 +88,10 @@ class FieldOfViewd(EachKey, InvertibleTransform):
 
     Args:
         keys: Keys of the volumes.
-        side: Side in millimetres.
+        args, kwargs: As in `FieldOfView`.
     """
 
-    transform: FieldOfView
-
-    def __init__(self, keys: KeysCollection, side: float) -> None:
-        super().__init__(keys, FieldOfView(side))
+    array_transform = FieldOfView
 
     def inverse(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Restore the field of view of the scan."""
