@@ -216,7 +216,7 @@ def _pair(images: Path, masks: Path) -> list[tuple[Path, Path]]:
     mask_of: dict[str, Path] = {}
     for folder in (images,) if images == masks else (images, masks):
         if not folder.is_dir():
-            raise InputError(f"no such folder: {folder}; images need their masks")
+            raise InputError(f"no such folder: {folder}; put the masks of the images there")
         for entry in entries(folder):
             if file_ending(entry) not in endings or not entry.is_file():
                 continue
@@ -259,7 +259,7 @@ def _read_datalist(path: Path, root: Path) -> tuple[dict[str, list[tuple[Path, P
     for key, part in DATALIST_KEYS.items():
         items = content.get(key) or []
         if not isinstance(items, list):
-            raise InputError(f"{path}: {key!r} must be a list of items, but is {type(items).__name__}")
+            raise InputError(f"{path}: {key!r} must be a list of items, but is {type(items).__name__}: correct it")
         if part != "train" and not any(isinstance(item, dict) and item.get("label") for item in items):
             continue
         for number, item in enumerate(items):

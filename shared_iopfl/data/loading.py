@@ -93,7 +93,7 @@ class LoadCased(MapTransform):
 
     def _load(self, path: Path, reader: ImageReader | None, channels: int) -> MetaTensor:
         if not path.exists():
-            raise InputError(f"no such file: {path}")
+            raise InputError(f"no such file: {path}; correct the path")
         if not (path.is_file() or path.is_dir()):
             raise InputError(f"{path} is neither a file nor a folder: give the scan itself")  # a pipe would block
         if path.is_file() and path.stat().st_size == 0:
@@ -116,7 +116,7 @@ class LoadCased(MapTransform):
         if self.spatial_dims == 3 and scan.ndim == 3:
             scan = scan[..., None]
         if 0 in shape:
-            raise InputError(f"{path} has an axis of length 0: shape {shape}")
+            raise InputError(f"{path} has an axis of length 0 (shape {shape}): export it again")
         if scan.ndim != self.spatial_dims + 1 or len(scan) != channels:
             wanted = "3D scan" if self.spatial_dims == 3 else "2D picture"
             wanted += f" of {channels} channel{'s' * (channels > 1)}" if channels > 1 or self.spatial_dims == 2 else ""
@@ -227,9 +227,9 @@ def _whole_numbers(label: MetaTensor, path: Path) -> MetaTensor:
     wrong = values[~torch.isfinite(values) | ((values - whole).abs() > ROUNDING) | (whole < 0)]
     if len(wrong):
         some = ", ".join(f"{value:.7g}" for value in wrong[:3]) + (", ..." if len(wrong) > 3 else "")
-        raise InputError(f"{path} is not a mask: its values must be 0, 1, 2, ... but include {some}")
+        raise InputError(f"{path} is not a mask: its values must be 0, 1, 2, ... but include {some}: correct them")
     if len(torch.unique(whole)) == 1:
-        raise InputError(f"{path} has no foreground to learn from or to score: it is {whole[0]:g} everywhere")
+        raise InputError(f"{path} has no foreground, it is {whole[0]:g} everywhere: complete it, or remove the case")
     return label.round()  # type: ignore[return-value]
 
 

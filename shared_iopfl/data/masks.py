@@ -142,11 +142,11 @@ class SaveMaskd(MapTransform):
     def _array(self, mask: Any, source: Path) -> np.ndarray:
         array = mask.detach().cpu().numpy() if isinstance(mask, torch.Tensor) else np.asarray(mask)
         if len(array) != 1:
-            raise ValueError(f"a mask has one channel but this one has shape {array.shape}: AsDiscreted(argmax=True)?")
+            raise ValueError(f"a mask has one channel, but its shape is {array.shape}: use AsDiscreted(argmax=True)")
         if not np.isfinite(array).all():
             raise InputError(f"the mask of {source} contains NaN: check the model's weights and the scan's intensities")
         if (array != np.round(array)).any() or array.min() < 0 or array.max() > 255:
-            raise ValueError("a mask holds whole numbers from 0 to 255: AsDiscreted(argmax=True)?")
+            raise ValueError("a mask holds whole numbers from 0 to 255: use AsDiscreted(argmax=True)")
         return array[0].astype(np.uint8)
 
     def _target(self, data: Mapping[Hashable, Any], source: Path, key: Hashable) -> Path:

@@ -100,7 +100,10 @@ def site_cases(
         parts = {part: shares[part] for part in ("train", *lacking)}
         official.update(split_cases(official["train"], seed, parts, f"{dataset_dir}/{site}"))
     if not official[split]:
-        raise InputError(f"no {split} cases in {dataset_dir}/{site}: its list is empty or its fraction is 0")
+        raise InputError(
+            f"no {split} cases in {dataset_dir}/{site}: its list is empty or its fraction is 0; add cases, or change "
+            "fractions"
+        )
     return _sorted(official[split])
 
 

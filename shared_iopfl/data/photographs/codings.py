@@ -80,7 +80,7 @@ class DecodeMask(Transform):
         self.names = tuple(names) if names is not None else tuple(name for name in self.coding if name != BACKGROUND)
         unknown = [name for name in self.names if name not in self.coding or name == BACKGROUND]
         if unknown or not self.names:
-            raise InputError(f"targets {unknown} are not in the mask coding {_text(coding)}")
+            raise InputError(f"targets {unknown} are not in the mask coding {_text(coding)}: add them")
         self.needs_background = needs_background
 
     def __call__(self, mask: NdarrayOrTensor) -> NdarrayOrTensor:
@@ -176,13 +176,13 @@ class EncodeMaskd(EachKey):
 def _check(coding: Coding) -> None:
     """Raise `InputError` for a coding that has no background, or that assigns a background value to a target."""
     if not coding.get(BACKGROUND):
-        raise InputError(f'mask coding {_text(coding)} has no "{BACKGROUND}" values')
+        raise InputError(f'mask coding {_text(coding)} has no "{BACKGROUND}" values: add them')
     empty = [name for name, values in coding.items() if not values]
     if empty:
-        raise InputError(f"mask coding {_text(coding)} has no values for {empty}")
+        raise InputError(f"mask coding {_text(coding)} has no values for {empty}: add them")
     both = set(coding[BACKGROUND]) & {v for name, values in coding.items() if name != BACKGROUND for v in values}
     if both:
-        raise InputError(f"mask coding {_text(coding)} has {sorted(both)} both in the background and in a target")
+        raise InputError(f"mask coding {_text(coding)} has {sorted(both)} in the background and in a target: keep one")
 
 
 def _fits(coding: Coding, found: set[float]) -> bool:

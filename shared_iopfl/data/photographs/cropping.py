@@ -124,7 +124,7 @@ class CropToDiscd(MapTransform, InvertibleTransform):
         for key in self.key_iterator(d):
             if tuple(d[key].shape[1:]) != shape:
                 raise InputError(
-                    f"{key} has {_size(d[key])} pixels but {self.keys[0]} has {_size(image)}: {file_of(d[key])}"
+                    f"{key} has {_size(d[key])} pixels but {self.keys[0]} has {_size(image)}: correct {file_of(d[key])}"
                 )
             # also if nothing is cut off, so that every picture has the same trace to invert
             d[key] = self.cropper(d[key], tuple(slice(a, a + n) for a, n in zip(start, size)))

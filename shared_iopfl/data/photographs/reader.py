@@ -71,7 +71,7 @@ class _PictureReader(PILReader):
             InputError: If the file is missing, broken, too small, too large, or not of the requested kind.
         """
         if not img.name:
-            raise InputError("a picture is one file: got a list of files for one case")
+            raise InputError("a picture is one file, but the case has a list of files: give one")
         picture, meta = self._open(img.name)
         array = self._pixels(picture, str(meta["format"]), img.name)
         meta["original_channel_dim"] = float("nan") if array.ndim == 2 else -1
@@ -92,11 +92,13 @@ class _PictureReader(PILReader):
                 picture = ImageOps.exif_transpose(img)
                 meta = {"format": str(img.format), "mode": img.mode, "width": picture.width, "height": picture.height}
         except FileNotFoundError as error:
-            raise InputError(f"no such file: {name}") from error
+            raise InputError(f"no such file: {name}; correct the path") from error
         except Image.DecompressionBombError as error:
             raise InputError(_too_large(name)) from error
         except Image.UnidentifiedImageError as error:
-            raise InputError(f"not a PNG, JPEG, TIFF or BMP (WebP, GIF, PNM) that can be read: {name}") from error
+            raise InputError(
+                f"not a PNG, JPEG, TIFF or BMP (WebP, GIF, PNM) that can be read: {name}; convert it to PNG"
+            ) from error
         except InputError:
             raise
         except (OSError, SyntaxError, ValueError, EOFError, MemoryError) as error:  # raised by Pillow's decoders
@@ -104,7 +106,8 @@ class _PictureReader(PILReader):
             raise InputError(f"broken picture {name} ({reason}): export or copy it again") from error
         if min(picture.size) < self.min_size:
             raise InputError(
-                f"only {picture.width}x{picture.height} pixels in {name}: at least {self.min_size} on each side needed"
+                f"only {picture.width}x{picture.height} pixels in {name}: give the original, with at least "
+                f"{self.min_size} on each side"
             )
         meta["spatial_shape"] = np.asarray(picture.size)
         return picture, meta

@@ -109,11 +109,13 @@ def _images(folder: Path) -> list[Path]:
         raise InputError(f"{folder} has a link that leads nowhere, {gone[0]}: copy it again")
     files = [file for file in files if file.is_file() and not file.name.startswith(".") and is_dicom(file)]
     if not files:
-        raise InputError(f"{folder} holds no DICOM files")
+        raise InputError(f"{folder} holds no DICOM files: give a folder of slices")
     others = [file.name for file in files if is_no_image(file)]
     images = [file for file in files if file.name not in others]
     if not images:
-        raise InputError(f"{folder} holds no DICOM images, only reports or the like ({others[0]})")
+        raise InputError(
+            f"{folder} holds no DICOM images, only reports or the like ({others[0]}): give a folder of slices"
+        )
     if others:
         logger.warning("%s: %d DICOM objects without voxels are ignored, %s first", folder, len(others), others[0])
     return images
