@@ -182,7 +182,7 @@ def _check(coding: Coding) -> None:
         raise InputError(f"mask coding {_text(coding)} has no values for {empty}: add them")
     both = set(coding[BACKGROUND]) & {v for name, values in coding.items() if name != BACKGROUND for v in values}
     if both:
-        raise InputError(f"mask coding {_text(coding)} has {sorted(both)} in the background and in a target: keep one")
+        raise InputError(f"mask coding {_text(coding)} gives {sorted(both)} both to the background and to a target")
 
 
 def _fits(coding: Coding, found: set[float]) -> bool:

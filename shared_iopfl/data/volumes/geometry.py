@@ -102,12 +102,7 @@ def in_grid_of(label: np.ndarray, label_affine: Any, image_affine: Any, shape: S
     """
     if label.ndim != 3 or len(shape) != 3:
         return label if tuple(label.shape) == tuple(shape) and same_grid(image_affine, label_affine, shape) else None
-    steps = np.linalg.inv(label_affine)[:3, :3] @ np.asarray(image_affine)[:3, :3]  # image axes in label voxels
-    along = np.abs(steps).argmax(axis=0)  # for each axis of the image, the parallel axis of the label
-    if len(set(along.tolist())) < 3:
-        return None
-    image_axis = np.argsort(along)
-    orientation = np.column_stack([image_axis, np.sign(steps[along, range(3)])[image_axis]])
+    orientation = nib.orientations.io_orientation(np.linalg.inv(image_affine) @ label_affine)
     turned = nib.orientations.apply_orientation(label, orientation)
     affine = np.asarray(label_affine) @ nib.orientations.inv_ornt_aff(orientation, label.shape)
     if tuple(turned.shape) != tuple(shape) or not same_grid(image_affine, affine, shape):
