@@ -80,7 +80,7 @@ class Scoring:
             **self.overrides,
             **overrides,
         }
-        workflow = ConfigWorkflow(self.configs, meta_file=None, logging_file=False, **as_values(given))
+        workflow = ConfigWorkflow(config_file=self.configs, meta_file=None, logging_file=False, **as_values(given))
         workflow.initialize()
         workflow.run()
         self.failures += workflow.parser.get_parsed_content("evaluator").failures
