@@ -92,13 +92,8 @@ def _is_file(path: Path) -> bool:
 
 
 def _is_site_folder(folder: Path) -> bool:
-    return bool(
-        _paired_folders(folder)
-        or _roi_folders(folder)
-        or _has_volumes(folder)
-        or _case_folders(folder)
-        or _bids_pairs(folder)
-    )
+    layouts = (_paired_folders, _roi_folders, _has_volumes, _case_folders, _bids_pairs)
+    return any(found_in(folder) for found_in in layouts)
 
 
 def _has_volumes(folder: Path) -> bool:

@@ -122,15 +122,9 @@ def _search(
     weights: Mapping[str, float],
     flatten: bool,
 ) -> tuple[float, float, float, float]:
-    """Return the best disc in the picture, which is zoomed so that it has size `extent`.
+    """Return the best disc with a diameter in the range `relative` to the size `extent` of the zoomed picture.
 
-    Args:
-        picture: Picture (3, A, B).
-        zoom: Factor of the zoom.
-        extent: Size of the zoomed picture in pixels.
-        relative: Range of disc diameters relative to `extent`.
-        weights: Weights of the evidence.
-        flatten: Whether to remove what is bright over more than the width of a disc.
+    With `flatten`, whatever is bright over more than the width of a disc is removed first.
 
     Returns:
         Logit of the confidence (-inf if there is no candidate), row, column and diameter in the picture.
@@ -178,10 +172,7 @@ def _glow(bright: np.ndarray, extent: int) -> np.ndarray:
 
 
 def _vessels(green: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return strength and direction (radians from the first axis) of dark ridges.
-
-    scikit-image's ridge filters give no direction.
-    """
+    """Return strength and direction (radians from the first axis, which skimage's filters lack) of dark ridges."""
     strength, angle = np.zeros_like(green), np.zeros_like(green)
     for width in VESSEL_WIDTHS:
         aa, ab, bb = (
