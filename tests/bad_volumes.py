@@ -223,7 +223,7 @@ VOLUMES: Corpus = {
     "series.nii.gz": (array(np.stack([BODY] * 3, -1)), "extract one volume first"),
     "field.nii.gz": (array(np.stack([BODY] * 3, -1)[..., None, :]), "expected a 3D scan"),
     "line.nii.gz": (array(BODY[:, 0, 0]), "expected a 3D scan"),
-    "voxel.nii.gz": (array(BODY[:1, :1, :1]), "nothing to see"),
+    "voxel.nii.gz": (array(BODY[:1, :1, :1]), "shows nothing"),
     "rgb.nii.gz": (array(np.zeros((6, 6, 2), [("R", "u1"), ("G", "u1"), ("B", "u1")])), "RGB"),
     "rgb.mha": (itk_image((BODY.T[..., None].repeat(3, -1) * 255).astype(np.uint8), is_vector=True), READ),
     "complex.nii.gz": (array(BODY.astype(np.complex64)), "complex"),
@@ -232,8 +232,8 @@ VOLUMES: Corpus = {
     "inf.nii.gz": (array(with_value(-np.inf)), "1 NaN or infinite"),
     "all_nan.nii.gz": (array(BODY * np.nan), "NaN or infinite"),
     "beyond_single.nii.gz": (array(BODY.astype(np.float64) * 1e300), "NaN or infinite"),
-    "zero.nii.gz": (array(BODY * 0), "nothing to see"),
-    "constant.nii.gz": (array(BODY * 0 + 7), "nothing to see"),
+    "zero.nii.gz": (array(BODY * 0), "shows nothing"),
+    "constant.nii.gz": (array(BODY * 0 + 7), "shows nothing"),
     # grids
     "spacing_0.nii": (voxel_sizes(0, 0, 0), "correct its header"),
     "spacing_nan.nii": (voxel_sizes(np.nan, 1, 1), "correct its header"),
@@ -257,7 +257,7 @@ VOLUMES: Corpus = {
     "slice_gone": (series(lambda path: (path / "IM9.dcm").symlink_to("gone")), "leads nowhere"),
     "no_pixels": (series(without_pixels), "."),
     "report": (lambda path: (path.mkdir(), (path / "a.dcm").write_bytes(b"text")), "."),
-    "blank_series": (series(values=np.full((4, 20, 18), 5, np.int16)), "nothing to see"),
+    "blank_series": (series(values=np.full((4, 20, 18), 5, np.int16)), "shows nothing"),
     # odd, but scans
     "good.nii.gz": (array(BODY), None),
     "good.mha": (itk_image(BODY.T), None),

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Sites, cases and scans: which files are scans, whose they are, how they are split, read, and masks written.
+"""Sites, cases and scans: search for files, names, patients, splits, loading, and writing of masks.
 
-It knows `utils`. Volumes, photographs and synthetic sites have folders of their own.
+It knows `utils`. Volumes, photographs and synthetic sites are in subfolders.
 """

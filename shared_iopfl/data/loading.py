@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Loading of scans and labels, with checks; and resizing and padding of volumes that take less memory than MONAI's."""
+"""Loading of scans and labels with checks, and resizing and padding of volumes that take less memory than MONAI's."""
 
 from __future__ import annotations
 
@@ -32,34 +32,34 @@ from shared_iopfl.data.volumes.geometry import check_affine, describe_grid, in_g
 from shared_iopfl.data.volumes.headers import check_header, import_itk, millimetres
 from shared_iopfl.utils.errors import InputError
 
-LABEL = "label"  # the key of labels
-ROUNDING = 1e-3  # by which a label may be off a whole number
-SMOOTHED = 4  # slices at a time
+LABEL = "label"
+ROUNDING = 1e-3  # largest difference of a label value from a whole number
+SMOOTHED = 4  # slices that are smoothed at a time
 
 
 class LoadCased(MapTransform):
-    """Load a case's image and its label, if it has one, or say in one line what is wrong with which file.
+    """Load the image of a case and, if it has one, its label; or report in one line which file is wrong and why.
 
-    The result is, for every key, a float32 `MetaTensor` (channels, *spatial) in the file's own axes and with its
-    affine (RAS, mm, whatever unit its header has). Volumes come from NIfTI, MGZ, MHA, MHD, NRRD, a DICOM file or a
-    folder with one DICOM series; pictures from PNG, JPEG, TIFF, BMP, WebP, GIF and PNM, as (channels, width, height).
-    With ``spatial_dims`` 3, a 2D file becomes a volume of one slice. A label comes in the grid of its image: one that
-    fills the same box of the world with its axes flipped or in another order is turned, one that lies elsewhere is
-    refused.
+    Each key becomes a float32 `MetaTensor` (channels, *spatial) in the axes of the file, with its affine (RAS, in mm
+    whatever the unit in the header). Volumes are read from NIfTI, MGZ, MHA, MHD, NRRD, a DICOM file or a folder with
+    one DICOM series, pictures from PNG, JPEG, TIFF, BMP, WebP, GIF and PNM, as (channels, width, height). With
+    ``spatial_dims`` 3, a 2D file becomes a volume of one slice. A label is returned in the grid of its image: if it
+    covers the same box in world coordinates with flipped or permuted axes, it is reoriented; if it lies elsewhere, it
+    is rejected.
 
-    Refused are: files that are missing, empty, cut short or no scans; other shapes than asked for; NaN, infinite or
-    constant images; affines without a volume, and NIfTI whose qform and sform differ; labels on another grid than their
-    image, with fractions, negative values, or one value everywhere (a mask needs foreground and background, whatever
-    numbers stand for them).
+    The following are rejected: files that are missing, empty, truncated or no scans; shapes other than requested;
+    images that contain NaN or infinite values or are constant; affines that span no volume, and NIfTI files whose qform
+    and sform differ; labels in another grid than their image, with fractions or negative values, or with one value
+    everywhere (a mask needs foreground and background, whatever their values).
 
     Args:
-        keys: keys of the paths to load: "label", and those of images. A case may lack some of them.
+        keys: Keys of the paths to load: "label", and those of images. A case may lack some of them.
         spatial_dims: 2 or 3.
-        channels: channels of an image; a label has one.
-        reader: how to read, one MONAI reader for all keys or one a key; None: by the file's ending.
+        channels: Number of channels of an image; a label has one.
+        reader: MONAI reader for all keys, or one per key; None selects it by the ending of the file.
 
     Raises:
-        InputError: when a file is refused.
+        InputError: If a file is rejected.
     """
 
     def __init__(
@@ -93,9 +93,9 @@ class LoadCased(MapTransform):
 
     def _load(self, path: Path, reader: ImageReader | None, channels: int) -> MetaTensor:
         if not path.exists():
-            raise InputError(f"no such file: {path}")
+            raise InputError(f"no such file: {path}; correct the path")
         if not (path.is_file() or path.is_dir()):
-            raise InputError(f"{path} is neither a file nor a folder: give the scan itself")  # a pipe would never end
+            raise InputError(f"{path} is neither a file nor a folder: give the scan itself")  # a pipe would block
         if path.is_file() and path.stat().st_size == 0:
             raise InputError(f"{path} is empty (0 bytes): export or copy it again")
         try:
@@ -103,20 +103,20 @@ class LoadCased(MapTransform):
             loaded = self._load_image(path, reader=reader or _reader_for(path))
         except InputError:
             raise
-        except Exception as error:  # readers raise whatever their libraries do: zlib.error, EOFError, RuntimeError, ...
+        except Exception as error:  # the readers' libraries raise many kinds: zlib.error, EOFError, RuntimeError, ...
             raise InputError(f"{path} cannot be read as a scan ({reason(error)}): export or copy it again") from error
 
         shape, channel_dim = tuple(loaded.shape), loaded.meta.get("original_channel_dim", float("nan"))
         scan = loaded.as_tensor()
         scan = scan[None] if is_no_channel(channel_dim) else scan.movedim(int(channel_dim), 0)
         if channels == 1 and file_ending(path) in PICTURES and len(scan) == 3 and bool((scan == scan[:1]).all()):
-            scan = scan[:1]  # grey stored as RGB, as the public fundus masks are
+            scan = scan[:1]  # a grey picture stored as RGB, such as the public fundus masks
         while scan.ndim > self.spatial_dims + 1 and scan.shape[-1] == 1:
             scan = scan[..., 0]  # NIfTI with a fourth axis of length 1; a picture kept as a volume of one slice
         if self.spatial_dims == 3 and scan.ndim == 3:
             scan = scan[..., None]
         if 0 in shape:
-            raise InputError(f"{path} has an axis of length 0: shape {shape}")
+            raise InputError(f"{path} has an axis of length 0 (shape {shape}): export it again")
         if scan.ndim != self.spatial_dims + 1 or len(scan) != channels:
             wanted = "3D scan" if self.spatial_dims == 3 else "2D picture"
             wanted += f" of {channels} channel{'s' * (channels > 1)}" if channels > 1 or self.spatial_dims == 2 else ""
@@ -126,8 +126,8 @@ class LoadCased(MapTransform):
         affine = to_affine_nd(3, np.asarray(loaded.affine, dtype=np.float64))
         check_affine(affine, path)
         affine[:3] *= millimetres(path)
-        # of the metadata what later transforms and the writer need: the rest differs from format to format, and then
-        # cases of one site could not be put into one batch
+        # only the metadata that later transforms and the writer need: other entries differ between formats, which would
+        # prevent batches of cases of one site
         meta = {
             "filename_or_obj": str(path),
             "original_affine": affine.copy(),
@@ -138,7 +138,7 @@ class LoadCased(MapTransform):
         return MetaTensor(scan.contiguous(), affine=torch.as_tensor(affine), meta=meta)
 
     def _match(self, image: MetaTensor, label: MetaTensor) -> MetaTensor:
-        """The label in the image's grid."""
+        """Return the label in the image's grid."""
         image_grid, label_grid = ((tensor.affine.numpy(), tensor.shape[1:]) for tensor in (image, label))
         values = in_grid_of(label[0].numpy(), label_grid[0], *image_grid)
         if values is None:
@@ -157,11 +157,12 @@ class LoadCased(MapTransform):
 class ResizedByParts(Resized):
     """A `Resized` whose anti-aliasing smooths a volume a few slices at a time, with the same result.
 
-    MONAI smooths it as a whole, by convolutions that take the memory of a volume for each weight of their kernel.
+    MONAI smooths the whole volume at once, by convolutions that need as much memory as a volume per weight of their
+    kernel.
 
     Args:
-        keys, args, kwargs: of `Resized`.
-        anti_aliasing: of `Resized`.
+        keys, args, kwargs: As in `Resized`.
+        anti_aliasing: As in `Resized`.
     """
 
     def __init__(
@@ -171,7 +172,7 @@ class ResizedByParts(Resized):
         self.smoothed = ensure_tuple_rep(anti_aliasing, len(self.keys))
 
     def __call__(self, data: Mapping[Hashable, Any], lazy: bool | None = None) -> dict[Hashable, Any]:
-        """Smooth where an axis becomes shorter, and resize."""
+        """Smooth the images along the axes that become shorter, and resize them."""
         d = dict(data)
         for key, smoothed in self.key_iterator(d, self.smoothed):
             if smoothed:
@@ -184,16 +185,16 @@ class ResizedByParts(Resized):
         if not any(sigma):
             return image
         plain = convert_to_dst_type(image, torch.empty(0))[0]
-        # slices that are not smoothed with their neighbours
+        # without smoothing across slices, each slice can be smoothed without its neighbours
         parts = plain.split(SMOOTHED, dim=-1) if image.ndim == 4 and not sigma[-1] else [plain]
         smoothed = torch.cat([GaussianSmooth(sigma)(part).as_tensor() for part in parts], dim=-1)
         return convert_to_dst_type(smoothed, image)[0]
 
 
 class UncachedBorderPadd(BorderPadd, RandomizableTrait):
-    """A `BorderPadd` that begins what `CacheDataset` repeats each time: volumes are cached without their padding.
+    """A `BorderPadd` whose result `CacheDataset` does not cache, so that volumes are cached without their padding.
 
-    It is not random; the trait is where the cache ends.
+    It is not random: a `CacheDataset` repeats all transforms from the first one with this trait.
     """
 
 
@@ -203,12 +204,10 @@ def _reader_for(path: Path) -> ImageReader:
         return NibabelReader()
     if ending in PICTURES:
         return PILReader()
-    if path.is_dir() or is_dicom(path):
+    is_series = path.is_dir() or is_dicom(path)
+    if is_series or ending in ITK:
         import_itk(path)
-        return DicomReader()
-    if ending in ITK:
-        import_itk(path)
-        return ITKReader()
+        return DicomReader() if is_series else ITKReader()
     kinds = ", ".join(ending[1:] for ending in VOLUMES + PICTURES)
     raise InputError(f"{path} is not of a kind that can be read: expected DICOM or {kinds}")
 
@@ -218,23 +217,23 @@ def _check_image(image: MetaTensor, path: Path) -> None:
     if bad:
         raise InputError(f"{path} holds {bad} NaN or infinite voxels of {image.numel()}: export it again")
     if image.min() == image.max():
-        raise InputError(f"{path} holds nothing to see: it is {image.min():g} everywhere")
+        raise InputError(f"{path} shows nothing: it is {image.min():g} everywhere; export it again")
 
 
 def _whole_numbers(label: MetaTensor, path: Path) -> MetaTensor:
-    """The label with what tools that scale values leave of whole numbers, as 0.9999999, made whole again."""
+    """Return the label with rounded values, as tools that scale values leave 0.9999999 in place of 1."""
     values = torch.unique(label.as_tensor())
     whole = values.round()
     wrong = values[~torch.isfinite(values) | ((values - whole).abs() > ROUNDING) | (whole < 0)]
     if len(wrong):
         some = ", ".join(f"{value:.7g}" for value in wrong[:3]) + (", ..." if len(wrong) > 3 else "")
-        raise InputError(f"{path} is not a mask: its values must be 0, 1, 2, ... but include {some}")
+        raise InputError(f"{path} is not a mask: its values must be 0, 1, 2, ... but include {some}: correct them")
     if len(torch.unique(whole)) == 1:
-        raise InputError(f"{path} has no foreground to learn from or to score: it is {whole[0]:g} everywhere")
+        raise InputError(f"{path} has no foreground, it is {whole[0]:g} everywhere: complete it, or remove the case")
     return label.round()  # type: ignore[return-value]
 
 
 def reason(error: Exception) -> str:
-    """The first line of a library's complaint, without ITK's addresses."""
+    """Return the first line of a library's error message, without source files and addresses of ITK."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip() and not re.search(r"\.[ch]xx:\d", line)]
     return re.sub(r"(?i)^itk(?: |::)error: \w+\(\w+\): ", "", lines[0])[:200] if lines else type(error).__name__

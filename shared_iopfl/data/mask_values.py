@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The values of a site's masks, listed before training."""
+"""Listing of the values in a site's masks, before training."""
 
 from __future__ import annotations
 
@@ -19,17 +19,20 @@ from shared_iopfl.data.photographs.reader import CodedMaskReader
 from shared_iopfl.data.scan_files import Case
 from shared_iopfl.data.scan_names import PICTURES, file_ending
 
-MOST = 8  # values that are named
+MOST = 8  # largest number of values that are listed
 
 
 def mask_values(cases: Sequence[Case]) -> str:
-    """Open every mask of a site and list its values; where they differ, with an example for each set of values.
+    """Open every mask of a site and list its values; if masks differ, give an example for each set of values.
 
     Args:
-        cases: of the site.
+        cases: Cases of the site.
+
+    Returns:
+        One line of text.
 
     Raises:
-        InputError: for the first mask that cannot be read, is empty, or holds other than whole numbers from 0.
+        InputError: If a mask cannot be read, is empty, or contains other values than whole numbers from 0.
     """
     pictures = LoadCased("label", spatial_dims=2, reader=CodedMaskReader())
     volumes = LoadCased("label")
@@ -40,7 +43,7 @@ def mask_values(cases: Sequence[Case]) -> str:
         groups.setdefault(tuple(map(int, values.tolist())), []).append(case["case"])
     ordered = sorted(groups.items(), key=lambda group: -len(group[1]))
     texts = [_text(values) + (f" in {len(names)}" if len(groups) > 1 else "") for values, names in ordered]
-    # of the most, none needs a name
+    # no example is given for the most frequent set
     texts[1:] = [f"{text} ({names[0]}{', ...' * (len(names) > 1)})" for text, (_, names) in zip(texts[1:], ordered[1:])]
     return f"masks of {'; '.join(texts)}"
 

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Masks after prediction: one component of each target, and files in the grid and the format of the scan."""
+"""Postprocessing of masks: one component per target, and files in the grid and format of the scan."""
 
 from __future__ import annotations
 
@@ -40,16 +40,18 @@ logger = logging.getLogger(__name__)
 
 
 class EachKey(MapTransform):
-    """A transform of one array, applied to several keys of a case.
+    """Base of dictionary transforms that apply an array transform, `array_transform`, to several keys.
 
     Args:
-        keys: keys of the arrays.
-        transform: of one array.
+        keys: Keys of the arrays.
+        args, kwargs: Arguments of the array transform.
     """
 
-    def __init__(self, keys: KeysCollection, transform: Transform) -> None:
+    array_transform: type[Transform]
+
+    def __init__(self, keys: KeysCollection, *args: Any, **kwargs: Any) -> None:
         super().__init__(keys)
-        self.transform = transform
+        self.transform: Any = self.array_transform(*args, **kwargs)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         return {**data, **{key: self.transform(data[key]) for key in self.key_iterator(data)}}
@@ -58,14 +60,14 @@ class EachKey(MapTransform):
 class KeepMiddleComponent(Transform):
     """Keep one connected component of a volume's mask: the largest one near the middle slice.
 
-    The slices of a scan are planned from end to end of the organ, so that what lies in the last ones is something else.
-    Volume alone would choose a bladder there that a network mistakes for the prostate. Each voxel therefore counts by
-    its slice: slice i of n by ``sin(pi (i + 1/2) / n)^2`` (a Hann window). The place within a slice tells less: an
-    endorectal coil moves the prostate away from the middle.
+    The slices of a scan are planned from end to end of the organ, so that the last ones show something else. The
+    largest component may be a bladder there that a network mistakes for the prostate. Each voxel is therefore weighted
+    by its slice: slice i of n by ``sin(pi (i + 1/2) / n)^2`` (a Hann window). The position within a slice is not
+    weighted, as an endorectal coil moves the prostate away from the middle.
 
     Args:
-        data: (1, X, Y, Z), foreground above 0; voxels touch by faces, edges or corners. Slices follow each other along
-            the axis that runs from feet to head by the affine of a `MetaTensor`, else along the last axis.
+        data: Mask (1, X, Y, Z), foreground above 0; voxels are connected by faces, edges or corners. Slices are
+            perpendicular to the axis from feet to head by the affine of a `MetaTensor`, otherwise to the last axis.
 
     Returns:
         The mask with the voxels of the other components set to 0.
@@ -87,28 +89,28 @@ class KeepMiddleComponent(Transform):
 class KeepMiddleComponentd(EachKey):
     """Dictionary-based `KeepMiddleComponent`."""
 
-    def __init__(self, keys: KeysCollection) -> None:
-        super().__init__(keys, KeepMiddleComponent())
+    array_transform = KeepMiddleComponent
 
 
 class SaveMaskd(MapTransform):
-    """Write a mask in the grid, orientation and format of the scan it was predicted from; `SaveImaged` has one format.
+    """Write a mask in the grid, orientation and format of the scan that it was predicted from; `SaveImaged` has one
+    format.
 
-    Comes last in a bundle's postprocessing: the mask is inverted (`Invertd`) and discrete (`AsDiscreted`), so (1,
-    *spatial) in the axes of the scan's file. Shape and affine (qform and sform, or origin, spacing and direction) are
-    copied from that file, and nothing that it says about the patient. NIfTI gives NIfTI, NRRD gives NRRD, MHA and MHD
-    give MHA, DICOM and what else is read give NIfTI, and a picture gives a PNG with the class of each pixel, which lies
-    on the picture as it was read. A file appears whole or not at all. Scans of one name do not overwrite each other:
-    the second gets ``_2``, with a warning.
+    This is the last transform of a bundle's postprocessing: the mask has been inverted (`Invertd`) and made discrete
+    (`AsDiscreted`), so it is (1, *spatial) in the axes of the scan's file. Shape and affine (qform and sform, or
+    origin, spacing and direction) are copied from that file, but nothing about the patient. NIfTI becomes NIfTI, NRRD
+    becomes NRRD, MHA and MHD become MHA, DICOM and other volumes become NIfTI, and a picture becomes a PNG of the
+    upright picture with the class of each pixel. Files are written atomically. If several scans have the same name, the
+    second mask gets the suffix ``_2``, with a warning.
 
     Args:
-        keys: keys of the masks.
-        image_key: key of the image they belong to, whose metadata names the file.
-        output_dir: folder to write to; made if it is not there.
+        keys: Keys of the masks.
+        image_key: Key of the image that they belong to; its metadata names the file.
+        output_dir: Folder to write to; it is created if necessary.
 
     Raises:
-        InputError: when a mask cannot be written, holds NaN, or would replace its scan.
-        ValueError: when a mask is not one channel of whole numbers in the scan's grid.
+        InputError: If a mask cannot be written, contains NaN, or would replace its scan.
+        ValueError: If a mask is not one channel of whole numbers in the scan's grid.
     """
 
     def __init__(
@@ -123,7 +125,7 @@ class SaveMaskd(MapTransform):
         self._written: dict[Path, tuple[Path, Hashable]] = {}
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """The data with, under ``<key>_file``, the path that was written."""
+        """Write the masks, and return the data with the path of each file under ``<key>_file``."""
         d = dict(data)
         for key in self.key_iterator(d):
             source, meta = source_of(d, self.image_key, key)
@@ -140,13 +142,11 @@ class SaveMaskd(MapTransform):
     def _array(self, mask: Any, source: Path) -> np.ndarray:
         array = mask.detach().cpu().numpy() if isinstance(mask, torch.Tensor) else np.asarray(mask)
         if len(array) != 1:
-            raise ValueError(f"a mask has one channel but this one has shape {array.shape}: AsDiscreted(argmax=True)?")
+            raise ValueError(f"a mask has one channel, but its shape is {array.shape}: use AsDiscreted(argmax=True)")
         if not np.isfinite(array).all():
-            raise InputError(
-                f"the mask of {source} holds NaN: the model's weights or the scan's intensities are broken"
-            )
+            raise InputError(f"the mask of {source} contains NaN: check the model's weights and the scan's intensities")
         if (array != np.round(array)).any() or array.min() < 0 or array.max() > 255:
-            raise ValueError("a mask holds whole numbers from 0 to 255: AsDiscreted(argmax=True)?")
+            raise ValueError("a mask holds whole numbers from 0 to 255: use AsDiscreted(argmax=True)")
         return array[0].astype(np.uint8)
 
     def _target(self, data: Mapping[Hashable, Any], source: Path, key: Hashable) -> Path:
@@ -155,7 +155,7 @@ class SaveMaskd(MapTransform):
         while self._written.get(target, (source, key)) != (source, key):
             target, number = self.output_dir / f"{name}_{number}{ending}", number + 1
         if number > 2 and target not in self._written:
-            logger.warning("another scan is called %s too: the mask of %s is %s", name, source, target)
+            logger.warning("another scan is also named %s: the mask of %s is %s", name, source, target)
         if target.exists() and source.exists() and target.samefile(source):
             raise InputError(f"the mask of {source} would replace the scan itself: choose another output_dir")
         self._written[target] = (source, key)
@@ -178,7 +178,7 @@ def _write(array: np.ndarray, source: Path, affine: Any, target: Path) -> None:
         header.set_data_dtype(array.dtype)
         header.set_slope_inter(1, 0)
         header["cal_min"] = header["cal_max"] = 0  # the scan's display window would hide the mask
-        header.extensions.clear()  # these, and free text, may tell whose scan it is
+        header.extensions.clear()  # extensions and free text may identify the patient
         for field in {"descrip", "aux_file", "db_name", "data_type", "intent_name"} & set(header.keys()):
             header[field] = b""
         nib.save(type(scan)(_as_shape(array, scan.shape, source), scan.affine, header), target)
@@ -198,13 +198,13 @@ def _write(array: np.ndarray, source: Path, affine: Any, target: Path) -> None:
         except RuntimeError as error:
             raise OSError(reason(error)) from error
         if not written:
-            raise OSError("the file came out incomplete")
-    else:  # DICOM and others: the axes and the affine with which they were read
+            raise OSError("the file was written incompletely")
+    else:  # DICOM and others keep the axes and the affine with which they were read
         nib.save(nib.Nifti1Image(array, np.asarray(affine)), target)
 
 
 def _as_shape(array: np.ndarray, shape: tuple[int, ...], source: Path) -> np.ndarray:
-    """The array with the axes of length 1 that the file has."""
+    """Return the array with the axes of length 1 that the file has."""
     same = [length for length in array.shape if length != 1] == [length for length in shape if length != 1]
     _check_grid(same, "shape", source)
     return array.reshape(shape)
@@ -212,4 +212,4 @@ def _as_shape(array: np.ndarray, shape: tuple[int, ...], source: Path) -> np.nda
 
 def _check_grid(same: bool, what: str, source: Path) -> None:
     if not same:
-        raise ValueError(f"a mask has another {what} than its scan {source}: Invertd must come before SaveMaskd")
+        raise ValueError(f"a mask differs in its {what} from its scan {source}: Invertd must come before SaveMaskd")

@@ -10,8 +10,8 @@
 # limitations under the License.
 """The patient of each file: declared by a pattern, a table or a datalist, or recognised from file names.
 
-Both eyes, two visits or two series of a patient look alike. If one is used for training, the other must not be used for
-testing.
+Images of both eyes, of two visits or of two series of a patient are similar. If one of them is used for training, the
+others must not be used for testing.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from shared_iopfl.utils.checks import AUTO, is_patient_setting
 from shared_iopfl.utils.errors import InputError, warn_once
 from shared_iopfl.utils.tables import read_rows
 
-KEYS = ("patient", "patient_id", "subject_id", "subject", "PatientID")  # of a datalist's items, the first there counts
+KEYS = ("patient", "patient_id", "subject_id", "subject", "PatientID")  # of a datalist's items; the first one counts
 SIDES = ({"od", "os"}, {"l", "r"}, {"le", "re"}, {"left", "right"})
 _SEPARATOR = r"[ _.-]"
 _SIDE = "|".join(sorted(set.union(*SIDES)))
@@ -36,40 +36,43 @@ _VISIT = (
 
 
 def _named(words: str) -> re.Pattern[str]:
-    """A name with one of these words in it, as a word of its own."""
+    """Return the pattern of names that contain one of some words as a separate word."""
     between = rf"(?:(?P<before>.*){_SEPARATOR})?(?P<word>{words})(?:{_SEPARATOR}(?P<after>.*))?"
     return re.compile(between, re.IGNORECASE | re.DOTALL)
 
 
-# what tells two scans of a patient apart
+# words in which the file names of two scans of a patient differ
 WORDS = {"side": _named(_SIDE), "visit or series": _named(_VISIT)}
 
 
 def datalist_patient(item: Mapping[str, Any]) -> str | None:
-    """The patient that an item of a datalist names, under one of the usual keys; 0 is a name, "" and null are none."""
+    """Return the patient that an item of a datalist names under one of the usual keys; 0 is a name, "" and null are
+    not.
+    """
     named = (item[key] for key in KEYS if item.get(key) not in (None, ""))
     patient = next(named, None)
     return None if patient is None else str(patient)
 
 
 def patients_of(names: Mapping[Path, str], patient: str = AUTO, site: str = "") -> tuple[dict[Path, str], bool]:
-    """Whose scan each file of a site is.
+    """Find the patient of each file of a site.
 
     Args:
-        names: of the site's images, each by a name that no other has.
-        patient: a pattern that the whole name of a file (without its ending) fits, such as ``(.*)_(OD|OS)``: its first
-            group is the patient, and a file that does not fit is a patient of its own; a table ``FILE.csv`` with the
-            columns ``file`` and ``patient``; or "auto": names that differ in nothing but the side (``OD`` and ``OS``,
-            ``L`` and ``R``, ``left`` and ``right``) or in the visit, session or series. Such words count where a site
-            has two files that differ in one, and a line says so.
-        site: its name, for messages.
+        names: File -> unique name, for the site's images.
+        patient: How patients are recognised. A pattern with a group, such as ``(.*)_(OD|OS)``, is matched against the
+            whole name of a file without its ending: its first group is the patient, and a file that does not match is a
+            patient of its own. ``FILE.csv`` is a table with the columns ``file`` and ``patient``. With "auto", two
+            files belong to the same patient if their names differ only in the side (``OD`` and ``OS``, ``L`` and ``R``,
+            ``left`` and ``right``) or in the visit, session or series. Such words count only if a site has two files
+            that differ in nothing else; a warning states how many patients were recognised.
+        site: Name of the site, for messages.
 
     Returns:
-        File -> patient, and whether it was declared (not recognised).
+        File -> patient, and whether the patients were declared (not recognised).
 
     Raises:
-        InputError: where the pattern is none, or the table lacks a file. A pattern that fits no file of a site is a
-            warning: it may be another site that names its files so.
+        InputError: If the pattern is invalid, or the table lacks a file. A pattern that matches no file of a site only
+            gives a warning, as the files of another site may match it.
     """
     if not names:
         return {}, True
@@ -85,7 +88,7 @@ def patients_of(names: Mapping[Path, str], patient: str = AUTO, site: str = "") 
     if not any(found.values()):
         warn_once(
             f"the pattern {patient} of patient fits no file of site '{site}', such as "
-            f"{case_name(next(iter(names)))}: each is taken for a patient"
+            f"{case_name(next(iter(names)))}: each file counts as a patient"
         )
     return {path: (match[1] or names[path]) if match else names[path] for path, match in found.items()}, True
 
@@ -97,7 +100,7 @@ def _by_table(names: Mapping[Path, str], table: Path) -> dict[Path, str]:
     listed = {row["file"]: row["patient"] for row in rows}
     patients = {}
     for path in names:
-        # as it was typed: with its folder or without, with its ending or without
+        # users write the name of a file with or without its folder, and with or without its ending
         known = next((name for name in (str(path), path.name, case_name(path)) if listed.get(name)), None)
         known = known or next((name for name in listed if listed[name] and path.as_posix().endswith(f"/{name}")), None)
         if known is None:
@@ -118,32 +121,26 @@ def _recognised(names: Mapping[Path, str], site: str) -> dict[Path, str]:
             patients = {path: rest.get(name) or name for path, name in patients.items()}
             kinds.append(kind)
     if kinds:
-        _say(site, len(names), len(set(patients.values())), " and ".join(kinds), _example(names, patients))
+        groups: dict[str, list[str]] = {}
+        for path, patient in patients.items():
+            groups.setdefault(patient, []).append(names[path])
+        example = ", ".join(sorted(next(group for group in groups.values() if len(group) > 1))[:2])
+        warn_once(
+            f"site '{site}': {len(names)} files are taken for {len(groups)} patients, as names differ only in the "
+            f'{" and ".join(kinds)} ({example}); --patient "(.*)" takes each file for a patient, another pattern '
+            "divides them differently"
+        )
     return patients
 
 
 def _is_evidence(kind: str, words: Mapping[str, set[str]], others: Iterable[str]) -> bool:
-    """Whether two files of a site differ in such a word alone.
+    """Return whether two files of a site differ only in such a word.
 
-    A word and a number, as in scan_01 and scan_02, may be all that a name is: what remains must have a number too, and
-    differ between files.
+    A word with a number, as in scan_01 and scan_02, may be the whole name: the remainder must contain a number too, and
+    must differ between files.
     """
     if kind == "side":
         return any(pair <= found for rest, found in words.items() if rest for pair in SIDES)
     numbered = {rest: found for rest, found in words.items() if re.search(r"\d", rest)}
     several = any(len(found) > 1 or rest in others for rest, found in numbered.items())
     return several and len({*words, *others}) > 1 and len(numbered) == len(words)
-
-
-def _example(names: Mapping[Path, str], patients: Mapping[Path, str]) -> str:
-    groups: dict[str, list[str]] = {}
-    for path, patient in patients.items():
-        groups.setdefault(patient, []).append(names[path])
-    return ", ".join(sorted(next(group for group in groups.values() if len(group) > 1))[:2])
-
-
-def _say(site: str, files: int, patients: int, kinds: str, example: str) -> None:
-    warn_once(
-        f"site '{site}': {files} files are taken for {patients} patients, as names differ in the {kinds} alone "
-        f'({example}); --patient "(.*)" takes each file for a patient, another pattern says otherwise'
-    )

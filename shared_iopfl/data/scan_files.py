@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The scans in a folder, and the files that are not taken, with the reason."""
+"""Search for the scans in a folder; other files are passed over and listed with the reason."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from shared_iopfl.data.scan_names import (
     MASK_FOLDERS,
@@ -47,25 +46,28 @@ if TYPE_CHECKING:
 Case = dict[str, str]
 logger = logging.getLogger(__name__)
 NOT_TAKEN = ("file", "reason")
-SHOWN = 3  # names a reason
-RUN, WRITTEN = "run.json", "written.jsonl"  # in a folder that a run of this program wrote; the latter lists its files
-LARGEST_LIST = 2**30
-OVERLAY = "_overlay"  # ends the name of a run's picture of a scan with its mask
-PARTS = (".raw", ".zraw", ".raw.gz", ".img")  # of a scan whose header is a file of its own
+SHOWN = 3  # number of names given per reason
+RUN, WRITTEN = "run.json", "written.jsonl"  # in the output folder of a run; the latter lists the files that it wrote
+LARGEST_LIST = 2**30  # bytes
+OVERLAY = "_overlay"  # suffix of the pictures of scans with their masks that a run writes
+PARTS = (".raw", ".zraw", ".raw.gz", ".img")  # of voxel files whose header is a separate file
 
 
 def find_scans(path: str | Path, pictures: bool = False) -> list[Case]:
-    """The scans to segment, as ``{"image", "case"}``, sorted by path.
+    """Find the scans to segment.
 
     Args:
-        path: one scan (NIfTI, MGZ, MHA, MHD, NRRD, a picture, a DICOM file), or a folder, which is searched with its
-            subfolders; a folder that holds DICOM files is one scan. Not taken, and listed by `not_taken`, are masks
-            (recognised by name, folder, or few integer values), pictures where there are volumes, the output of a run
-            and its overlays beside the scans, and other kinds of files.
-        pictures: take pictures, and no volumes.
+        path: A scan (NIfTI, MGZ, MHA, MHD, NRRD, a picture or a DICOM file), or a folder, which is searched with its
+            subfolders; a folder that contains DICOM files is one scan. The following files are passed over, and listed
+            by `not_taken`: masks (recognised by name, folder, or few integer values), pictures if there are volumes,
+            the output of a run, including overlays beside the scans, and other kinds of files.
+        pictures: Take only pictures, and no volumes.
+
+    Returns:
+        The scans as ``{"image", "case"}``, sorted by path.
 
     Raises:
-        InputError: when there is nothing at ``path``, or nothing that can be read as a scan.
+        InputError: If ``path`` does not exist, or nothing there can be read as a scan.
     """
     root = Path(path)
     survey = _survey(root, pictures)
@@ -79,7 +81,7 @@ def find_scans(path: str | Path, pictures: bool = False) -> list[Case]:
 
 
 def _series_names(scans: Sequence[Path], root: Path) -> dict[Path, str]:
-    """Names of DICOM series that lie as ``PATIENT/STUDY/SERIES`` or in a folder whose name is an identifier."""
+    """Return names of the DICOM series in ``PATIENT/STUDY/SERIES``, or in a folder whose name is an identifier."""
     names = {}
     for scan in scans:
         if scan.is_dir() and not file_ending(scan):
@@ -90,17 +92,17 @@ def _series_names(scans: Sequence[Path], root: Path) -> dict[Path, str]:
 
 
 def not_taken(path: str | Path, pictures: bool = False) -> str:
-    """One line that says which files `find_scans` passes over, by reason; "" when there are none."""
+    """Return one line that lists by reason the files that `find_scans` passes over; "" if there are none."""
     return _survey(Path(path), pictures).line()
 
 
 class NotTaken:
-    """Reports at the end of a run which files of its folder were not taken for scans.
+    """Report at the end of a run which files of its folder were not taken for scans.
 
     Args:
-        dataset_dir: as for `find_scans`. It is searched when the handler is made, before a run writes anything.
-        pictures: as for `find_scans`.
-        output_dir: folder of the table ``not_taken.csv``; None: no table, as file names may identify patients.
+        dataset_dir: As in `find_scans`. It is searched when the handler is created, before a run writes anything.
+        pictures: As in `find_scans`.
+        output_dir: Folder of the table ``not_taken.csv``; None writes no table, as file names may identify patients.
     """
 
     def __init__(
@@ -129,14 +131,14 @@ class NotTaken:
 
 @dataclass
 class _Survey:
-    """The scans of a folder, and the other files by the reason why they are not taken."""
+    """The scans of a folder, and the other files by the reason why they are passed over."""
 
     scans: list[Path] = field(default_factory=list)
     others: dict[str, list[str]] = field(default_factory=dict)
-    own: set[str] = field(default_factory=set)  # what a run has listed as its own
+    own: set[str] = field(default_factory=set)  # files that a run has listed as written by it
 
-    def pass_over(self, reason: str, *names: str) -> None:
-        self.others.setdefault(reason, []).extend(names)
+    def pass_over(self, reason: str, name: str) -> None:
+        self.others.setdefault(reason, []).append(name)
 
     def line(self) -> str:
         parts = []
@@ -151,18 +153,15 @@ def _survey(root: Path, pictures: bool) -> _Survey:
         raise InputError(f"no such file or folder: {root}")
     if not root.is_dir():
         return _Survey([root] if file_ending(root) or is_dicom(root) else [])
-    survey = _Survey(own=_written_by_a_run(root))
+    survey = _Survey(own={entry["file"] for entry in written_by_a_run(root)} if (root / RUN).is_file() else set())
     found = sorted(_scans_below(root, root, survey))
-    volumes = [scan for scan in found if file_ending(scan) not in PICTURES]
-    for scan in found if pictures else ():
-        if scan in volumes:
-            survey.pass_over("volumes where pictures are wanted", _name(scan, root))
-    if not pictures and volumes:
-        previews = [_name(scan, root) for scan in found if scan not in volumes]
-        if previews:
-            survey.pass_over("pictures beside volumes", *previews)
-    found = [scan for scan in found if (scan in volumes) != pictures] if volumes else found
-    survey.scans = _without_masks(found, root, survey)
+    wanted = [scan for scan in found if (file_ending(scan) in PICTURES) == pictures]
+    if not wanted and not pictures:
+        wanted = found
+    reason = "volumes where pictures are wanted" if pictures else "pictures beside volumes"
+    for scan in {*found}.difference(wanted):
+        survey.pass_over(reason, _name(scan, root))
+    survey.scans = _without_masks(wanted, root, survey)
     return survey
 
 
@@ -176,7 +175,7 @@ def _scans_below(folder: Path, root: Path, survey: _Survey, above: tuple[Path, .
                 survey.pass_over("files that a run wrote", name)
         elif entry.is_dir():
             if entry.is_symlink() and any(path.is_relative_to(entry.resolve()) for path in above):
-                continue  # a loop
+                continue  # the link leads to a folder above it
             if entry.name.lower() in MASK_FOLDERS:
                 survey.pass_over("folders of masks", f"{name}/")
             elif (entry / RUN).is_file():
@@ -190,7 +189,7 @@ def _scans_below(folder: Path, root: Path, survey: _Survey, above: tuple[Path, .
             else:
                 slices += 1
         elif any(entry.name.lower() == f"{scan}{part}".lower() for scan in whole for part in PARTS):
-            continue  # part of a scan
+            continue  # its header stands for the scan
         elif file_ending(entry):
             yield entry
         elif entry.name.upper() != "DICOMDIR":
@@ -199,42 +198,37 @@ def _scans_below(folder: Path, root: Path, survey: _Survey, above: tuple[Path, .
         yield folder
 
 
-def _written_by_a_run(folder: Path) -> set[str]:
-    """What a run of this program has listed as its own in a folder, relative to it."""
-    names: set[str] = set()
-    if (folder / RUN).is_file() and (folder / WRITTEN).is_file():
+def written_by_a_run(folder: Path) -> Iterator[dict[str, Any]]:
+    """Yield the entries of ``written.jsonl``: the files that runs wrote into a folder, relative to it."""
+    if (folder / WRITTEN).is_file():
         for line in read_bounded(folder / WRITTEN, LARGEST_LIST).decode(errors="replace").splitlines():
-            with suppress(ValueError, TypeError, KeyError, RecursionError):  # the line at which a run was killed
-                names.add(str(json.loads(line)["file"]))
-    return names
+            try:
+                entry = json.loads(line)
+            except (ValueError, RecursionError):
+                continue  # a run that was killed may have left an incomplete line
+            if isinstance(entry, dict) and isinstance(entry.get("file"), str):
+                yield entry
 
 
 def _without_masks(found: list[Path], root: Path, survey: _Survey) -> list[Path]:
-    """The scans without masks and overlays, recognised by their names beside a scan, or by their values."""
+    """Return the scans without masks and overlays, as recognised by names beside a scan or by values."""
     base = {scan: base_of_mask(scan) if scan.is_file() else None for scan in found}
-    named = {scan for scan in found if base[scan] is not None}
     scans_in: dict[Path, set[str]] = {}
     for scan in found:
-        if scan not in named:
+        if base[scan] is None:
             scans_in.setdefault(scan.parent, set()).add(case_name(scan).lower())
     kept = []
     for scan in found:
-        beside = scans_in.get(scan.parent, set())
-        if scan in named and (base[scan] in beside or (base[scan] == "" and beside)):
+        beside, name = scans_in.get(scan.parent, set()), case_name(scan).lower()
+        if base[scan] in beside or (base[scan] == "" and beside):
             survey.pass_over("masks by their names", _name(scan, root))
-        elif file_ending(scan) == ".png" and _base_of_overlay(scan) in beside:
+        elif file_ending(scan) == ".png" and name.endswith(OVERLAY) and name.removesuffix(OVERLAY) in beside:
             survey.pass_over("overlays by their names", _name(scan, root))
         elif scan.is_file() and file_ending(scan) in VOLUMES and is_label_map(scan):
             survey.pass_over("volumes of a few whole numbers, as masks are", _name(scan, root))
         else:
             kept.append(scan)
     return kept
-
-
-def _base_of_overlay(picture: Path) -> str | None:
-    """The name of the scan that an overlay's name says it shows, in lower case; None where no overlay is named so."""
-    name = case_name(picture).lower()
-    return name.removesuffix(OVERLAY) if name.endswith(OVERLAY) else None
 
 
 def _name(path: Path, root: Path) -> str:

@@ -8,9 +8,9 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""File formats of scans, case names, and names that mark masks.
+"""File formats of scans, names of cases, and names that mark masks.
 
-The kind of a file is recognised by its name, and DICOM also by the letters DICM in it; nothing else is read here.
+The format of a file is recognised by its name, that of DICOM also by the letters DICM in it; nothing else is read here.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from typing import Any
 from shared_iopfl.utils.errors import InputError
 
 NIFTI = (".nii.gz", ".nii")
-NIBABEL = (*NIFTI, ".mgz", ".mgh", ".hdr", ".img")  # the last two are one scan in two files
+NIBABEL = (*NIFTI, ".mgz", ".mgh", ".hdr", ".img")  # .hdr and .img are one scan in two files
 ITK = (".mha", ".mhd", ".nrrd", ".nhdr")
 VOLUMES = NIBABEL + ITK
 PICTURES = (
     *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".tif", ".tiff", ".bmp", ".webp", ".gif"),
     *(".ppm", ".pgm", ".pbm", ".pnm"),
 )  # fmt: skip
-LONGEST_DESCRIPTION = 60
-MASK = "_segmentation"  # compared without regard to case: the public sets write it both ways
+LONGEST_DESCRIPTION = 60  # characters
+MASK = "_segmentation"  # compared without regard to letter case, which differs between the public data sets
 MASK_FOLDERS = (
     *("mask", "masks", "label", "labels", "labelstr", "labelsts", "labelsval", "seg", "segs", "segmentation"),
     *("segmentations", "gt", "ground_truth", "groundtruth", "ground truth", "annotations"),
@@ -43,20 +43,21 @@ _MASK_NAMES = re.compile(rf"(?P<base>.*)[ ._-]{_WORDS}(?:[ ._-]?\d)?|{_WORDS}[ .
 
 
 def base_of_mask(path: Path) -> str | None:
-    """The name of the scan that a mask's name says it belongs to, in lower case; None where no mask is named so.
+    """Return the name, in lower case, of the scan that a mask is named after; None for other names.
 
-    ``Case00`` of ``Case00_mask.nii.gz``, ``case00-Label.nrrd``, ``seg_Case00.nii`` and ``Case00.seg.nrrd``.
+    The result is "case00" for ``Case00_mask.nii.gz``, ``case00-Label.nrrd``, ``seg_Case00.nii`` and
+    ``Case00.seg.nrrd``, and "" for ``mask.nii.gz``.
     """
     found = _MASK_NAMES.fullmatch(case_name(path))
     return (found["base"] or found["rest"] or "").lower() if found else None
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether a file is DICOM, by its ending or, for a name without a known ending, by the letters DICM at byte 128."""
+    """Return whether a file is DICOM: by its ending or, if the ending is unknown, by the letters DICM at byte 128."""
     if file_ending(path) or path.name.upper() == "DICOMDIR":
         return file_ending(path) == ".dcm"
     if not path.is_file():
-        return False  # a pipe would wait for its other end for ever
+        return False  # opening a pipe would block
     try:
         with open(path, "rb") as file:
             return file.read(132)[128:] == b"DICM"
@@ -65,18 +66,18 @@ def is_dicom(path: Path) -> bool:
 
 
 def case_name(path: str | Path) -> str:
-    """A scan's file name without its ending: ``Case03`` of ``BIDMC/Case03.nii.gz``; a series' folder name."""
+    """Return the name of a scan's file or folder without its ending: ``Case03`` for ``BIDMC/Case03.nii.gz``."""
     name = Path(path).name or Path(path).resolve().name
     return name[: len(name) - len(file_ending(name))]
 
 
 def source_of(data: Mapping[Hashable, Any], image_key: str, key: Hashable) -> tuple[Path, Mapping[str, Any]]:
-    """The file of the scan that a mask was predicted from, and the metadata that name it: the image's, or the mask's.
+    """Return the file of the scan that a mask was predicted from, and the metadata that name it.
 
     Args:
-        data: of a case.
-        image_key: key of the scan.
-        key: key of the mask.
+        data: Data of a case.
+        image_key: Key of the scan. If it has no metadata, those of the mask are used.
+        key: Key of the mask.
     """
     meta = getattr(data.get(image_key), "meta", None) or data[key].meta
     files = meta["filename_or_obj"]
@@ -84,26 +85,26 @@ def source_of(data: Mapping[Hashable, Any], image_key: str, key: Hashable) -> tu
 
 
 def file_ending(path: str | Path) -> str:
-    """The ending that tells a scan's format, in lower case (``.nii.gz``, ``.png``, ``.dcm``), or ``""``."""
+    """Return the ending that identifies a scan's format, in lower case (``.nii.gz``, ``.png``, ``.dcm``), or ``""``."""
     name = Path(path).name.lower()
     return next((ending for ending in (*VOLUMES, *PICTURES, ".dcm") if name.endswith(ending)), "")
 
 
 def printable(text: str) -> str:
-    """The text with an underscore for each character that no table or log can hold.
+    """Replace each character that a table or a log cannot represent by an underscore.
 
-    Those are control characters, and what Python makes of a file name that is not UTF-8.
+    These are control characters, and the characters by which Python represents a file name that is not UTF-8.
     """
     return "".join("_" if unicodedata.category(letter) in ("Cc", "Cs") else letter for letter in text)
 
 
 def unique_names(paths: Sequence[Path], root: Path, given: Mapping[Path, str] | None = None) -> dict[Path, str]:
-    """A printable name for each path: its own, or where several share it, its way down from ``root`` and its ending.
+    """Return a printable name for each path: its case name or, if several share it, its path with its ending.
 
     Args:
-        paths: to name.
-        root: above them.
-        given: names to take instead of a path's own; where several share one, they are numbered.
+        paths: Paths to name.
+        root: Folder above them, to which such a path is relative.
+        given: Path -> name, where it differs from the case name; if several paths share one, a number is added.
     """
     given = given or {}
     count = Counter(given.get(path, case_name(path)) for path in paths)
@@ -123,17 +124,14 @@ def unique_names(paths: Sequence[Path], root: Path, given: Mapping[Path, str] | 
 
 
 def series_name(folder: Path, root: Path, description: str) -> str:
-    """A name for a DICOM series from the folder of its patient and its description.
+    """Return a name for a DICOM series, such as ``P001_t2_tra``, from the folder of its patient and its description.
 
     Archives export ``PATIENT/STUDY/SERIES``, often with identifiers of up to 64 digits as names of studies and series.
 
     Args:
-        folder: of the series.
-        root: folder that was given; its name counts where only identifiers lie between the two.
-        description: of the series, from its files; "" where they have none.
-
-    Returns:
-        Such as ``P001_t2_tra``.
+        folder: Folder of the series.
+        root: Folder that was given; its name is used if only identifiers lie between the two.
+        description: Description of the series from its files; "" if they have none.
     """
     between = folder.relative_to(root).parts[:-1]
     patient = next((part for part in (*between, root.name) if not is_identifier(part)), "")
@@ -143,12 +141,17 @@ def series_name(folder: Path, root: Path, description: str) -> str:
 
 
 def is_identifier(name: str) -> bool:
-    """Whether a folder's name is a DICOM UID or a long hexadecimal number, which nobody remembers."""
+    """Return whether a folder's name is a DICOM UID or a long hexadecimal number, which means nothing to people."""
     return re.fullmatch(r"[\d.]{16,}|[0-9a-fA-F-]{32,}", name) is not None
 
 
 def entries(folder: Path) -> list[Path]:
-    """What lies in a folder, sorted, without hidden files (``._Case00.nii.gz`` on disks that a Mac has touched)."""
+    """Return the sorted contents of a folder without hidden files, such as ``._Case00.nii.gz`` on disks written by
+    macOS.
+
+    Raises:
+        InputError: If the folder cannot be read.
+    """
     try:
         return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
     except OSError as error:

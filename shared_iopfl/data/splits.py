@@ -10,7 +10,7 @@
 # limitations under the License.
 """The cases of a site, and their split by patient into training, validation and test.
 
-A case is ``{"image", "label", "site", "case", "patient"}``, all strings. Where its files lie is told by `layouts`.
+A case is ``{"image", "label", "site", "case", "patient"}``, all strings. The module `layouts` finds its files.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ SHARES = dict(zip(PARTS, FRACTIONS))
 
 
 def list_sites(dataset_dir: str | Path) -> list[str]:
-    """The names of the sites in a folder, sorted.
+    """Return the sorted names of the sites in a folder.
 
     Raises:
-        InputError: when there is no such folder, it holds no site, or one whose name a site cannot have.
+        InputError: If the folder does not exist, has no site, or has a site with a name that is not allowed.
     """
     sites = check_sites(known_sites(Path(dataset_dir)))
     if not sites:
@@ -47,15 +47,15 @@ def list_sites(dataset_dir: str | Path) -> list[str]:
 
 
 def find_cases(dataset_dir: str | Path, site: str, patient: str = AUTO) -> list[Case]:
-    """All labelled cases of a site, sorted by case name.
+    """Return all labelled cases of a site, sorted by case name.
 
     Args:
-        dataset_dir: folder of the sites.
-        site: name of the site.
-        patient: how patients are found where a datalist does not name them; see `patients.patients_of`.
+        dataset_dir: Folder of the sites.
+        site: Name of the site.
+        patient: How patients are recognised if a datalist does not name them; see `patients.patients_of`.
 
     Raises:
-        InputError: for an unknown site, one without cases, an image without its mask or a mask without its image.
+        InputError: If the site is unknown or has no cases, or if an image or a mask lacks its counterpart.
     """
     return _sorted(case for part in published_parts(Path(dataset_dir), site, patient).values() for case in part)
 
@@ -70,22 +70,22 @@ def site_cases(
     fold: int = 0,
     folds: int = 1,
 ) -> list[Case]:
-    """The cases of one part of a site: what a bundle's config asks for.
+    """Return the cases of one part of a site, as the bundles' configs use it.
 
-    A published split (the lists of a datalist, the train and test folders of the fundus set) is kept; a part it lacks
-    is taken from its training cases, by patient, as `split_cases` does.
+    A published split (the lists of a datalist, the train and test folders of the fundus set) is kept; a part that it
+    lacks is taken from its training cases by patient, as in `split_cases`.
 
     Args:
-        dataset_dir: folder of the sites.
-        site: name of the site.
-        split: ``"train"``, ``"validation"``, ``"test"``, or ``"all"``, which also serves an outside site.
-        seed: another seed, another split.
-        fractions: how much of the patients to train, validate and test on; they sum to 1.
-        patient: as for `find_cases`.
-        fold, folds: with more folds than one, the parts are those of one fold of a cross-validation; see `fold_cases`.
+        dataset_dir: Folder of the sites.
+        site: Name of the site.
+        split: ``"train"``, ``"validation"``, ``"test"``, or ``"all"``, which is also used for outside sites.
+        seed: Seed of the split.
+        fractions: Fractions of the patients for training, validation and test; they sum to 1.
+        patient: As in `find_cases`.
+        fold, folds: With more than one fold, the parts are those of one fold of a cross-validation; see `fold_cases`.
 
     Raises:
-        InputError: as `find_cases`, and when there are too few patients to split or the part holds no case.
+        InputError: As in `find_cases`, and if there are too few patients or the part has no case.
     """
     if split not in (*PARTS, "all"):
         raise InputError(f"unknown split {split!r}: choose train, validation, test or all")
@@ -100,15 +100,20 @@ def site_cases(
         parts = {part: shares[part] for part in ("train", *lacking)}
         official.update(split_cases(official["train"], seed, parts, f"{dataset_dir}/{site}"))
     if not official[split]:
-        raise InputError(f"no {split} cases in {dataset_dir}/{site}: its list is empty or its fraction is 0")
+        raise InputError(
+            f"no {split} cases in {dataset_dir}/{site}: its list is empty or its fraction is 0; add cases, or change "
+            "fractions"
+        )
     return _sorted(official[split])
 
 
 def cases_of_process(cases: Sequence[Case], rank: int, processes: int) -> list[Case]:
-    """The cases that one of several processes trains on; all have as many, so that some cases may be in two.
+    """Return the cases that one of several processes trains on.
+
+    All processes have the same number of cases, so that some cases may be assigned to two of them.
 
     Raises:
-        InputError: with fewer cases than processes.
+        InputError: If there are fewer cases than processes.
     """
     if len(cases) < processes:
         raise InputError(
@@ -126,12 +131,12 @@ def has_test_cases(
     patient: str = AUTO,
     folds: int = 1,
 ) -> bool:
-    """Whether `site_cases` gives a site a test part: by folds, a fraction above 0, or a published list.
+    """Return whether `site_cases` gives a site a test part: by folds, a fraction above 0, or a published list.
 
     Args:
-        dataset_dir: folder of the sites.
-        site: name of the site.
-        fractions, patient, folds: as for `site_cases`.
+        dataset_dir: Folder of the sites.
+        site: Name of the site.
+        fractions, patient, folds: As in `site_cases`.
     """
     return folds > 1 or _checked(fractions)[2] > 0 or bool(published_parts(Path(dataset_dir), site, patient)["test"])
 
@@ -141,19 +146,22 @@ def split_cases(
 ) -> dict[str, list[Case]]:
     """Split cases by patient into parts, such as ``"train"``, ``"validation"`` and ``"test"``.
 
-    A patient's part depends on a hash of seed and patient alone, so a patient stays where it is when cases are added,
-    unlike with MONAI's `partition_dataset`. With few patients the parts can be uneven. A part that would have less than
-    half of its share, or no patient, takes the patients nearest to its interval from the part that exceeds its share
-    most. Only this can move a patient to another part when cases are added.
+    The part of a patient depends only on a hash of seed and patient, so that patients keep their part when cases are
+    added, unlike with MONAI's `partition_dataset`. With few patients the parts can be uneven. A part with less than
+    half of its share, or without any patient, takes the patients nearest to its interval from the part that exceeds its
+    share most. Only this can move a patient to another part when cases are added.
 
     Args:
-        cases: cases of one site, as `find_cases` returns them.
-        seed: another seed, another split.
-        shares: part -> how much of the patients it has, relative to the others; a 0 leaves a part empty.
-        where: the cases come from, for the message.
+        cases: Cases of one site, as returned by `find_cases`.
+        seed: Seed of the split.
+        shares: Part -> its share of the patients, relative to the other parts; a part with share 0 is empty.
+        where: Source of the cases, for the message.
+
+    Returns:
+        Part -> cases, sorted by case name.
 
     Raises:
-        InputError: when there are fewer patients than parts.
+        InputError: If there are fewer patients than parts.
     """
     position = {case["patient"]: _position(seed, case["patient"]) for case in cases}
     wanted = [part for part, share in shares.items() if share > 0]
@@ -161,7 +169,10 @@ def split_cases(
         verbs = {"train": "train", "validation": "validate", "test": "test"}
         *first, last = (verbs[part] for part in wanted)
         each = f" (one each to {', '.join(first)} and {last})" if first else ""
-        raise InputError(f"needs at least {len(wanted)} cases{each}, found {len(position)} in {where}")
+        raise InputError(
+            f"a split needs at least {len(wanted)} patients{each}, but {where} has {len(position)}: add cases, or "
+            "change fractions"
+        )
 
     intervals, low = {}, 0.0
     for part in wanted:
@@ -175,7 +186,7 @@ def split_cases(
     expected = {part: (high - low) * len(position) for part, (low, high) in intervals.items()}
     for part, (low, high) in intervals.items():
         while len(members[part]) < max(1, math.ceil(expected[part] / 2)):
-            # no patient is worse than less than half: an empty part may take one from any part that keeps one
+            # an empty part is worse than one below half of its share: it may take from any part that keeps a patient
             spare = {o: len(members[o]) - max(1, math.ceil(expected[o] / 2) * bool(members[part])) for o in members}
             givers = [other for other, count in spare.items() if count > 0]
             if not givers:
@@ -197,24 +208,24 @@ def fold_cases(
     validation: float = 0.2,
     patient: str = AUTO,
 ) -> list[Case]:
-    """The cases of one part of a site in one fold of a cross-validation by patient.
+    """Return the cases of one part of a site in one fold of a cross-validation by patient.
 
-    The patients are dealt to the folds in the order of a hash, so that every fold tests as many as the others (or one
-    more or less) and each patient is tested once. Of the rest, the first are for validation. A published split is
-    disregarded: every case is tested.
+    The patients are assigned to the folds in turn, in the order of a hash, so that the numbers of test patients of two
+    folds differ by at most one, and each patient is tested once. The first of the remaining patients are used for
+    validation. A published split is not used: every case is tested.
 
     Args:
-        dataset_dir: folder of the sites.
-        site: name of the site.
+        dataset_dir: Folder of the sites.
+        site: Name of the site.
         split: ``"train"``, ``"validation"`` or ``"test"``.
-        fold: which, from 0.
-        folds: how many, at least 2.
-        seed: another seed, another deal.
-        validation: share of the rest, at least one patient.
-        patient: as for `find_cases`.
+        fold: Number of the fold, from 0.
+        folds: Number of folds, at least 2.
+        seed: Seed of the order of patients.
+        validation: Share of the remaining patients for validation; at least one patient is used.
+        patient: As in `find_cases`.
 
     Raises:
-        InputError: for an unknown split or fold, and when there are too few patients.
+        InputError: If the split or the fold is unknown, or if there are too few patients.
     """
     if split not in PARTS:
         raise InputError(f"unknown split {split!r}: choose train, validation or test")
@@ -233,20 +244,20 @@ def fold_cases(
 
 
 def pooled(sites: Iterable[str], cases_of: Callable[[str], Sequence[Case]]) -> list[Case]:
-    """The cases of several sites in one list, for pooled training, which federated training is compared with.
+    """Return the cases of several sites in one list, for the pooled training that federated training is compared with.
 
     Args:
-        sites: names of the sites.
-        cases_of: gives the cases of one site.
+        sites: Names of the sites.
+        cases_of: Function that returns the cases of a site.
     """
     return [case for site in sites for case in cases_of(site)]
 
 
 def fingerprint(cases: Sequence[Case]) -> str:
-    """SHA-256 over the sorted names and sizes of the cases' files: which data a run saw, without reading it.
+    """Return the SHA-256 over the sorted names and sizes of the cases' files; it identifies data without reading them.
 
     Raises:
-        InputError: when a file is gone.
+        InputError: If a file no longer exists.
     """
     lines = []
     for case in cases:
@@ -262,7 +273,7 @@ def fingerprint(cases: Sequence[Case]) -> str:
 
 
 def _position(seed: int, patient: str) -> float:
-    """A patient's place in [0, 1); 48 bits, so that the quotient is exact."""
+    """Return a patient's position in [0, 1); with 48 bits the quotient is exact."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{patient}".encode()).digest()[:6], "big") / 2**48
 
 

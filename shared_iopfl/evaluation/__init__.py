@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What an evaluation or an inference leaves behind: scores, records, the review list, scans that failed.
+"""Results of an evaluation or an inference: scores, records, the review list, scans that failed.
 
-It knows `data`, `models` and `inferers`, and nothing of federated training.
+It knows `data`, `models`, `routing` and `inferers`, and nothing of federated training.
 """

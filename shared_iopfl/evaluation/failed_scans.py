@@ -8,9 +8,9 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Inference and evaluation that go on after a bad scan, which is named in ``failed.csv``.
+"""Inference and evaluation that continue after a scan has failed, and list it in ``failed.csv``.
 
-For inference and for scoring. In training a bad scan ends the run, so that no case is left out unnoticed.
+In training, a scan that cannot be loaded ends the run, so that no case is left out unnoticed.
 """
 
 from __future__ import annotations
@@ -31,21 +31,27 @@ from monai.utils import CommonKeys, ensure_tuple
 
 from shared_iopfl.data.loading import reason
 from shared_iopfl.data.scan_names import case_name, printable
+from shared_iopfl.evaluation.records.growing_tables import ServedEvents
 from shared_iopfl.evaluation.records.outputs import OutputWriter
-from shared_iopfl.evaluation.run.growing_tables import ServedEvents
 from shared_iopfl.utils.checks import check_values
 from shared_iopfl.utils.errors import InputError, root_input_error
 from shared_iopfl.utils.files import check_writable
 from shared_iopfl.utils.tables import write_rows
 
 logger = logging.getLogger(__name__)
-FAILURES = "failures"  # key of a batch: its scans that could not be loaded
+FAILURES = "failures"  # key of the failures in a batch
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-NAMED = 20  # so many scans are named in one line
+NAMED = 20  # largest number of scans that a line names
 
 
 class Failure(NamedTuple):
-    """A scan that got no mask: its case, its file and, in one line, why."""
+    """A scan that got no mask.
+
+    Attributes:
+        case: Name of the case.
+        file: Path of the scan.
+        reason: Reason in one line.
+    """
 
     case: str
     file: str
@@ -53,7 +59,7 @@ class Failure(NamedTuple):
 
     @classmethod
     def of(cls, case: str | None, file: Any, error: Exception) -> Failure:
-        """The failure of one case, with the reason in one line."""
+        """Return the failure of one case, with the reason in one line."""
         cause = root_input_error(error)
         if cause is not None:
             line = " ".join(str(cause).split())
@@ -65,14 +71,14 @@ class Failure(NamedTuple):
 
 
 class TolerantDataset(Dataset):
-    """A dataset whose items are `Failure` where a scan cannot be loaded; see `tolerant_collate`.
+    """A dataset in which a scan that cannot be loaded becomes a `Failure`; see `tolerant_collate`.
 
-    The error of a single scan is raised, as there is no other scan to continue with; so is a lack of memory.
+    The error of the only scan of a dataset is raised, as no other scan remains; so is a lack of memory.
 
     Args:
-        data: cases with the path of their scan under `image_key`.
-        transform: what loads them.
-        image_key: key of the scan.
+        data: Cases with the path of their scan under `image_key`.
+        transform: Transform that loads them.
+        image_key: Key of the scan.
     """
 
     def __init__(self, data: Sequence[Mapping[str, Any]], transform: Any = None, image_key: str = "image") -> None:
@@ -89,10 +95,10 @@ class TolerantDataset(Dataset):
 
 
 class NamingCacheDataset(CacheDataset):
-    """A `CacheDataset` that names every case which cannot be loaded, where MONAI's ends with the first.
+    """A `CacheDataset` that reports all cases that cannot be loaded; MONAI's reports the first one.
 
     Raises:
-        InputError: once all cases have had their turn.
+        InputError: When all cases have been tried and at least one failed.
     """
 
     def _fill_cache(self, indices: Any = None) -> list[Any]:
@@ -112,7 +118,7 @@ class NamingCacheDataset(CacheDataset):
 
 
 def tolerant_collate(items: Sequence[Any]) -> dict[str, Any]:
-    """The batch of the scans that could be loaded, perhaps of none of them, with the `Failure` of each other."""
+    """Return the batch of the scans that could be loaded, which may be empty, with the failures of the others."""
     loaded = [item for item in items if not isinstance(item, Failure)]
     failures = [item for item in items if isinstance(item, Failure)]
     batch = list_data_collate(loaded) if loaded else {CommonKeys.IMAGE: torch.empty(0)}
@@ -120,13 +126,13 @@ def tolerant_collate(items: Sequence[Any]) -> dict[str, Any]:
 
 
 def from_scored(keys: Sequence[str]) -> Callable[[Any], Any]:
-    """`monai.handlers.from_engine` for metrics, where an iteration may have no case: that of a failed scan."""
+    """Return `monai.handlers.from_engine` for metrics, also for iterations without a case, whose scan failed."""
     items = from_engine(keys)
     return lambda output: items(output) if output else tuple([] for _ in keys)
 
 
 class ScanWriter(OutputWriter):
-    """An `OutputWriter` at work within the iteration, so that a scan whose mask cannot be written fails alone."""
+    """An `OutputWriter` within the iteration, so that only the scan fails whose mask cannot be written."""
 
     def attach(self, engine: Any) -> None:
         """Register the handlers with an ignite engine."""
@@ -134,24 +140,24 @@ class ScanWriter(OutputWriter):
 
 
 class TolerantEvaluator(SupervisedEvaluator):
-    """An evaluator that goes on with the next scan where one cannot be loaded, segmented or written.
+    """An evaluator that continues with the next scan if one cannot be loaded, segmented or written.
 
-    A scan whose mask is empty keeps it, and is named in the log and when the run ends. That too gives a status other
-    than 0, as every scan shows what most tasks look for, unless `empty_masks` allows it.
+    ``failed.csv`` in `output_dir` lists each failed scan immediately, with case, file and reason; without failures
+    there is no such file. After all scans, the run ends with an `InputError` that gives the number of failures, and so
+    with a status other than 0.
 
-    ``failed.csv`` in `output_dir` names each failed scan as soon as it failed: case, file, reason. There is no such
-    file when none has. When all scans have had their turn the run ends with an `InputError` that counts the failures,
-    and so with a status other than 0.
+    An empty mask is kept, and its scan is named in the log and at the end of the run. It also leads to a status other
+    than 0, as in most tasks every scan shows the target, unless `empty_masks` allows it.
 
-    A lack of memory, and an `output_dir` that is full or cannot be written to, are not errors of a scan and end the run
-    at once. Scans in one batch fail together.
+    A lack of memory, and an `output_dir` that is full or not writable, are not errors of a scan and end the run at
+    once. The scans of a batch fail together.
 
     Args:
-        output_dir: where ``failed.csv`` goes.
-        strict: whether failures end the run with an `InputError`; otherwise only a run in which all scans failed does,
-            and `failures` holds them for whoever runs it.
-        empty_masks: "fail" where every scan shows what is looked for, or "allow".
-        args, kwargs: of `SupervisedEvaluator`; its loader is over a `TolerantDataset`, with `tolerant_collate`.
+        output_dir: Folder of ``failed.csv``.
+        strict: Whether failures end the run with an `InputError`. Otherwise only a run in which all scans failed ends
+            with it, and the caller finds the failures in `failures`.
+        empty_masks: "fail" if every scan shows the target, or "allow".
+        args, kwargs: As in `SupervisedEvaluator`; the loader uses a `TolerantDataset` and `tolerant_collate`.
     """
 
     def __init__(
@@ -169,26 +175,26 @@ class TolerantEvaluator(SupervisedEvaluator):
         self.output_dir = Path(output_dir)
         self.empty_masks = empty_masks
         self.failures: list[Failure] = []
-        self.empty: list[str] = []  # the cases of empty masks
-        # after the handlers that load the models: a wrong one costs nothing of an earlier run
+        self.empty: list[str] = []  # cases with an empty mask
+        # after the handlers that load the models, so that an invalid model leaves an earlier run intact
         self.add_event_handler(Events.STARTED, lambda: self.failed_csv.unlink(missing_ok=True))
 
     @property
     def failed_csv(self) -> Path:
-        """The table of the scans that failed."""
+        """Path of the table of the scans that failed."""
         return self.output_dir / "failed.csv"
 
     def run(self, global_epoch: int = 1) -> None:  # type: ignore[override]
-        """Serve all scans.
+        """Process all scans.
 
         Raises:
-            InputError: at the end, when there were failures: how many, and where they are named; or empty masks.
+            InputError: At the end, if there were failures or empty masks; the message gives their number.
         """
         self.failures, self.empty = [], []
         count = len(self.data_loader.dataset)  # type: ignore[union-attr, arg-type]
         try:
             super().run(global_epoch)
-        except ValueError:  # MONAI's metrics, where there is nothing to aggregate
+        except ValueError:  # raised by MONAI's metrics if there is nothing to aggregate
             if len(self.failures) < count:
                 raise
         ends = []
@@ -197,8 +203,8 @@ class TolerantEvaluator(SupervisedEvaluator):
         if self.empty and self.empty_masks == "fail":
             named = ", ".join(self.empty[:NAMED]) + (", ..." if len(self.empty) > NAMED else "")
             ends.append(
-                f"{len(self.empty)} of {count} scans have an empty mask: {named}; where some show nothing of what is "
-                "looked for, allow that with --empty_masks allow"
+                f"{len(self.empty)} of {count} scans have an empty mask: {named}; if scans without the target are "
+                "expected, set --empty_masks allow"
             )
         if ends:
             raise InputError("; ".join(ends))
@@ -218,8 +224,8 @@ class TolerantEvaluator(SupervisedEvaluator):
             if len(self.data_loader.dataset) == 1 or _is_hopeless(error):  # type: ignore[union-attr, arg-type]
                 raise
             if any(isinstance(cause, OSError) for cause in _chain(error)):
-                check_writable(self.output_dir)  # is it the folder's fault?
-            logger.debug("what failed with %s:", files, exc_info=True)
+                check_writable(self.output_dir)  # an error of the folder ends the run
+            logger.debug("failure of %s:", files, exc_info=True)
             self._record([Failure.of(case, file, error) for case, file in zip(cases, files)])
             return self._nothing()
 
@@ -230,9 +236,9 @@ class TolerantEvaluator(SupervisedEvaluator):
                 logger.warning("%s has an empty mask", self.empty[-1])
 
     def _nothing(self) -> list[dict[str, Any]]:
-        """An iteration's output without a case: nothing for the handlers to write or to record."""
+        """Return an iteration's output without a case, so that handlers write and record nothing."""
         if hasattr(self.inferer, "reports"):
-            self.inferer.reports.clear()  # of the scan that failed: the next one's must not be mistaken for it
+            self.inferer.reports.clear()  # the report of the failed scan must not be taken for that of the next one
         self.state.batch = []
         self.fire_event(ServedEvents.SCAN_FAILED)
         return []
@@ -246,7 +252,7 @@ class TolerantEvaluator(SupervisedEvaluator):
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """An exception and what it came from, the first cause last."""
+    """Yield an exception and its causes, the first cause last."""
     cause: BaseException | None = error
     while cause is not None:
         yield cause
@@ -254,9 +260,9 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _is_hopeless(error: Exception) -> bool:
-    """Whether the next scan would fail for the same reason: no memory, no space on the disk.
+    """Return whether the next scan would fail for the same reason: no memory, or no space on the disk.
 
-    A reader that cannot allocate what a scan's header asks for has refused that scan, as an `InputError`.
+    If a reader cannot allocate the memory that a scan's header requires, it has rejected this scan by an `InputError`.
     """
     causes = list(_chain(error))
     if any(isinstance(cause, OSError) and cause.errno in DISK_FULL for cause in causes):

@@ -10,11 +10,11 @@
 # limitations under the License.
 """Bootstrap intervals of a mean over sites, corrected for small numbers of cases.
 
-Cases drawn with replacement spread by ``(n - 1) / n`` of their variance, and the tails of a few are short: with two
-cases a site the plain percentile interval leaves out the truth in one of four comparisons. Here the deviations of the
-resamples are widened by ``sqrt(n / (n - 1))`` and by the ratio of Student's t to the normal distribution, with the
-degrees of freedom of Welch and Satterthwaite. With many cases both factors are 1. `scipy.stats.bootstrap` has
-neither factor.
+Cases drawn with replacement have ``(n - 1) / n`` of their variance, and with few cases the tails of the distribution
+are too short: with two cases per site, the plain percentile interval misses the true value in one of four comparisons.
+Here the deviations of the resamples are multiplied by ``sqrt(n / (n - 1))`` and by the ratio of Student's t to the
+normal distribution, with the degrees of freedom of Welch and Satterthwaite. With many cases both factors approach 1.
+`scipy.stats.bootstrap` has neither factor.
 """
 
 from __future__ import annotations
@@ -26,25 +26,20 @@ from scipy.stats import norm, t
 
 RESAMPLES = 10_000
 
-FEWEST_CASES = 5  # of all sites together; with fewer no interval is given
-FEWEST_PER_SITE = 2  # one case says nothing of how far its site's cases differ
-FEWEST_SITES = 3  # for what is said of new sites
+FEWEST_CASES = 5  # of all sites together
+FEWEST_PER_SITE = 2  # a single case gives no variance
+FEWEST_SITES = 3  # for an interval over other sites
 _BOUNDS = (2.5, 97.5)
 _NO_INTERVAL = (float("nan"), float("nan"))
 
 
-def enough_cases(counts: Sequence[int]) -> bool:
-    """Whether so many cases at each site give an interval."""
-    return sum(counts) >= FEWEST_CASES and min(counts) >= FEWEST_PER_SITE
-
-
 def resampled_means(sites: Sequence[np.ndarray]) -> np.ndarray:
-    """Means of sites where each site's cases are drawn anew, ``(resample, ..., site)``.
+    """Return the means of sites whose cases are drawn with replacement, ``(resample, ..., site)``.
 
-    The same draws for whatever stands before the cases: a difference between two methods is that of paired cases.
+    All leading dimensions share the same draws, so that a difference between two methods is that of paired cases.
 
     Args:
-        sites: of each site its values, ``(..., case)``.
+        sites: Values of each site, ``(..., case)``.
     """
     generator, means = np.random.default_rng(0), []
     for values in sites:
@@ -55,14 +50,14 @@ def resampled_means(sites: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def case_interval(gains: Sequence[np.ndarray], drawn: np.ndarray) -> tuple[float, float]:
-    """The 95% interval of the mean of sites over other cases of the same sites; NaN with too few cases.
+    """Return the 95% interval of the mean of sites over other cases of the same sites; NaN with too few cases.
 
     Args:
-        gains: of each site its cases' differences, (case,).
-        drawn: their means where each site's cases are drawn anew, (resample, site); see :func:`resampled_means`.
+        gains: Differences of the cases of each site, (case,).
+        drawn: Their means with the cases of each site drawn with replacement, (resample, site); see `resampled_means`.
     """
     counts = np.array([len(of_site) for of_site in gains])
-    if not enough_cases(counts.tolist()):
+    if counts.sum() < FEWEST_CASES or counts.min() < FEWEST_PER_SITE:
         return _NO_INTERVAL
     means = np.array([of_site.mean() for of_site in gains])
     variances = np.array([of_site.var(ddof=1) for of_site in gains]) / counts
@@ -73,13 +68,13 @@ def case_interval(gains: Sequence[np.ndarray], drawn: np.ndarray) -> tuple[float
 
 
 def site_interval(means: np.ndarray) -> tuple[float, float]:
-    """The 95% interval of the mean of sites over other sites; NaN with fewer than `FEWEST_SITES`.
+    """Return the 95% interval of the mean of sites over other sites; NaN with fewer than `FEWEST_SITES`.
 
-    Sites are drawn with replacement, each with all its cases: the spread of a site's cases is in its mean already, and
-    drawing them again would count it twice (Davison and Hinkley 1997, section 3.8).
+    Sites are drawn with replacement, each with all its cases: the mean of a site already includes the variation of its
+    cases, and drawing these too would count it twice (Davison and Hinkley 1997, section 3.8).
 
     Args:
-        means: of each site, (site,).
+        means: Means of the sites, (site,).
     """
     count = len(means)
     if count < FEWEST_SITES:

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Whether the personalised models of a run are better than its global model, from the scores in its folder.
+"""Comparison of a run's personalised models with its global model, by the scores in its folder.
 
 After few rounds a site's personalised model may be worse than the global one: the local models that it averages have
 not converged, and the rounds at the site alone (``own_rounds``) overfit to its few cases.
@@ -29,14 +29,15 @@ Dice = Mapping[str, Mapping[str, float]]  # {site: {model: mean}}
 
 
 def personalised_verdict(output_dir: str | Path) -> str:
-    """One line where the personalised models of a run are worth no more than its global one; else "".
+    """Return a line that advises against personalised models no better than the global one; otherwise "".
 
-    In this order: all sites kept the global model, as their validation cases preferred it (``models/shares.json``);
-    the personalised models have a lower Dice on the test cases (``metrics.csv``); or, where there was neither, on the
-    validation cases of the last round (``history.csv``). Each is a mean over the sites that have both models.
+    The reasons, in this order: all sites kept the global model, as their validation cases preferred it
+    (``models/shares.json``); the personalised models have a lower Dice on the test cases (``metrics.csv``); or, without
+    both, on the validation cases of the last round (``history.csv``). Each is a mean over the sites that have both
+    models.
 
     Args:
-        output_dir: of a federation.
+        output_dir: Folder of a federation.
     """
     folder = Path(output_dir)
     shares = read_json(folder / "models" / "shares.json")
@@ -59,7 +60,7 @@ def personalised_verdict(output_dir: str | Path) -> str:
 
 
 def print_personalised_verdict(output_dir: str | Path) -> str:
-    """Print the line of :func:`personalised_verdict`, where there is one, and return it."""
+    """Print the line of `personalised_verdict`, if there is one, and return it."""
     line = personalised_verdict(output_dir)
     if line:
         print(line)
@@ -67,7 +68,7 @@ def print_personalised_verdict(output_dir: str | Path) -> str:
 
 
 def _both(dice: Dice) -> list[Mapping[str, float]]:
-    """The sites that have a figure of each of the two models."""
+    """Return the scores of the sites that have a value for both models."""
     wanted = ("global", "personalised")
     return [models for models in dice.values() if all(math.isfinite(models.get(name, math.nan)) for name in wanted)]
 

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Pseudonyms: scans served under other names than those of their files."""
+"""Pseudonyms of scans, which replace the names of their files."""
 
 from __future__ import annotations
 
@@ -30,27 +30,27 @@ COLUMNS = ("pseudonym", "file")
 
 
 def under_pseudonyms(scans: Sequence[Case], table: str | os.PathLike, output_dir: str | os.PathLike) -> list[Case]:
-    """The scans as links called ``scan_0001`` and so on, so that no output and no log contains a file name.
+    """Return the scans as links named ``scan_0001`` and so on, so that no output and no log contains a file name.
 
     Only the table assigns pseudonyms to files. A scan that is in the table keeps its pseudonym, so that a folder can be
     segmented again when scans have been added. The links are in a temporary folder, which is removed when the process
     ends. An MHD file, whose voxels are in another file, cannot be read through a link.
 
     Args:
-        scans: as of :func:`~shared_iopfl.data.scan_files.find_scans`.
-        table: a CSV file, created if it does not exist; it identifies patients and needs a protected folder. "": no
-            pseudonyms.
-        output_dir: where the masks go.
+        scans: Scans as returned by `find_scans`.
+        table: Path of a CSV file, which is created if necessary; it identifies patients and must be in a protected
+            folder. "" uses no pseudonyms.
+        output_dir: Folder of the masks.
 
     Raises:
-        InputError: where the table would be in the folder of the masks, is not such a table, or has a pseudonym that
-            is not a plain name or is used for two files.
+        InputError: If the table would be in the folder of the masks, is not such a table, or has a pseudonym that is
+            not a plain name or is used for two files.
     """
     if not table:
         return list(scans)
     table = Path(table)
     if table.resolve().is_relative_to(Path(output_dir).resolve()):
-        raise InputError(f"the table of pseudonyms {table} would lie among the masks: keep it somewhere else.")
+        raise InputError(f"the table of pseudonyms {table} would be in the folder of the masks: keep it elsewhere.")
     rows = read_rows(table)
     if any(not row.get(column) for row in rows for column in COLUMNS) or (table.exists() and not rows):
         raise InputError(f"{table} is not a table of pseudonyms: its columns are {' and '.join(COLUMNS)}.")
@@ -73,12 +73,12 @@ def under_pseudonyms(scans: Sequence[Case], table: str | os.PathLike, output_dir
 
 
 def _checked(rows: Sequence[Mapping[str, str]], table: Path) -> dict[str, str]:
-    """The pseudonyms of a table, which may have been edited: file -> pseudonym, each a file name of its own."""
+    """Return the pseudonyms of a table, file -> pseudonym, which users may have edited and which must be unique."""
     known: dict[str, str] = {}
     files: dict[str, str] = {}
     for row in rows:
         file, name = row["file"], check_file_name(row["pseudonym"], f"{table}: pseudonym")
-        # letter case does not tell files apart everywhere
+        # some file systems do not distinguish letter case
         if known.setdefault(file, name) != name or files.setdefault(name.casefold(), file) != file:
-            raise InputError(f"{table}: pseudonym {name!r} or its file {file} stands there twice: give each one row.")
+            raise InputError(f"{table}: pseudonym {name!r} or its file {file} is listed twice: give each one row.")
     return known

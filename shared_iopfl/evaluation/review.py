@@ -8,11 +8,11 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The review list: which masks to look at first, without labels; beside the Dice where labels exist.
+"""The review list: the masks to check first, without labels; and its comparison with the Dice if there are labels.
 
-The quality of a mask is how far the views of its scan agree on it (`shared_iopfl.routing.objectives.view_agreement`).
-It ranks the scans of one list; it is not an estimate of their Dice, and says nothing across models or tasks. With a
-calibration of the models (`shared_iopfl.evaluation.calibration`) the list also has the expected Dice.
+The quality of a mask is the agreement of the views of its scan (`shared_iopfl.routing.objectives.view_agreement`). It
+ranks the scans of one list, but it does not estimate their Dice and cannot be compared between models or tasks. With a
+calibration of the models (`shared_iopfl.evaluation.calibration`), the list also has the expected Dice.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ import torch
 from ignite.engine import Engine
 
 from shared_iopfl.evaluation.calibration.estimate import Calibration, read_calibration
+from shared_iopfl.evaluation.records.growing_tables import ServedRecorder, served_scans
 from shared_iopfl.evaluation.records.routes import reported_case
-from shared_iopfl.evaluation.run.growing_tables import ServedRecorder, served_scans
 from shared_iopfl.evaluation.run.results import EXPECTED
 from shared_iopfl.inferers.routing import TestTimeRoutingInferer
 from shared_iopfl.routing.settings import LARGE_SHIFT
@@ -36,22 +36,22 @@ from shared_iopfl.utils.tables import read_rows, write_rows
 
 COLUMNS = ("rank", "case", "quality", *EXPECTED, "shift", "decision", "reasons")
 COLLECTED = ("seed", "fold", "site", "case", "quality", "dice")
-DISAGREEMENT = 0.9  # below this quality the views are said to disagree
+DISAGREEMENT = 0.9  # quality below which views disagree
 EMPTY = "empty mask"
 
 
 class ReviewRecorder(ServedRecorder):
-    """Writes ``review.csv`` as scans are segmented: the worst masks first, with the reasons to check them.
+    """Write ``review.csv`` as scans are segmented: the worst masks first, with the reasons to check them.
 
-    Prediction from a single view (the presets soup and paper) has no quality: the list then begins with the masks that
-    have a reason. No file is written for plain inference.
+    Without quality, which predictions from a single view lack (presets soup and paper), the list begins with the masks
+    that have a reason. No file is written for plain inference.
 
     Args:
-        inferer: what it reports of a scan stands in the engine's output as "report": `RoutesRecorder` comes first.
-        output_dir: where the file goes.
-        calibration: File of a calibration (see :mod:`shared_iopfl.evaluation.calibration`), from which the list has the
-            expected Dice of each mask; nothing is estimated if there is no such file, or if it was made with other
-            routing settings.
+        inferer: Inferer; `RoutesRecorder`, which is attached before, adds its reports to the engine's output as
+            "report".
+        output_dir: Folder of the file.
+        calibration: File of a calibration (see `shared_iopfl.evaluation.calibration`), which gives the expected Dice of
+            each mask. Nothing is estimated if the file does not exist, or was made with other routing settings.
     """
 
     def __init__(self, inferer: TestTimeRoutingInferer, output_dir: str, calibration: str = "") -> None:
@@ -60,14 +60,14 @@ class ReviewRecorder(ServedRecorder):
         self.calibration = found if found is not None and found.applies_to(inferer) else None
         self.output_dir = Path(output_dir)
         self.reports: dict[str, Mapping[str, Any]] = {}
-        self.newest: list[str] = []  # the cases of this iteration
+        self.newest: list[str] = []  # cases of this iteration
 
     def start(self, engine: Engine) -> None:
-        """Forget the reports of an earlier run of the engine."""
+        """Discard the reports of an earlier run of the engine."""
         self.reports.clear()
 
     def record(self, engine: Engine) -> None:
-        """Note the quality of the mask of this iteration."""
+        """Record the quality of the masks of this iteration."""
         self.newest = []
         for batch, output in served_scans(engine):
             if "report" in output:
@@ -87,15 +87,15 @@ class ReviewRecorder(ServedRecorder):
         self.newest = []
 
     def write(self) -> None:
-        """Write ``review.csv``, the masks to look at first on top."""
-        usual = getattr(self.inferer, "usual_shift", 0)  # inferers of other methods have none
+        """Write ``review.csv``, with the masks to check first at the top."""
+        usual = getattr(self.inferer, "usual_shift", 0)  # inferers of other methods do not measure a shift
         rows = review_rows(self.reports, LARGE_SHIFT * usual or math.inf, self.calibration)
         if rows:
             write_rows(self.output_dir / "review.csv", COLUMNS, rows)
 
 
 def _written(output: Mapping[str, Any]) -> dict[str, bool]:
-    """Whether the mask that is written is empty; nothing where the output is not a mask but logits."""
+    """Return whether the mask is empty; nothing if the output consists of logits."""
     mask = output.get("pred")
     if not isinstance(mask, torch.Tensor) or mask.is_floating_point():
         return {}
@@ -103,17 +103,14 @@ def _written(output: Mapping[str, Any]) -> dict[str, bool]:
 
 
 def review_rows(
-    reports: Mapping[str, Mapping[str, Any]],
-    large_shift: float = math.inf,
-    calibration: Calibration | None = None,
+    reports: Mapping[str, Mapping[str, Any]], large_shift: float = math.inf, calibration: Calibration | None = None
 ) -> list[dict[str, Any]]:
-    """The rows of the list, worst first, equal ones by name.
+    """Return the rows of the list: the worst masks first, masks of equal quality by name.
 
     Args:
-        reports: case -> report of `TestTimeRoutingInferer`; those that know neither ``quality`` nor ``areas`` are left
-            out.
-        large_shift: a shift above it is a reason to look.
-        calibration: from which the Dice is estimated, but not that of an empty mask, on which all views agree.
+        reports: Case -> report of `TestTimeRoutingInferer`; those with neither ``quality`` nor ``areas`` are left out.
+        large_shift: Shift above which a mask should be checked.
+        calibration: Calibration that estimates the Dice, except for empty masks, on which all views agree.
     """
     reasons = {case: "; ".join(_reasons(report, large_shift)) for case, report in reports.items()}
     listed = [case for case, report in reports.items() if "quality" in report or "areas" in report]
@@ -140,8 +137,8 @@ def _expected(report: Mapping[str, Any], reasons: str, calibration: Calibration 
 
 def _reasons(report: Mapping[str, Any], large_shift: float) -> Iterable[str]:
     if report.get("remarks"):
-        yield str(report["remarks"])  # of those who read and cropped the picture
-    areas = report.get("areas", ())  # as the network sees the scan: a small target may be lost on the way back
+        yield str(report["remarks"])  # made while the picture was read and cropped
+    areas = report.get("areas", ())  # in the network's grid; a small target may disappear in the scan's own grid
     if report.get("empty", bool(areas) and not any(areas)):
         yield EMPTY
     elif any(areas) and not all(areas):
@@ -151,17 +148,17 @@ def _reasons(report: Mapping[str, Any], large_shift: float) -> Iterable[str]:
     if report.get("shift", 0) > large_shift:
         yield "large shift"
     if report.get("decision") == "start" and "objective_start" in report:
-        yield str(report["reason"])  # why the guard kept the mask of the start
+        yield str(report["reason"])  # why adaptation was rejected
 
 
 def collect_review(output_dir: str | os.PathLike, method: str = "default") -> None:
-    """Put the quality and the true Dice of a comparison's outside cases side by side, as its ``review.csv``.
+    """Write the quality and the true Dice of a comparison's outside cases as its ``review.csv``.
 
-    No file is written where no run knows a quality.
+    No file is written if no run has a quality.
 
     Args:
-        output_dir: of the comparison.
-        method: whose masks.
+        output_dir: Folder of the comparison.
+        method: Method whose masks are compared.
     """
     rows = []
     for path in sorted(Path(output_dir).glob(f"seed*/outside_*/masks/*/{method}/review.csv")):

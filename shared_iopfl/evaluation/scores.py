@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The scores of a run: read from ``metrics.csv``, grouped by site, compared by case, printed as a table."""
+"""The scores of a run: read from ``metrics.csv``, grouped by site, compared by case, and printed as a table."""
 
 from __future__ import annotations
 
@@ -26,14 +26,22 @@ from shared_iopfl.utils.tables import aligned, read_rows
 
 DASH, MINUS = "\u2013", "\u2212"
 ROLES = ("inside", "outside")
-MODELS = ("global", "personalised", "soup", "routed")  # the columns that come first, in this order
-SiteScores = Mapping[str, Mapping[str, float]]  # {model: {case: value}}, NaN where undefined
-# {(role, site): {model: {case: value}}}: sites inside first, models in the order of the columns
+MODELS = ("global", "personalised", "soup", "routed")  # the first columns, in this order
+SiteScores = Mapping[str, Mapping[str, float]]  # {model: {case: value}}, NaN if undefined
+# {(role, site): {model: {case: value}}}: inside sites first, models in the order of the columns
 Scores = dict[tuple[str, str], dict[str, dict[str, float]]]
 
 
 def number(text: Any, path: Path) -> float:
-    """A number of a CSV file, NaN where it is left empty; `path` is named when it is none."""
+    """Return the number in a cell of a CSV file, NaN if it is empty.
+
+    Args:
+        text: Text of the cell.
+        path: Path of the file, for the message.
+
+    Raises:
+        InputError: If the text is not a number.
+    """
     try:
         return float(text) if text not in (None, "", "None") else math.nan
     except ValueError:
@@ -41,19 +49,23 @@ def number(text: Any, path: Path) -> float:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The content of a JSON file, nothing where there is no file."""
+    """Return the contents of a JSON file, or an empty dictionary if it does not exist."""
     content = reading.read_json(path) if path.exists() else {}
     return content if isinstance(content, dict) else {}
 
 
 def in_order(models: Iterable[str]) -> list[str]:
-    """Each model once: the method's own first, then the others as they come."""
+    """Return each model once: the models of the method first, then the others in the given order."""
     found = dict.fromkeys(models)
     return [model for model in MODELS if model in found] + [model for model in found if model not in MODELS]
 
 
 def read_scores(output_dir: Path) -> dict[str, Scores]:
-    """``metrics.csv`` by metric. A case that was scored again counts once, with its last value."""
+    """Return the contents of ``metrics.csv`` by metric; if a case was scored repeatedly, its last value counts.
+
+    Raises:
+        InputError: If a row has an unknown role or a value that is not a number.
+    """
     path = output_dir / "metrics.csv"
     found: dict[str, Scores] = {}
     rows = read_rows(path, "site role case model metric value")
@@ -70,29 +82,32 @@ def read_scores(output_dir: Path) -> dict[str, Scores]:
 
 
 def heading(metric: str) -> str:
-    """A metric's heading: ``dice_cup`` as "dice cup (%)", ``hd95_mm`` as "hd95 (mm)"."""
+    """Return the heading of a metric: "dice cup (%)" for ``dice_cup``, "hd95 (mm)" for ``hd95_mm``."""
     unit = " (%)" if metric.startswith("dice") else " (mm)" if metric.endswith("_mm") else ""
     return metric.removesuffix("_mm").replace("_", " ") + unit
 
 
 def best_of(metric: str) -> Callable[[Iterable[float]], float] | None:
-    """Which of several means is the best: the highest Dice, the smallest distance or error; None for other metrics."""
+    """Return the function that selects the best of several means: max for Dice, min for distances and errors.
+
+    It is None for other metrics.
+    """
     return max if metric.startswith("dice") else min if metric.endswith(("_mm", "_error")) else None
 
 
 def finite(values: Iterable[float]) -> list[float]:
-    """The values that are defined."""
+    """Return the finite values."""
     return [value for value in values if math.isfinite(value)]
 
 
 def finite_mean(values: Iterable[float]) -> float:
-    """The mean of the values that are defined, NaN if none is."""
+    """Return the mean of the finite values; NaN without any."""
     defined = finite(values)
     return float(np.mean(defined)) if defined else math.nan
 
 
 def show(metric: str, value: float, sign: str = "") -> str:
-    """A value as people read it: Dice in percent, millimetres and others as they are, a dash for what is undefined."""
+    """Return a value as text: Dice in percent, other metrics in their own unit, undefined values as a dash."""
     if not math.isfinite(value):
         return DASH
     percent = metric.startswith("dice")
@@ -101,9 +116,10 @@ def show(metric: str, value: float, sign: str = "") -> str:
 
 
 def table_rows(scores: Scores) -> list[tuple[str, str, list[dict[str, dict[str, float]]], dict[str, float]]]:
-    """A row a site, ``(role, site, [its scores], {model: mean})``; after a role's sites, as site "", their mean.
+    """Return a row for each site and, after the sites of a role, their mean as site "".
 
-    The mean row counts every site alike, and holds only models that all its sites have: others are not comparable.
+    A row is ``(role, site, scores, {model: mean})``, with a list of the scores of its sites. The mean row gives all
+    sites the same weight and contains only models that all its sites have, as others are not comparable.
     """
     table = []
     for role in ROLES:
@@ -118,21 +134,26 @@ def table_rows(scores: Scores) -> list[tuple[str, str, list[dict[str, dict[str, 
 
 
 def count_cases(sites: Sequence[SiteScores]) -> int:
-    """How many cases any model was scored on."""
+    """Return the number of cases on which any model was scored."""
     return sum(len({case for values in by_model.values() for case in values}) for by_model in sites)
 
 
 def difference(sites: Sequence[SiteScores], model: str, other: str) -> tuple[float, ...]:
-    """Mean over sites of the paired difference, its 95% bootstrap interval over cases, and the number of cases.
+    """Return the mean over sites of the paired difference, its 95% bootstrap interval and the number of cases.
 
-    The interval is NaN with too few cases, in all or at a site; everything is, where a site has no case in common.
+    The interval is NaN with too few cases, in all or at a site; all values are NaN if a site has no common case.
+
+    Args:
+        sites: Scores of the sites.
+        model: Model of interest.
+        other: Model that is subtracted.
     """
     paired = [[s.get(model, {}).get(case, math.nan) - v for case, v in s.get(other, {}).items()] for s in sites]
     paired = [finite(differences) for differences in paired]
     values = np.concatenate(paired) if all(paired) else np.zeros(0)
     if not len(values):
         return math.nan, math.nan, math.nan, 0
-    weights = np.concatenate([np.full(len(p), 1 / len(p)) for p in paired])  # every site counts alike
+    weights = np.concatenate([np.full(len(p), 1 / len(p)) for p in paired])  # all sites have the same weight
     gains = [np.array(differences) for differences in paired]
     low, high = case_interval(gains, resampled_means(gains))
     return float(np.average(values, weights=weights)), low, high, len(values)
@@ -142,25 +163,23 @@ def print_table(output_dir: str | Path, metric: str = "dice") -> str:
     """Print a table of sites by models: the mean over a site's test cases, Dice in percent.
 
     Args:
-        output_dir: folder of a run, with its ``metrics.csv``.
-        metric: a metric of that file, such as ``dice`` or ``hd95_mm``.
+        output_dir: Folder of a run, with its ``metrics.csv``.
+        metric: Metric of that file, such as ``dice`` or ``hd95_mm``.
 
     Returns:
-        The text that was printed: sites inside and their mean, then sites outside and theirs. The mean counts every
-        site alike. ``n`` is the number of a site's cases, and a dash a value that is undefined or absent. Nothing where
-        a federation had no test cases.
+        The printed text: inside sites and their mean, then outside sites and theirs. The mean gives all sites the same
+        weight. ``n`` is the number of a site's cases, and a dash stands for a value that is undefined or missing. It is
+        empty for a federation without test cases.
 
     Raises:
-        InputError: when there is no ``metrics.csv``, or the metric is not in it.
+        InputError: If ``metrics.csv`` does not exist, or does not contain the metric.
     """
     found = read_scores(Path(output_dir))
     if not found and (Path(output_dir) / "history.csv").exists():
         return ""
     if metric not in found:
-        what = (
-            f"no metric {metric!r}: choose one of {', '.join(found)}" if found else "no scores: evaluate the run first"
-        )
-        raise InputError(f"{Path(output_dir) / 'metrics.csv'} has {what}")
+        advice = f"metric {metric!r}: choose one of {', '.join(found)}" if found else "scores: evaluate the run first"
+        raise InputError(f"{Path(output_dir) / 'metrics.csv'} has no {advice}")
     models = in_order(model for by_model in found[metric].values() for model in by_model)
     lines = [[heading(metric), "role", *models, "n"]]
     for role, site, sites, means in table_rows(found[metric]):

@@ -26,24 +26,24 @@ from shared_iopfl.utils.names import check_site, check_sites
 
 
 def raise_failures(failures: Sequence[Failure]) -> None:
-    """Raise `InputError` where cases failed, naming the first; one that failed for several models is one."""
+    """Raise `InputError` if cases failed, with the first reason; a case that failed for several models counts once."""
     reasons = {failure.file: failure.reason for failure in failures}
     if reasons:
         first = next(iter(reasons.values()))
         raise InputError(
-            f"{len(reasons)} cases could not be scored, all others were; failed.csv beside the masks names them. "
-            f"First: {first}"
+            f"{len(reasons)} cases could not be scored, all others were: see failed.csv beside the masks. The first: "
+            f"{first}"
         )
 
 
 class Scoring:
-    """Scores the models of a run on test cases, and only on those.
+    """Score the models of a run on test cases, and only on these.
 
     Args:
-        bundle_root: the bundle whose ``configs/evaluate.json`` is run.
-        output_dir: of the run; ``metrics.csv``, ``cases.csv`` and ``masks/`` are added there.
-        overrides: of the evaluation config.
-        configs: names of the bundle's configs, the later over the earlier.
+        bundle_root: Bundle whose ``configs/evaluate.json`` is run.
+        output_dir: Folder of the run; ``metrics.csv``, ``cases.csv`` and ``masks/`` are added there.
+        overrides: Overrides of the evaluation config.
+        configs: Names of the bundle's configs; later ones override earlier ones.
     """
 
     def __init__(
@@ -60,9 +60,14 @@ class Scoring:
         self.failures: list[Failure] = []
 
     def score(self, site: str, model: str, **overrides: Any) -> None:
-        """Score one model on one site; `overrides` come on top of the common ones.
+        """Score one model at one site.
 
-        Values are handed over as values: MONAI evaluates none of them but an `Expression`.
+        MONAI evaluates no override as code, unless it is an `Expression`.
+
+        Args:
+            site: Name of the site.
+            model: Name of the model: "global", "personalised", "soup", "routed" or another label.
+            overrides: Overrides of the evaluation config, which take precedence over the common ones.
         """
         given = {
             "bundle_root": self.bundle_root,
@@ -75,31 +80,26 @@ class Scoring:
             **self.overrides,
             **overrides,
         }
-        workflow = ConfigWorkflow(
-            config_file=self.configs,
-            meta_file=None,
-            logging_file=False,
-            **as_values(given),
-        )
+        workflow = ConfigWorkflow(config_file=self.configs, meta_file=None, logging_file=False, **as_values(given))
         workflow.initialize()
         workflow.run()
         self.failures += workflow.parser.get_parsed_content("evaluator").failures
         workflow.finalize()
 
     def finish(self) -> None:
-        """Raise `InputError` where cases could not be scored: the others were, but a run must say so by its status."""
+        """Raise `InputError` if cases could not be scored, so that the exit status of the run shows it."""
         raise_failures(self.failures)
 
     @staticmethod
     def check(sites: Sequence[str], outside_sites: Sequence[str]) -> None:
-        """Raise `InputError` where a site is both inside and outside: its score would not be an outsider's."""
+        """Raise `InputError` if a site is both inside and outside: its outside score would not be one of new data."""
         check_sites([*sites, *outside_sites])
         both = sorted(set(sites) & set(outside_sites))
         if both:
             raise InputError(f"site '{both[0]}' is both in sites and in outside_sites: leave it out of one.")
 
     def tested(self, sites: Sequence[str]) -> list[str]:
-        """The inside sites that have test cases; those that have none are named in one line."""
+        """Return the inside sites that have test cases; one line names those that have none."""
         names = {"dataset_dir", "fractions", "patient", "folds"} & set(self.overrides)
         found = [site for site in sites if has_test_cases(site=site, **{name: self.overrides[name] for name in names})]
         if untested := [site for site in sites if site not in found]:
@@ -107,13 +107,13 @@ class Scoring:
         return found
 
     def inside(self, sites: Sequence[str]) -> None:
-        """Every inside site's test cases, by the global model and by the site's own; see :meth:`tested`."""
+        """Score the global model and each site's personalised model on the site's test cases; see `tested`."""
         for site in self.tested(sites):
             for model in ("global", "personalised"):
                 self.score(site, model, role="inside", split="test", mode="off")
 
     def outside(self, sites: Sequence[str]) -> None:
-        """All cases of every outside site, by the global model, by the uniform soup and by test-time routing."""
+        """Score the global model, the uniform soup and the routed network on all cases of each outside site."""
         for site in sites:
             outside = {"role": "outside", "split": "all"}
             self.score(site, "global", **outside, mode="off")

@@ -54,7 +54,7 @@ def refusal(run_config: Run, config: str, **options: Any) -> str:
 def test_scans_are_never_written_over(
     config: str, output: str, sites_dir: Path, models: Path, tmp_path: Path, run_config: Run
 ) -> None:
-    """The folder of another site's scans, or one around or inside of the data, is no output_dir."""
+    """The folder of another site's scans, or one around or inside the data, is no output_dir."""
     shutil.copytree(sites_dir, tmp_path / "data")
     before = content(tmp_path)
     own = {"dataset_dir": tmp_path / "data" / "B" if config == "inference" else tmp_path / "data"}
@@ -135,7 +135,7 @@ def test_training_keeps_the_models_that_are_there(sites_dir: Path, tmp_path: Pat
     (tmp_path / "models" / "model.pt").write_bytes(b"shipped")
     common = {"site": "A", "ckpt_dir": tmp_path / "models", "output_dir": tmp_path / "out", "epochs": 1, "passes": 1}
     line = refusal(run_config, "train", dataset_dir=sites_dir, **common)
-    assert "model.pt is there already" in line
+    assert "model.pt already exists" in line
     assert content(tmp_path / "models") == {"model.pt": b"shipped"}
 
     case = {

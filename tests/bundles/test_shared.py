@@ -29,7 +29,14 @@ OWN_KEYS = {"field_of_view", "slices", "slices_per_case", "coding", "codings", "
 # folder's scans are routed together
 TASK_KEYS = {"imports", "site", "passes", "batch_size", "network_def", "loss", "preprocessing_transforms", *OWN_KEYS}
 TASK_KEYS |= {"preprocessing", "postprocessing", "inferer", "handlers", "site_config", "scoring_config"}
-TASK_KEYS |= {"norm_statistics", "sampling_transforms", "augmentation_transforms", "key_metric", "bundle_routing", "mode"}
+TASK_KEYS |= {
+    "norm_statistics",
+    "sampling_transforms",
+    "augmentation_transforms",
+    "key_metric",
+    "bundle_routing",
+    "mode",
+}
 
 
 def read(task: str, config: str) -> dict:

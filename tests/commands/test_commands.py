@@ -165,7 +165,7 @@ def test_ctrl_c_says_how_to_go_on_and_no_summary(scans, models, tmp_path, capsys
         sys.excepthook(KeyboardInterrupt, ended.value, None)
     said = capsys.readouterr()
     assert said.out == "" and (out / "measures.csv").is_file()
-    assert f"interrupted: {out} holds what was done so far; the same command with --overwrite True" in said.err
+    assert f"interrupted: {out} holds the results so far; the same command with --overwrite True" in said.err
 
 
 def test_quiet_prints_nothing_and_verbose_uses_the_bundle_s_logging(scans, models, tmp_path, capsys):
@@ -237,7 +237,7 @@ def test_dicom_asked_of_a_picture_is_one_line_in_the_table_of_failures(fundus_mo
     settings = ["--ckpt_dir", str(fundus_models), *TINY, "--crop", "never", "--output_format", "dicomseg"]
     with pytest.raises(InputError, match="2 of 2 scans failed"):
         main(["segment", "fundus", str(tmp_path / "photos"), str(tmp_path / "out"), *settings])
-    assert "is not a DICOM series, the input that dicomseg must have" in (tmp_path / "out" / "failed.csv").read_text()
+    assert "is not a DICOM series, which dicomseg output requires" in (tmp_path / "out" / "failed.csv").read_text()
 
 
 def test_the_tables_of_a_comparison_follow_from_the_scores_of_its_cases(tmp_path, capsys):

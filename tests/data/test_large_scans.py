@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Properties of large scans: what is too large is refused unread, and resizing and padding take little memory."""
+"""Large scans: files that are too large are rejected unread, and resizing and padding need little memory."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ from shared_iopfl.data.loading import ResizedByParts, UncachedBorderPadd
 @pytest.mark.parametrize(
     "shape, size", [((1, 50, 41, 11), (16, 16, -1)), ((1, 30, 31, 9), (8, 8, 4)), ((3, 50, 41), (16, 16))]
 )
-def test_resizing_by_parts_is_that_of_monai(shape, size):
-    """To the bit, larger, smaller and where slices are smoothed with their neighbours; and its way back."""
+def test_resizing_by_parts_equals_monai(shape, size):
+    """The result is equal to the bit for larger, smaller and fewer slices, and so is its inverse."""
     image = MetaTensor(torch.rand(shape, generator=torch.Generator().manual_seed(0)), affine=torch.eye(4))
     options = {"mode": "trilinear" if len(shape) == 4 else "bilinear", "anti_aliasing": True}
     results = []
@@ -50,7 +50,7 @@ def test_resizing_by_parts_is_that_of_monai(shape, size):
 
 
 def test_volumes_are_smoothed_a_few_slices_at_a_time(monkeypatch):
-    """What bounds the memory: MONAI's convolutions take a volume for each weight of their kernel."""
+    """This limits the memory: MONAI's convolutions allocate a volume for each weight of their kernel."""
     depths = []
 
     class Recording(loading.GaussianSmooth):
@@ -85,8 +85,8 @@ print(peak() - before)
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the unit of a process's peak memory differs")
 @pytest.mark.parametrize("name, what", [("large.nii.gz", "too many voxels"), ("large.png", "megapixels")])
-def test_what_is_too_large_is_refused_before_its_memory_is_taken(tmp_path, name, what):
-    """A volume of 2^28 voxels and a photograph of 169 megapixels: the process grows by less than 64 MiB."""
+def test_files_that_are_too_large_are_rejected_before_memory_is_allocated(tmp_path, name, what):
+    """For a volume of 2^28 voxels and a photograph of 169 megapixels, the process grows by less than 64 MiB."""
     path = tmp_path / name
     if name.endswith("gz"):
         header = nib.Nifti1Header()

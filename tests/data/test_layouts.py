@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Layouts: every public data set is found as it is unpacked, datalists too, and bad folders end in one line."""
+"""Layouts: all public data sets and datalists are found as unpacked, and invalid folders give a one-line error."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from shared_iopfl.utils.errors import InputError
 
 @pytest.mark.parametrize("mask", ["_segmentation", "_Segmentation"])
 def test_saml_layout(tmp_path, mask):
-    """The six-site prostate set is read as it is unpacked, with a Mac's hidden files and other folders beside it."""
+    """The six-site prostate set is read as it is unpacked, beside hidden files of macOS and other folders."""
     saml(tmp_path, "BIDMC", 3, mask)
     touch(tmp_path, "BIDMC/._Case00.nii.gz", "BIDMC/.DS_Store", "BIDMC/notes.txt", "__MACOSX/BIDMC/._Case00.nii.gz")
     (tmp_path / "BIDMC" / "old.nii.gz").mkdir()
@@ -43,7 +43,7 @@ def test_saml_layout(tmp_path, mask):
 
 @pytest.mark.parametrize("ending", [".nii", ".mha", ".mhd", ".nrrd", ".NII.GZ"])
 def test_volume_endings(tmp_path, ending):
-    """Any volume format will do, and the mask may have another one than its scan."""
+    """All formats of volumes are accepted, and a mask may have another format than its scan."""
     touch(tmp_path, f"A/some.scan{ending}", "A/some.scan_segmentation.nii.gz", "A/some.scan.raw")
     assert names(find_cases(tmp_path, "A")) == ["some.scan"]
 
@@ -56,7 +56,7 @@ def test_images_and_masks_layout(tmp_path):
 
 
 def test_fundus_layout_keeps_its_split(tmp_path):
-    """The published test folder is the test part for any seed; validation comes from the train folder."""
+    """The published test folder is the test part for any seed; validation cases are taken from the train folder."""
     dofe(tmp_path, train=20, test=5)
     for seed in range(3):
         parts = {part: names(site_cases(tmp_path, "D", part, seed)) for part in ("train", "validation", "test")}
@@ -72,7 +72,7 @@ def test_same_name_in_train_and_test_stays_two_cases(tmp_path):
     assert len(set(names(find_cases(tmp_path, "D")))) == 2
 
 
-def test_datalist_goes_before_the_folder_and_keeps_its_lists(tmp_path):
+def test_datalist_takes_precedence_over_the_folder_and_keeps_its_lists(tmp_path):
     saml(tmp_path, "L", 6)
     items = [{"image": f"L/Case0{n}.nii.gz", "label": f"L/Case0{n}_segmentation.nii.gz"} for n in range(6)]
     datalist(tmp_path, training=items[:3], validation=items[3:4], testing=items[4:5])
@@ -85,7 +85,7 @@ def test_datalist_goes_before_the_folder_and_keeps_its_lists(tmp_path):
 
 
 def test_datalist_splits_by_its_patients(tmp_path):
-    """Two scans of one patient are never in two parts, whatever the seed."""
+    """Two scans of a patient are in the same part for any seed."""
     saml(tmp_path, "L", 20)
     items = [
         {"image": f"L/Case{n:02d}.nii.gz", "label": f"L/Case{n:02d}_segmentation.nii.gz", "patient": f"p{n // 2}"}
@@ -98,7 +98,7 @@ def test_datalist_splits_by_its_patients(tmp_path):
         assert len(set.union(*parts)) == 10
 
 
-def test_other_json_files_are_no_sites(tmp_path):
+def test_other_json_files_are_not_sites(tmp_path):
     saml(tmp_path, "A", 1)
     (tmp_path / "info.json").write_text('{"licence": "research"}')
     assert list_sites(tmp_path) == ["A"]
@@ -110,7 +110,7 @@ def test_other_json_files_are_no_sites(tmp_path):
         ({"image": "../x.nii", "label": "L/b.nii"}, "points outside"),
         ({"image": "/etc/hosts", "label": "L/b.nii"}, "points outside"),
         ({"image": "L/link.nii", "label": "L/b.nii"}, "points outside"),
-        ({"image": "L/gone.nii", "label": "L/b.nii"}, "is not there"),
+        ({"image": "L/gone.nii", "label": "L/b.nii"}, "does not exist"),
         ({"image": "L/a.nii"}, "must have an image and a label"),
         ({"image": ["L/a.nii", "L/b.nii"], "label": "L/b.nii"}, "must have an image and a label"),
         ("L/a.nii", "must have an image and a label"),
@@ -140,8 +140,8 @@ def test_bad_datalist(tmp_path, content, what):
         find_cases(tmp_path, "L")
 
 
-def test_datalist_that_leaks_is_refused(tmp_path):
-    """The same image twice, or one patient to train and to test on."""
+def test_datalist_with_an_image_or_a_patient_in_two_lists_is_rejected(tmp_path):
+    """An image must not be listed twice, and a patient must not be in both training and test."""
     saml(tmp_path, "L", 2)
     items = [{"image": f"L/Case0{n}.nii.gz", "label": f"L/Case0{n}_segmentation.nii.gz"} for n in (0, 1)]
     datalist(tmp_path, training=items, test=items[:1])
@@ -185,7 +185,7 @@ def test_missing_and_empty_folders(tmp_path):
 
 
 @pytest.mark.parametrize("site", ["..", "../B", "", ".", None])
-def test_a_site_is_a_name_and_no_path(tmp_path, site):
+def test_a_site_is_a_name_and_not_a_path(tmp_path, site):
     saml(tmp_path, "B", 3)
     (tmp_path / "A").mkdir()
     with pytest.raises(InputError):
@@ -206,7 +206,7 @@ def test_datalist_written_on_windows(tmp_path, encoding, separator):
 
 
 @pytest.mark.parametrize("separator", ["/", "\\"])
-def test_folders_that_a_datalist_names_are_no_sites_but_where_one_is_asked_for(tmp_path, separator):
+def test_folders_that_a_datalist_names_are_not_listed_as_sites_but_can_be_requested(tmp_path, separator):
     saml(tmp_path, "files", 2)
     saml(tmp_path, "B", 1)
     datalist(
@@ -224,12 +224,12 @@ def test_folders_that_a_datalist_names_are_no_sites_but_where_one_is_asked_for(t
 @pytest.mark.parametrize("path", ["..\\x.nii.gz", "C:\\x.nii.gz", "\\\\host\\x.nii.gz", "a\0b"])
 def test_datalist_of_windows_paths_elsewhere(tmp_path, path):
     (tmp_path / "S.json").write_text(json.dumps({"training": [{"image": path, "label": path}]}))
-    with pytest.raises(InputError, match=r"points outside|not there"):
+    with pytest.raises(InputError, match=r"points outside|does not exist"):
         published_parts(tmp_path, "S")
 
 
 @pytest.mark.parametrize("name", ["$x", "../S", "global", "a#b"])
-def test_site_of_a_name_that_no_site_may_have(tmp_path, name):
+def test_site_names_that_are_not_allowed_are_rejected(tmp_path, name):
     with pytest.raises(InputError, match="site "):
         published_parts(tmp_path, name)
 
@@ -289,7 +289,7 @@ def test_a_second_channel_and_a_second_mask_are_refused(tmp_path):
         find_cases(tmp_path, "T")
 
 
-def test_case_folders_of_one_name_stay_apart(tmp_path):
+def test_case_folders_of_the_same_name_remain_separate_cases(tmp_path):
     touch(tmp_path, *(f"S/{n}/{name}.nii.gz" for n in ("020", "021") for name in ("t2", "t2_anatomy_reader1")))
     found = find_cases(tmp_path, "S")
     assert len({case["case"] for case in found}) == len({case["patient"] for case in found}) == 2

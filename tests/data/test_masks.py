@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Masks: each lies on its scan voxel by voxel, header and all; none is written by halves or over a scan."""
+"""Masks fit their scans voxel by voxel, including the header; they are written completely and never over a scan."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from shared_iopfl.utils.files import check_writable
 
 
 def threshold(case: dict, save: SaveMaskd, level: float) -> Path:
-    """Serve a case as a bundle does: a batch, a prediction, the decollated case, the mask's file."""
+    """Process a case as a bundle does: a batch, a prediction, the decollated case, the mask's file."""
     batch = next(iter(DataLoader([case], batch_size=1)))
     batch["pred"] = (batch["image"][:, :1] > level).to(torch.float32)
     return Path(save(decollate_batch(batch)[0])["pred_file"])
@@ -43,8 +43,8 @@ def threshold(case: dict, save: SaveMaskd, level: float) -> Path:
 @pytest.mark.parametrize("name", AFFINES)
 @pytest.mark.parametrize("ending", [".nii.gz", ".nii"])
 @pytest.mark.parametrize("shape", [(6, 7, 5), (6, 7, 5, 1), (6, 7, 1), (6, 7)])
-def test_nifti_mask_lies_on_its_scan(tmp_path, name, ending, shape):
-    """Same format, shape, qform, sform, their codes and units; its own type and no display window."""
+def test_nifti_mask_fits_its_scan(tmp_path, name, ending, shape):
+    """Format, shape, qform, sform, their codes and units are those of the scan; the type is the mask's own."""
     scan = nib.Nifti1Image(RNG.rand(*shape).astype(np.float32), AFFINES[name])
     scan.set_sform(AFFINES[name], code=1)
     scan.set_qform(AFFINES[name], code=0 if name == "sheared" else 3)  # which no qform can hold
@@ -63,8 +63,8 @@ def test_nifti_mask_lies_on_its_scan(tmp_path, name, ending, shape):
 
 
 @pytest.mark.parametrize("name", [name for name in AFFINES if name != "sheared"])
-def test_mask_comes_back_through_a_bundles_transforms(tmp_path, name):
-    """Reoriented, resampled and padded, predicted there, inverted: the mask is that of the scan's own grid."""
+def test_inverted_transforms_restore_the_mask_in_the_grid_of_the_scan(tmp_path, name):
+    """The mask is predicted on the reoriented, resampled and padded scan, and the transforms are inverted."""
     blocks = np.kron(RNG.rand(3, 4, 3) > 0.5, np.ones((4, 4, 4))).astype(np.float32)
     path = nifti(tmp_path / "a.nii.gz", blocks, AFFINES[name])
     before = Compose(
@@ -85,8 +85,8 @@ def test_mask_comes_back_through_a_bundles_transforms(tmp_path, name):
 
 @pytest.mark.parametrize("ending", [".mha", ".nrrd", ".mhd"])
 @pytest.mark.parametrize("shape", [(5, 7, 6), (1, 7, 6), (7, 6)])
-def test_itk_mask_lies_on_its_scan(tmp_path, ending, shape):
-    """Origin, spacing and direction are the scan's own, and so is every voxel's place."""
+def test_itk_mask_fits_its_scan(tmp_path, ending, shape):
+    """Origin, spacing and direction are those of the scan, and so is the position of every voxel."""
     itk = pytest.importorskip("itk")
     array = (RNG.rand(*shape) * 100).astype(np.int16)
     scan = itk.image_from_array(array)
@@ -106,8 +106,8 @@ def test_itk_mask_lies_on_its_scan(tmp_path, ending, shape):
     assert np.allclose(*directions, rtol=0, atol=1e-12)
 
 
-def test_dicom_mask_lies_on_its_series(tmp_path):
-    """The mask is a NIfTI file whose voxels have the places in the patient that ITK gives those of the series."""
+def test_dicom_mask_fits_its_series(tmp_path):
+    """The mask is a NIfTI file whose voxels have the positions that ITK gives those of the series."""
     itk = pytest.importorskip("itk")
     folder = dicom_series(tmp_path / "T2", SERIES)
     [case] = find_scans(tmp_path)
@@ -121,8 +121,8 @@ def test_dicom_mask_lies_on_its_series(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.tif", "a.bmp", "a.jpg"])
-def test_picture_mask_lies_on_its_picture(tmp_path, name):
-    """Opened by PIL side by side, mask and picture have the same pixel at the same place."""
+def test_picture_mask_fits_its_picture(tmp_path, name):
+    """Both files, opened by PIL, have corresponding pixels at the same position."""
     Image.fromarray(PICTURE).save(tmp_path / name)
     case = LoadCased(spatial_dims=2, channels=3)({"image": tmp_path / name, "case": "eye"})
     written = threshold(case, SaveMaskd(output_dir=tmp_path / "out"), 128)
@@ -133,7 +133,7 @@ def test_picture_mask_lies_on_its_picture(tmp_path, name):
 
 
 def test_mask_of_a_picture_read_upright(tmp_path):
-    """A reader that obeys EXIF sees another shape than the file's: the mask is that of the upright picture."""
+    """A reader that applies EXIF returns another shape than the file's: the mask is that of the upright picture."""
 
     class Upright(PILReader):
         def __init__(self):
@@ -152,8 +152,8 @@ def predicted(tmp_path: Path, name: str = "a.nii.gz") -> dict:
     return {**case, "pred": (case["image"] > 0.5).to(torch.uint8)}
 
 
-def test_scans_of_one_name_do_not_overwrite_each_other(tmp_path, caplog):
-    """Two scans give two files and a warning; one scan served twice gives one file."""
+def test_masks_of_scans_of_the_same_name_do_not_overwrite_each_other(tmp_path, caplog):
+    """Two scans give two files and a warning; one scan that is processed twice gives one file."""
     save = SaveMaskd(output_dir=tmp_path / "out")
     for site in ("A", "B"):
         (tmp_path / site).mkdir()
@@ -191,8 +191,8 @@ def test_a_scan_is_never_replaced_by_its_mask(tmp_path):
         (lambda mask: mask.permute(0, 2, 1, 3), ValueError),
     ],
 )
-def test_masks_that_are_not_written(tmp_path, spoil, error):
-    """NaN, fractions, several channels, another grid: nothing is left in the folder."""
+def test_invalid_masks_are_not_written(tmp_path, spoil, error):
+    """After NaN, fractions, several channels or another grid, the folder is empty."""
     data = predicted(tmp_path)
     with pytest.raises(error):
         SaveMaskd(output_dir=tmp_path / "out")({**data, "pred": spoil(data["pred"].to(torch.float32))})
@@ -231,8 +231,8 @@ def no_room(folder: Path, reason: str) -> Iterator[Path]:
 
 @pytest.mark.parametrize("reason", ["a file in the way", "read-only", "full"])
 @pytest.mark.parametrize("kind", ["nii", "nii.gz", "png", "mha", "nrrd"])
-def test_no_room(tmp_path, kind, reason):
-    """One line at once from check_writable, one line from SaveMaskd, and no half file."""
+def test_a_folder_that_is_not_writable_or_full_is_reported_in_one_line(tmp_path, kind, reason):
+    """Both check_writable and SaveMaskd give one line, and leave no incomplete file."""
     path = tmp_path / f"a.{kind}"
     array = (RNG.rand(200, 200) * 255).astype(np.uint8)
     if kind.startswith("nii"):
@@ -257,7 +257,7 @@ def test_no_room(tmp_path, kind, reason):
 
 
 def organs(shape: tuple[int, ...] = (32, 32, 16)) -> tuple[torch.Tensor, torch.Tensor]:
-    """A gland in the middle of a volume, and a bladder twice its size in the last slices."""
+    """Return a gland in the middle of a volume, and a bladder twice its size in the last slices."""
     gland, bladder = torch.zeros(1, *shape), torch.zeros(1, *shape)
     gland[:, 12:20, 12:20, 6:10] = 1
     bladder[:, 10:20, 10:22, 12:] = 1
@@ -271,7 +271,7 @@ def test_a_larger_component_in_the_last_slices_is_not_kept():
 
 
 @pytest.mark.parametrize("name", AFFINES)
-def test_the_slices_are_those_of_the_body_whatever_the_axes_of_the_file(name):
+def test_the_slice_axis_is_found_by_the_affine(name):
     gland, bladder = organs()
     affine = torch.as_tensor(AFFINES[name], dtype=torch.float64)
     slices = int(affine[2, :3].abs().argmax())
@@ -279,14 +279,14 @@ def test_the_slices_are_those_of_the_body_whatever_the_axes_of_the_file(name):
     assert torch.equal(KeepMiddleComponent()(MetaTensor(here + there, affine=affine)).as_tensor(), here)
 
 
-def test_the_place_within_a_slice_does_not_count():
+def test_the_position_within_a_slice_has_no_weight():
     gland, _ = organs()
     mask = gland.roll(10, 1)  # at the border of its slices
     mask[:, 10:14, 10:14, 6:10] = 1
     assert torch.equal(KeepMiddleComponent()(mask), gland.roll(10, 1))
 
 
-def test_one_component_or_none_is_left_as_it_is():
+def test_a_mask_with_at_most_one_component_is_unchanged():
     _, bladder = organs()
     for mask in (bladder, torch.zeros(1, 8, 8, 4)):
         assert torch.equal(KeepMiddleComponent()(mask), mask)

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""No patient is in two parts: two eyes, visits or series of one are one patient, declared or recognised."""
+"""No patient is in two parts: both eyes, all visits and all series of a patient are recognised or declared as such."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def whose(root: Path, patient: str = "auto", site: str = "A") -> dict[str, str]:
         ("", "_visit2"),
     ],
 )
-def test_names_that_differ_in_such_a_word_alone_are_one_patient(tmp_path, caplog, one, other):
-    """All splits, by share and by fold, keep them together; a line says what was recognised."""
+def test_names_that_differ_only_in_side_or_visit_are_one_patient(tmp_path, caplog, one, other):
+    """All splits, by share and by fold, keep them together, and a warning states what was recognised."""
     names = [f"P{n:02d}{word}" for n in range(12) for word in (one, other)]
     if "visit1" in one and "OD" in one:  # which needs a pair for either word
         names += [f"P{n:02d}_OS_visit1" for n in range(12)]
@@ -92,15 +92,15 @@ def test_names_that_differ_in_such_a_word_alone_are_one_patient(tmp_path, caplog
         [f"{n}_{n + 1}" for n in range(6)],
     ],
 )
-def test_other_names_are_as_many_patients(tmp_path, caplog, names):
-    """A word is not evidence: two files of the site must differ in it alone."""
+def test_other_names_are_separate_patients(tmp_path, caplog, names):
+    """A word alone is no evidence: the names of two files of the site must differ in nothing else."""
     pictures(tmp_path, *names)
     assert whose(tmp_path) == {name: name for name in names}
     assert not caplog.records
 
 
 def test_a_pattern_declares_patients(tmp_path, caplog):
-    """Its group is the patient; a file that it does not fit is one of its own; "(.*)" switches recognition off."""
+    """Its group is the patient; a file that does not match is a patient of its own; "(.*)" disables recognition."""
     pictures(tmp_path, "7_OD", "7_OS", "8_x", "7a")
     assert whose(tmp_path, "(.*)_(OD|OS)") == {"7_OD": "7", "7_OS": "7", "8_x": "8_x", "7a": "7a"}
     assert whose(tmp_path, r"(\d+).*") == {"7_OD": "7", "7_OS": "7", "8_x": "8", "7a": "7"}
@@ -110,7 +110,7 @@ def test_a_pattern_declares_patients(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("value", ["", "no group", "(", 7, None, ["(.*)"]])
-def test_what_is_no_way_to_find_patients_is_refused(tmp_path, value):
+def test_invalid_ways_to_recognise_patients_are_rejected(tmp_path, value):
     with pytest.raises(InputError, match="patient must be"):
         check_values({"patient": value})
 
@@ -132,7 +132,7 @@ def test_a_table_declares_patients(tmp_path):
 @pytest.mark.parametrize("key", ["patient", "patient_id", "subject_id", "subject", "PatientID"])
 @pytest.mark.parametrize("first", [0, "x"])
 def test_a_datalist_names_patients_by_its_usual_keys(tmp_path, key, first):
-    """0 is a patient; an item that names none falls back to its file's name."""
+    """0 is a patient; for an item that names none, the name of its file counts."""
     saml(tmp_path, "L", 4)
     named: list[Any] = [first, first, 5, None]
     items = [
@@ -145,7 +145,7 @@ def test_a_datalist_names_patients_by_its_usual_keys(tmp_path, key, first):
 
 @pytest.mark.parametrize(("headers", "count"), [(["1", "1", "2"], 2), (["anonymous"] * 3, 3), (["", "", ""], 3)])
 def test_dicom_headers_name_patients(tmp_path, monkeypatch, headers, count):
-    """Where they tell patients apart: an anonymiser writes one name into all."""
+    """They count only if they differ, as an anonymiser writes the same name into all."""
     saml(tmp_path, "L", 3)
     items = [{"image": f"L/Case0{n}.nii.gz", "label": f"L/Case0{n}_segmentation.nii.gz"} for n in range(3)]
     datalist(tmp_path, training=items)
@@ -153,7 +153,7 @@ def test_dicom_headers_name_patients(tmp_path, monkeypatch, headers, count):
     assert len(set(whose(tmp_path, site="L").values())) == count
 
 
-def test_published_lists_that_share_a_recognised_patient_are_kept_with_a_line(tmp_path, caplog):
+def test_published_lists_that_share_a_recognised_patient_are_kept_with_a_warning(tmp_path, caplog):
     for part, side in (("train", "L"), ("test", "R")):
         names = [f"D/{part}/ROIs/{kind}/{n}_{side}.png" for n in range(4) for kind in ("image", "mask")]
         touch(tmp_path, *names)
@@ -167,7 +167,7 @@ def test_published_lists_that_share_a_recognised_patient_are_kept_with_a_line(tm
 @pytest.mark.parametrize("count", [9, 10, 13, 20])
 @pytest.mark.parametrize("seed", range(15))
 def test_no_part_has_less_than_half_of_its_share(count, seed):
-    """Nine patients never leave one test case."""
+    """Nine patients always give more than one test case."""
     cases = [{"image": p, "label": p, "site": "A", "case": p, "patient": p} for p in (f"p{n}" for n in range(count))]
     parts = split_cases(cases, seed)
     assert sum(map(len, parts.values())) == count
@@ -176,7 +176,7 @@ def test_no_part_has_less_than_half_of_its_share(count, seed):
     assert len(parts["test"]) >= 2
 
 
-def test_folds_are_asked_for_as_a_split_is(tmp_path):
+def test_site_cases_selects_folds(tmp_path):
     saml(tmp_path, "A", 9)
     tested = [case["case"] for fold in range(3) for case in site_cases(tmp_path, "A", "test", fold=fold, folds=3)]
     assert sorted(tested) == sorted(case["case"] for case in find_cases(tmp_path, "A"))
@@ -197,7 +197,7 @@ def volumes(root: Path, *names: str, values: tuple[int, ...] = (0, 1)) -> None:
         nib.save(nib.Nifti1Image(mask, np.eye(4)), root / "A" / f"{name}_segmentation.nii.gz")
 
 
-def test_prepare_tells_patients_and_values_of_masks(tmp_path, capsys):
+def test_prepare_lists_patients_and_values_of_masks(tmp_path, capsys):
     volumes(tmp_path, *(f"{n}_{side}" for n in range(4) for side in "LR"))
     volumes(tmp_path, "9", values=(0, 1, 255))
     prepare(str(tmp_path), split_seed=1)
@@ -218,7 +218,7 @@ def test_prepare_names_a_mask_without_a_label(tmp_path):
         prepare(str(tmp_path))
 
 
-def test_the_datalist_s_own_word_goes_before_a_pattern(tmp_path):
+def test_patients_of_a_datalist_take_precedence_over_a_pattern(tmp_path):
     saml(tmp_path, "L", 2)
     items = [{"image": f"L/Case0{n}.nii.gz", "label": f"L/Case0{n}_segmentation.nii.gz"} for n in range(2)]
     (tmp_path / "L.json").write_text(json.dumps({"training": [{**items[0], "patient": "p"}, items[1]]}))

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Scans without masks: what in a folder is a scan, and that each has a name of its own."""
+"""Search for scans: which files in a folder are scans, and that each has a unique name."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DICOM = bytes(128) + b"DICM" + bytes(8)
 
 
 def test_find_scans_in_a_mixed_folder(tmp_path):
-    """Files and DICOM series folders at any depth are scans; masks and odd files are not, and are named."""
+    """Files and DICOM series at any depth are scans; masks and files of other kinds are listed as not taken."""
     touch(tmp_path, "a.nii.gz", "b.mha", "a_segmentation.nii.gz", "notes.txt", ".hidden.nii", "masks/c.png")
     touch(tmp_path, "images/d.nii", "results/e.nii.gz")
     touch(tmp_path, "patient1/study/1.dcm", "patient1/study/2.dcm")
@@ -63,15 +63,15 @@ def scan(path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("ending", [".nii.gz", ".mha", ".nii"])
-def test_masks_beside_their_scan_are_known_by_their_names(tmp_path, name, ending):
-    """Whatever they hold: a soft mask is a mask too."""
+def test_masks_beside_their_scan_are_recognised_by_name(tmp_path, name, ending):
+    """Their values do not matter: a soft mask is a mask too."""
     touch(tmp_path, "Case00.nii.gz", f"{name}{ending}")
     assert names(find_scans(tmp_path)) == ["Case00"]
     assert f"1 masks by their names ({name}{ending})" in not_taken(tmp_path)
 
 
-def test_masks_beside_scans_are_known_by_their_few_whole_numbers(tmp_path):
-    """Whatever they are called; scans of a mask's name, and odd scans of two values, stay scans."""
+def test_masks_are_recognised_by_their_few_whole_numbers(tmp_path):
+    """Their names do not matter; scans with the name of a mask, and scans with only two values, remain scans."""
     scan(tmp_path / "Case00.nii.gz")
     scan(tmp_path / "t2_seg_study" / "t2_seg.nii.gz")
     nifti(tmp_path / "two_bright_values.nii.gz", MASK * np.float32(1e6))
@@ -101,7 +101,7 @@ def test_labels_in_other_formats(tmp_path):
     assert "5 volumes of a few whole numbers" in not_taken(tmp_path)
 
 
-def test_a_folder_of_masks_alone_is_refused_and_a_mask_given_by_itself_is_taken(tmp_path):
+def test_a_folder_of_masks_only_is_rejected_and_a_mask_given_directly_is_accepted(tmp_path):
     label_map(tmp_path / "a.nii.gz")
     with pytest.raises(InputError, match=r"no scan at .*; not taken: 1 volumes of a few whole numbers.*\(a\.nii\.gz\)"):
         find_scans(tmp_path)
@@ -109,7 +109,7 @@ def test_a_folder_of_masks_alone_is_refused_and_a_mask_given_by_itself_is_taken(
 
 
 @pytest.mark.parametrize("volume", ["a.nii.gz", "sub/b.mha", "series/1.dcm"])
-def test_pictures_beside_volumes_are_previews_unless_pictures_are_wanted(tmp_path, volume):
+def test_pictures_beside_volumes_are_passed_over_unless_pictures_are_requested(tmp_path, volume):
     touch(tmp_path, volume, "preview.png", "sub/Case.jpg")
     assert len(find_scans(tmp_path)) == 1
     assert "2 pictures beside volumes (preview.png, sub/Case.jpg)" in not_taken(tmp_path)
@@ -117,15 +117,15 @@ def test_pictures_beside_volumes_are_previews_unless_pictures_are_wanted(tmp_pat
     assert "1 volumes where pictures are wanted" in not_taken(tmp_path, pictures=True)
 
 
-def test_the_output_of_a_run_is_no_scan(tmp_path):
+def test_the_output_folder_of_a_run_is_passed_over(tmp_path):
     scan(tmp_path / "a.nii.gz")
     touch(tmp_path, "masks_of_mine/run.json", "masks_of_mine/a.nii.gz", "masks_of_mine/a_overlay.png")
     assert names(find_scans(tmp_path)) == ["a"]
     assert "1 folders that a run wrote (masks_of_mine/)" in not_taken(tmp_path)
 
 
-def test_the_output_of_a_run_is_no_scan_either_where_its_folder_is_given(tmp_path):
-    """What its list names: masks, empty ones too, and pictures; what was put there by others counts."""
+def test_the_output_of_a_run_is_passed_over_if_its_folder_is_given(tmp_path):
+    """The files in its list are passed over, also empty masks and pictures; other files in the folder are found."""
     nifti(tmp_path / "empty.nii.gz", MASK * np.uint8(0))
     scan(tmp_path / "exam.nii.gz")
     touch(tmp_path, "run.json", "a.png", "a_overlay.png", "photo.png")
@@ -140,14 +140,14 @@ def test_the_output_of_a_run_is_no_scan_either_where_its_folder_is_given(tmp_pat
     assert "a run wrote" not in not_taken(tmp_path)
 
 
-def test_overlays_beside_what_they_show_are_no_photographs(tmp_path):
-    """A photograph of such a name alone stays."""
+def test_overlays_beside_their_scans_are_passed_over(tmp_path):
+    """A photograph with such a name, but without a scan of the other name, is found."""
     touch(tmp_path, "a.jpg", "A_overlay.png", "b_overlay.png", "_overlay.png")
     assert names(find_scans(tmp_path, pictures=True)) == ["_overlay", "a", "b_overlay"]
     assert "1 overlays by their names (A_overlay.png)" in not_taken(tmp_path, pictures=True)
 
 
-def test_every_kind_that_the_libraries_read_is_taken(tmp_path):
+def test_all_formats_that_the_libraries_read_are_found(tmp_path):
     """A header and its voxels are one scan."""
     pictures = [f"{ending[1:]}{ending}" for ending in PICTURES]
     volumes = ["a.nii", "b.nii.gz", "c.hdr", "d.mha", "e.mhd", "f.nrrd", "g.nhdr", "h.mgz", "i.mgh"]
@@ -158,7 +158,7 @@ def test_every_kind_that_the_libraries_read_is_taken(tmp_path):
     assert not_taken(tmp_path / "p", pictures=True) == not_taken(tmp_path / "v") == ""
 
 
-def test_dicom_objects_without_voxels_are_no_slices(tmp_path):
+def test_dicom_objects_without_voxels_are_not_slices(tmp_path):
     dicom_report(tmp_path / "SR.dcm")
     with pytest.raises(InputError, match=r"not taken: 1 DICOM objects without voxels \(SR\.dcm\)"):
         find_scans(tmp_path)
@@ -168,7 +168,7 @@ def test_dicom_objects_without_voxels_are_no_slices(tmp_path):
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_run_ends_with_what_was_not_taken(tmp_path, caplog, fails):
+def test_a_run_ends_with_a_list_of_the_files_that_were_not_taken(tmp_path, caplog, fails):
     touch(tmp_path, "a.nii.gz", *(f"{k}.txt" for k in range(5)))
     engine = Engine(lambda engine, batch: 1 / (not fails))
     NotTaken(tmp_path).attach(engine)
@@ -179,12 +179,12 @@ def test_a_run_ends_with_what_was_not_taken(tmp_path, caplog, fails):
     NotTaken(tmp_path / "gone").attach(engine)
 
 
-def test_find_scans_names_are_unique_and_tell_where_they_come_from(tmp_path):
+def test_names_of_cases_are_unique_and_show_their_folder(tmp_path):
     touch(tmp_path, "a.nii.gz", "a.mha", "p1/T2/1.dcm", "p2/T2/1.dcm", "p1_T2.nii")
     assert sorted(names(find_scans(tmp_path))) == ["a_mha", "a_nii_gz", "p1_T2", "p1_T2_2", "p2_T2"]
 
 
-def test_find_scans_takes_one_file_or_one_series(tmp_path):
+def test_find_scans_accepts_a_file_or_a_series(tmp_path):
     touch(tmp_path, "s/IM0", content=DICOM)
     touch(tmp_path, "x/a.nii.gz")
     assert find_scans(tmp_path / "s") == [{"image": str(tmp_path / "s"), "case": "s"}]
@@ -192,7 +192,7 @@ def test_find_scans_takes_one_file_or_one_series(tmp_path):
     assert names(find_scans(tmp_path / "x" / "a.nii.gz")) == ["a"]
 
 
-def test_find_scans_refuses_nothing_in_one_line(tmp_path):
+def test_a_folder_without_scans_is_rejected_in_one_line(tmp_path):
     touch(tmp_path, "notes.txt")
     for path in (tmp_path, tmp_path / "notes.txt", tmp_path / "gone"):
         with pytest.raises(InputError) as error:
@@ -217,7 +217,7 @@ UID = "1.3.6.1.4.1.14519.5.2.1.7311.5101.160028252338004527274326500702"
     ids=["patients", "two-series", "identifiers", "TCIA", "plain"],
 )
 def test_series_are_named_after_patient_folder_and_description(tmp_path, monkeypatch, folders, cases):
-    """Never after the patient's name or id in the files, nor after an identifier of 64 digits."""
+    """Neither the patient's name or id in the files nor an identifier of 64 digits is used."""
     asked = []
     monkeypatch.setattr(
         "shared_iopfl.data.scan_files.series_description", lambda path: asked.append(path) or "t2_tse/tra"

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Scans: what cannot be used is refused in one line, and what can is read as it lies in its file."""
+"""Loading of scans: unusable files are rejected in one line, others are read as stored in their file."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def refused(path: Path, what: str, key: str = "image", **options) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.nii.gz", "a.nii", "a.png", "a.jpg", "a.mha", "a.nrrd", "a.dcm"])
-def test_files_that_are_no_scans(tmp_path, name):
-    """Missing, empty and with the wrong content, for each kind of ending."""
+def test_files_that_are_not_scans_are_rejected(tmp_path, name):
+    """For each ending, the file is missing, empty, or has the wrong contents."""
     if name.endswith(("mha", "nrrd", "dcm")):
         pytest.importorskip("itk")
     path = tmp_path / name
@@ -56,7 +56,7 @@ def test_files_that_are_no_scans(tmp_path, name):
     refused(path, "cannot be read as a scan")
 
 
-def test_other_kinds_of_files(tmp_path):
+def test_files_of_other_kinds_are_rejected(tmp_path):
     (tmp_path / "a.txt").write_text("words")
     refused(tmp_path / "a.txt", "expected DICOM or nii.gz")
     (tmp_path / "folder").mkdir()
@@ -66,7 +66,7 @@ def test_other_kinds_of_files(tmp_path):
 
 @pytest.mark.parametrize("name", ["a.nii.gz", "a.nii", "a.png", "a.jpg", "a.mha", "a.nrrd"])
 @pytest.mark.parametrize("kept", [0.05, 0.5, 0.9])
-def test_truncated_files(tmp_path, name, kept):
+def test_truncated_files_are_rejected(tmp_path, name, kept):
     path = tmp_path / name
     if name.startswith("a.nii"):
         nifti(path, RNG.rand(20, 20, 20))
@@ -100,7 +100,7 @@ def with_value(value: float) -> np.ndarray:
         (np.zeros((4, 4, 4), dtype=[("R", "u1"), ("G", "u1"), ("B", "u1")]), "RGB"),
     ],
 )
-def test_images_that_cannot_be_used(tmp_path, array, what):
+def test_unusable_images_are_rejected(tmp_path, array, what):
     refused(nifti(tmp_path / "a.nii.gz", array), what)
 
 
@@ -115,13 +115,13 @@ def test_images_that_cannot_be_used(tmp_path, array, what):
         (VALUES, r"include .*, \.\.\."),
     ],
 )
-def test_labels_that_cannot_be_used(tmp_path, array, what):
+def test_unusable_labels_are_rejected(tmp_path, array, what):
     refused(nifti(tmp_path / "a.nii.gz", array), what, key="label")
 
 
 @pytest.mark.parametrize("value", [0.0, np.nan])
 @pytest.mark.parametrize("field", ["srow_x", "pixdim"])
-def test_broken_affines(tmp_path, value, field):
+def test_broken_affines_are_rejected(tmp_path, value, field):
     path = nifti(tmp_path / "a.nii", VALUES)
     header = nib.load(path).header.copy()
     if field == "pixdim":
@@ -134,7 +134,7 @@ def test_broken_affines(tmp_path, value, field):
     refused(path, "correct its header")
 
 
-def test_colours_are_counted(tmp_path):
+def test_pictures_with_another_number_of_channels_are_rejected(tmp_path):
     Image.fromarray(PICTURE[..., 0]).save(tmp_path / "grey.png")
     Image.fromarray(PICTURE).save(tmp_path / "colour.png")
     refused(tmp_path / "grey.png", "expected a 2D picture of 3 channels", spatial_dims=2, channels=3)
@@ -142,30 +142,30 @@ def test_colours_are_counted(tmp_path):
     refused(tmp_path / "colour.png", "expected a 2D picture of 1 channel, got", key="label", spatial_dims=2, channels=3)
 
 
-def test_label_of_another_shape(tmp_path):
-    """Both files are named."""
+def test_a_label_of_another_shape_is_rejected(tmp_path):
+    """The message names both files."""
     image, label = nifti(tmp_path / "a.nii", VALUES), nifti(tmp_path / "m.nii", MASK[..., :4])
     with pytest.raises(InputError, match=r"m\.nii is not in the grid of its image .*a\.nii: 6x7x4 .* of 6x7x5 voxels"):
         LoadCased()({"image": image, "label": label})
 
 
-def test_input_error_is_found_under_what_monai_wraps_around_it(tmp_path):
+def test_input_error_is_found_below_the_exceptions_of_monai(tmp_path):
     (tmp_path / "a.nii.gz").write_bytes(b"")
     with pytest.raises(Exception) as error:  # whatever MONAI raises
         CacheDataset([{"image": str(tmp_path / "a.nii.gz")}], Compose([LoadCased()]), progress=False)
     assert "0 bytes" in str(root_input_error(error.value))
 
 
-def test_without_itk(tmp_path, monkeypatch):
-    """NIfTI needs no ITK; what does says what to install."""
+def test_itk_is_only_needed_for_its_formats(tmp_path, monkeypatch):
+    """NIfTI needs no ITK; for formats that need it, the message says what to install."""
     monkeypatch.setitem(sys.modules, "itk", None)
     load(nifti(tmp_path / "a.nii", VALUES))
     (tmp_path / "a.mha").write_bytes(b"x")
     refused(tmp_path / "a.mha", "pip install itk")
 
 
-def test_dicom_series_must_be_one_and_whole(tmp_path):
-    """ITK would pass over a broken slice, stretch over a missing one and take one series of two."""
+def test_a_dicom_series_must_be_single_and_complete(tmp_path):
+    """ITK would skip a broken slice, stretch the volume over a missing one, and select one of two series."""
     broken = dicom_series(tmp_path / "broken", SERIES)
     (broken / "IM2.dcm").write_bytes((broken / "IM2.dcm").read_bytes()[:-40])
     refused(broken, r"cannot be read, IM2\.dcm first")
@@ -192,8 +192,8 @@ def test_dicom_series_must_be_one_and_whole(tmp_path):
         ((6, 7, 1), 2, (1, 6, 7)),
     ],
 )
-def test_shapes(tmp_path, shape, dims, result):
-    """Few slices, one slice, no slice axis and a fourth axis of length 1 are volumes like any other."""
+def test_volumes_may_have_one_slice_or_a_fourth_axis_of_length_1(tmp_path, shape, dims, result):
+    """A few slices, one slice, no axis of slices and a fourth axis of length 1 are all read as volumes."""
     array = RNG.rand(*shape)
     scan = load(nifti(tmp_path / "a.nii.gz", array), spatial_dims=dims)
     assert scan.shape == result
@@ -204,7 +204,7 @@ def test_shapes(tmp_path, shape, dims, result):
 
 @pytest.mark.parametrize("name", AFFINES)
 @pytest.mark.parametrize("dtype", [np.int16, np.float32, np.uint8])
-def test_values_and_affine_are_the_files(tmp_path, name, dtype):
+def test_values_and_affine_are_those_of_the_file(tmp_path, name, dtype):
     array = (VALUES * 200).astype(dtype)
     scan = load(nifti(tmp_path / "a.nii.gz", array, AFFINES[name]))
     assert np.array_equal(scan[0].numpy(), array.astype(np.float32))
@@ -230,7 +230,7 @@ def test_grey_mask_stored_as_rgb_has_one_channel(tmp_path):
     assert np.array_equal(label.numpy(), PICTURE[None, ..., 0].transpose(0, 2, 1))
 
 
-def test_a_labels_rounded_affine_is_its_images(tmp_path):
+def test_a_rounded_affine_of_a_label_becomes_that_of_its_image(tmp_path):
     image = nifti(tmp_path / "a.nii", VALUES, AFFINES["oblique"])
     near = nifti(tmp_path / "near.nii", MASK, AFFINES["oblique"].round(2))
     case = LoadCased()({"image": image, "label": near})
@@ -240,8 +240,8 @@ def test_a_labels_rounded_affine_is_its_images(tmp_path):
 
 @pytest.mark.parametrize("name", ["LPS", "oblique", "sheared"])
 @pytest.mark.parametrize("axes", ["LPS", "RAS", "LPI", "SAL", "IPR", "PSL"])
-def test_a_label_on_the_same_box_is_turned_to_its_image(tmp_path, name, axes):
-    """As a viewer saves it: the same voxels in another order. No value moves in the world."""
+def test_a_label_on_the_same_box_is_reoriented_to_its_image(tmp_path, name, axes):
+    """A viewer may save the voxels in another order; no value moves in world coordinates."""
     image = nifti(tmp_path / "a.nii", VALUES, AFFINES[name])
     mask = nib.Nifti1Image(MASK, AFFINES[name])
     turn = nib.orientations.ornt_transform(nib.io_orientation(mask.affine), nib.orientations.axcodes2ornt(tuple(axes)))
@@ -261,7 +261,7 @@ def test_a_label_on_the_same_box_is_turned_to_its_image(tmp_path, name, axes):
     ],
     ids=["none", "a slice off", "other voxels", "turned"],
 )
-def test_a_label_that_lies_elsewhere_is_refused_with_both_grids(tmp_path, affine):
+def test_a_label_in_another_place_is_rejected_with_both_grids(tmp_path, affine):
     image, label = nifti(tmp_path / "a.nii", VALUES), nifti(tmp_path / "m.nii", MASK, affine)
     with pytest.raises(InputError, match=r"m\.nii is not in the grid .*of 0\.7x0\.9x3 mm, axes LPS") as error:
         LoadCased()({"image": image, "label": label})
@@ -289,21 +289,21 @@ def with_forms(path: Path, qform: np.ndarray, sform: np.ndarray) -> Path:
     ids=["flipped", "shifted", "stretched", "turned", "mirrored"],
 )
 @pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
-def test_forms_that_disagree_are_refused_naming_both(tmp_path, qform, ending):
+def test_different_qform_and_sform_are_rejected_with_both(tmp_path, qform, ending):
     refused(with_forms(tmp_path / f"a{ending}", qform, AFFINES["LPS"]), "two places: its qform says .*, its sform")
 
 
-def test_forms_that_differ_by_rounding_are_one(tmp_path):
+def test_qform_and_sform_may_differ_by_rounding(tmp_path):
     load(with_forms(tmp_path / "a.nii", AFFINES["oblique"], AFFINES["oblique"] + 0.001))
 
 
-def test_a_label_a_hair_off_whole_numbers_is_those_numbers(tmp_path):
+def test_label_values_are_rounded_to_whole_numbers(tmp_path):
     label = LoadCased()({"label": nifti(tmp_path / "m.nii", MASK * np.float32(0.9999))})["label"]
     assert np.array_equal(label[0].numpy(), MASK)
     refused(nifti(tmp_path / "n.nii", MASK * np.float32(0.9985)), r"include 0\.9985", key="label")
 
 
-def test_readers_can_be_given_one_a_key(tmp_path):
+def test_each_key_can_have_a_reader(tmp_path):
     class Negative(PILReader):
         def get_data(self, img):
             array, meta = super().get_data(img)
@@ -317,7 +317,7 @@ def test_readers_can_be_given_one_a_key(tmp_path):
     assert torch.equal(case["image"].as_tensor(), 255 - case["label"].as_tensor())
 
 
-def test_formats_mix_in_one_batch(tmp_path):
+def test_a_batch_can_contain_several_formats(tmp_path):
     itk = pytest.importorskip("itk")
     nifti(tmp_path / "a.nii.gz", VALUES)
     itk.imwrite(itk.image_from_array(np.ascontiguousarray(VALUES.T)), str(tmp_path / "b.nrrd"))

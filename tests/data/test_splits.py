@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Sites and their splits: no patient is in two parts, and nobody moves when cases are added."""
+"""Splits: no patient is in two parts, and patients keep their part when cases are added."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def cases_of(*patients: str) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize("count, processes", [(1, 1), (4, 2), (5, 2), (5, 4), (5, 5)])
-def test_processes_train_on_all_cases_and_each_on_as_many(count, processes):
-    """With fewer steps than the others, a process would leave them waiting for its gradient."""
+def test_processes_have_the_same_number_of_cases_and_cover_all_cases(count, processes):
+    """Otherwise the other processes would wait for the gradient of a process with fewer steps."""
     cases = cases_of(*(f"p{n}" for n in range(count)))
     parts = [cases_of_process(cases, rank, processes) for rank in range(processes)]
     assert {case["case"] for part in parts for case in part} == {case["case"] for case in cases}
@@ -54,8 +54,8 @@ def test_split_follows_the_fractions():
     assert sum(map(len, parts.values())) == 2000
 
 
-def test_adding_cases_moves_nobody():
-    """Beyond the few-cases fallback, a patient stays in its part when others come, in whatever order."""
+def test_adding_cases_moves_no_patient_to_another_part():
+    """Except with few cases, a patient keeps its part when others are added, in any order."""
     few, many = (
         split_cases(cases_of(*(f"p{n}" for n in numbers)), seed=1) for numbers in (range(50), range(99, -1, -1))
     )
@@ -68,7 +68,7 @@ def test_three_patients_give_one_each(seed):
     assert [len(part) for part in split_cases(cases_of("a", "b", "c"), seed).values()] == [1, 1, 1]
 
 
-def test_seed_changes_the_split_and_nothing_else_does():
+def test_the_split_depends_on_the_seed_but_not_on_the_order():
     cases = cases_of(*(f"p{n}" for n in range(20)))
     assert split_cases(cases, 0) == split_cases(cases[::-1], 0)
     assert split_cases(cases, 0) != split_cases(cases, 1)
@@ -82,11 +82,11 @@ def test_fraction_of_zero_leaves_a_part_empty():
 def test_too_few_cases(tmp_path):
     saml(tmp_path, "A", 2)
     with pytest.raises(
-        InputError, match=r"needs at least 3 cases \(one each to train, validate and test\), found 2 in"
+        InputError, match=r"needs at least 3 patients \(one each to train, validate and test\), but .* has 2"
     ):
         site_cases(tmp_path, "A", "train")
     assert len(site_cases(tmp_path, "A", "all")) == 2
-    with pytest.raises(InputError, match="found 1"):  # two scans, one patient
+    with pytest.raises(InputError, match="has 1"):  # two scans of one patient
         split_cases([{**case, "patient": "p"} for case in cases_of("a", "b")])
 
 
@@ -105,7 +105,7 @@ def test_unknown_or_empty_part(tmp_path):
     assert len(site_cases(tmp_path, "D", "test")) == 3
 
 
-def test_a_site_is_tested_by_its_fraction_its_published_list_or_by_folds(tmp_path):
+def test_a_site_has_test_cases_by_fraction_published_list_or_folds(tmp_path):
     saml(tmp_path, "A", 4)
     dofe(tmp_path, train=3, test=1)
     without = {"fractions": (0.7, 0.3, 0)}
@@ -116,8 +116,8 @@ def test_a_site_is_tested_by_its_fraction_its_published_list_or_by_folds(tmp_pat
         site_cases(tmp_path, "A", "test", **without)
 
 
-def test_fingerprint_tells_names_and_sizes(tmp_path):
-    """The same for the same files in any order and place; another when a file is added, renamed or grows."""
+def test_fingerprint_depends_on_names_and_sizes(tmp_path):
+    """It is the same for the same files in any order and place, and differs if a file is added, renamed or grows."""
     for copy in ("x", "y"):
         saml(tmp_path / copy, "A", 3)
     cases = find_cases(tmp_path / "x", "A")
@@ -132,8 +132,8 @@ def test_fingerprint_tells_names_and_sizes(tmp_path):
 
 
 @pytest.mark.parametrize("folds", [2, 3])
-def test_folds_test_each_patient_once_and_share_nobody(tmp_path: Path, folds: int) -> None:
-    """A cross-validation deals every patient to one test part, and no fold trains on whom it tests or validates on."""
+def test_folds_test_each_patient_once_and_share_no_patient(tmp_path: Path, folds: int) -> None:
+    """Each patient is in one test part, and no fold trains on patients that it tests or validates on."""
     saml(tmp_path, "A", 7)
     everybody = {case["case"] for case in find_cases(tmp_path, "A")}
     tested: list[str] = []
@@ -152,7 +152,7 @@ def test_folds_test_each_patient_once_and_share_nobody(tmp_path: Path, folds: in
     ("fold", "folds", "said"), [(2, 2, "fold must be"), (0, 1, "fold must be"), (0, 9, "patients")]
 )
 def test_impossible_folds_are_refused(tmp_path: Path, fold: int, folds: int, said: str) -> None:
-    """A fold that does not exist, and more folds than patients, end in one line."""
+    """A fold that does not exist, and more folds than patients, are reported in one line."""
     saml(tmp_path, "A", 4)
     with pytest.raises(InputError, match=said):
         fold_cases(tmp_path, "A", "train", fold, folds)

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""A folder is served to its end: what fails is named, what is at fault for all ends the run."""
+"""All scans of a folder are processed: failures are listed, and only errors that would recur end the run."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ Fault = Callable[[str], None]
 
 
 def no_fault(case: str) -> None:
-    """Nothing is wrong with this scan."""
+    """Leave the scan unchanged."""
 
 
 def fault(case: str, error: BaseException) -> Fault:
@@ -73,7 +73,7 @@ def serve(
     folder: Path, output: Path, loading: Fault = no_fault, inference: Fault = no_fault, writing: Fault = no_fault,
     workers: int = 0,
 ) -> TolerantEvaluator:  # fmt: skip
-    """Serve a folder of scans called a, b, c, ... as a bundle does, with a fault at some stage."""
+    """Process a folder of scans called a, b, c, ... as a bundle does, with a fault at some stage."""
 
     def at(fails: Fault) -> Callable[[dict], dict]:
         def transform(data: dict) -> dict:
@@ -119,7 +119,7 @@ def scans(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     "error", [InputError("b is blurred:\nscan again"), RuntimeError("sizes differ"), KeyError("x")]
 )
-def test_a_scan_that_fails_at_any_stage_is_named_and_the_others_are_written(scans, tmp_path, stage, error):
+def test_a_scan_that_fails_at_any_stage_is_listed_and_the_others_are_written(scans, tmp_path, stage, error):
     output = tmp_path / "out"
     with pytest.raises(InputError, match=r"^1 of 4 scans failed: see .*failed\.csv$"):
         serve(scans, output, **{stage: fault("b", error)})
@@ -135,7 +135,7 @@ def test_a_scan_that_fails_at_any_stage_is_named_and_the_others_are_written(scan
 
 
 @pytest.mark.parametrize("stage", ["loading", "inference", "writing"])
-def test_a_failed_scans_report_is_not_taken_for_the_next_ones(scans, tmp_path, stage):
+def test_the_report_of_a_failed_scan_is_not_used_for_the_next_one(scans, tmp_path, stage):
     output, kept = tmp_path / "out", {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("shared_iopfl.evaluation.records.routes.write_routes", lambda cases, _: kept.update(cases))
@@ -145,14 +145,14 @@ def test_a_failed_scans_report_is_not_taken_for_the_next_ones(scans, tmp_path, s
 
 
 def test_without_failures_there_is_no_table(scans, tmp_path):
-    """Nor one from another run."""
+    """The table of an earlier run is removed."""
     (tmp_path / "failed.csv").write_text("case,file,reason\n")
     serve(scans, tmp_path)
     assert masks(tmp_path) == ["a", "b", "c", "d"]
     assert not (tmp_path / "failed.csv").exists()
 
 
-def test_all_may_fail(scans, tmp_path):
+def test_all_scans_may_fail(scans, tmp_path):
     def nothing_loads(case: str) -> None:
         raise InputError(f"{case} is broken")
 
@@ -161,8 +161,8 @@ def test_all_may_fail(scans, tmp_path):
     assert [row["case"] for row in rows(tmp_path)] == ["a", "b", "c", "d"]
 
 
-def test_the_table_is_there_before_the_end(scans, tmp_path):
-    """A run that is killed at the third scan has told of the first."""
+def test_failures_are_written_before_the_end_of_the_run(scans, tmp_path):
+    """A run that is killed at the third scan has listed the first."""
 
     def faults(case: str) -> None:
         fault("a", InputError("a is broken"))(case)
@@ -184,14 +184,14 @@ HOPELESS = {
 
 @pytest.mark.parametrize("stage", ["loading", "inference", "writing"])
 @pytest.mark.parametrize("what", HOPELESS)
-def test_what_the_next_scan_would_not_survive_ends_the_run(scans, tmp_path, stage, what):
+def test_errors_that_would_recur_end_the_run(scans, tmp_path, stage, what):
     with pytest.raises(BaseException) as caught:
         serve(scans, tmp_path, **{stage: fault("b", HOPELESS[what])})
     assert "scans failed" not in str(caught.value)
     assert masks(tmp_path) == ["a"]
 
 
-def test_a_full_disk_ends_the_run_in_its_own_line(scans, tmp_path, monkeypatch):
+def test_a_full_disk_ends_the_run_with_its_own_message(scans, tmp_path, monkeypatch):
     def full(array: np.ndarray, source: Path, affine: Any, target: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -201,8 +201,8 @@ def test_a_full_disk_ends_the_run_in_its_own_line(scans, tmp_path, monkeypatch):
     assert not (tmp_path / "failed.csv").exists()
 
 
-def test_a_mask_that_cannot_be_written_where_others_can_is_its_scans_failure(scans, tmp_path, monkeypatch):
-    """A scan that went away, a name too long for the disk: the folder is tried, and is not at fault."""
+def test_a_single_mask_that_cannot_be_written_is_a_failure_of_its_scan(scans, tmp_path, monkeypatch):
+    """If a scan disappears or its name is too long, the folder is tested and found writable."""
     write = SaveMaskd.__call__
 
     def gone(self: SaveMaskd, data: dict) -> dict:
@@ -217,14 +217,14 @@ def test_a_mask_that_cannot_be_written_where_others_can_is_its_scans_failure(sca
 
 
 @pytest.mark.parametrize("stage", ["loading", "inference"])
-def test_a_scan_given_alone_raises_what_is_wrong_with_it(scans, tmp_path, stage):
+def test_the_error_of_a_single_scan_is_raised(scans, tmp_path, stage):
     with pytest.raises(Exception) as caught:
         serve(scans / "b.nii", tmp_path, **{stage: fault("b", InputError("b is blurred"))})
     assert str(root_input_error(caught.value)) == "b is blurred"
 
 
-def test_worker_processes_lose_no_failure(scans, tmp_path):
-    """What a worker catches comes home with its batch."""
+def test_failures_in_worker_processes_are_listed(scans, tmp_path):
+    """A failure in a worker process is returned with its batch."""
     (scans / "b.nii").write_bytes(b"")
     with pytest.raises(InputError, match="1 of 4"):
         serve(scans, tmp_path, workers=2)
@@ -232,7 +232,7 @@ def test_worker_processes_lose_no_failure(scans, tmp_path):
     assert "0 bytes" in rows(tmp_path)[0]["reason"]
 
 
-def test_a_batch_of_several_keeps_those_that_loaded():
+def test_a_batch_contains_the_scans_that_could_be_loaded():
     failure = Failure("b", "b.nii", "broken")
     batch = tolerant_collate([{"image": torch.ones(1, 2), "case": "a"}, failure])
     assert batch["image"].shape == (1, 1, 2)
@@ -242,7 +242,7 @@ def test_a_batch_of_several_keeps_those_that_loaded():
     assert set(tolerant_collate([{"image": torch.ones(1)}])) == {"image"}
 
 
-def test_names_that_no_table_can_hold_are_written_with_underscores(tmp_path):
+def test_characters_that_a_table_cannot_represent_become_underscores(tmp_path):
     folder = tmp_path / "scans"
     folder.mkdir()
     for name in ("a.nii", "b\udcff\n.nii"):

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""A run whose personalised models are worth less than its global one says so, by its own figures."""
+"""A run whose personalised models are worse than its global model reports this with its scores."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from shared_iopfl.report.run import write_report
 def run(
     folder: Path, validation: tuple[float, float], test: tuple[float, float] | None = None, **shares: float
 ) -> Path:
-    """Two sites; of each figure the global and the personalised model's."""
+    """Write a run of two sites, with the scores of the global and the personalised models."""
     rows = [
         [r, site, model, "val_mean_dice", value if r == 3 else 0.1]
         for r in (1, 3)
@@ -56,7 +56,7 @@ def run(
         ((0.6, 0.7), (0.6, 0.6), {"A": 0.0, "B": 0.0}, "validation cases of all sites prefer the global model"),
     ],
 )
-def test_models_not_worth_using_are_named_with_their_figures(tmp_path, capsys, validation, test, shares, said):
+def test_worse_personalised_models_are_reported_with_their_scores(tmp_path, capsys, validation, test, shares, said):
     line = print_personalised_verdict(run(tmp_path, validation, test, **shares))
     assert said in line
     assert "not worth using after 3 rounds and 8 more at each site alone" in line
@@ -74,10 +74,10 @@ def test_models_not_worth_using_are_named_with_their_figures(tmp_path, capsys, v
         ((0.6, 0.5), None, {"A": 1.0, "B": 1.0}),
     ],
 )
-def test_models_worth_using_are_not_talked_down(tmp_path, validation, test, shares):
+def test_better_personalised_models_are_not_reported(tmp_path, validation, test, shares):
     assert personalised_verdict(run(tmp_path, validation, test, **shares)) == ""
     assert "not worth using" not in write_report(tmp_path).read_text(encoding="utf-8")
 
 
-def test_a_folder_without_figures_says_nothing(tmp_path):
+def test_a_folder_without_scores_is_not_reported(tmp_path):
     assert personalised_verdict(tmp_path) == ""

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Pseudonyms, also those of a table that was edited, name one file each, and lie where the links do."""
+"""Pseudonyms: each names one file in the folder of links, also if the table was edited."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def edited(tmp_path: Path, scans: list[Case], *names: str) -> Path:
 @pytest.mark.parametrize(
     "name", ["../a", "/tmp/a", "a/b", "a\\b", "..", ".a", "-a", "$a", "=a", "a\nb", "a\0", "x" * 200]
 )
-def test_a_pseudonym_that_is_no_plain_name_is_refused(tmp_path: Path, scans: list[Case], name: str) -> None:
+def test_a_pseudonym_that_is_not_a_plain_name_is_rejected(tmp_path: Path, scans: list[Case], name: str) -> None:
     table = edited(tmp_path, scans, name)
     before = table.read_bytes()
     with pytest.raises(InputError, match="table") as error:
@@ -50,14 +50,14 @@ def test_a_pseudonym_that_is_no_plain_name_is_refused(tmp_path: Path, scans: lis
 
 
 @pytest.mark.parametrize("names", [("p", "p"), ("p", "P")])
-def test_a_pseudonym_of_two_files_is_refused(tmp_path: Path, scans: list[Case], names: tuple[str, str]) -> None:
-    """The second mask would take the place of the first."""
-    with pytest.raises(InputError, match="stands there twice"):
+def test_a_pseudonym_of_two_files_is_rejected(tmp_path: Path, scans: list[Case], names: tuple[str, str]) -> None:
+    """Otherwise the second mask would replace the first."""
+    with pytest.raises(InputError, match="is listed twice"):
         under_pseudonyms(scans, edited(tmp_path, scans, *names), tmp_path / "out")
 
 
-def test_new_scans_get_names_that_no_row_has(tmp_path: Path, scans: list[Case]) -> None:
-    """Also where rows were taken out, so that their number tells nothing."""
+def test_new_scans_get_unused_pseudonyms(tmp_path: Path, scans: list[Case]) -> None:
+    """This also holds if rows were removed, so that the number of rows is no guide."""
     table = edited(tmp_path, scans, "scan_0002")
     served = under_pseudonyms(scans, table, tmp_path / "out")
     names = [scan["case"] for scan in served]
@@ -67,7 +67,7 @@ def test_new_scans_get_names_that_no_row_has(tmp_path: Path, scans: list[Case]) 
     assert [scan["case"] for scan in under_pseudonyms(scans, table, tmp_path / "out")] == names
 
 
-def test_a_pipe_is_no_table(tmp_path: Path, scans: list[Case]) -> None:
+def test_a_pipe_is_not_a_table(tmp_path: Path, scans: list[Case]) -> None:
     os.mkfifo(tmp_path / "table.csv")
     with pytest.raises(InputError, match="not a table of pseudonyms"):
         under_pseudonyms(scans, tmp_path / "table.csv", tmp_path / "out")

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The review list puts the doubtful masks first, needs no label, and changes no mask."""
+"""The review list begins with the doubtful masks, needs no label, and changes no mask."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ FORWARDS: list[int] = []  # of every copy of the network
 
 
 def scan(brightness: float) -> Tensor:
-    """A picture (1, 16, 16) with an organ, dark around it."""
+    """Return a picture (1, 16, 16) with an organ on a dark background."""
     image = torch.full((1, 16, 16), -5.0)
     image[0][ORGAN] = brightness
     return image
@@ -66,7 +66,7 @@ def routing(mode: Any = "episodic", **overrides: Any) -> TestTimeRoutingInferer:
 
 
 def serve(folder: Path, scans: dict[str, float], inferer: TestTimeRoutingInferer) -> list[dict[str, str]]:
-    """The list that an evaluator without any label writes; nothing where it writes none."""
+    """Return the review list of an evaluator without labels; it is empty if none is written."""
     SupervisedEvaluator(
         device=torch.device("cpu"),
         val_data_loader=DataLoader([{"image": scan(b), "case": case} for case, b in scans.items()], batch_size=1),
@@ -88,8 +88,8 @@ def test_a_scan_whose_views_disagree_comes_first_but_after_an_empty_mask(tmp_pat
     assert "quality" in (tmp_path / "routes.json").read_text(encoding="utf-8")
 
 
-def test_the_mask_that_is_written_counts_as_empty_or_not(tmp_path: Path) -> None:
-    """A small organ is lost where the mask comes back to the scan's grid; areas are rounded."""
+def test_the_written_mask_decides_whether_it_is_empty(tmp_path: Path) -> None:
+    """A small organ may disappear in the grid of the scan; areas are rounded."""
     recorder, engine = ReviewRecorder(routing(), str(tmp_path)), Engine(lambda *_: None)
     masks = {"lost": torch.zeros(1, 4, 4, dtype=torch.uint8), "tiny": torch.eye(4, dtype=torch.uint8)[None]}
     reports = {"lost": {"areas": [0.01], "quality": 0.95}, "tiny": {"areas": [0.0], "quality": 0.95}}
@@ -103,7 +103,7 @@ def test_the_mask_that_is_written_counts_as_empty_or_not(tmp_path: Path) -> None
     }
 
 
-def test_the_list_of_a_site_s_own_network_needs_no_routes(tmp_path: Path) -> None:
+def test_the_network_of_a_site_gives_a_review_list(tmp_path: Path) -> None:
     inferer = routing("site")
     inferer.fit([scan(5.0)[None]], Sided())
     rows = serve(tmp_path, {"firm": 5.0, "weak": 0.1}, inferer)
@@ -112,8 +112,8 @@ def test_the_list_of_a_site_s_own_network_needs_no_routes(tmp_path: Path) -> Non
     assert not (tmp_path / "routes.json").exists()
 
 
-def test_scans_of_a_site_that_is_far_off_say_so(tmp_path: Path) -> None:
-    """In mode "site" the shift is the site's; of a network that was fitted before it is not known."""
+def test_scans_of_a_site_with_a_large_shift_have_that_reason(tmp_path: Path) -> None:
+    """In mode "site", the shift is that of the site; for a network that was fitted before, it is not known."""
     inferer = routing("site")
     inferer.usual_shift = 0.1
     inferer.fit([scan(5.0)[None]], Sided())
@@ -124,13 +124,13 @@ def test_scans_of_a_site_that_is_far_off_say_so(tmp_path: Path) -> None:
     assert {row["shift"] for row in serve(tmp_path, {"firm": 5.0}, inferer)} == {""}
 
 
-def test_plain_inference_gives_no_list(tmp_path: Path) -> None:
+def test_plain_inference_gives_no_review_list(tmp_path: Path) -> None:
     serve(tmp_path, {"firm": 5.0, "weak": 0.1}, routing("off"))
     assert not (tmp_path / "review.csv").exists()
 
 
 @pytest.mark.parametrize("name", ["soup", "paper"])
-def test_a_single_view_knows_no_quality_but_what_speaks_against_a_mask(tmp_path: Path, name: str) -> None:
+def test_a_single_view_gives_reasons_but_no_quality(tmp_path: Path, name: str) -> None:
     settings = preset(name, {"steps": 0, "start": "uniform", "statistics": 0.0})
     inferer = TestTimeRoutingInferer({"A": Sided().state_dict()}, "episodic", settings, flips=[0], slices=None)
     rows = serve(tmp_path, {"firm": 5.0, "nothing": -5.0}, inferer)
@@ -157,7 +157,7 @@ def test_quality_changes_no_mask_and_costs_no_forward(monkeypatch: pytest.Monkey
 
 
 def test_agreement_is_the_mean_over_views_and_targets() -> None:
-    """Two targets of four pixels by hand; one that is missing counts 0, whatever a view says of it."""
+    """Two targets of four pixels are computed by hand; a missing one counts as 0, whatever a view shows of it."""
     both = torch.tensor([[1.0, 1, 1, 1], [-1, -1, -1, -1]])[None]
     half = torch.tensor([[1.0, 1, -1, -1], [1, -1, -1, -1]])[None]
     found = view_agreement([both, half], both, "sigmoid")
@@ -188,12 +188,12 @@ def test_equal_quality_is_ordered_by_name() -> None:
         ({"quality": 1.0, "decision": "adapted", "reason": "improved", "objective_start": 0.1}, ""),
     ],
 )
-def test_reasons_are_what_speaks_against_a_mask(report: dict[str, Any], reasons: str) -> None:
+def test_reasons_follow_from_the_report(report: dict[str, Any], reasons: str) -> None:
     assert review_rows({"case": report}, large_shift=0.2)[0]["reasons"] == reasons
 
 
 def test_comparison_puts_quality_beside_dice(tmp_path: Path) -> None:
-    """Of our own method, outside, and of cases with a known quality."""
+    """Only outside cases of the selected method with a known quality are listed."""
     collect_review(tmp_path)
     assert not (tmp_path / "review.csv").exists()
     for seed, turn in ((0, 1), (1, -1)):
@@ -216,9 +216,9 @@ def test_comparison_puts_quality_beside_dice(tmp_path: Path) -> None:
     assert float(rows[0]["quality"]) == 0.625 and float(rows[0]["dice"]) == 0.5
 
 
-def test_what_is_odd_about_a_picture_is_the_first_reason() -> None:
+def test_remarks_on_a_picture_are_the_first_reason() -> None:
     reports = {
-        "a": {"quality": 0.5, "areas": [3], "remarks": "optic disc unsure"},
+        "a": {"quality": 0.5, "areas": [3], "remarks": "optic disc uncertain"},
         "b": {"quality": 0.95, "remarks": ""},
     }
-    assert [row["reasons"] for row in review_rows(reports)] == ["optic disc unsure; views disagree", ""]
+    assert [row["reasons"] for row in review_rows(reports)] == ["optic disc uncertain; views disagree", ""]

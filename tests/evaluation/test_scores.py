@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The table of a run says what its ``metrics.csv`` says, and differences are as certain as their cases make them."""
+"""The table of a run shows the contents of ``metrics.csv``, and intervals reflect the numbers of cases."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_run(tmp_path_factory.mktemp("run"))
 
 
-def test_the_table_is_the_reports_too():
-    """The bundles' configs call it there."""
+def test_report_re_exports_the_table():
+    """The bundles' configs call the function there."""
     assert report.print_table is print_table
 
 
-def test_table_has_sites_inside_then_outside_and_the_methods_models_first(run, capsys):
+def test_table_begins_with_inside_sites_and_the_models_of_the_method(run, capsys):
     lines = print_table(run).splitlines()
     assert capsys.readouterr().out.splitlines() == lines
     assert lines[0].split() == ["dice", "(%)", "role", "global", "personalised", "soup", "routed", "n"]

@@ -12,11 +12,9 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from io import BytesIO
-from typing import Any
 
 import numpy as np
 from monai.transforms import Compose, RandAdjustContrast, RandGaussianNoise
@@ -24,31 +22,32 @@ from PIL import Image, ImageDraw
 from scipy.ndimage import gaussian_filter
 
 from shared_iopfl.data.phantoms.noise import smooth_noise
+from shared_iopfl.data.phantoms.styles import style_of
 
 Colour = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
 class FundusStyle:
-    """How a site's camera and patients look. Colours are red, green and blue from 0 to 1."""
+    """Appearance of the photographs of a site's camera and patients; colours are red, green and blue from 0 to 1."""
 
     retina: Colour
     rim: Colour
     cup: Colour
-    vessels: float  # how much light the vessels take away, 0 to 1
+    vessels: float  # share of the light that the vessels absorb, 0 to 1
     cup_to_disc: float  # mean ratio of the diameters
     atrophy: float  # share of eyes with a pale crescent beside the disc
-    texture: float  # how uneven the retina is, as a fraction
+    texture: float  # relative variation of the retina's brightness
     vignette: float  # loss of light towards the corners of the photograph, 0 to 1
     gamma: float
-    haze: float  # share of even light that a cloudy lens adds, 0 to 1
+    haze: float  # share of uniform light that a cloudy lens adds, 0 to 1
     blur: float  # standard deviation in disc radii
     noise: float  # standard deviation of the sensor's noise
     jpeg: float  # quality of the compression, 1 to 95
-    margin: float  # how far outside the cup the site's readers draw its outline, disc radii; inside if negative
+    margin: float  # distance from the cup's edge to the readers' outline, disc radii; negative: the outline is inside
 
 
-# E, the site left outside in the demo, lies between B and C.
+# E, the outside site of the demo, is between B and C.
 FUNDUS_STYLES: Mapping[str, FundusStyle] = {
     "A": FundusStyle(
         retina=(0.72, 0.40, 0.20), rim=(0.92, 0.62, 0.36), cup=(0.98, 0.86, 0.58), vessels=0.55, cup_to_disc=0.45,
@@ -74,23 +73,14 @@ FUNDUS_STYLES: Mapping[str, FundusStyle] = {
 
 
 def fundus_style(site: str, seed: int = 0) -> FundusStyle:
-    """A given style, or for another name one drawn between the given ones, the same for the same seed and name."""
-    if site in FUNDUS_STYLES:
-        return FUNDUS_STYLES[site]
-    random_state = np.random.RandomState(zlib.crc32(f"{seed}/{site}".encode()))
-    known = list(FUNDUS_STYLES.values())
-    share = random_state.dirichlet(np.ones(len(known)))  # one mixture for all fields: colours must fit each other
-    mixed: dict[str, Any] = {}
-    for field in fields(FundusStyle):
-        value = np.tensordot(share, [getattr(style, field.name) for style in known], 1).tolist()
-        mixed[field.name] = tuple(value) if isinstance(value, list) else value
-    return FundusStyle(**mixed)
+    """Return the style of a site; see `style_of`."""
+    return style_of(site, FUNDUS_STYLES, seed)
 
 
 class Fundus:
-    """A colour picture of the retina, drawn structure after structure.
+    """A colour picture of the retina that is drawn structure by structure.
 
-    Places are in disc radii from the middle of the disc: `across` to the side of the macula, `down` to the feet.
+    Positions are in disc radii from the middle of the disc: `across` towards the macula, `down` towards the feet.
     """
 
     def __init__(
@@ -109,34 +99,34 @@ class Fundus:
         self.image = np.zeros((*shape, 3), np.float32)
 
     def noise(self, scale: float) -> np.ndarray:
-        """Smooth random field with blobs of this size in disc radii, see `smooth_noise`."""
+        """Return a smooth random field with blobs of the given size in disc radii; see `smooth_noise`."""
         return smooth_noise(self.random_state, self.shape, [max(2, int(n / self.radius / scale)) for n in self.shape])
 
     def ellipse(self, across: float, down: float, width: float, height: float, uneven: float) -> np.ndarray:
-        """Distance (disc radii, roughly) to an ellipse with these half-axes, below 0 inside."""
+        """Return the approximate distance (disc radii) to an ellipse with these half-axes, negative inside."""
         u, v = self.across - across, self.down - down
         wave = uneven * smooth_noise(self.random_state, self.shape, [max(4, int(n / self.radius)) for n in self.shape])
         return (np.hypot(u / width, v / height) - 1) * min(width, height) + wave
 
     def paint(self, distance: np.ndarray, colour: Colour | np.ndarray, softness: float, opacity: float = 1.0) -> None:
-        """Draw a structure where its distance is below 0, with an edge of this softness in disc radii."""
+        """Draw a structure where its distance is below 0, with an edge of the given softness in disc radii."""
         inside = opacity / (1 + np.exp(np.clip(distance / softness, -30, 30)))
         self.image += inside[..., None] * (np.asarray(colour, np.float32) - self.image)
 
     def draw_vessels(self, strength: float) -> None:
-        """Arteries and veins, which leave the disc up and down and bend round the macula."""
+        """Draw arteries and veins, which leave the disc upwards and downwards and curve around the macula."""
         for kind, light in ((1.0, (0.80, 0.30, 0.25)), (1.35, (0.55, 0.22, 0.25))):  # veins are wider and darker
             tree = Image.new("L", (2 * self.shape[1], 2 * self.shape[0]))
             for side in (-1, 1):
                 self._grow(tree, side * np.pi / 2 + 0.35 * self.random_state.randn(), side * 0.25, 0.085 * kind)
-                for _ in range(2):  # small ones to the nose
+                for _ in range(2):  # small vessels on the nasal side
                     self._grow(tree, side * self.random_state.uniform(1.7, 2.9), side * np.pi, 0.04 * kind)
                 self._grow(tree, side * self.random_state.uniform(0.3, 0.9), 0.0, 0.03 * kind)
             covered = np.asarray(tree.resize(self.shape[::-1], Image.Resampling.BOX), np.float32)[..., None] / 255
             self.image *= 1 - strength * covered * (1 - np.asarray(light, np.float32))
 
     def _grow(self, tree: Image.Image, heading: float, goal: float, width: float) -> None:
-        """One vessel with its branches: a walk that turns from its heading towards its goal (radians, 0 temporal)."""
+        """Draw a vessel with its branches: random walks that turn from a heading to a goal (radians, 0 temporal)."""
         draw, random_state = ImageDraw.Draw(tree), self.random_state
         start = random_state.normal((-0.15, 0.0), 0.08)
         walks = [(start, heading, width)]
@@ -163,19 +153,19 @@ class Fundus:
 def fundus_case(
     style: FundusStyle, size: int, random_state: np.random.RandomState, photograph: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draw one eye, photographed at a site of this style.
+    """Draw one eye, photographed at a site of the given style.
 
     Args:
-        style: the site's style.
-        size: height of the picture in pixels.
-        random_state: where everything about the eye and the picture comes from.
-        photograph: the whole photograph, a third wider than high, instead of a square crop around the disc.
+        style: Style of the site.
+        size: Height of the picture in pixels.
+        random_state: Source of all random numbers of the eye and the picture.
+        photograph: Draw the whole photograph, a third wider than high, instead of a square crop around the disc.
 
     Returns:
         The picture (uint8, height x width x 3) and its mask (uint8, height x width: 0 background, 1 disc rim, 2 cup).
     """
     vary = lambda low, high: float(random_state.uniform(low, high))  # noqa: E731
-    temporal = int(random_state.choice((-1, 1)))  # the macula lies on the right in a left eye
+    temporal = int(random_state.choice((-1, 1)))  # in the picture of a left eye, the macula is on the right
     if photograph:
         shape = (size, round(size * 4 / 3))
         radius = shape[1] / vary(8.5, 10.5) / 2
@@ -195,7 +185,7 @@ def fundus_case(
     outline = fundus.ellipse(0, 0, vary(0.88, 0.97), 1.0, 0.05)
     ratio = float(np.clip(style.cup_to_disc + vary(-0.15, 0.15), 0.25, 0.8))
     cup = fundus.ellipse(vary(0, 0.12), vary(-0.06, 0.06), ratio * vary(0.92, 1.05), ratio, 0.05)
-    cup = np.maximum(cup, outline + 0.06)  # some rim is left all round
+    cup = np.maximum(cup, outline + 0.06)  # the rim is complete
     rim_colour, cup_colour = np.asarray(style.rim) * tint, np.asarray(style.cup) * tint
     if random_state.rand() < style.atrophy:
         crescent = fundus.ellipse(vary(0.15, 0.35), vary(-0.1, 0.1), 1.05, 1.05, 0.1)
@@ -210,7 +200,7 @@ def fundus_case(
 
 
 def _photograph(fundus: Fundus, style: FundusStyle, whole: bool) -> np.ndarray:
-    """What the camera makes of the retina: light, haze, focus, noise, field of view, compression."""
+    """Return the camera's picture of the retina: illumination, haze, focus, noise, field of view and compression."""
     random_state, (height, width) = fundus.random_state, fundus.shape
     rows, columns = np.meshgrid(np.linspace(-1, 1, height), np.linspace(-1, 1, width), indexing="ij")
     angle = random_state.uniform(0, 2 * np.pi)
@@ -220,7 +210,7 @@ def _photograph(fundus: Fundus, style: FundusStyle, whole: bool) -> np.ndarray:
     haze = style.haze * random_state.uniform(0.5, 1.5)
     image = (1 - haze) * image + haze * image.mean(axis=(0, 1))
     blur = style.blur * fundus.radius * random_state.uniform(0.7, 1.3)
-    image = gaussian_filter(image, (blur, blur, 0), mode="nearest")  # MONAI's would darken the borders
+    image = gaussian_filter(image, (blur, blur, 0), mode="nearest")  # MONAI's filter would darken the borders
     camera = Compose(
         [
             RandAdjustContrast(prob=1, gamma=(0.92 * style.gamma, 1.08 * style.gamma)),
@@ -228,7 +218,7 @@ def _photograph(fundus: Fundus, style: FundusStyle, whole: bool) -> np.ndarray:
         ]
     ).set_random_state(state=random_state)
     image = np.asarray(camera(np.clip(image, 0, 1).transpose(2, 0, 1).astype(np.float32))).transpose(1, 2, 0)
-    if whole:  # a round field of view on black
+    if whole:  # the field of view is round, on black
         rows, columns = np.mgrid[:height, :width]
         outside = np.hypot(rows - (height - 1) / 2, columns - (width - 1) / 2) > 0.485 * height
         image[outside] = 0.01

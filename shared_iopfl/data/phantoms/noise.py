@@ -19,15 +19,15 @@ from scipy.ndimage import zoom
 
 
 def smooth_noise(random_state: np.random.RandomState, shape: Sequence[int], cells: Sequence[int]) -> np.ndarray:
-    """Smooth random field around 0, most of it between -1 and 1.
+    """Return a smooth random field around 0, with most values between -1 and 1.
 
     Args:
-        random_state: where the numbers come from.
-        shape: shape of the field.
-        cells: how many independent values there are along each axis; the fewer, the smoother.
+        random_state: Source of the random numbers.
+        shape: Shape of the field.
+        cells: Number of independent values along each axis; fewer values give a smoother field.
     """
     field = random_state.uniform(-1, 1, cells).astype(np.float32)
-    for n, c in zip(shape, cells):  # axis by axis, as a product with the spline's weights: much faster than one zoom
+    for n, c in zip(shape, cells):  # products with the spline's weights along each axis are much faster than one zoom
         weights = zoom(np.eye(c, dtype=np.float32), (n / c, 1), order=3, mode="nearest", grid_mode=True)
         field = np.tensordot(field, weights, axes=(0, 1))
     return field

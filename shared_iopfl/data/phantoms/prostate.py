@@ -12,9 +12,8 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from monai.transforms import (
@@ -28,17 +27,18 @@ from monai.transforms import (
 )
 
 from shared_iopfl.data.phantoms.noise import smooth_noise
+from shared_iopfl.data.phantoms.styles import style_of
 
-# Left-right, anterior-posterior and head-foot extent, mm. The pelvis is stretched head to foot to any number of slices.
+# left-right, anterior-posterior and head-foot extent in mm, for any number of slices
 FIELD_OF_VIEW = (124.0, 124.0, 48.0)
 TISSUES = ("fat", "muscle", "marrow", "fluid", "peripheral", "central")
 
 
 @dataclass(frozen=True)
 class ProstateStyle:
-    """How a site's scanner and patients look. Tissue values are relative signals, about 0 to 1.
+    """Appearance of the scans of a site's scanner and patients; tissue values are relative signals, about 0 to 1.
 
-    Every field is a number, so that the style of a further site can be drawn between the given ones.
+    Every field is a number, so that the style of another site can be a mixture of the given ones.
     """
 
     fat: float
@@ -47,24 +47,24 @@ class ProstateStyle:
     fluid: float  # urine, seminal vesicles, veins
     peripheral: float  # peripheral zone
     central: float  # central gland
-    lumen: float  # what fills the rectum: gas or an air balloon is dark, stool or a water balloon is bright
+    lumen: float  # contents of the rectum: gas or an air balloon is dark, stool or a water balloon is bright
     rectum: float  # radius of the rectum, or of the endorectal coil's balloon in it, mm
-    press: float  # how far the rectum or the balloon dents the prostate, mm
+    press: float  # depth to which the rectum or the balloon dents the prostate, mm
     hot_spot: float  # signal gain next to the endorectal coil; 0 without coil
     gland: float  # mean half-width of the prostate, mm
     flatness: float  # anterior-posterior over left-right extent of the prostate
-    position: float  # mean place of the prostate behind the middle of the image, mm
+    position: float  # mean distance of the prostate behind the middle of the image, mm
     bias: float  # largest coefficient of the smooth bias field
     gamma: float
     blur: float  # standard deviation of the in-plane blur, mm
     ringing: float  # Gibbs ringing, 0 to 1
     noise: float  # standard deviation of the Rician noise
     units: float  # raw units of a signal of 1
-    margin: float  # how far outside the gland the site's readers draw its outline, mm; inside where it is negative
+    margin: float  # distance from the gland to the readers' outline, mm; negative: the outline is inside
 
 
-# A and D have no endorectal coil, B and C have one. E, the site left outside in the demo, has one that is many times as
-# sensitive as theirs, and more noise. Readers differ by a millimetre or so in where they draw the outline.
+# A and D have no endorectal coil, B and C have one. The coil of E, the outside site of the demo, is many times as
+# sensitive, with more noise. The readers' outlines differ by about a millimetre.
 PROSTATE_STYLES: Mapping[str, ProstateStyle] = {
     "A": ProstateStyle(
         fat=0.80, muscle=0.18, marrow=0.50, fluid=1.0, peripheral=0.72, central=0.45, lumen=0.05, rectum=13, press=2,
@@ -95,22 +95,15 @@ PROSTATE_STYLES: Mapping[str, ProstateStyle] = {
 
 
 def prostate_style(site: str, seed: int = 0) -> ProstateStyle:
-    """A given style, or for another name one drawn between the given ones, the same for the same seed and name."""
-    if site in PROSTATE_STYLES:
-        return PROSTATE_STYLES[site]
-    random_state = np.random.RandomState(zlib.crc32(f"{seed}/{site}".encode()))
-    known = list(PROSTATE_STYLES.values())
-    share = random_state.dirichlet(np.ones(len(known)))  # one mixture for all fields: tissues must fit each other
-    return ProstateStyle(
-        **{f.name: float(np.dot(share, [getattr(style, f.name) for style in known])) for f in fields(ProstateStyle)}
-    )
+    """Return the style of a site; see `style_of`."""
+    return style_of(site, PROSTATE_STYLES, seed)
 
 
 class Pelvis:
-    """An image of a pelvis that is drawn structure after structure, each over what lies there already.
+    """An image of a pelvis that is drawn structure by structure, each over the previous ones.
 
-    Places are in mm from the middle of the field of view: x to the patient's left, y to the back, z to the head. They
-    are bent a little by a smooth random field, so that nothing drawn is a perfect ellipsoid.
+    Positions are in mm from the middle of the field of view: x to the patient's left, y to the back, z to the head.
+    They are distorted slightly by a smooth random field, so that no structure is a perfect ellipsoid.
     """
 
     def __init__(self, size: Sequence[int], random_state: np.random.RandomState) -> None:
@@ -125,19 +118,19 @@ class Pelvis:
         self.image = np.zeros(self.size, np.float32)
 
     def vary(self, low: float, high: float) -> float:
-        """A random number between two."""
+        """Return a random number between two numbers."""
         return float(self.random_state.uniform(low, high))
 
     def noise(self, *cells: int) -> np.ndarray:
-        """Smooth random field over the image, see `smooth_noise`."""
+        """Return a smooth random field over the image; see `smooth_noise`."""
         return smooth_noise(self.random_state, self.size, cells)
 
     def texture(self, value: float, amount: float, cells: int) -> np.ndarray:
-        """A tissue of this mean signal, uneven by this fraction, with so many blobs across the image."""
+        """Return a tissue with a mean signal, a relative variation, and a number of blobs across the image."""
         return value * (1 + amount * self.noise(cells, cells, max(2, self.size[2] // 2)))
 
     def ellipsoid(self, centre: Sequence[float], axes: Sequence[float], tilt: float = 0.0) -> np.ndarray:
-        """Distance (mm, roughly) to an ellipsoid, below 0 inside. `tilt`: in-plane rotation in degrees."""
+        """Return the approximate distance (mm) to an ellipsoid, negative inside; `tilt` is in degrees, in plane."""
         x, y, z = self.x - centre[0], self.y - centre[1], self.z - centre[2]
         cos, sin = np.cos(np.deg2rad(tilt)), np.sin(np.deg2rad(tilt))
         u, v = cos * x + sin * y, cos * y - sin * x
@@ -152,15 +145,16 @@ class Pelvis:
 def prostate_case(
     style: ProstateStyle, size: Sequence[int], random_state: np.random.RandomState
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draw one patient, scanned at a site of this style.
+    """Draw one patient, scanned at a site of the given style.
 
     Args:
-        style: the site's style.
-        size: voxels to the left, to the back and to the head.
-        random_state: where everything about the patient and the scan comes from.
+        style: Style of the site.
+        size: Number of voxels to the left, to the back and to the head.
+        random_state: Source of all random numbers of the patient and the scan.
 
     Returns:
-        The scan in raw intensities (int16) and its prostate mask (uint8, 0 or 1; one piece; none in the end slices).
+        The scan in raw intensities (int16) and its prostate mask (uint8, 0 or 1), which is connected and empty in the
+        end slices.
     """
     style = replace(style, **{name: getattr(style, name) * random_state.uniform(0.94, 1.06) for name in TISSUES})
     style = replace(style, lumen=style.lumen * random_state.uniform(0.8, 1.2))
@@ -171,7 +165,7 @@ def prostate_case(
 
 
 def _draw_surroundings(pelvis: Pelvis, style: ProstateStyle) -> None:
-    """Body outline, fat, muscles and bones."""
+    """Draw body outline, fat, muscles and bones."""
     vary = pelvis.vary
     fat = pelvis.texture(style.fat, 0.15, 24)
     muscle = pelvis.texture(style.muscle, 0.3, 40)
@@ -191,22 +185,22 @@ def _draw_surroundings(pelvis: Pelvis, style: ProstateStyle) -> None:
             pelvis.paint(bone - 2, cortex)
             pelvis.paint(bone, marrow)
         pelvis.paint(pelvis.ellipsoid((side * vary(42, 46), 2, 0), (7, 42, 60), -12 * side), muscle)  # obturator
-    # Veins and small vessels in the fat: bright dots that no threshold tells from gland.
+    # veins and small vessels in the fat: bright dots that no threshold separates from the gland
     veins = pelvis.noise(30, 30, max(2, pelvis.size[2] // 2))
     pelvis.paint(np.maximum(pelvis.ellipsoid((0, style.position, 4), (36, 34, 22)), 8 * (0.65 - veins)), style.fluid)
-    if pelvis.random_state.rand() < 0.3:  # the bulb of the penis: gland-like, below the gland
+    if pelvis.random_state.rand() < 0.3:  # the bulb of the penis resembles the gland, and is below it
         pelvis.paint(pelvis.ellipsoid((0, style.position, -24), (11, 9, 8)), pelvis.texture(style.peripheral, 0.2, 40))
 
 
 def _draw_organs(pelvis: Pelvis, style: ProstateStyle) -> tuple[np.ndarray, np.ndarray]:
-    """Levator, bladder, seminal vesicles, rectum and prostate; returns the distance to the rectum and the mask."""
+    """Draw levator, bladder, seminal vesicles, rectum and prostate; return the distance to the rectum and the mask."""
     vary = pelvis.vary
     muscle = pelvis.texture(style.muscle, 0.3, 40)
     width = style.gland * vary(0.9, 1.1)
     half = (width, width * style.flatness * vary(0.9, 1.1), vary(10, 13.5))
     centre = (vary(-3, 3), style.position + vary(-4, 4), vary(-3, 2))
 
-    # The rectum narrows to the anal canal below, and lies behind the prostate, which it dents.
+    # the rectum narrows to the anal canal below; it is behind the prostate and dents it
     radius = style.rectum * vary(0.85, 1.15)
     behind = centre[1] + half[1] + radius - style.press * vary(0.6, 1.4)
     across = np.hypot(pelvis.x - centre[0] - vary(-3, 3), (pelvis.y - behind) / vary(0.9, 1.1))
@@ -241,11 +235,11 @@ def _draw_organs(pelvis: Pelvis, style: ProstateStyle) -> tuple[np.ndarray, np.n
 def _draw_prostate(
     pelvis: Pelvis, style: ProstateStyle, prostate: np.ndarray, centre: Sequence[float], half: Sequence[float]
 ) -> None:
-    """Peripheral zone, central gland with nodules, stroma and urethra, and now and then a tumour."""
+    """Draw the peripheral zone, the central gland with nodules, stroma and urethra, and in some patients a tumour."""
     vary, random_state = pelvis.vary, pelvis.random_state
     pelvis.paint(prostate - 1.2, style.muscle)  # capsule
     pelvis.paint(prostate + 0.6, pelvis.texture(style.peripheral, 0.15, 30))
-    share = vary(0.62, 0.82)  # of the central gland: large with hyperplasia
+    share = vary(0.62, 0.82)  # relative size of the central gland, which is large with hyperplasia
     middle = (centre[0], centre[1] - 0.22 * half[1], centre[2] + 0.15 * half[2])
     central = np.maximum(pelvis.ellipsoid(middle, [share * h for h in half]) + pelvis.noise(8, 8, 4), prostate + 1)
     pelvis.paint(central - 0.7, 0.6 * style.central)
@@ -267,7 +261,7 @@ def _draw_prostate(
 def _scan(
     image: np.ndarray, rectum: np.ndarray, style: ProstateStyle, random_state: np.random.RandomState
 ) -> np.ndarray:
-    """What the scanner makes of the tissue signals: contrast, sensitivity, resolution, noise, raw units."""
+    """Return the scanner's image of the tissue signals: contrast, sensitivity, resolution, noise and raw units."""
     blur = style.blur * image.shape[0] / FIELD_OF_VIEW[0]
     in_plane, through = (0.8 * blur, 1.2 * blur), (0.01, 0.01)
     gain = 1 + style.hot_spot * np.exp(-np.maximum(rectum, 0) / 12.0)

@@ -39,25 +39,26 @@ def make_prostate_sites(
 ) -> None:
     """Write synthetic T2 MRI of the prostate in the layout of the public six-site set.
 
-    ``<output_dir>/<SITE>/CaseNN.nii.gz`` (int16, raw intensities) and ``CaseNN_segmentation.nii.gz`` (uint8, 0 or 1);
-    numbers run on over the sites. What a case holds follows from the seed, its site and its place within the site only.
+    The files are ``<output_dir>/<SITE>/CaseNN.nii.gz`` (int16, raw intensities) and ``CaseNN_segmentation.nii.gz``
+    (uint8, 0 or 1), numbered consecutively over the sites. The contents of a case depend only on the seed, its site and
+    its position within the site.
 
     Args:
-        output_dir: folder to write into; made if it is not there.
-        sites: names of the sites. A to E have given styles, A and D without endorectal coil, B, C and E with one, which
-            is far more sensitive at E; another name gets a style drawn from the seed and the name.
-        cases: how many cases a site has.
-        size: voxels to the left, to the back and to the head, at least 32, 32 and 8.
-        seed: what all randomness comes from.
+        output_dir: Folder to write to; it is created if necessary.
+        sites: Names of the sites. A to E have given styles: A and D without endorectal coil, B, C and E with one, which
+            is far more sensitive at E. Another name gets a style drawn from the seed and the name.
+        cases: Number of cases per site.
+        size: Number of voxels to the left, to the back and to the head, at least 32, 32 and 8.
+        seed: Seed of all random numbers.
 
     Raises:
-        InputError: when sites, cases or size cannot be made.
+        InputError: If sites, cases or size are invalid.
     """
     names = _check(sites, cases)
     size = tuple(int(n) for n in np.atleast_1d(size))
     if len(size) != 3 or any(n < least for n, least in zip(size, (32, 32, 8))):
         raise InputError(f"size {size}: give three numbers of voxels, at least (32, 32, 8)")
-    # Voxels run to the left, to the back and to the head; NIfTI's world axes to the right, to the front, to the head.
+    # voxel axes point to the left, to the back and to the head, NIfTI's world axes to the right, front and head
     spacing = (FIELD_OF_VIEW[0] / size[0], FIELD_OF_VIEW[1] / size[1], 3.0)
     affine = np.diag([-spacing[0], -spacing[1], spacing[2], 1.0])
     affine[:3, 3] = -affine[:3, :3] @ ((np.array(size) - 1) / 2)
@@ -80,22 +81,22 @@ def make_fundus_sites(
 ) -> None:
     """Write synthetic pictures of the eye fundus with their optic discs and cups.
 
-    ``<output_dir>/<SITE>/images/caseNNN.png`` (uint8, RGB) and ``<output_dir>/<SITE>/masks/caseNNN.png`` (uint8: 0
-    background, 1 disc rim, 2 cup); numbers run on over the sites. What a case holds follows from the seed, its site
-    and its place within the site only.
+    The files are ``<output_dir>/<SITE>/images/caseNNN.png`` (uint8, RGB) and ``<output_dir>/<SITE>/masks/caseNNN.png``
+    (uint8: 0 background, 1 disc rim, 2 cup), numbered consecutively over the sites. The contents of a case depend only
+    on the seed, its site and its position within the site.
 
     Args:
-        output_dir: folder to write into; made if it is not there.
-        sites: names of the sites. A to E have given styles, E lying between B and C; another name gets a style drawn
+        output_dir: Folder to write to; it is created if necessary.
+        sites: Names of the sites. A to E have given styles, with E between B and C; another name gets a style drawn
             from the seed and the name.
-        cases: how many cases a site has.
-        size: height of the pictures in pixels, at least 32 for crops and 128 for photographs.
-        seed: what all randomness comes from.
-        photographs: whole photographs, a third wider than high, the disc a ninth of the width, instead of square crops
-            around the disc.
+        cases: Number of cases per site.
+        size: Height of the pictures in pixels, at least 32 for crops and 128 for photographs.
+        seed: Seed of all random numbers.
+        photographs: Write whole photographs, a third wider than high and with discs of about a ninth of the width,
+            instead of square crops around the disc.
 
     Raises:
-        InputError: when sites, cases or size cannot be made.
+        InputError: If sites, cases or size are invalid.
     """
     names = _check(sites, cases)
     if size < (least := 128 if photographs else 32):
@@ -107,7 +108,7 @@ def make_fundus_sites(
 
 
 def _check(sites: Sequence[str] | str, cases: int) -> list[str]:
-    """The sites' names as a list; a single name, or names with commas, may come from the command line."""
+    """Return the sites' names as a list; names from the command line may be one text with commas."""
     names = [str(site).strip() for site in (sites.split(",") if isinstance(sites, str) else sites)]
     if not names or len(set(names)) < len(names) or any(not n or Path(n).name != n for n in names):
         raise InputError(f"sites {names}: give one or more different names that can be folders")

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Fundus photographs: reading and judging them, finding the disc, mask codings, the cup-to-disc ratio.
+"""Fundus photographs: reading and checks, search for the disc, cropping, mask codings, the cup-to-disc ratio.
 
-It knows `utils` and the names of scans in `data`.
+It knows `utils`, and the scans and masks in `data`.
 """

@@ -8,12 +8,12 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Whether a picture can be a colour photograph of the fundus of one eye.
+"""Checks whether a picture can be a colour photograph of the fundus of one eye.
 
-A network gives a confident mask to any picture that resembles its training pictures: a red-free photograph, one with
-swapped channels, or two eyes in one picture. The limits here are well outside the range of public data sets: in 349
-pictures by four cameras, the mean of green is 0.35 to 0.85 of that of red, the mean of blue 0.05 to 0.85 of that of
-green, and the saturation at least 0.34.
+A network gives a confident mask for any picture that resembles its training pictures, such as a red-free photograph,
+one with swapped channels, or two eyes in one picture. The limits here are well outside the range of public data sets:
+in 349 pictures by four cameras, the mean of green is 0.35 to 0.85 of that of red, the mean of blue 0.05 to 0.85 of that
+of green, and the saturation at least 0.34.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ import numpy as np
 from shared_iopfl.data.photographs.field_of_view import count_fields, field_of_view, is_bordered, stretch
 from shared_iopfl.utils.errors import InputError
 
-GREY = 0.15  # saturation below which a picture is grey with a tint
-SINGLE = 0.15  # of the strongest channel, what the others hold at most in a picture of one colour
-RED_FIRST = 1.05  # times red, what another channel may be
-GREEN_SECOND = 1.1  # times green, what blue may be
-STRETCHED = 1.2
-OBLONG = 1.6  # of a field of view: cameras cut their circle to 4:3 or 3:2
-SIDE = 256
-COARSE = 48  # pixels: a side on which no shape shows
+GREY = 0.15  # mean saturation below which a picture is grey with a tint
+SINGLE = 0.15  # largest mean of the other channels, relative to the strongest one, in a picture of a single colour
+RED_FIRST = 1.05  # largest mean of another channel, relative to red
+GREEN_SECOND = 1.1  # largest mean of blue, relative to green
+STRETCHED = 1.2  # largest ratio of the axes of a round field of view
+OBLONG = 1.6  # largest ratio of the sides of a field of view: cameras crop their circle to 4:3 or 3:2
+SIDE = 256  # side of the reduced copy, in pixels
+COARSE = 48  # side in pixels below which shapes cannot be judged
 
 
 def glance(rgb: np.ndarray) -> np.ndarray:
-    """A small copy of a picture (H, W, 3), its sides in proportion, as float."""
+    """Return a reduced copy of a picture (H, W, 3), with the same proportions, as float64."""
     step = max(1, -(-max(rgb.shape[:2]) // SIDE))
     height, width = (n // step * step for n in rgb.shape[:2])
     blocks = rgb[:height, :width].reshape(height // step, step, width // step, step, 3)
@@ -47,7 +47,14 @@ def _seen(small: np.ndarray) -> np.ndarray:
 
 
 def monochrome(small: np.ndarray) -> int | None:
-    """The channel that holds what a grey or one-coloured picture shows, -1 for all alike; None for a colourful one."""
+    """Return the channel that holds the contents of a grey or single-coloured picture.
+
+    Args:
+        small: Reduced copy of the picture, (H, W, 3).
+
+    Returns:
+        The channel; -1 if all channels are alike, and None for a picture in several colours.
+    """
     seen = _seen(small)
     strongest = seen.max(axis=1)
     if ((strongest - seen.min(axis=1)) / np.maximum(strongest, 1)).mean() < GREY:
@@ -57,7 +64,15 @@ def monochrome(small: np.ndarray) -> int | None:
 
 
 def check_colours(small: np.ndarray, name: str) -> None:
-    """Raise `InputError` for a picture whose colours are not those of a fundus: red above green above blue."""
+    """Check that the colours are those of a fundus: red is stronger than green, and green stronger than blue.
+
+    Args:
+        small: Reduced copy of the picture, (H, W, 3).
+        name: Name of the file, for the message.
+
+    Raises:
+        InputError: If they are not.
+    """
     red, green, blue = _seen(small).mean(axis=0)
     if max(green, blue) > RED_FIRST * red or blue > GREEN_SECOND * green:
         raise InputError(
@@ -68,7 +83,15 @@ def check_colours(small: np.ndarray, name: str) -> None:
 
 
 def check_shape(small: np.ndarray, name: str) -> None:
-    """Raise `InputError` for several eyes in one picture, and for one whose pixels are not square."""
+    """Check that a picture shows a single eye and that its pixels are square.
+
+    Args:
+        small: Reduced copy of the picture, (H, W, 3).
+        name: Name of the file, for the message.
+
+    Raises:
+        InputError: If it does not, or if they are not.
+    """
     if min(small.shape[:2]) < COARSE:
         return
     fields = count_fields(small)

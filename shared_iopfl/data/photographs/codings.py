@@ -8,34 +8,33 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Conversion between coded masks, one value per region, and overlapping target channels."""
+"""Conversion between coded masks, which have one value per region, and overlapping target channels."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import torch
-from monai.config import KeysCollection, NdarrayOrTensor
+from monai.config import NdarrayOrTensor
 from monai.transforms import FillHoles, KeepLargestConnectedComponent, Transform
 from monai.utils import convert_to_dst_type, convert_to_tensor, ensure_tuple_rep
 
 from shared_iopfl.data.masks import EachKey
+from shared_iopfl.data.photographs.reader import file_of
 from shared_iopfl.utils.errors import InputError
 
-BACKGROUND = "background"  # the one name in a coding that is not a target
+BACKGROUND = "background"  # the only name in a coding that is not a target
 Coding = Mapping[str, Sequence[int]]
 
 
 def coding_of(site: str, coding: Coding | str | Mapping[str, Coding | str]) -> Coding | str:
-    """The coding of one site's masks, for `DecodeMaskd`.
+    """Return the coding of one site's masks, for `DecodeMaskd`.
 
     Args:
-        site: the site's name.
-        coding: one coding, or its name, for all sites; or a dictionary of these by site, where sites that it leaves out
-            have the coding "index".
+        site: Name of the site.
+        coding: A coding, or its name, for all sites; or a dictionary of these by site. Sites that are not in the
+            dictionary have the coding "index".
     """
     if isinstance(coding, str) or BACKGROUND in coding:
         return coding  # type: ignore[return-value]
@@ -43,24 +42,25 @@ def coding_of(site: str, coding: Coding | str | Mapping[str, Coding | str]) -> C
 
 
 class DecodeMask(Transform):
-    """Turn a coded mask (1, ...) into binary targets (T, ...), float32 0 or 1, which may overlap.
+    """Convert a coded mask (1, ...) to binary targets (T, ...), float32 with values 0 and 1, which may overlap.
 
-    A coding names, for each target, every file value whose pixels belong to it, and the values of the background::
+    A coding lists, for each target, all values in the file whose pixels belong to it, and the values of the
+    background::
 
         {"disc": [0, 128], "cup": [0], "background": [255]}
         {"disc": [1, 2], "cup": [2], "background": [0]}
 
-    A value that the coding does not know is refused, never guessed; so is a mask without any background, which is what
-    an empty mask looks like when the coding gives its one value to a target.
+    A value that is not in the coding is rejected; so is a mask without any background, as an empty mask looks like this
+    if the coding assigns its only value to a target.
 
     Args:
-        coding: the coding, or the name of one of `known`.
-        known: codings by name. When a mask does not fit `coding`, the message names those that it would fit.
-        names: the targets wanted, in the order of the channels; as in the coding if None.
-        needs_background: whether a mask without background is refused.
+        coding: The coding, or the name of one of `known`.
+        known: Codings by name. If a mask does not fit `coding`, the message names those that it would fit.
+        names: Requested targets in the order of the channels; None requests all targets of the coding.
+        needs_background: Whether a mask without background is rejected.
 
     Raises:
-        InputError: when the coding is unusable, or (on call) when a mask does not fit it.
+        InputError: If the coding is invalid, or (on call) if a mask does not fit it.
     """
 
     def __init__(
@@ -80,26 +80,26 @@ class DecodeMask(Transform):
         self.names = tuple(names) if names is not None else tuple(name for name in self.coding if name != BACKGROUND)
         unknown = [name for name in self.names if name not in self.coding or name == BACKGROUND]
         if unknown or not self.names:
-            raise InputError(f"targets {unknown} are not in the mask coding {_text(coding)}")
+            raise InputError(f"targets {unknown} are not in the mask coding {_text(coding)}: add them")
         self.needs_background = needs_background
 
     def __call__(self, mask: NdarrayOrTensor) -> NdarrayOrTensor:
         values: torch.Tensor = convert_to_tensor(mask, dtype=torch.float32, track_meta=False)
         if values.shape[0] != 1:
-            raise InputError(f"a coded mask has one channel, got {values.shape[0]} in {_file(mask)}")
-        self._refuse_misfit({float(value) for value in torch.unique(values)}, _file(mask))
+            raise InputError(f"a coded mask has one channel, got {values.shape[0]} in {file_of(mask)}")
+        self._refuse_misfit({float(value) for value in torch.unique(values)}, file_of(mask))
         targets = [torch.isin(values, values.new_tensor(self.coding[name])) for name in self.names]
         return convert_to_dst_type(torch.cat(targets), mask, dtype=torch.float32)[0]
 
     def _refuse_misfit(self, found: set[float], file: str) -> None:
-        unexpected = sorted(found - _values(self.coding))
+        unexpected = sorted(found.difference(*self.coding.values()))
         if unexpected:
-            # a resampled mask has hundreds of values in between
+            # a mask that was resampled has hundreds of intermediate values
             shown = ", ".join(f"{value:g}" for value in unexpected[:5]) + (", ..." if len(unexpected) > 5 else "")
             raise InputError(
                 f"mask values {shown} in {file} are not in its coding {_text(self.coding)}: {self._suggestion(found)}"
             )
-        if self.needs_background and not found & set(self.coding[BACKGROUND]):
+        if self.needs_background and found.isdisjoint(self.coding[BACKGROUND]):
             raise InputError(
                 f"no background in mask {file} under its coding {_text(self.coding)}: {self._suggestion(found)}"
             )
@@ -110,43 +110,39 @@ class DecodeMask(Transform):
 
 
 class DecodeMaskd(EachKey):
-    """Dictionary-based `DecodeMask`, with the same further arguments."""
+    """Dictionary-based `DecodeMask` with the same further arguments."""
 
-    def __init__(self, keys: KeysCollection, *args: Any, **kwargs: Any) -> None:
-        super().__init__(keys, DecodeMask(*args, **kwargs))
+    array_transform = DecodeMask
 
 
 class EnforceNesting(Transform):
-    """Make each target lie inside the one before it: a target's value is at most that of every target around it.
+    """Restrict each target to the one before it: its value is at most that of all targets before it.
 
-    For probabilities (T, ...) this is the running minimum along the channels, for binary targets the intersection; and
-    thresholding before it or after it gives the same.
+    For probabilities (T, ...) the result is the cumulative minimum along the channels, for binary targets the
+    intersection. Thresholding before or after it gives the same masks.
     """
 
     def __call__(self, targets: NdarrayOrTensor) -> NdarrayOrTensor:
         t: torch.Tensor = convert_to_tensor(targets, track_meta=False)
-        nested = t.clone()
-        for outer, inner in pairwise(range(len(t))):
-            nested[inner] = torch.minimum(nested[inner], nested[outer])
-        return convert_to_dst_type(nested, targets)[0]
+        return convert_to_dst_type(torch.cummin(t, dim=0).values, targets)[0]
 
 
 class EnforceNestingd(EachKey):
     """Dictionary-based `EnforceNesting`."""
 
-    def __init__(self, keys: KeysCollection) -> None:
-        super().__init__(keys, EnforceNesting())
+    array_transform = EnforceNesting
 
 
 class EncodeMask(Transform):
-    """Turn nested targets (T, ...), probabilities or binary, the outermost first, into one coded mask (1, ...).
+    """Convert nested targets (T, ...), probabilities or binary, the outermost first, to one coded mask (1, ...).
 
-    A pixel's value, uint8, tells how many of the nested targets hold it: 0 background, 1 only the outermost one (the
-    rim of the disc), T the innermost one (the cup). A target holds the pixels whose probability is at least 0.5.
+    The value of a pixel, uint8, is the number of nested targets that contain it: 0 for the background, 1 for the
+    outermost target only (the rim of the disc), T for the innermost one (the cup). A target contains the pixels whose
+    probability is at least 0.5.
 
     Args:
-        largest: whether each target keeps its largest connected component only; one flag, or one a target.
-        fill: whether holes in each target are filled; one flag, or one a target.
+        largest: Whether only the largest connected component of each target is kept; one flag, or one per target.
+        fill: Whether holes in each target are filled; one flag, or one per target.
     """
 
     def __init__(self, largest: bool | Sequence[bool] = False, fill: bool | Sequence[bool] = False) -> None:
@@ -164,7 +160,7 @@ class EncodeMask(Transform):
             if largest[step] and inner.any():
                 inner = convert_to_tensor(self._keep_largest(inner.to(torch.uint8)), track_meta=False) > 0
             if fill[step]:
-                # a hole of the inner target may be a hole of the outer one that was to stay: hence nest again
+                # a hole of the inner target may lie in a hole of the outer one that is not filled: nest it again
                 inner = outer & (convert_to_tensor(self._fill_holes(inner.to(torch.uint8)), track_meta=False) > 0)
             coded[inner] = step + 1
             outer = inner
@@ -172,35 +168,26 @@ class EncodeMask(Transform):
 
 
 class EncodeMaskd(EachKey):
-    """Dictionary-based `EncodeMask`, with the same further arguments."""
+    """Dictionary-based `EncodeMask` with the same further arguments."""
 
-    def __init__(self, keys: KeysCollection, *args: Any, **kwargs: Any) -> None:
-        super().__init__(keys, EncodeMask(*args, **kwargs))
+    array_transform = EncodeMask
 
 
 def _check(coding: Coding) -> None:
-    """Refuse a coding without background, or whose background is a target as well."""
+    """Raise `InputError` for a coding that has no background, or that assigns a background value to a target."""
     if not coding.get(BACKGROUND):
-        raise InputError(f'mask coding {_text(coding)} has no "{BACKGROUND}" values')
+        raise InputError(f'mask coding {_text(coding)} has no "{BACKGROUND}" values: add them')
     empty = [name for name, values in coding.items() if not values]
     if empty:
-        raise InputError(f"mask coding {_text(coding)} has no values for {empty}")
+        raise InputError(f"mask coding {_text(coding)} has no values for {empty}: add them")
     both = set(coding[BACKGROUND]) & {v for name, values in coding.items() if name != BACKGROUND for v in values}
     if both:
-        raise InputError(f"mask coding {_text(coding)} has {sorted(both)} both in the background and in a target")
-
-
-def _values(coding: Coding) -> set[float]:
-    return {float(value) for values in coding.values() for value in values}
+        raise InputError(f"mask coding {_text(coding)} gives {sorted(both)} both to the background and to a target")
 
 
 def _fits(coding: Coding, found: set[float]) -> bool:
-    return found <= _values(coding) and bool(found & {float(value) for value in coding.get(BACKGROUND, ())})
+    return not found.difference(*coding.values()) and not found.isdisjoint(coding.get(BACKGROUND, ()))
 
 
 def _text(coding: Coding) -> str:
     return "{" + ", ".join(f"{name}: {list(values)}" for name, values in coding.items()) + "}"
-
-
-def _file(mask: NdarrayOrTensor) -> str:
-    return str(getattr(mask, "meta", {}).get("filename_or_obj", "a mask without a file name"))

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Cropping of a photograph around the optic disc, and the way back to the whole picture."""
+"""Cropping of a photograph around the optic disc, and the inverse, which restores the whole picture."""
 
 from __future__ import annotations
 
@@ -25,27 +25,29 @@ from monai.data import MetaTensor
 from monai.transforms import Crop, InvertibleTransform, MapTransform
 
 from shared_iopfl.data.photographs.locating import Disc, find_disc
-from shared_iopfl.data.photographs.reader import PhotographReader
+from shared_iopfl.data.photographs.reader import PhotographReader, file_of
 from shared_iopfl.data.scan_files import Case
 from shared_iopfl.utils.errors import InputError
 
 logger = logging.getLogger(__name__)
 CROPS = ("auto", "always", "never", "crops")
 MIN_CONFIDENCE = 0.35
-LEAST_CONFIDENCE = 0.12  # where a disc must be, because all pictures of the site are crops around one
-LOOKED_AT = 9  # of a site's pictures, to tell whether they are crops
-OBLONG = 1.3
+LEAST_CONFIDENCE = 0.12  # if all pictures of the site are crops around a disc
+LOOKED_AT = 9  # number of a site's pictures that are examined
+OBLONG = 1.3  # largest ratio of the sides of a crop
 
 
 def site_crop(crop: str, cases: Sequence[Case]) -> str:
-    """How to crop the pictures of one site: ``"crops"`` for ``"auto"`` where most of them are crops around the disc.
+    """Choose how to crop the pictures of a site: ``"crops"`` in place of ``"auto"`` if most are crops around the disc.
 
-    A single picture may be misjudged: in a crop by an older camera the disc is hard to find, and dark corners look like
-    the border of a whole photograph. All pictures of a site are therefore treated as most of them are.
+    A single picture may be misjudged: in a crop by an older camera the disc is difficult to find, and dark corners look
+    like the border of a whole photograph. All pictures of a site are therefore treated in the way that suits most of
+    them.
 
     Args:
-        crop: as of `CropToDiscd`; anything but ``"auto"`` stays.
-        cases: of the site. Nine of them, evenly spread, are examined; with a single case `crop` stays.
+        crop: As in `CropToDiscd`; other values than ``"auto"`` are returned unchanged.
+        cases: Cases of the site. About nine of them, evenly spaced, are examined; for a single case `crop` is
+            unchanged.
     """
     if crop != "auto" or len(cases) < 2:
         return crop
@@ -54,12 +56,12 @@ def site_crop(crop: str, cases: Sequence[Case]) -> str:
     known = [one for one in looked if one is not None]
     if 2 * sum(known) <= len(known):
         return crop
-    logger.info("%d of %d pictures that were looked at are disc crops: all are taken for such", sum(known), len(known))
+    logger.info("%d of %d examined pictures are disc crops: all are taken for disc crops", sum(known), len(known))
     return "crops"
 
 
 def _is_crop(path: str) -> bool | None:
-    """Whether a picture is a crop around the disc; None for one that cannot be read, which its reader will report."""
+    """Return whether a picture is a crop around the disc; None if it cannot be read, which reading it will report."""
     try:
         status = Path(path).stat()
     except OSError:
@@ -67,7 +69,7 @@ def _is_crop(path: str) -> bool | None:
     return _looks_like_crop(path, status.st_size, status.st_mtime_ns)
 
 
-@functools.lru_cache(maxsize=4096)  # a comparison asks for the same site a hundred times
+@functools.lru_cache(maxsize=4096)  # a comparison examines the same site a hundred times
 def _looks_like_crop(path: str, size: int, time: int) -> bool | None:
     try:
         reader = PhotographReader(grey="replicate")
@@ -79,25 +81,27 @@ def _looks_like_crop(path: str, size: int, time: int) -> bool | None:
 
 
 class CropToDiscd(MapTransform, InvertibleTransform):
-    """Crop whole fundus photographs to a square around the optic disc; leave pictures that are such crops as they are.
+    """Crop whole fundus photographs to a square around the optic disc; pictures that are such crops remain unchanged.
 
-    All keys are cropped alike. The square has `size_ratio` disc diameters a side, never more than the picture's
-    shorter side, and is moved inside the picture where the disc lies near its edge, so that no pixel is made up.
-    `Invertd` pads a mask with zeros back to the photograph's own pixels. Put it before any scaling of intensities.
+    All keys are cropped alike. The side of the square is `size_ratio` disc diameters, but at most the shorter side of
+    the picture. If the disc is near the edge, the square is moved into the picture, so that nothing is padded.
+    `Invertd` pads a mask with zeros to the pixels of the photograph. The transform comes before any scaling of
+    intensities.
 
-    The metadata of every key tell what was done, for reports: ``crop_start`` and ``crop_size`` (pixels),
-    ``crop_confidence`` (0 to 1; NaN when nobody looked), and ``remarks``, what a person should look at ("": nothing).
+    The metadata of every key describe the crop for reports: ``crop_start`` and ``crop_size`` (pixels),
+    ``crop_confidence`` (0 to 1; NaN if the disc was not searched), and ``remarks``, what a person should check ("" if
+    nothing).
 
     Args:
-        keys: what to crop: first the picture (3, W, H) to look for the disc in, then its mask.
-        size_ratio: the square's side in disc diameters. 2 lies between the public crops, whose discs take from a
-            quarter to three quarters of the side.
-        crop: ``"auto"`` crops whole photographs and leaves crops, ``"always"`` crops both, ``"never"`` leaves both
-            without a look, ``"crops"`` says that all are crops: none is cropped, and one in which the disc is unsure
-            is taken with a remark. `site_crop` chooses the last for a site.
+        keys: Keys of the pictures to crop: first the photograph (3, W, H) in which the disc is searched, then its mask.
+        size_ratio: Side of the square in disc diameters. With 2, the size is in the range of the public crops, whose
+            discs have diameters of a quarter to three quarters of the side.
+        crop: ``"auto"`` crops whole photographs and keeps crops; ``"always"`` crops both; ``"never"`` keeps both and
+            does not search for the disc; with ``"crops"``, all pictures are taken for crops and kept, and one with an
+            uncertain disc gets a remark. `site_crop` chooses this value for a site.
 
     Raises:
-        InputError: (on call) when no disc is found, or one that is too unsure.
+        InputError: (on call) If no disc is found, or its confidence is too low.
     """
 
     def __init__(self, keys: KeysCollection, size_ratio: float = 2.0, crop: str = "auto") -> None:
@@ -116,13 +120,13 @@ class CropToDiscd(MapTransform, InvertibleTransform):
         shape = tuple(image.shape[1:])
         start, size, confidence, remarks = self._square(image)
         if remarks:
-            logger.warning("%s: %s", _file(image), remarks)
+            logger.warning("%s: %s", file_of(image), remarks)
         for key in self.key_iterator(d):
             if tuple(d[key].shape[1:]) != shape:
                 raise InputError(
-                    f"{key} has {_size(d[key])} pixels but {self.keys[0]} has {_size(image)}: {_file(d[key])}"
+                    f"{key} has {_size(d[key])} pixels but {self.keys[0]} has {_size(image)}: correct {file_of(d[key])}"
                 )
-            # also when nothing is cut off: then every picture has the same trace to invert
+            # also if nothing is cut off, so that every picture has the same trace to invert
             d[key] = self.cropper(d[key], tuple(slice(a, a + n) for a, n in zip(start, size)))
             if isinstance(d[key], MetaTensor):
                 d[key].meta.update(crop_start=list(start), crop_size=list(size), crop_confidence=confidence)
@@ -130,14 +134,14 @@ class CropToDiscd(MapTransform, InvertibleTransform):
         return d
 
     def inverse(self, data: Mapping[Hashable, MetaTensor]) -> dict[Hashable, MetaTensor]:
-        """Undo the crop: pad with zeros back to the pixels of the photograph."""
+        """Undo the crop by padding with zeros to the pixels of the photograph."""
         d = dict(data)
         for key in self.key_iterator(d):
             d[key] = self.cropper.inverse(d[key])
         return d
 
     def _square(self, image: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...], float, str]:
-        """Start and size, in pixels, of what to keep of the picture, how sure its disc is, and what is odd about it."""
+        """Return start and size of the crop in pixels, the confidence of the disc, and remarks."""
         shape = tuple(image.shape[1:])
         if self.crop == "never":
             return (0, 0), shape, float("nan"), _oblong(shape)
@@ -145,7 +149,7 @@ class CropToDiscd(MapTransform, InvertibleTransform):
         least = LEAST_CONFIDENCE if self.crop == "crops" else MIN_CONFIDENCE
         if disc.confidence < least:
             raise InputError(
-                f"no optic disc found in {_file(image)} (confidence {disc.confidence:.2f}, needed {least:g}): give a "
+                f"no optic disc found in {file_of(image)} (confidence {disc.confidence:.2f}, needed {least:g}): give a "
                 "disc crop and set --crop never"
             )
         if self.crop == "crops" or (self.crop == "auto" and not disc.whole):
@@ -157,21 +161,17 @@ class CropToDiscd(MapTransform, InvertibleTransform):
     def _remarks(self, disc: Disc, shape: tuple[int, ...]) -> str:
         remarks = [_oblong(shape)]
         if disc.confidence < MIN_CONFIDENCE:
-            remarks.append(f"optic disc unsure (confidence {disc.confidence:.2f})")
+            remarks.append(f"optic disc uncertain (confidence {disc.confidence:.2f})")
         elif disc.whole:
             remarks.append("looks like a whole photograph among crops")
         return "; ".join(filter(None, remarks))
 
 
 def _oblong(shape: tuple[int, ...]) -> str:
-    """A crop around a disc is about as wide as high; stretched, it gives a stretched disc."""
+    """Return a remark for a crop that is not about as wide as high, as it may be stretched; otherwise ""."""
     ratio = shape[0] / shape[1]
     return f"a crop {ratio:.2g} times as wide as high" if max(ratio, 1 / ratio) > OBLONG else ""
 
 
 def _size(picture: torch.Tensor) -> str:
     return "x".join(str(n) for n in picture.shape[1:])
-
-
-def _file(picture: torch.Tensor) -> str:
-    return str(getattr(picture, "meta", {}).get("filename_or_obj", "a picture without a file name"))

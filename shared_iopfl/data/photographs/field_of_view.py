@@ -17,10 +17,17 @@ from scipy import ndimage
 
 
 def field_of_view(rgb: np.ndarray) -> np.ndarray:
-    """The largest bright area without its holes: what the camera saw, without the dark around it."""
+    """Return the largest bright area without its holes: the part of the picture that is not the dark border.
+
+    Args:
+        rgb: Picture (H, W, 3).
+
+    Returns:
+        The area as bool (H, W); empty if nothing is bright.
+    """
     bright = rgb.max(axis=-1)
     full = np.percentile(bright, 98)
-    # scanned or brightened photographs have a grey border: what the darkest corner shows is no light yet
+    # scanned or brightened photographs have a grey border: the darkest corner shows the level without light
     black = min(*(np.percentile(corner, 98) for corner in _corners(bright)), 0.08 * full)
     inside = ndimage.binary_opening(bright > max(black + 0.05 * (full - black), 1e-6))
     areas, count = ndimage.label(inside)
@@ -31,13 +38,13 @@ def field_of_view(rgb: np.ndarray) -> np.ndarray:
 
 
 def is_reddish(pixels: np.ndarray) -> bool:
-    """Whether red is the strongest colour, as in every colour photograph of a fundus; grey ones get the doubt."""
+    """Return whether no channel is stronger than red, as in every colour photograph of a fundus; grey ones pass."""
     red, green, blue = pixels.mean(axis=0)
     return bool(red >= green and red >= blue)
 
 
 def is_bordered(field: np.ndarray) -> bool:
-    """Whether at least three corners lie outside the field; a crop next to the field's edge has two at most."""
+    """Return whether at least three corners are outside the field; of a crop at the field's edge, at most two are."""
     return sum(not corner.any() for corner in _corners(field)) >= 3
 
 
@@ -47,7 +54,7 @@ def _corners(picture: np.ndarray) -> list[np.ndarray]:
 
 
 def count_fields(rgb: np.ndarray) -> int:
-    """How many fields of view, or whole pictures side by side, lie apart in the dark of one picture; 1 at least."""
+    """Return the number of fields of view, or of pictures side by side, that dark areas separate; at least 1."""
     bright = rgb.max(axis=-1)
     full = np.percentile(bright, 98)
     areas, _ = ndimage.label(ndimage.binary_opening(bright > max(0.1 * full, 1e-6)))
@@ -56,10 +63,10 @@ def count_fields(rgb: np.ndarray) -> int:
 
 
 def stretch(field: np.ndarray) -> float:
-    """How many times as wide as high the circle is whose rim a field of view shows; a camera's is 1.
+    """Return the ratio of width to height of the circle whose rim a field of view shows; 1 if pixels are square.
 
-    Cameras cut their circle above and below, or at both sides: the rim is looked at where it is left. NaN where too
-    little of it is, or where it is no circle's.
+    Cameras crop their circle above and below, or at both sides, so only the remaining rim is used. The result is NaN if
+    too little of it remains, or if it is not part of a circle or an ellipse.
     """
     wide = _stretch(field)
     return wide if np.isfinite(wide) else 1 / _stretch(field.T)
@@ -67,12 +74,12 @@ def stretch(field: np.ndarray) -> float:
 
 def _stretch(field: np.ndarray) -> float:
     rows = np.flatnonzero(field.any(axis=1))
-    rows = rows[len(rows) // 20 : len(rows) - len(rows) // 20]  # at the very ends a row more or less counts much
+    rows = rows[len(rows) // 20 : len(rows) - len(rows) // 20]  # errors are largest in the first and last rows
     first, last = field[rows].argmax(axis=1), field.shape[1] - 1 - field[rows][:, ::-1].argmax(axis=1)
     rim = (first > 1) & (last < field.shape[1] - 2)
     if rim.sum() < max(16, len(rows) // 2):
         return float("nan")
-    # of an ellipse, the square of half a row's length falls with the square of the row's distance from the middle
+    # in an ellipse, the square of half the length of a row is linear in the square of its distance from the middle
     height, half = (rows - rows.mean())[rim], ((last - first + 1) / 2)[rim]
     fall, tilt, top = np.polyfit(height, half**2, 2)
     off = np.abs(np.sqrt(np.maximum(fall * height**2 + tilt * height + top, 0)) - half)

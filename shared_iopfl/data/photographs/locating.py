@@ -8,15 +8,17 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Locating the optic disc in a fundus photograph.
+"""Search for the optic disc in a fundus photograph.
 
-The locator is classical and needs no training. In a small copy of the picture it
-1. tells the field of view from the dark around it: a dark border all round means a whole photograph;
-2. removes what is not a disc: vessels by a closing, illumination and glow (anything wider than a disc) by an opening;
-3. looks for discs brighter than the ring around them, over all places and the diameters that a disc can have relative
-   to the field, by normalised convolution, so that the field's edge neither attracts nor repels;
-4. ranks the best few by how clearly disc and ring differ, how much, how many dark vessels cross the disc, and
-   whether vessels run towards it: bright exudates and reflections lack vessels, and vessels pass them by.
+The method is classical and needs no training. In a reduced copy of the picture it
+
+1. separates the field of view from the dark border; a border all round means a whole photograph;
+2. removes structures that are not a disc: vessels by a closing, illumination and glow (anything wider than a disc) by
+   an opening;
+3. searches for discs that are brighter than the ring around them, over all positions and over the diameters that a disc
+   can have relative to the field, by normalised convolution, so that the edge of the field has no influence;
+4. ranks the best candidates by how clearly and how much disc and ring differ, how many dark vessels cross the disc, and
+   whether vessels run towards it: bright exudates and reflections have no vessels, and vessels pass beside them.
 """
 
 from __future__ import annotations
@@ -31,14 +33,14 @@ from scipy import fft, ndimage
 
 from shared_iopfl.data.photographs.field_of_view import field_of_view, is_bordered, is_reddish
 
-MOST_OBLONG = 4  # a picture longer than this many times its width is not a fundus photograph
+MOST_OBLONG = 4  # largest ratio of the sides of a fundus photograph
 FIELD = 400  # side, in pixels, of the copy in which a whole field of view is searched
-CROP = 160  # and of that in which a crop is: a disc is then about as many pixels wide, and so are its vessels
-IN_FIELD = (0.09, 0.28)  # disc diameters relative to the field's: 60 degree cameras to 30 degree ones, small to large
-IN_CROP = (0.2, 1.0)  # and relative to a crop's side
-WHOLE_BELOW = 0.2  # a disc smaller than this, relative to the shorter side, is in a whole photograph
-# What each piece of evidence adds to the logit of the confidence. Logistic regression on public disc crops, laid into
-# drawn photographs with exudates and glow, was the start; rounded, and the size that discs have put in by hand.
+CROP = 160  # the same for a crop, in which discs and vessels then have about the same width in pixels
+IN_FIELD = (0.09, 0.28)  # range of disc diameters relative to the field's, for cameras of 60 to 30 degrees
+IN_CROP = (0.2, 1.0)  # the same relative to a crop's side
+WHOLE_BELOW = 0.2  # a picture whose disc is smaller, relative to the shorter side, is a whole photograph
+# Weights of the evidence in the logit of the confidence: rounded results of a logistic regression on public disc crops,
+# which were placed in drawn photographs with exudates and glow. The weight of the size was set by hand.
 IN_FIELD_WEIGHTS = {
     "clear": 1.0, "contrast": 0.4, "round": 4.0, "patchy": -0.5, "vessels": 0.8, "towards": 0.8, "size": -2.0,
     "bias": -6.2,
@@ -46,18 +48,20 @@ IN_FIELD_WEIGHTS = {
 IN_CROP_WEIGHTS = {
     "clear": 0.8, "contrast": 0.5, "round": 0.3, "patchy": -0.3, "towards": 0.8, "off_middle": -16.0, "bias": -1.2
 }  # fmt: skip
-UNBORDERED = 2.5  # the logit's drop for a small disc in a picture without a border, which mostly is a crop
+UNBORDERED = 2.5  # reduction of the logit of a small disc in a picture without a border, which usually is a crop
+VESSEL_WIDTHS = (1.5, 2.5)  # pixels
+CANDIDATES = 12
 
 
 class Disc(NamedTuple):
     """An optic disc found in a picture.
 
     Attributes:
-        center: its centre along the two spatial axes, in pixels.
-        diameter: in pixels.
-        confidence: 0 to 1; below about 0.35 there may be no disc in the picture at all.
-        whole: whether the picture is one of the whole fundus rather than a crop around the disc: it has a dark border
-            in three corners at least, or a disc smaller than a fifth of its shorter side.
+        center: Centre along the two spatial axes, in pixels.
+        diameter: Diameter in pixels.
+        confidence: Confidence from 0 to 1; below about 0.35 the picture may have no disc at all.
+        whole: Whether the picture shows the whole fundus rather than a crop around the disc: it has a dark border in at
+            least three corners, or a disc smaller than a fifth of its shorter side.
     """
 
     center: tuple[float, float]
@@ -70,10 +74,10 @@ def find_disc(image: torch.Tensor | np.ndarray) -> Disc:
     """Find the optic disc in a colour fundus photograph, or in a crop of one.
 
     Args:
-        image: (3, W, H) or (3, H, W), RGB of any positive scale; (1, ...) is taken as grey.
+        image: Picture (3, W, H) or (3, H, W), RGB of any positive scale; (1, ...) is taken as grey.
 
     Returns:
-        The likeliest disc; its confidence is 0 for a picture that cannot be a fundus photograph.
+        The most probable disc; its confidence is 0 for a picture that cannot be a fundus photograph.
     """
     picture: torch.Tensor = convert_to_tensor(image, dtype=torch.float32, track_meta=False).detach().cpu()
     if picture.ndim != 3 or picture.shape[0] not in (1, 3):
@@ -94,7 +98,7 @@ def find_disc(image: torch.Tensor | np.ndarray) -> Disc:
     seen = picture[:, lit[0], lit[1]]
     logit, row, column, diameter = _search(seen, FIELD / max(seen.shape[1:]), FIELD, IN_FIELD, IN_FIELD_WEIGHTS, True)
     row, column = row + lit[0].start, column + lit[1].start
-    if not bordered:  # a crop, or a photograph that the camera's field fills to its corners
+    if not bordered:  # a crop, or a photograph in which the field of view reaches the corners
         as_crop = _search(picture, CROP / shape.min(), CROP, IN_CROP, IN_CROP_WEIGHTS, flatten=False)
         logit, row, column, diameter = max((logit - UNBORDERED, row, column, diameter), as_crop)
     if logit == -np.inf:
@@ -104,7 +108,7 @@ def find_disc(image: torch.Tensor | np.ndarray) -> Disc:
 
 
 def _resize(picture: torch.Tensor, zoom: float) -> np.ndarray:
-    """(3, A, B) -> (a, b, 3), by area, which keeps thin vessels."""
+    """Resize (3, A, B) to (a, b, 3) by area, which preserves thin vessels."""
     size = [max(8, round(n * zoom)) for n in picture.shape[1:]]
     mode = "area" if zoom <= 1 else "bilinear"
     return torch.nn.functional.interpolate(picture[None], size=size, mode=mode)[0].permute(1, 2, 0).numpy()
@@ -118,17 +122,19 @@ def _search(
     weights: Mapping[str, float],
     flatten: bool,
 ) -> tuple[float, float, float, float]:
-    """The best disc of the given diameters, relative to `extent`, in the picture zoomed so that this is its size.
+    """Return the best disc with a diameter in the range `relative` to the size `extent` of the zoomed picture.
+
+    With `flatten`, whatever is bright over more than the width of a disc is removed first.
 
     Returns:
-        Logit of the confidence (-inf when there is no candidate at all), row, column and diameter in the picture.
+        Logit of the confidence (-inf if there is no candidate), row, column and diameter in the picture.
     """
     rgb = _resize(picture, zoom)
     field = field_of_view(rgb)
     inside = ndimage.binary_erosion(field, iterations=extent // 100)
     if inside.sum() < 64:
         return -np.inf, 0.0, 0.0, 0.0
-    # logarithms: a disc is brighter than what is around it by a factor, whatever the illumination there
+    # logarithms, as a disc is brighter than its surroundings by a factor that does not depend on the illumination
     luminance = _logarithm(0.4 * rgb[..., 0] + 0.6 * rgb[..., 1], field)
     strength, angle = _vessels(_logarithm(rgb[..., 1], field))
     strength = np.where(inside, strength, 0)
@@ -148,7 +154,7 @@ def _search(
 
 
 def _logarithm(channel: np.ndarray, field: np.ndarray) -> np.ndarray:
-    """Log brightness relative to the field's median; outside, that of the nearest pixel inside."""
+    """Return the log brightness relative to the field's median; outside the field, that of the nearest pixel inside."""
     inside = ndimage.binary_erosion(field, iterations=2)
     values = np.log(channel / max(float(np.median(channel[field])), 1e-6) + 0.1)
     if not inside.any() or inside.all():
@@ -158,17 +164,17 @@ def _logarithm(channel: np.ndarray, field: np.ndarray) -> np.ndarray:
 
 
 def _glow(bright: np.ndarray, extent: int) -> np.ndarray:
-    """Whatever is bright over more than a disc's width."""
+    """Return what is bright over more than the width of a disc."""
     wide = 2 * int(0.14 * extent / 4) + 1
     glow = ndimage.grey_opening(bright[::4, ::4], size=(wide, wide), mode="nearest")
     glow = ndimage.gaussian_filter(glow, wide / 6, mode="nearest")
     return ndimage.zoom(glow, np.divide(bright.shape, glow.shape), order=1, mode="nearest")
 
 
-def _vessels(green: np.ndarray, widths: tuple[float, float] = (1.5, 2.5)) -> tuple[np.ndarray, np.ndarray]:
-    """Strength and direction (radians from the first axis) of dark ridges; scikit-image's filters give no direction."""
+def _vessels(green: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return strength and direction (radians from the first axis, which skimage's filters lack) of dark ridges."""
     strength, angle = np.zeros_like(green), np.zeros_like(green)
-    for width in widths:
+    for width in VESSEL_WIDTHS:
         aa, ab, bb = (
             width**2 * ndimage.gaussian_filter(green, width, order=order) for order in ((2, 0), (1, 1), (0, 2))
         )
@@ -180,10 +186,8 @@ def _vessels(green: np.ndarray, widths: tuple[float, float] = (1.5, 2.5)) -> tup
     return strength, angle
 
 
-def _candidates(
-    bright: np.ndarray, inside: np.ndarray, diameters: np.ndarray, count: int = 12
-) -> list[tuple[float, float, float]]:
-    """Row, column and diameter of the discs that differ most from the ring around them, at half resolution.
+def _candidates(bright: np.ndarray, inside: np.ndarray, diameters: np.ndarray) -> list[tuple[float, float, float]]:
+    """Return row, column and diameter of the discs that differ most from the ring around them, at half resolution.
 
     scikit-image's `peak_local_max` has one minimum distance; here it grows with the diameter.
     """
@@ -214,7 +218,7 @@ def _candidates(
     best, which = np.max(maps, axis=0), np.argmax(maps, axis=0)
     found = []
     grid = np.indices(half.shape)
-    for _ in range(count):
+    for _ in range(CANDIDATES):
         row, column = (int(i) for i in np.unravel_index(best.argmax(), best.shape))
         if best[row, column] <= 0:
             break
@@ -234,17 +238,14 @@ def _evidence(
     column: float,
     diameter: float,
 ) -> dict[str, float]:
-    """What speaks for a candidate: a name for each entry of the weights.
+    """Return the evidence for a candidate, with a name for each entry of the weights.
 
     Args:
-        bright: log brightness without vessels and glow.
-        filled: how much closing the vessels has brightened each pixel.
-        inside: the field of view.
-        strength: of vessels.
-        angle: of vessels.
-        row: the candidate's centre.
-        column: the candidate's centre.
-        diameter: the candidate's.
+        bright: Log brightness without vessels and glow, (H, W).
+        filled: Increase of each pixel by the closing of vessels, (H, W).
+        inside: Field of view, (H, W).
+        strength, angle: Strength and direction of vessels, (H, W).
+        row, column, diameter: Centre and diameter of the candidate, in pixels.
     """
     radius = diameter / 2
     first = [max(int(c - 2.5 * radius), 0) for c in (row, column)]
@@ -258,13 +259,13 @@ def _evidence(
     around = inside & (distance > 0.5 * radius) & (distance < 2.5 * radius)
     level_in, level_out = np.median(bright[disc]), np.median(bright[ring])
     contrast = level_in - level_out
-    # of twelve sectors, how many are bright inside, and how many dark outside
+    # for each of twelve sectors, whether it is bright inside and dark outside
     sector = ((np.arctan2(down, right) / np.pi + 1) * 6).astype(int) % 12
     middle = (level_in + level_out) / 2
     full = [np.median(bright[part]) > middle for k in range(12) if (part := disc & (sector == k)).any()]
     clear_of = [np.median(bright[part]) < middle for k in range(12) if (part := ring & (sector == k)).any()]
     density = strength[inside & (distance < 1.2 * radius)].mean() / everywhere
-    # 1 where vessels run straight to the centre, -1 where they pass it across, 0 for any direction
+    # 1 where vessels run towards the centre, -1 where they run at right angles to that, 0 on average
     radial = (np.cos(angle) * down + np.sin(angle) * right) / np.maximum(distance, 1e-6)
     return {
         "clear": min(contrast / np.sqrt(0.3 * bright[disc].var() + 0.7 * bright[ring].var() + 1e-4), 5.0),
@@ -279,14 +280,14 @@ def _evidence(
 def _outline(
     bright: np.ndarray, inside: np.ndarray, row: float, column: float, diameter: float
 ) -> tuple[float, float, float]:
-    """Centre and diameter of the bright area at a candidate, which may be its brightest part, the cup, only."""
+    """Return centre and diameter of the bright area at a candidate, which may be only the brightest part, the cup."""
     radius = diameter / 2
     distance = np.hypot(np.arange(bright.shape[0])[:, None] - row, np.arange(bright.shape[1])[None] - column)
     beyond, disc = inside & (distance > 1.7 * radius) & (distance < 2.5 * radius), inside & (distance < 0.9 * radius)
     if not beyond.any() or not disc.any():
         return row, column, diameter
     level = np.median(bright[beyond]) + 0.4 * (np.median(bright[disc]) - np.median(bright[beyond]))
-    # scikit-image's `regionprops` would measure all areas for the centre and the size of one
+    # scikit-image's `regionprops` would measure all areas, but only one is needed
     areas, _ = ndimage.label(inside & (bright > level) & (distance < 1.6 * radius))
     area = areas == np.bincount(areas[disc & (areas > 0)], minlength=2)[1:].argmax() + 1
     if not area.any():

@@ -16,39 +16,39 @@ import torch
 
 
 def vertical_ratio(inner: torch.Tensor, outer: torch.Tensor) -> float:
-    """The height of one binary target over that of the target around it.
+    """Return the ratio of the heights of two nested binary targets.
 
-    The height is the number of rows from the first to the last that the target touches, as clinicians measure the
+    The height is the number of rows from the first to the last row with pixels of the target, as clinicians measure the
     vertical cup-to-disc ratio.
 
     Args:
-        inner: the inner target, (..., W, H) as MONAI's readers load pictures; above 0.5 is inside.
-        outer: the outer target, of the same shape.
+        inner: The inner target, (..., W, H) as MONAI's readers load pictures; values above 0.5 are inside.
+        outer: The outer target, of the same shape.
 
     Returns:
-        The ratio, 0 or more (at most 1 when the targets are nested); 0 without inner target, NaN without outer one.
+        The ratio, at least 0 (and at most 1 if the targets are nested); 0 without inner target, NaN without outer one.
     """
     outer_height = _height(outer)
     return _height(inner) / outer_height if outer_height else float("nan")
 
 
 def predicted_ratio(pred: torch.Tensor, label: torch.Tensor) -> float:
-    """`vertical_ratio` of a prediction (2, W, H), the outer target first; for `CaseRecorder`."""
+    """Return `vertical_ratio` of a prediction (2, W, H), the outer target first; for `CaseRecorder`."""
     return vertical_ratio(pred[1], pred[0])
 
 
 def reference_ratio(pred: torch.Tensor, label: torch.Tensor) -> float:
-    """`vertical_ratio` of a reference (2, W, H), the outer target first; for `CaseRecorder`."""
+    """Return `vertical_ratio` of a reference (2, W, H), the outer target first; for `CaseRecorder`."""
     return vertical_ratio(label[1], label[0])
 
 
 def ratio_error(pred: torch.Tensor, label: torch.Tensor) -> float:
-    """The absolute difference of `predicted_ratio` and `reference_ratio`, NaN where one of them is."""
+    """Return the absolute difference of `predicted_ratio` and `reference_ratio`; NaN if one of them is NaN."""
     return abs(predicted_ratio(pred, label) - reference_ratio(pred, label))
 
 
 def ratio_of_mask(mask: torch.Tensor) -> float:
-    """`vertical_ratio` of a coded mask: 0 background, 1 the outer target alone, 2 also the inner one."""
+    """Return `vertical_ratio` of a coded mask: 0 background, 1 only the outer target, 2 also the inner one."""
     return vertical_ratio(mask == 2, mask >= 1)
 
 

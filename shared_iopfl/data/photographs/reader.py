@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Reading photographs and their masks: PNG, JPEG, TIFF, BMP and others."""
+"""Readers of photographs and their masks, in PNG, JPEG, TIFF, BMP and other formats."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from monai.config import PathLike
+from monai.config import NdarrayOrTensor, PathLike
 from monai.data import PILReader
 from monai.utils import ensure_tuple
 from PIL import Image, ImageOps, TiffImagePlugin
@@ -29,25 +29,28 @@ from shared_iopfl.utils.errors import InputError
 
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "GIF", "PPM")
 MOVING = ("WEBP", "GIF")
-LOSSY = ("JPEG", "MPO")  # MPO: how Pillow calls a JPEG with a second picture behind it, as some cameras write
+LOSSY = ("JPEG", "MPO")  # MPO is Pillow's name of a JPEG that contains a second picture, as some cameras write it
 SUFFIXES = tuple(ending[1:] for ending in PICTURES)
-MOST_PIXELS = 75 * 10**6  # more than any fundus camera's; within 4 GB in all
-SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N", "I")  # "I": some 16-bit files in 32-bit integers
+MOST_PIXELS = 75 * 10**6  # more than any fundus camera has; processing takes less than 4 GB of memory
+SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N", "I")  # "I": some 16-bit files are read as 32-bit integers
 
 
 @dataclass(frozen=True)
 class _File:
-    """A file not opened yet. `LoadImage` falls back to MONAI's own readers when `read` fails, and those would load
-    what is refused here without a word; it has no such way out of `get_data`, so that is where files are opened."""
+    """A file that is not opened yet, as files are opened in `get_data` and not in `read`.
+
+    If `read` fails, `LoadImage` silently falls back to MONAI's own readers, which would load the files that are
+    rejected here; if `get_data` fails, it does not.
+    """
 
     name: str
 
 
 class _PictureReader(PILReader):
-    """What the two readers share: opening a file as the upright picture, or saying in one line why that fails.
+    """Base of the two readers: opens a file as an upright picture, or reports in one line why that fails.
 
     Args:
-        min_size: the least width and height in pixels; smaller pictures are thumbnails or broken.
+        min_size: Smallest width and height in pixels; smaller pictures are thumbnails or broken.
     """
 
     def __init__(self, min_size: int = 16) -> None:
@@ -62,20 +65,20 @@ class _PictureReader(PILReader):
         return _File(os.fspath(names[0])) if len(names) == 1 else _File("")
 
     def get_data(self, img: _File) -> tuple[np.ndarray, dict]:
-        """The pixels, (W, H) or (W, H, 3), and the metadata of MONAI's `PILReader`, both of the upright picture.
+        """Return the pixels, (W, H) or (W, H, 3), and the metadata of MONAI's `PILReader`, both of the upright picture.
 
         Raises:
-            InputError: when the file is missing, broken, too small, too large, or not of the kind asked for.
+            InputError: If the file is missing, broken, too small, too large, or not of the requested kind.
         """
         if not img.name:
-            raise InputError("a picture is one file: got a list of files for one case")
+            raise InputError("a picture is one file, but the case has a list of files: give one")
         picture, meta = self._open(img.name)
         array = self._pixels(picture, str(meta["format"]), img.name)
         meta["original_channel_dim"] = float("nan") if array.ndim == 2 else -1
         return np.ascontiguousarray(array.swapaxes(0, 1)), meta
 
     def _open(self, name: str) -> tuple[Image.Image, dict]:
-        """The decoded picture, turned upright by its EXIF orientation, and its metadata."""
+        """Return the decoded picture, rotated by its EXIF orientation so that it is upright, and its metadata."""
         try:
             with Image.open(name, formats=FORMATS) as img:
                 if isinstance(img, TiffImagePlugin.TiffImageFile):
@@ -89,26 +92,34 @@ class _PictureReader(PILReader):
                 picture = ImageOps.exif_transpose(img)
                 meta = {"format": str(img.format), "mode": img.mode, "width": picture.width, "height": picture.height}
         except FileNotFoundError as error:
-            raise InputError(f"no such file: {name}") from error
+            raise InputError(f"no such file: {name}; correct the path") from error
         except Image.DecompressionBombError as error:
             raise InputError(_too_large(name)) from error
         except Image.UnidentifiedImageError as error:
-            raise InputError(f"not a PNG, JPEG, TIFF or BMP (WebP, GIF, PNM) that can be read: {name}") from error
+            raise InputError(
+                f"not a PNG, JPEG, TIFF or BMP (WebP, GIF, PNM) that can be read: {name}; convert it to PNG"
+            ) from error
         except InputError:
             raise
-        except (OSError, SyntaxError, ValueError, EOFError, MemoryError) as error:  # what Pillow's decoders raise
+        except (OSError, SyntaxError, ValueError, EOFError, MemoryError) as error:  # raised by Pillow's decoders
             reason = " ".join(str(error).split()) or type(error).__name__
             raise InputError(f"broken picture {name} ({reason}): export or copy it again") from error
         if min(picture.size) < self.min_size:
             raise InputError(
-                f"only {picture.width}x{picture.height} pixels in {name}: at least {self.min_size} on each side needed"
+                f"only {picture.width}x{picture.height} pixels in {name}: give the original, with at least "
+                f"{self.min_size} on each side"
             )
         meta["spatial_shape"] = np.asarray(picture.size)
         return picture, meta
 
     def _pixels(self, picture: Image.Image, file_format: str, name: str) -> np.ndarray:
-        """The array of a decoded picture, (H, W) or (H, W, 3)."""
+        """Return the array of a decoded picture, (H, W) or (H, W, 3)."""
         raise NotImplementedError
+
+
+def file_of(picture: NdarrayOrTensor) -> str:
+    """Return the path of the file of a picture, for messages."""
+    return str(getattr(picture, "meta", {}).get("filename_or_obj", "a picture without a file name"))
 
 
 def _too_large(name: str) -> str:
@@ -116,7 +127,7 @@ def _too_large(name: str) -> str:
 
 
 def _refuse_tiff(img: TiffImagePlugin.TiffImageFile, name: str) -> None:
-    """Refuse the kinds of TIFF that Pillow would read in part or wrongly."""
+    """Raise `InputError` for the kinds of TIFF that Pillow reads incompletely or incorrectly."""
     if img.n_frames > 1:
         raise InputError(f"{img.n_frames} pages in {name}: save the page to be used as a file of its own")
     separate_planes = img.tag_v2.get(TiffImagePlugin.PLANAR_CONFIGURATION) == 2
@@ -125,26 +136,26 @@ def _refuse_tiff(img: TiffImagePlugin.TiffImageFile, name: str) -> None:
 
 
 class PhotographReader(_PictureReader):
-    """Reads a colour photograph as float32 RGB in 0..255, whatever mode, depth or orientation it was stored in.
+    """Reader of colour photographs of any mode, depth and orientation as float32 RGB from 0 to 255.
 
-    Give it to `LoadImaged(keys, reader=...)`. The array is (W, H, 3), as MONAI's `PILReader` gives it, and so the
-    image (3, W, H) after `EnsureChannelFirstd`.
+    It is used as `LoadImaged(keys, reader=...)`. The array is (W, H, 3), as from MONAI's `PILReader`, so the image is
+    (3, W, H) after `EnsureChannelFirstd`.
 
-    - A camera's EXIF orientation is obeyed: the array is the upright picture, and a mask predicted from it is drawn
-      in the upright picture's pixels, not in those of the file as stored.
-    - A palette is resolved; CMYK, YCbCr and Lab become RGB.
-    - An opaque alpha channel is dropped; a transparent one is laid on black, the colour around a field of view.
+    - The EXIF orientation is applied: the array is the upright picture, and a mask predicted from it has the pixels of
+      the upright picture, not those of the file as stored.
+    - Palettes are resolved; CMYK, YCbCr and Lab are converted to RGB.
+    - An opaque alpha channel is dropped; a transparent picture is placed on black, the colour around a field of view.
     - 16-bit values 0..65535 become 0..255 (Pillow itself reads 16-bit RGB as 8-bit).
 
     Args:
-        grey: what to do with a picture of one channel, of three (nearly) equal ones, or of a single colour, as red-free
-            ones are: ``"refuse"`` it, and other colours than a fundus has; or ``"replicate"`` the one channel three
-            times, and take other colours as they are.
-        min_size: the least width and height in pixels.
+        grey: How to treat a picture with one channel, with three (nearly) equal channels, or in a single colour, as
+            red-free photographs are: ``"refuse"`` rejects it, and also colours that a fundus does not have;
+            ``"replicate"`` repeats the one channel three times, and accepts all colours.
+        min_size: Smallest width and height in pixels.
 
     Raises:
-        InputError: (by `get_data`) when the file is broken, too small or large, grey where colour is expected, or no
-            photograph of one fundus, as `photograph_checks` tells.
+        InputError: (by `get_data`) If the file is broken, too small or too large, grey where colour is expected, or not
+            a photograph of one fundus by the checks in `photographs.checks`.
     """
 
     def __init__(self, grey: str = "refuse", min_size: int = 16) -> None:
@@ -157,7 +168,7 @@ class PhotographReader(_PictureReader):
         if picture.mode == "F":
             raise InputError(f"floating-point pixels in {name}: save the photograph as 8-bit or 16-bit RGB")
         if picture.mode == "PA" or "transparency" in picture.info:
-            picture = picture.convert("RGBA")  # the transparent colour of a palette or of PNG's tRNS
+            picture = picture.convert("RGBA")  # a palette or the tRNS chunk of a PNG has a transparent colour
         if picture.mode in SIXTEEN_BIT:
             values = np.asarray(picture).astype(np.float32)
             if values.min() < 0 or values.max() > 65535:
@@ -183,7 +194,7 @@ class PhotographReader(_PictureReader):
         return rgb
 
     def _colour(self, grey: np.ndarray, name: str, what: str = "grey") -> np.ndarray:
-        """Three equal channels of one grey one, if that is wanted."""
+        """Return three copies of a grey channel, if grey pictures are accepted."""
         if self.grey == "refuse":
             raise InputError(
                 f"expected colour (RGB), got {what} in {name}: give the colour photograph, or set --grey replicate"
@@ -192,20 +203,22 @@ class PhotographReader(_PictureReader):
 
 
 class CodedMaskReader(_PictureReader):
-    """Reads a drawn mask as the integers its file codes it with, (W, H) float32 without any rescaling.
+    """Reader of drawn masks as the integers stored in the file, (W, H) float32 without any rescaling.
 
-    - One channel of 1, 8 or 16 bits: its values. Three equal channels (and an opaque alpha): the value they share.
-    - A palette of greys: the greys; a palette of colours: the indices, which are the labels then.
-    - JPEG is refused: it blurs the borders between values, and every blurred pixel would be a wrong label.
-    - EXIF orientation is obeyed, as by `PhotographReader`, so that a pair stays a pair.
+    - With one channel of 1, 8 or 16 bits, these are its values; with three equal channels (and an opaque alpha
+      channel), the common value.
+    - With a palette of greys, these are the grey values; with a palette of colours, the indices, which then are the
+      labels.
+    - JPEG is rejected: it blurs the borders between values, so that the blurred pixels would have wrong labels.
+    - The EXIF orientation is applied as in `PhotographReader`, so that a mask still fits its photograph.
 
-    What the integers mean is for `shared_iopfl.data.photographs.codings.DecodeMaskd` to say.
+    `shared_iopfl.data.photographs.codings.DecodeMaskd` gives the integers their meaning.
 
     Args:
-        min_size: the least width and height in pixels.
+        min_size: Smallest width and height in pixels.
 
     Raises:
-        InputError: (by `get_data`) when the file is broken, lossy, coloured or partly transparent.
+        InputError: (by `get_data`) If the file is broken, lossy, coloured or partly transparent.
     """
 
     def _pixels(self, picture: Image.Image, file_format: str, name: str) -> np.ndarray:

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Volumes: headers, one affine for image and mask, DICOM series, and which files are label maps.
+"""Volumes: headers, affines, DICOM series and DICOM output, physical sizes, and recognition of label maps.
 
-It knows `utils` and the names of scans in `data`.
+It knows `utils`, and the scans and masks in `data`.
 """

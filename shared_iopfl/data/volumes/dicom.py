@@ -8,10 +8,10 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""DICOM series, from a folder or a file, in the grid that their slices define.
+"""Reader of DICOM series, from a folder or a file, in the grid that their slices define.
 
-ITK's own reader of series takes one series of several, skips files that it cannot read, and invents a grid if the
-slices have no position. Here each of these cases is an error; the voxels are read by ITK.
+ITK's reader of series selects one of several series, skips files that it cannot read, and makes up a grid if the slices
+have no position. Here these cases are errors; the voxels are read by ITK.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from monai.data import ITKReader
 from monai.utils import ensure_tuple
 
 from shared_iopfl.data.scan_names import entries, is_dicom
-from shared_iopfl.data.volumes.dicom_headers import is_no_image
+from shared_iopfl.data.volumes.dicom_headers import is_no_image, open_header, tag_of
 from shared_iopfl.data.volumes.headers import check_size, import_itk
 from shared_iopfl.utils.errors import InputError
 
@@ -35,44 +35,42 @@ SERIES, SAMPLES, FRAMES = "0020|000e", "0028|0002", "0028|0008"
 SIZE = ("0028|0010", "0028|0011")
 POSITION, ORIENTATION, PIXELS = "0020|0032", "0020|0037", "0028|0030"
 PLACE = {POSITION: "image position", ORIENTATION: "image orientation", PIXELS: "pixel spacing"}
-TURNED = 0.01  # by which a direction cosine may differ from slice to slice
-UNEVEN = 0.1  # by which a gap between slices may differ from the others, relative
+TURNED = 0.01  # largest difference of a direction cosine between slices
+UNEVEN = 0.1  # largest relative difference of a gap between slices from the median gap
 
 
 class _Slice(NamedTuple):
-    """The position of a slice as its file states it, in mm and DICOM's axes (LPS)."""
+    """Size and position of a slice as stated in its file, in mm and DICOM's axes (LPS)."""
 
     file: Path
     size: tuple[str, ...]
     position: np.ndarray
-    across: np.ndarray  # direction of a row and of a column, (2, 3)
+    across: np.ndarray  # directions of a row and of a column, (2, 3)
     pixels: np.ndarray
 
 
 class DicomReader(ITKReader):
-    """Reads a DICOM file, or a folder that holds one whole series; see this module for what is refused.
+    """Reader of a DICOM file, or of a folder with one complete series; the module lists what is rejected.
 
-    Reports, key objects, presentation states and the like among the slices are passed over, with a warning that names
-    them. Slices are put in the order of their places, whatever their names and numbers.
+    Reports, key objects, presentation states and the like among the slices are ignored, with a warning that names the
+    first. Slices are sorted by position, whatever their names and numbers.
 
     Raises:
-        InputError: (by `read`) when the files are not one volume whose place is known.
+        InputError: (by `read`) If the files are not one volume with a known position.
     """
 
     def read(self, data: Any, **kwargs: Any) -> Any:
-        """Open the series of a folder, or the one that a file belongs to."""
+        """Open the series in a folder, or a DICOM file."""
         path = Path(ensure_tuple(data)[0])
-        itk = import_itk(path)
         files = _images(path) if path.is_dir() else [path]
-        found = {file: _tags(itk, file) for file in files}
-        broken = [file for file in files if found[file] is None]
+        tags = {file: found for file in files if (found := _tags(file)) is not None}
+        broken = [file for file in files if file not in tags]
         if broken and path.is_dir():
             raise InputError(
                 f"{path} has {len(broken)} slices that cannot be read, {broken[0].name} first: copy it again"
             )
         if broken:
             raise InputError(f"{path} cannot be read as a scan (no DICOM image): export or copy it again")
-        tags = {file: of_file for file, of_file in found.items() if of_file is not None}
         if (count := len({tags[file][SERIES] for file in files})) > 1:
             raise InputError(f"{path} holds {count} DICOM series: put each into a folder of its own")
         if any(int(tags[file][SAMPLES] or 1) > 1 for file in files):
@@ -80,64 +78,60 @@ class DicomReader(ITKReader):
         frames = [file for file in files if int(tags[file][FRAMES] or 1) > 1]
         if frames and len(files) > 1:
             raise InputError(
-                f"{path} holds {len(files)} files, of which {frames[0].name} alone is a volume: divide them"
+                f"{path} holds {len(files)} files, of which {frames[0].name} is itself a volume: move it elsewhere"
             )
-        if frames:
-            if not tags[frames[0]]["placed"]:
-                raise InputError(
-                    f"{path} does not say where its frames lie (no position, no orientation): export it again"
-                )
-        else:
+        if not frames:
             files = _in_order(path, [_slice(path, file, tags[file]) for file in files])
             if path.is_file() and tags[path][SERIES]:
-                _check_alone(itk, path, tags[path][SERIES])
+                _check_alone(path, tags[path][SERIES])
+        elif not tags[frames[0]]["placed"]:
+            raise InputError(f"{path} does not say where its frames lie (no position, no orientation): export it again")
         counts = [int(tags[files[0]][tag] or 1) for tag in (*SIZE, FRAMES)]
         check_size([*counts, len(files)] if len(files) > 1 else counts, path)
         names = [str(file) for file in files]
-        # single precision: slices may differ in their rescaling, and the first one's type would cut the others' values
+        itk = import_itk(path)
+        # single precision: slices may differ in their rescaling, and the type of the first may not hold other values
         return itk.imread(names[0] if len(names) == 1 else names, itk.F)
 
 
-def _check_alone(itk: Any, file: Path, series: str) -> None:
-    """Raise `InputError` for one slice of a series whose other slices lie beside it."""
+def _check_alone(file: Path, series: str) -> None:
+    """Raise `InputError` for a single slice of a series whose other slices are in the same folder."""
     beside = [other for other in entries(file.parent) if other.is_file() and is_dicom(other) and not is_no_image(other)]
-    count = sum((_tags(itk, other) or {}).get(SERIES) == series for other in beside)
+    count = sum((_tags(other) or {}).get(SERIES) == series for other in beside)
     if count > 1:
         raise InputError(f"{file} is one of {count} slices of a DICOM series: give their folder, {file.parent}")
 
 
 def _images(folder: Path) -> list[Path]:
-    """The files of a folder that should hold slices."""
+    """Return the DICOM files of a folder that hold images."""
     files = sorted(folder.iterdir())
     if gone := [file.name for file in files if not file.exists()]:
         raise InputError(f"{folder} has a link that leads nowhere, {gone[0]}: copy it again")
     files = [file for file in files if file.is_file() and not file.name.startswith(".") and is_dicom(file)]
     if not files:
-        raise InputError(f"{folder} holds no DICOM files")
+        raise InputError(f"{folder} holds no DICOM files: give a folder of slices")
     others = [file.name for file in files if is_no_image(file)]
     images = [file for file in files if file.name not in others]
     if not images:
-        raise InputError(f"{folder} holds no DICOM images, only reports or the like ({others[0]})")
+        raise InputError(
+            f"{folder} holds no DICOM images, only reports or the like ({others[0]}): give a folder of slices"
+        )
     if others:
-        logger.warning("%s: %d DICOM objects without voxels are passed over, %s first", folder, len(others), others[0])
+        logger.warning("%s: %d DICOM objects without voxels are ignored, %s first", folder, len(others), others[0])
     return images
 
 
-def _tags(itk: Any, file: Path) -> dict[str, Any] | None:
-    """The tags that matter, "" where one is missing; None for a file that holds no picture that can be read."""
-    io = itk.GDCMImageIO.New()
-    io.SetFileName(str(file))
+def _tags(file: Path) -> dict[str, Any] | None:
+    """Return tags of a slice, "" if missing, and "placed", whether frames have a position; None if it is no image."""
     try:
-        io.ReadImageInformation()
+        io = open_header(file)
     except RuntimeError:
         return None
-    found = io.GetMetaDataDictionary()
-    wanted = (SERIES, SAMPLES, FRAMES, *SIZE, *PLACE)
-    tags: dict[str, Any] = {tag: str(found[tag]).strip() if found.HasKey(tag) else "" for tag in wanted}
-    direction = np.array([io.GetDirection(axis) for axis in range(io.GetNumberOfDimensions())])
-    origin = [io.GetOrigin(axis) for axis in range(io.GetNumberOfDimensions())]
-    # files of several frames say it deep inside; where GDCM finds nothing, it puts them at 0 along the axes
-    tags["placed"] = any(origin) or not np.array_equal(direction, np.eye(len(direction)))
+    tags: dict[str, Any] = {tag: tag_of(io, tag) for tag in (SERIES, SAMPLES, FRAMES, *SIZE, *PLACE)}
+    axes = range(io.GetNumberOfDimensions())
+    direction = np.array([io.GetDirection(axis) for axis in axes])
+    # in a file of several frames the position is in nested tags; if GDCM finds none, it returns 0 and the identity
+    tags["placed"] = any(io.GetOrigin(axis) for axis in axes) or not np.array_equal(direction, np.eye(len(axes)))
     return tags
 
 
@@ -158,14 +152,14 @@ def _slice(path: Path, file: Path, tags: Mapping[str, Any]) -> _Slice:
 
 
 def _in_order(path: Path, slices: Sequence[_Slice]) -> list[Path]:
-    """The files of one volume from its first slice to its last.
+    """Return the files of a volume from its first slice to its last.
 
     Raises:
-        InputError: when they do not make one volume.
+        InputError: If they are not one volume.
     """
     first = slices[0]
     if any(not np.allclose(one.across, first.across, rtol=0, atol=TURNED) for one in slices):
-        raise InputError(f"{path} holds slices of several directions, as a localizer does: give one direction's alone")
+        raise InputError(f"{path} holds slices of several directions, as a localizer does: give only one direction")
     if any(one.size != first.size or not np.allclose(one.pixels, first.pixels, rtol=UNEVEN / 10) for one in slices):
         raise InputError(f"{path} holds slices of several sizes: put those of each size into a folder of their own")
     along = np.cross(*first.across)
@@ -185,5 +179,5 @@ def _in_order(path: Path, slices: Sequence[_Slice]) -> list[Path]:
         raise InputError(f"{path} has slices missing or unevenly spaced ({apart}): copy it again")
     aside = np.array([one.position - (one.position @ along) * along for one in slices])
     if np.ptp(aside, axis=0).max() > 0.5 * first.pixels.min():
-        raise InputError(f"{path} has slices shifted against each other, as of a tilted gantry: resample it first")
+        raise InputError(f"{path} has slices shifted against each other, as with a tilted gantry: resample it first")
     return [slices[index].file for index in order]

@@ -8,35 +8,36 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Tags of DICOM files, read without MONAI: whether a file holds an image, its patient and its series."""
+"""Headers of DICOM files, read without MONAI: whether a file holds an image, its patient and its series."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from shared_iopfl.data.scan_names import is_dicom
 from shared_iopfl.data.volumes.headers import import_itk
 
 PATIENT, DESCRIPTION = "0010|0020", "0008|103e"
-# storage classes without a picture of the patient, below 1.2.840.10008.5.1.4.1.1: waveforms, presentation states, raw
-# data, registrations, segmentations, real-world values, measurements, reports and key objects, documents, radiotherapy
+# storage classes (below STORAGE) without an image of the patient: waveforms, presentation states, raw data,
+# registrations, segmentations, real-world values, measurements, reports and key objects, documents, radiotherapy
 NO_IMAGES = ("9.", "11.", "66", "67", "78.", "79.", "80.", "88.", "104.", "481.2", "481.3", "481.4", "481.5")
 STORAGE = "1.2.840.10008.5.1.4.1.1."
 
 
 def is_no_image(file: Path) -> bool:
-    """Whether a DICOM file says, at its start, that it is a report or another object without voxels."""
+    """Return whether the start of a DICOM file declares it a report or another object without voxels."""
     kind = _storage_class(file)
     return kind.startswith(STORAGE) and kind.removeprefix(STORAGE).startswith(NO_IMAGES)
 
 
 def patient_id(path: Path) -> str:
-    """The PatientID of a DICOM file, or of the first file of a series; "" for other scans, and where there is none."""
+    """Return the PatientID of a DICOM file, or of the first image of a series; "" if missing, and for other scans."""
     return _tag(path, PATIENT)
 
 
 def series_description(path: Path) -> str:
-    """The SeriesDescription of a DICOM file, or of the first image of a series; "" where there is none."""
+    """Return the SeriesDescription of a DICOM file, or of the first image of a series; "" if it is missing."""
     return _tag(path, DESCRIPTION)
 
 
@@ -46,22 +47,35 @@ def _tag(path: Path, tag: str) -> str:
     if not files:
         return ""
     try:
-        itk = import_itk(path)
-        io = itk.GDCMImageIO.New()
-        io.SetFileName(str(files[0]))
-        io.ReadImageInformation()
-        found = io.GetMetaDataDictionary()
-        return str(found[tag]).strip() if found.HasKey(tag) else ""
+        return tag_of(open_header(files[0]), tag)
     except Exception:  # reading the scan will report the error
         return ""
 
 
+def open_header(file: Path) -> Any:
+    """Open the header of a DICOM file by ITK.
+
+    Raises:
+        RuntimeError: If the file holds no image that can be read.
+    """
+    io = import_itk(file).GDCMImageIO.New()
+    io.SetFileName(str(file))
+    io.ReadImageInformation()
+    return io
+
+
+def tag_of(io: Any, tag: str) -> str:
+    """Return the value of a tag, such as "0010|0020", of a header that is open; "" if it is missing."""
+    found = io.GetMetaDataDictionary()
+    return str(found[tag]).strip() if found.HasKey(tag) else ""
+
+
 def _storage_class(file: Path) -> str:
-    """The class of what a file stores, from its first elements, which are always explicit and little endian."""
+    """Return the storage class of a file from its first elements, which are always explicit and little endian."""
     try:
         with open(file, "rb") as stream:
             start = stream.read(1024)
-    except OSError:  # such as a dangling link: reading the file will report it
+    except OSError:  # reading the scan will report the error
         return ""
     at = start.find(b"\x02\x00\x02\x00UI")
     if start[128:132] != b"DICM" or at < 0:

@@ -8,13 +8,13 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Masks as DICOM SEG and RTSTRUCT beside the series that they were predicted from."""
+"""Masks as DICOM SEG and RTSTRUCT for the series that they were predicted from."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,23 +39,23 @@ LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 class SaveDicomd(MapTransform):
     """Write ``<case>.seg.dcm`` and ``<case>.rtstruct.dcm`` for a mask of a DICOM series.
 
-    The objects belong to the patient and the study of the series, as their readers expect, and so hold the patient's
+    The objects belong to the patient and the study of the series, as their readers expect, and so contain the patient's
     name and id as the series does. They reference its slices, and name the algorithm and its version. A segmentation
     has one binary segment for each class; a structure set has one region for each class, whose contours follow the
-    borders between pixels, so that filling them gives the mask again.
+    borders between pixels, so that filling them restores the mask.
 
     Args:
-        keys: key of the mask, (1, *spatial) in the axes of the scan.
-        image_key: key of the image, whose metadata names the scan and has the affine with which it was read.
-        output_dir: folder to write to.
-        formats: as ``output_format`` of a bundle, such as "nifti,dicomseg"; nothing is done for "nifti" alone.
-        segments: one for each class from 1: ``{"label": "prostate", "code": ["41216001", "SCT", "Prostate"]}``;
-            without a code it is an anatomical structure.
-        algorithm: the name of the algorithm.
-        pseudonyms: of the run; refused together with DICOM.
+        keys: Key of the mask, (1, *spatial) in the axes of the scan.
+        image_key: Key of the image, whose metadata names the scan and has the affine with which it was read.
+        output_dir: Folder to write to.
+        formats: As ``output_format`` of a bundle, such as "nifti,dicomseg"; with "nifti" alone, nothing is written.
+        segments: One entry for each class from 1, ``{"label": "prostate", "code": ["41216001", "SCT", "Prostate"]}``;
+            without a code, it is an anatomical structure.
+        algorithm: Name of the algorithm.
+        pseudonyms: Pseudonyms of the run; rejected together with DICOM.
 
     Raises:
-        InputError: when the library is not installed, pseudonyms are asked for, or a scan is not a DICOM series.
+        InputError: If the library is not installed, pseudonyms are requested, or a scan is not a DICOM series.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class SaveDicomd(MapTransform):
             _import_highdicom()
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """The data as it came."""
+        """Write the files and return the data unchanged."""
         d = dict(data)
         for key in self.key_iterator(d) if self.formats else ():
             source, meta = source_of(d, self.image_key, key)
@@ -91,13 +91,17 @@ class SaveDicomd(MapTransform):
     def _save(self, mask: np.ndarray, source: Path, affine: np.ndarray, case: str) -> None:
         files = _files(source)
         if not files:
-            raise InputError(f"{source} is not a DICOM series, the input that {' and '.join(self.formats)} must have.")
+            formats = " and ".join(self.formats)
+            raise InputError(
+                f"{source} is not a DICOM series, which {formats} output requires: leave out --output_format, or give "
+                "the series."
+            )
         import pydicom
 
         read = [pydicom.dcmread(file, stop_before_pixels=True) for file in files]
         lacking = [name for name in ("FrameOfReferenceUID", "StudyInstanceUID") if not read[0].get(name)]
         if lacking:
-            raise InputError(f"{source} has no {' and no '.join(lacking)}, to which DICOM output would belong.")
+            raise InputError(f"{source} has no {' and no '.join(lacking)}, which DICOM output needs: export it again.")
         slices = _slices(read, affine, mask, source)
         identity = [
             str(read[0].SeriesInstanceUID),
@@ -113,7 +117,7 @@ class SaveDicomd(MapTransform):
                 else:
                     labels = [segment["label"] for segment in self.segments]
                     made = structure_set(read[0], slices, labels, uids, MAKER, self.algorithm, __version__)
-            except (AttributeError, KeyError, TypeError, ValueError) as error:  # tags that the standard asks for
+            except (AttributeError, KeyError, TypeError, ValueError) as error:  # the series lacks required tags
                 line = " ".join(str(error).split())
                 raise InputError(f"{source} cannot be referenced by {name} ({line:.160}): export it again") from error
             with whole_file(self.output_dir / f"{case}{ENDINGS[name]}") as temporary:
@@ -153,7 +157,7 @@ class SaveDicomd(MapTransform):
             content_label="SEGMENTATION",
             omit_empty_frames=any(one.mask.any() for one in slices),
         )
-        written.ContentCreatorName = ""  # the standard asks for it, empty where nobody is known
+        written.ContentCreatorName = ""  # the standard requires the tag, which may be empty
         return written
 
 
@@ -171,35 +175,36 @@ def _files(source: Path) -> list[Path]:
 
 
 def _slices(read: Sequence[Any], affine: np.ndarray, mask: np.ndarray, source: Path) -> list[Slice]:
-    """The mask's slices in the order of the files, or of the frames of one file, each found by its position."""
-    places = []
-    for dataset in read:
-        frames: Any = dataset.get("PerFrameFunctionalGroupsSequence")
-        shared: Any = (dataset.get("SharedFunctionalGroupsSequence") or [None])[0]
-        for number, frame in enumerate(frames or [dataset], 1):
-            position = frame.PlanePositionSequence[0].ImagePositionPatient if frames else frame.ImagePositionPatient
-            if frames:
-                holder = frame if "PlaneOrientationSequence" in frame else shared
-                across = holder.PlaneOrientationSequence[0].ImageOrientationPatient
-                holder = frame if "PixelMeasuresSequence" in frame else shared
-                pixels = holder.PixelMeasuresSequence[0].PixelSpacing
-            else:
-                across, pixels = frame.ImageOrientationPatient, frame.PixelSpacing
-            places.append((dataset, number if frames else None, position, across, pixels))
+    """Return the mask's slices in the order of the files, or of the frames of one file, found by their positions."""
     to_index = np.linalg.inv(LPS @ affine)
     slices = []
-    for dataset, frame, position, across, pixels in places:
+    for instance, frame, position, across, pixels in (place for dataset in read for place in _places(dataset)):
         origin = np.array(position, dtype=float)
         rows, columns = (np.array(across[at : at + 3], dtype=float) for at in (0, 3))
-        step = np.stack(
-            [rows * float(pixels[1]), columns * float(pixels[0])]
-        )  # to the next pixel along a row, a column
+        step = np.stack([rows * float(pixels[1]), columns * float(pixels[0])])
         ends = np.stack([origin, origin + step[0], origin + step[1]])
         x, y, z = (to_index[:3, :3] @ ends.T + to_index[:3, 3:]).round(2)
         number = round(float(z[0]))
         if not (np.allclose(x, [0, 1, 0], atol=0.1) and np.allclose(y, [0, 0, 1], atol=0.1)) or not (
             abs(z[0] - number) < 0.1 and 0 <= number < mask.shape[2]
         ):
-            raise InputError(f"{source} was read in another grid than its slices have: DICOM output cannot lie on it.")
-        slices.append(Slice(mask[:, :, number].T.astype(np.uint8), origin, step, str(dataset.SOPInstanceUID), frame))
+            raise InputError(f"{source} was read in another grid than that of its slices: export it again.")
+        slices.append(Slice(mask[:, :, number].T.astype(np.uint8), origin, step, instance, frame))
     return slices
+
+
+def _places(dataset: Any) -> Iterator[tuple[str, int | None, Any, Any, Any]]:
+    """Yield instance, number (None in a file of one), position, orientation and pixel spacing of each frame."""
+    instance = str(dataset.SOPInstanceUID)
+    frames = dataset.get("PerFrameFunctionalGroupsSequence")
+    if not frames:
+        yield instance, None, dataset.ImagePositionPatient, dataset.ImageOrientationPatient, dataset.PixelSpacing
+        return
+    shared = (dataset.get("SharedFunctionalGroupsSequence") or [None])[0]
+    for number, frame in enumerate(frames, 1):
+        orientation, measures = (
+            getattr(frame if name in frame else shared, name)[0]
+            for name in ("PlaneOrientationSequence", "PixelMeasuresSequence")
+        )
+        position = frame.PlanePositionSequence[0].ImagePositionPatient
+        yield instance, number, position, orientation.ImageOrientationPatient, measures.PixelSpacing

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The header of a scan, checked before its voxels are read."""
+"""Checks of the header of a scan, before its voxels are read."""
 
 from __future__ import annotations
 
@@ -28,19 +28,20 @@ from shared_iopfl.data.scan_names import ITK, NIBABEL, file_ending
 from shared_iopfl.data.volumes.geometry import check_affine, check_forms
 from shared_iopfl.utils.errors import InputError
 
-MOST_VOXELS = 2**26  # of a scan: 1024 x 1024 x 64; more than any of this kind has, and within 4 GB in all
-MILLIMETRES = {1: 1e3, 3: 1e-3}  # NIfTI's codes of metres and microns
-LEAST_VOXEL, LARGEST_VOXEL = 0.01, 50.0  # mm, of a scan in another unit
+MOST_VOXELS = 2**26  # 1024 x 1024 x 64 is more than scans of this kind have; processing takes less than 4 GB of memory
+MILLIMETRES = {1: 1e3, 3: 1e-3}  # mm per unit, by NIfTI's codes of metres and microns
+LEAST_VOXEL, LARGEST_VOXEL = 0.01, 50.0  # range of voxel sizes, in mm, of a scan in another unit
 SLACK = 2**20  # bytes that may follow the last voxel
-# of MHA and MHD, and of NRRD: where the voxels lie
+# the file of the voxels in the header of MHA and MHD, and of NRRD
 DATA_FILE = re.compile(rb"^\s*(?:ElementDataFile\s*[=:]|data ?file:)[ \t]*([^\r\n]*)", re.IGNORECASE | re.MULTILINE)
 LONGEST_HEADER = 2**16
 
 
 def check_header(path: Path) -> None:
-    """Raise `InputError`, or an error of a library, if a header is broken or announces more than the file holds.
+    """Check that a header is valid and does not announce more than the file holds; DICOM and pictures are not checked.
 
-    DICOM and pictures are left to their readers.
+    Raises:
+        InputError: If it is not valid; a library that reads it may raise other errors.
     """
     if not path.is_file():
         return
@@ -50,17 +51,17 @@ def check_header(path: Path) -> None:
         itk = import_itk(path)
         _check_data_file(path)
         io = itk.ImageIOFactory.CreateImageIO(str(path), itk.CommonEnums.IOFileMode_ReadMode)
-        if io is not None:  # else its reader says why
+        if io is not None:  # otherwise reading the scan will report the error
             io.SetFileName(str(path))
             io.ReadImageInformation()
             check_size([io.GetDimensions(axis) for axis in range(io.GetNumberOfDimensions())], path)
 
 
 def millimetres(path: Path) -> float:
-    """How many mm one unit of a file's affine is: NIfTI may be in metres or microns, and says nothing for mm.
+    """Return the length in mm of one unit of a file's affine: NIfTI may be in metres or microns.
 
     Raises:
-        InputError: where the unit that the header names makes its voxels implausible.
+        InputError: If the voxel size in the unit that the header names is implausible.
     """
     if file_ending(path) not in NIBABEL or not path.is_file():
         return 1.0
@@ -90,7 +91,7 @@ def _check_nibabel(path: Path) -> None:
     if isinstance(image, nib.Nifti1Pair):
         check_forms(image.header, image.shape, path)
     check_size(image.shape, path)
-    # a reader would first take the memory that the header asks for, and then find that the file is shorter
+    # a reader would first allocate the memory that the header requires, and then find that the file is shorter
     voxels = Path(image.file_map["image"].filename)
     expected = image.dataobj.offset + math.prod(image.shape) * dtype.itemsize
     is_packed = voxels.suffix.lower() in (".gz", ".mgz")
@@ -105,14 +106,14 @@ def _check_nibabel(path: Path) -> None:
 def _check_nifti(image: Any, path: Path) -> None:
     file_map = image.file_map
     with file_map["header" if "header" in file_map else "image"].get_prepare_fileobj() as file:
-        raw = type(image.header).from_fileobj(file, check=False)  # with the check, a voxel size of 0 becomes 1 mm
+        raw = type(image.header).from_fileobj(file, check=False)  # the check would change a voxel size of 0 to 1 mm
     sizes = raw["pixdim"][1 : 1 + min(len(image.shape), 3)]
     if raw["sform_code"] == 0 and not np.all(np.abs(sizes) > 0):
         raise InputError(f"{path} has voxels of size {tuple(sizes.tolist())} mm: correct its header")
 
 
 def _unpacked(path: Path, limit: int) -> int:
-    """How many bytes a compressed file unpacks to. Read to its end, where its checksum lies, which nibabel ignores."""
+    """Return the unpacked size in bytes of a file; it is read to its checksum at the end, which nibabel ignores."""
     size = 0
     with gzip.open(path) as file:
         while piece := file.read(1 << 20):
@@ -123,7 +124,7 @@ def _unpacked(path: Path, limit: int) -> int:
 
 
 def _check_data_file(path: Path) -> None:
-    """Refuse a header that would have its reader open something else than a file beside it."""
+    """Raise `InputError` for a header that would make its reader open anything but a file beside it."""
     with open(path, "rb") as file:
         header = file.read(LONGEST_HEADER)
     if header.startswith(b"NRRD"):
@@ -138,17 +139,21 @@ def _check_data_file(path: Path) -> None:
     for name in (value.decode(errors="replace").strip() for value in found):
         beside = name == Path(name).name and not name.startswith("LIST") and "%" not in name
         if name.upper() != "LOCAL" and not beside:
-            raise InputError(f"{path} takes its voxels from {name!r}: they must lie in it, or in one file beside it")
+            raise InputError(f"{path} takes its voxels from {name!r}: they must be in it, or in one file beside it")
 
 
 def check_size(shape: Sequence[int], path: Path) -> None:
-    """Raise `InputError` for more voxels than are taken for a scan."""
+    """Raise `InputError` for more voxels than are accepted for a scan."""
     if math.prod(max(1, length) for length in shape) > MOST_VOXELS:
-        raise InputError(f"{path} has too many voxels, {tuple(shape)}: at most {MOST_VOXELS} are taken for a scan")
+        raise InputError(f"{path} has too many voxels, {tuple(shape)}: resample it to at most {MOST_VOXELS}")
 
 
 def import_itk(path: Path) -> ModuleType:
-    """ITK, which is not installed everywhere, to read or write this file."""
+    """Import ITK, which is optional, to read or write a file.
+
+    Raises:
+        InputError: If it is not installed.
+    """
     try:
         import itk
     except ImportError as error:

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Recognising label maps by their values: a few small integers."""
+"""Recognition of label maps by their values, which are a few small integers."""
 
 from __future__ import annotations
 
@@ -25,44 +25,41 @@ from shared_iopfl.data.volumes.headers import check_header, import_itk
 
 MOST_LABELS = 8
 LARGEST_LABEL = 255
-ROUNDING = 1e-3
-LEAST_PACKED = 0.25  # bytes a voxel to which a compressed scan shrinks, at least; a mask shrinks to a tenth of it
+ROUNDING = 1e-3  # largest difference of a label from a whole number
+LEAST_PACKED = 0.25  # bytes per voxel of a compressed scan, at least; a compressed mask has a tenth of it
 
 
 def is_label_map(path: Path) -> bool:
-    """Whether a volume holds at least two and at most eight values, all of them whole numbers from 0 to 255.
+    """Return whether a volume contains at least two and at most eight values, all of them whole numbers from 0 to 255.
 
-    A scan is mostly ruled out by its middle slice, and a compressed one by the size of its file. A file that cannot be
+    For most scans the middle slice, or the size of a compressed file, is enough to exclude that. A file that cannot be
     read is not a label map; reading it as a scan will report the error.
     """
-    values: set[float] = set()
+    values = np.empty(0)
     try:
         for part in _parts(path):
-            values |= set(np.unique(part).tolist())
-            if len(values) > MOST_LABELS or not all(map(_is_label, values)):
+            values = np.union1d(values, np.unique(part))
+            whole = values.round()
+            labels = (whole >= 0) & (whole <= LARGEST_LABEL) & (np.abs(values - whole) <= ROUNDING)
+            if len(values) > MOST_LABELS or not labels.all():
                 return False
-    except Exception:  # readers raise whatever their libraries do
+    except Exception:  # the readers' libraries raise many kinds
         return False
     return len(values) > 1
 
 
-def _is_label(value: float) -> bool:
-    return 0 <= round(value) <= LARGEST_LABEL and abs(value - round(value)) <= ROUNDING
-
-
 def _parts(path: Path) -> Iterator[np.ndarray]:
-    """The voxels, a little of them first."""
-    if file_ending(path) in NIBABEL:
-        image: Any = nib.load(path)
-        if path.suffix.lower() in (".gz", ".mgz") and path.stat().st_size > 2**12 + LEAST_PACKED * math.prod(
-            image.shape
-        ):
-            raise ValueError("too large for a mask")
-        check_header(path)  # which also refuses what would fill the memory
-        if math.prod(image.shape) == 0:
-            return
+    """Yield the voxels, at first only a few of them."""
+    if file_ending(path) not in NIBABEL:
+        check_header(path)
+        itk = import_itk(path)
+        yield itk.array_view_from_image(itk.imread(str(path)))
+        return
+    image: Any = nib.load(path)
+    voxels = math.prod(image.shape)
+    if path.suffix.lower() in (".gz", ".mgz") and path.stat().st_size > 2**12 + LEAST_PACKED * voxels:
+        raise ValueError("too large for a mask")
+    check_header(path)  # it also rejects files that would fill the memory
+    if voxels:
         yield np.asanyarray(image.dataobj[..., image.shape[-1] // 2])
         yield np.asanyarray(image.dataobj)
-    else:
-        check_header(path)
-        yield import_itk(path).array_view_from_image(import_itk(path).imread(str(path)))

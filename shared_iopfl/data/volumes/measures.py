@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Physical sizes in volumes: a field of view in millimetres, and the millilitres of a mask."""
+"""Physical sizes in volumes: a field of view in millimetres, and the volume of a mask in millilitres."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import InvertibleTransform, ResizeWithPadOrCrop
 from nibabel.affines import voxel_sizes
@@ -29,7 +28,7 @@ from shared_iopfl.utils.errors import InputError, warn_once
 
 
 def spacing_mm(scan: Tensor) -> list[float] | None:
-    """Voxel size in mm, or None where it is only nominal: no affine, or one that says exactly 1 mm each way."""
+    """Return the voxel size in mm; None without an affine, and for exactly 1 mm in all directions, a placeholder."""
     if not isinstance(scan, MetaTensor):
         return None
     spacing = [float(size) for size in scan.pixdim]
@@ -37,18 +36,19 @@ def spacing_mm(scan: Tensor) -> list[float] | None:
 
 
 def volume_ml(mask: Tensor) -> float:
-    """The size of what is 1 or larger in a mask, in ml (1000 mm³).
+    """Return the volume of the voxels with values of at least 1 in a mask, in ml (1000 mm³).
 
     Args:
-        mask: (X, Y, Z), or with axes of length 1 before them; its affine, in mm, gives the voxel size.
+        mask: Mask (X, Y, Z), possibly with further axes of length 1 before them; its affine, in mm, gives the voxel
+            size.
 
     Returns:
-        The size; NaN where the mask has no affine, or one of exactly 1 mm each way, see `spacing_mm`.
+        The volume; NaN if the mask has no affine, or one of exactly 1 mm in all directions (see `spacing_mm`).
     """
     if not isinstance(mask, MetaTensor):
         return math.nan
     if spacing_mm(mask) is None:
-        warn_once("voxels of exactly 1 mm in all directions are taken for a placeholder: no volume in ml is given")
+        warn_once("voxels of exactly 1 mm in all directions count as a placeholder: no volume in ml is given")
         return math.nan
     return float(torch.count_nonzero(mask >= 1)) * float(torch.linalg.det(mask.affine[:3, :3].double()).abs()) / 1000
 
@@ -56,11 +56,11 @@ def volume_ml(mask: Tensor) -> float:
 class FieldOfView(ResizeWithPadOrCrop):
     """Crop or pad the first two axes of a volume around their middle to a side in millimetres.
 
-    Resized to a fixed number of pixels afterwards, every scan has the same pixel size, whatever its own field of view.
-    Padding has the least value of the volume.
+    If they are then resized to a fixed number of pixels, all scans have the same pixel size, whatever their field of
+    view. Padding has the lowest value of the volume.
 
     Args:
-        side: in millimetres.
+        side: Side in millimetres.
     """
 
     def __init__(self, side: float) -> None:
@@ -70,32 +70,29 @@ class FieldOfView(ResizeWithPadOrCrop):
     def __call__(  # type: ignore[override]
         self, img: torch.Tensor, mode: str | None = None, lazy: bool | None = None, **kwargs: Any
     ) -> torch.Tensor:
-        """The volume (C, X, Y, Z) with other X and Y.
+        """Return the volume (C, X, Y, Z) with X and Y cropped or padded.
 
         Raises:
-            InputError: for an image without an affine.
+            InputError: If the image has no affine.
         """
         if not isinstance(img, MetaTensor):
-            raise InputError("field_of_view needs images with an affine, which tells the size of a pixel: set it to 0.")
-        # the same objects for each scan, as the inverse finds by them what was done
+            raise InputError("field_of_view needs images with an affine, which gives the size of a pixel: set it to 0.")
+        # the inverse finds the applied operations by these objects, which therefore are the same for each scan
         size = [max(1, round(self.side / spacing)) for spacing in voxel_sizes(np.asarray(img.affine))[:2]] + [-1]
         self.padder.spatial_size = self.cropper.roi_size = size
         return super().__call__(img, mode, lazy, **{"value": float(img.min()), **kwargs})
 
 
 class FieldOfViewd(EachKey, InvertibleTransform):
-    """Dictionary-based `FieldOfView`; the inverse has zeros where nothing was predicted.
+    """Dictionary-based `FieldOfView`; the inverse fills areas without a prediction with zeros.
 
     Args:
-        keys: keys of the volumes.
-        side: in millimetres.
+        keys: Keys of the volumes.
+        args, kwargs: As in `FieldOfView`.
     """
 
-    transform: FieldOfView
-
-    def __init__(self, keys: KeysCollection, side: float) -> None:
-        super().__init__(keys, FieldOfView(side))
+    array_transform = FieldOfView
 
     def inverse(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Back in the field of view of the scan."""
+        """Restore the field of view of the scan."""
         return {**data, **{key: self.transform.inverse(data[key]) for key in self.key_iterator(dict(data))}}

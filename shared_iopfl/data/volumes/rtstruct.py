@@ -10,8 +10,8 @@
 # limitations under the License.
 """A DICOM structure set (RTSTRUCT) of a mask's slices, by pydicom.
 
-The contours run along the lines halfway between the centres of pixels inside and outside. Filling them by the even-odd
-rule at the centres of pixels gives the mask again, holes included.
+The contours are halfway between the centres of pixels inside and outside. Filling them by the even-odd rule at the
+centres of pixels restores the mask, including its holes.
 """
 
 from __future__ import annotations
@@ -32,9 +32,14 @@ COLOURS = ([0, 158, 115], [213, 94, 0], [0, 114, 178], [230, 159, 0])
 
 
 class Slice(NamedTuple):
-    """A slice of a mask: classes (rows, columns), and where the slice lies, in mm (LPS).
+    """A slice of a mask, with its position.
 
-    `step` holds the way to the next pixel along a row and along a column. `frame` is its number in a file of several.
+    Attributes:
+        mask: Classes, (rows, columns).
+        origin: Position of the first pixel in mm (LPS).
+        step: Vectors in mm to the next pixel along a row and along a column, (2, 3).
+        instance: UID of the instance that holds the slice.
+        frame: Number of the slice in a file of several; otherwise None.
     """
 
     mask: np.ndarray
@@ -53,14 +58,14 @@ def structure_set(
     algorithm: str,
     version: str,
 ) -> Any:
-    """The structure set as a pydicom dataset with its file header.
+    """Return the structure set as a pydicom dataset with its file header.
 
     Args:
-        source: header of a file of the series.
-        slices: of the mask.
-        labels: of the classes from 1.
-        uids: of the new series and of the object.
-        maker, algorithm, version: who made it.
+        source: Header of a file of the series.
+        slices: Slices of the mask.
+        labels: Labels of the classes from 1.
+        uids: UIDs of the new series and of the object.
+        maker, algorithm, version: Origin of the object.
     """
     from pydicom.dataset import Dataset, FileMetaDataset
 
@@ -127,9 +132,9 @@ def _reference(one: Slice, source: Any) -> Any:
 def _contours(one: Slice, number: int, source: Any) -> Iterator[Any]:
     from pydicom.dataset import Dataset
 
-    padded = np.pad(one.mask == number, 1).astype(float)  # so that those at the edge are closed
+    padded = np.pad(one.mask == number, 1).astype(float)  # so that contours at the edge are closed
     for line in find_contours(padded, 0.5):
-        rows, columns = (line[:-1] - 1).T  # the last point is the first
+        rows, columns = (line[:-1] - 1).T  # the last point repeats the first
         points = one.origin + columns[:, None] * one.step[0] + rows[:, None] * one.step[1]
         item = Dataset()
         item.ContourImageSequence = [_reference(one, source)]

@@ -8,9 +8,9 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What handlers of an evaluator write: scores of cases, masks and measures, routes.
+"""Handlers of an evaluator that write records: scores of cases, masks and measures, routes.
 
-They know `inferers` and the tables of a run; configs name them by this folder.
+They know `inferers`; configs refer to them by this folder.
 """
 
 from shared_iopfl.evaluation.records.cases import CaseRecorder, case_scores

@@ -25,7 +25,7 @@ from monai.metrics import compute_average_surface_distance, compute_dice, comput
 from torch import Tensor
 
 from shared_iopfl.data.volumes.measures import spacing_mm
-from shared_iopfl.evaluation.run.growing_tables import served_scans
+from shared_iopfl.evaluation.records.growing_tables import served_scans
 from shared_iopfl.utils.tables import replace_rows
 
 METRICS = ("site", "role", "case", "model", "metric", "value")
@@ -34,23 +34,24 @@ SUMMARY = ("site", "role", "model", "metric", "mean", "sd", "min", "max", "cases
 
 
 def case_scores(pred: Tensor, reference: Tensor, targets: Sequence[str]) -> dict[str, float]:
-    """Foreground Dice of one case, and HD95 and ASD in mm where the scan's voxel size is real.
+    """Compute the foreground Dice of one case, and HD95 and ASD in mm if the scan's voxel size is known.
 
     Args:
-        pred: binary (T, *spatial), one channel a target.
-        reference: the same; its affine gives the voxel size.
-        targets: T names. With one, scores have plain names ("dice"); with more, one each and their mean ("dice_disc").
+        pred: Binary mask (T, *spatial), one channel per target.
+        reference: Reference mask of the same shape; its affine gives the voxel size.
+        targets: Names of the T targets. With one, scores have plain names ("dice"); with more, there is one score for
+            each target ("dice_disc") and their mean.
 
     Returns:
-        metric -> value; distances are NaN where a mask is empty.
+        Metric -> value; distances are NaN if a mask is empty.
     """
     one, other = (mask.as_tensor() if isinstance(mask, MetaTensor) else mask for mask in (pred, reference))
     one, other = one[None].float(), other[None].float()
     columns = {"dice": compute_dice(one, other)[0]}
-    spacing = spacing_mm(reference) if reference.ndim > 3 else None  # a picture has none
+    spacing = spacing_mm(reference) if reference.ndim > 3 else None  # a picture has no voxel size
     if spacing is not None:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of empty masks, whose NaN says it, and of MONAI's own calls
+            warnings.simplefilter("ignore")  # warnings of empty masks, which give NaN, and of MONAI's own calls
             columns["hd95_mm"] = compute_hausdorff_distance(one, other, True, percentile=95, spacing=spacing)[0]
             columns["asd_mm"] = compute_average_surface_distance(one, other, True, symmetric=True, spacing=spacing)[0]
     scores = {}
@@ -63,15 +64,16 @@ def case_scores(pred: Tensor, reference: Tensor, targets: Sequence[str]) -> dict
 
 
 class CaseRecorder:
-    """Adds the scores of an evaluator's cases to ``metrics.csv``, their files to ``cases.csv``, and sums up.
+    """Write the scores of an evaluator's cases to ``metrics.csv``, their files to ``cases.csv``, and a summary.
 
-    ``summary.csv`` holds a row a site, model and metric: mean, standard deviation, least, greatest, number of cases.
+    ``summary.csv`` has a row for each site, model and metric: mean, standard deviation, minimum, maximum and number of
+    cases.
 
     Args:
-        output_dir: where the files are.
-        site, role, model: what to call the rows: role "inside" or "outside"; model "global", "personalised", "routed".
-        targets: names of the targets, in the order of the channels of the binary masks (T, *spatial).
-        extras: further measures, name -> function of (pred, reference).
+        output_dir: Folder of the files.
+        site, role, model: Labels of the rows: role "inside" or "outside"; model "global", "personalised" or "routed".
+        targets: Names of the targets, in the order of the channels of the binary masks (T, *spatial).
+        extras: Further measures, name -> function of (pred, reference).
     """
 
     def __init__(
@@ -97,11 +99,11 @@ class CaseRecorder:
         engine.add_event_handler(Events.COMPLETED, self.write)
 
     def start(self, engine: Engine) -> None:
-        """Forget the cases of an earlier run of the engine."""
+        """Discard the cases of an earlier run of the engine."""
         self.metrics, self.cases = [], []
 
     def record(self, engine: Engine) -> None:
-        """Score the case of this iteration."""
+        """Score the cases of this iteration."""
         for batch, output in served_scans(engine):
             case = {**self.labels, "case": batch["case"]}
             pred, reference = ({**batch, **output}[key] for key in ("pred", "label"))
@@ -119,14 +121,14 @@ class CaseRecorder:
             )
 
     def write(self, engine: Engine) -> None:
-        """Write the rows of all cases into ``metrics.csv`` and ``cases.csv``."""
+        """Write the rows of all cases into ``metrics.csv`` and ``cases.csv``, and the summary into ``summary.csv``."""
         same = ("site", "role", "model")
         replace_rows(self.output_dir / "metrics.csv", METRICS, self.metrics, same)
         replace_rows(self.output_dir / "cases.csv", CASES, self.cases, same)
         replace_rows(self.output_dir / "summary.csv", SUMMARY, self.summary(), same)
 
     def summary(self) -> list[dict[str, Any]]:
-        """One row a metric over the cases recorded so far, NaN (a distance to an empty mask) left out."""
+        """Return one row per metric over the cases recorded so far, without NaN (a distance to an empty mask)."""
         rows = []
         for metric in dict.fromkeys(row["metric"] for row in self.metrics):
             values = torch.tensor([float(row["value"]) for row in self.metrics if row["metric"] == metric])

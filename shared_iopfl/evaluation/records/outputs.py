@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What is written of each scan as it is served: its mask, its measures, and a step of the progress bar."""
+"""Outputs of each scan as it is processed: its mask, its measures, and a step of the progress bar."""
 
 from __future__ import annotations
 
@@ -20,22 +20,23 @@ from ignite.engine import Engine, Events
 from torch import Tensor
 from tqdm import tqdm
 
-from shared_iopfl.evaluation.run.growing_tables import GrowingFile, ServedRecorder, served_scans
+from shared_iopfl.evaluation.records.growing_tables import GrowingFile, ServedRecorder, served_scans
 from shared_iopfl.utils.tables import csv_text
 
 
 class OutputWriter:
-    """Applies transforms that write files, such as `SaveMaskd`, to each of an evaluator's outputs.
+    """Apply transforms that write files, such as `SaveMaskd`, to each output of an evaluator.
 
-    As a handler, not as part of the bundle's postprocessing, so that a server that takes the postprocessing for itself
-    (MONAI Label) writes no files of ours.
+    This is a handler, and not a part of the bundle's postprocessing, so that a server that uses the postprocessing
+    (MONAI Label) writes no further files.
 
     Args:
-        transforms: applied in order to each case's batch and output; what they add goes to the output.
+        transforms: Transforms that are applied in order to each case's batch and output; the keys that they add are
+            added to the output.
     """
 
     def __init__(self, transforms: Sequence[Callable[[dict], Mapping]]) -> None:
-        self.transforms = [transform for transform in transforms if transform is not None]  # None: disabled in a config
+        self.transforms = [transform for transform in transforms if transform is not None]  # a config may disable one
 
     def attach(self, engine: Engine) -> None:
         """Register the handlers with an ignite engine."""
@@ -50,11 +51,11 @@ class OutputWriter:
 
 
 class MeasureRecorder(ServedRecorder):
-    """Writes ``measures.csv``, as scans are served: what a clinic reads off each mask, without any reference.
+    """Write ``measures.csv`` as scans are processed: clinical measures of each mask, which need no reference.
 
     Args:
-        output_dir: where the file goes.
-        measures: name -> function of the binary mask (T, *spatial) in the scan's own grid.
+        output_dir: Folder of the file.
+        measures: Name -> function of the binary mask (T, *spatial) in the scan's own grid.
     """
 
     def __init__(self, output_dir: str, measures: Mapping[str, Callable[[Tensor], float]]) -> None:
@@ -64,11 +65,11 @@ class MeasureRecorder(ServedRecorder):
         self.file: GrowingFile
 
     def start(self, engine: Engine) -> None:
-        """Forget the rows of an earlier run of the engine."""
+        """Discard the rows of an earlier run of the engine."""
         self.file = GrowingFile(self.output_dir / "measures.csv", csv_text(self.columns, []))
 
     def record(self, engine: Engine) -> None:
-        """Measure the mask of this iteration."""
+        """Measure the masks of this iteration."""
         rows = []
         for batch, output in served_scans(engine):
             values = {name: f"{measure(output['pred']):.4f}" for name, measure in self.measures.items()}
@@ -83,7 +84,10 @@ class MeasureRecorder(ServedRecorder):
 class Progress:
     """A progress bar over the scans of an evaluator.
 
-    Not ignite's `ProgressBar`, which shows nothing before the first scan is done and stays open where a run raises.
+    ignite's `ProgressBar` shows nothing before the first scan is done, and is not closed if a run raises an exception.
+
+    Args:
+        description: Text before the bar.
     """
 
     def __init__(self, description: str) -> None:
@@ -104,5 +108,5 @@ class Progress:
     def fail(self, engine: Engine, error: BaseException) -> None:
         """Close the bar and raise the error."""
         if self.bar is not None:
-            self.bar.close()  # so that the error gets a line of its own
+            self.bar.close()  # so that the error is printed on a separate line
         raise error

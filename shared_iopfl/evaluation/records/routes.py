@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The routes of each scan, or of a site, whose network is made of its scans before the first one is served."""
+"""The routes of each scan, or of a site, whose network is made from its scans before the first one is processed."""
 
 from __future__ import annotations
 
@@ -25,27 +25,31 @@ from ignite.engine import Engine, Events
 from torch import Tensor, nn
 
 from shared_iopfl.data.scan_names import case_name
-from shared_iopfl.evaluation.run.growing_tables import GrowingFile, ServedRecorder, served_scans
+from shared_iopfl.evaluation.records.growing_tables import GrowingFile, ServedRecorder, served_scans
 from shared_iopfl.inferers.members import load_members
 from shared_iopfl.inferers.routing import TestTimeRoutingInferer
 from shared_iopfl.models.files import load_weights, save_atomically
 from shared_iopfl.utils.tables import csv_text, json_text, write_json, write_rows
 
-SITE_SCANS = 128  # as many tell what a site is like
+SITE_SCANS = 128  # enough scans to represent a site
 ROUTES = ("case", "layer", "expert", "weight")
 
 
 class RoutesRecorder(ServedRecorder):
-    """Writes ``routes.json`` and ``routes.csv``, as scans are served: the guard's decision, and the experts.
+    """Write ``routes.json`` and ``routes.csv`` as scans are processed: the experts and the decision on adaptation.
 
-    The inferer's whole report of a scan is left in the engine's output as "report", for the handlers that come after.
+    The complete report of a scan is added to the engine's output as "report", for the handlers that follow.
+
+    Args:
+        inferer: Inferer whose reports are written.
+        output_dir: Folder of the files.
     """
 
     def __init__(self, inferer: TestTimeRoutingInferer, output_dir: str) -> None:
         self.inferer = inferer
         self.output_dir = Path(output_dir)
         self.cases: dict[str, dict[str, Any]] = {}
-        self.newest: list[str] = []  # the cases of this iteration
+        self.newest: list[str] = []  # cases of this iteration
         self.files: list[GrowingFile] = []
 
     def attach(self, engine: Engine) -> None:
@@ -54,12 +58,12 @@ class RoutesRecorder(ServedRecorder):
         engine.add_event_handler(Events.COMPLETED, self.write)
 
     def start(self, engine: Engine) -> None:
-        """Forget the routes of an earlier run of the engine."""
+        """Discard the routes of an earlier run of the engine."""
         self.cases, self.newest, self.files = {}, [], []
         self.inferer.reports.clear()
 
     def record(self, engine: Engine) -> None:
-        """Take the inferer's report on the scan of this iteration."""
+        """Record the inferer's reports on the scans of this iteration."""
         self.newest = []
         for batch, output in served_scans(engine):
             if self.inferer.reports:
@@ -96,7 +100,7 @@ class RoutesRecorder(ServedRecorder):
 
 
 def reported_case(batch: Mapping[str, Any]) -> str:
-    """What a scan of an evaluator's batch is called in the tables."""
+    """Return the name of a scan of an evaluator's batch in the tables."""
     return batch.get("case") or case_name(batch["image"].meta["filename_or_obj"])
 
 
@@ -127,18 +131,19 @@ def _summary(report: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(eq=False)
 class SiteFitter:
-    """Mode "site": before the first scan is served, makes a network from the site's scans.
+    """In mode "site", make a network from the site's scans before the first scan is processed.
 
-    Of many scans it reads 128, evenly spaced. Where none can be loaded it makes nothing: each fails in its turn.
+    Of many scans, 128 are used, evenly spaced. If none can be loaded, no network is made, and each scan fails later.
 
     Args:
-        inferer: its mode "site" switches this on.
-        network: the global model.
-        site_model: file of the site's network, its state_dict. Where it is there, it is served; else it is made.
-            "": made anew from the scans at hand, and kept as ``site.pt`` in `output_dir`.
-        output_dir: for ``routes.json`` and ``routes.csv`` of the site.
-        device: to run on.
-        image_key: of the scans in the evaluator's batches.
+        inferer: Inferer, whose mode "site" activates this handler.
+        network: The global model.
+        site_model: File of the site's network, its state_dict. If it exists, that network is used; otherwise it is made
+            and written. With "", a new network is made from the current scans and written as ``site.pt`` in
+            `output_dir`.
+        output_dir: Folder of ``routes.json`` and ``routes.csv`` of the site.
+        device: Device of the scans.
+        image_key: Key of the scans in the evaluator's batches.
     """
 
     inferer: TestTimeRoutingInferer
@@ -170,7 +175,7 @@ class SiteFitter:
         write_routes({"site": report}, self.output_dir)
 
     def _scans(self, loader: Any) -> Iterator[Tensor]:
-        """Those that can be loaded, (1, C, *spatial)."""
+        """Yield the scans that can be loaded, (1, C, *spatial)."""
         count = len(loader.dataset)
         for index in range(0, count, math.ceil(count / SITE_SCANS)):
             images = loader.collate_fn([loader.dataset[index]])[self.image_key]

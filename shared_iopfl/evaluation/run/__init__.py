@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""A run and its folder: lock, list of written files, tables that grow as scans are served, settings and versions.
+"""A run and its folder: ownership, lock, list of written files, settings and versions, results.
 
 It knows `utils`, `data` and the manifest in `models`.
 """

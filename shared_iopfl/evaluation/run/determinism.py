@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Deterministic or fast kernels of the backends."""
+"""Choice between deterministic and fast kernels of the backends."""
 
 from __future__ import annotations
 
@@ -18,14 +18,17 @@ import torch
 
 
 def set_backends(deterministic: bool = False) -> None:
-    """Let cuDNN try which of its kernels are fastest or, if deterministic, use those that repeat themselves to the bit.
+    """Use cuDNN's deterministic kernels, whose results are reproducible to the bit, or let it select the fastest ones.
 
-    On a CPU, with one number of threads, they do so anyway. An operation of which CUDA has no deterministic kernel is
-    used all the same, with a warning that names it.
+    On a CPU, results are reproducible for a fixed number of threads. If CUDA has no deterministic kernel for an
+    operation, another one is used, with a warning that names the operation.
+
+    Args:
+        deterministic: Whether to use deterministic kernels.
     """
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, cuBLAS may not repeat itself
-    if deterministic or torch.are_deterministic_algorithms_enabled():  # the call imports torch's compiler: seconds
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it to be deterministic
+    if deterministic or torch.are_deterministic_algorithms_enabled():  # the call takes seconds to import the compiler
         torch.use_deterministic_algorithms(deterministic, warn_only=True)
     torch.backends.cudnn.deterministic = deterministic
     torch.backends.cudnn.benchmark = not deterministic

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The lock of a run's folder, released by the operating system when the process ends."""
+"""The lock of a run's folder, which the operating system releases when the process ends."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ LOCK = ".run.lock"
 
 
 class FolderLock:
-    """Holds a folder until it is released; there is none on a disk or a system that knows no locks.
+    """Lock of a folder until it is released; file systems and operating systems without locks are not locked.
 
     Args:
-        folder: the folder, which is there.
-        shown: what it is called in the message.
+        folder: The folder, which exists.
+        shown: Name of the folder in the message.
 
     Raises:
-        InputError: where another process holds it.
+        InputError: If another process holds the lock.
     """
 
     def __init__(self, folder: Path, shown: str) -> None:
@@ -58,7 +58,7 @@ class FolderLock:
                 return
             if self._is(file):
                 self._file = file
-            else:  # the run before removed it meanwhile
+            else:  # another run has removed the file in the meantime
                 file.close()
         if self._file is not None:
             self._file.truncate(0)

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The provenance of a run: settings, versions, machine, models and data, in ``run.json``."""
+"""The provenance of a run, in ``run.json``: settings, versions, machine, models and data."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ PACKAGES = ("shared_iopfl", "torch", "monai", "pytorch-ignite", "numpy", "nibabe
 
 
 def report_to_nobody() -> None:
-    """Switch MLflow's telemetry off, unless its own environment variable is set.
+    """Disable MLflow's telemetry, unless its own environment variable is set.
 
-    Called by the bundles' ``initialize``, before a run is tracked; importing this package changes nothing.
+    The bundles' ``initialize`` calls this before a run is tracked; importing this package changes nothing.
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     telemetry = sys.modules.get("mlflow.telemetry")
-    if telemetry is not None:  # MONAI has imported it already: make it read the variable again
+    if telemetry is not None:  # MONAI has imported it, so it must read the variable again
         telemetry.set_telemetry_client()
 
 
@@ -57,12 +57,11 @@ def write_run(
     """Write ``run.json`` of a training.
 
     Args:
-        output_dir: of the run.
-        settings: what was asked for, name -> value; ``client_config`` among them has those of ``train.json`` that are
-            others at each site of a federation than in a training of its own.
-        dataset_dir, sites: the data; of each site its number of cases and a fingerprint of names and sizes.
-        bundle_root: where it is given, the bundle's ``train.json`` is written down as it ran with these settings, for
-            the first of the sites.
+        output_dir: Folder of the run.
+        settings: Name -> value of the requested settings; ``client_config`` among them has the settings of
+            ``train.json`` that differ between a site of a federation and a training of its own.
+        dataset_dir, sites: The data; the number of cases of each site is written, and a fingerprint of names and sizes.
+        bundle_root: If given, the bundle's ``train.json`` is written as it ran with these settings at the first site.
     """
     data = {}
     for site in sites:
@@ -76,15 +75,15 @@ def write_run(
 
 
 class InferenceRecorder:
-    """Writes ``run.json`` of an inference, which names no scan, once all scans have had their turn.
+    """Write ``run.json`` of an inference, which names no scan, when all scans have been processed.
 
-    ``scans.csv`` tells which file or folder each case is, relative to what all have in common.
+    ``scans.csv`` lists the file or folder of each case, relative to their common folder.
 
     Args:
-        output_dir: of the run.
-        settings: what was asked for, name -> value.
-        scans: what is segmented: their number, and a fingerprint of names and sizes.
-        ckpt_dir: the models: of each the SHA-256.
+        output_dir: Folder of the run.
+        settings: Name -> value of the requested settings.
+        scans: The scans; their number is written, and a fingerprint of names and sizes.
+        ckpt_dir: Folder of the models, whose SHA-256 are written.
     """
 
     def __init__(self, output_dir: str, settings: Mapping[str, Any], scans: Sequence[Case], ckpt_dir: str) -> None:
@@ -113,7 +112,7 @@ class InferenceRecorder:
 
 
 def _is_there(scan: Case) -> bool:
-    """Whether all files of a scan can be looked at; in a series, a link may lead nowhere."""
+    """Return whether all files of a scan exist; a series may contain a broken link."""
     try:
         fingerprint([scan])
     except InputError:
@@ -132,7 +131,7 @@ def _write(output_dir: str, content: Mapping[str, Any]) -> None:
 
 
 def _resolved(bundle_root: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """``train.json`` with its settings as values; what is built from them (network, transforms) stands as written."""
+    """Return ``train.json`` with its settings as values, and objects (network, transforms) as defined in the file."""
     parser = ConfigParser()
     parser.read_config(str(Path(bundle_root) / "configs" / "train.json"))
     given = {"bundle_root": bundle_root, **settings}
@@ -161,7 +160,7 @@ def _version(package: str) -> str:
 
 
 def _revision() -> str:
-    """The git revision of this code, where it is a checkout."""
+    """Return the git revision of this code, if it is a checkout."""
     try:
         command = ["git", "describe", "--always", "--dirty"]
         result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)

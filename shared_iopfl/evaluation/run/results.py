@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What an inference left in its folder: quality, measures and routes of each scan, the one to check first on top."""
+"""The results of an inference in its folder: quality, measures and routes of each scan, in the order of the review."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ from shared_iopfl.utils.reading import read_json
 from shared_iopfl.utils.tables import read_rows
 
 EXPECTED = ("expected_dice", "expected_low", "expected_high")  # columns of review.csv
-SITE = "site"  # stands for all scans in the routes of mode "site"
+SITE = "site"  # name of all scans together in the routes of mode "site"
 
 
 @dataclass(frozen=True)
 class ServedScan:
-    """One scan that got a mask.
+    """A scan that got a mask.
 
     Attributes:
-        case: its name.
-        quality: agreement of the masks of several views; None where it was not computed.
-        expected_dice: the Dice to expect and the ends of its interval; None where the models have no calibration.
-        reasons: why the mask should be checked; "" if nothing was noticed.
-        measures: name -> value, such as ``volume_ml``.
-        routes: expert -> mean weight over the layers; empty for plain inference.
-        seconds: for routing and segmenting it; None where it was not recorded.
-        statistics: the shares of its own batch-norm statistics, of which the predictions were averaged; empty where
-            they were not recorded.
+        case: Name of the case.
+        quality: Agreement of the masks of several views; None if it was not computed.
+        expected_dice: Expected Dice and the ends of its interval; None if the models have no calibration.
+        reasons: Reasons to check the mask; "" if there are none.
+        measures: Name -> value, such as ``volume_ml``.
+        routes: Expert -> mean weight over the layers; empty for plain inference.
+        seconds: Time for routing and segmenting; None if it was not recorded.
+        statistics: Shares of its own batch-norm statistics with which the averaged predictions were made; empty if they
+            were not recorded.
     """
 
     case: str
@@ -54,12 +54,15 @@ class ServedScan:
 
 
 def read_served(output_dir: str | os.PathLike) -> list[ServedScan]:
-    """The scans of a run that got a mask, in the order of ``review.csv``, those that it does not list after it.
+    """Return the scans of a run that got a mask: first those of ``review.csv`` in its order, then the others.
 
-    Of a run without review, measures and routes ``scans.csv`` tells them, which is written at its end.
+    In a run without review, measures and routes, they are read from ``scans.csv``, which is written at the end.
+
+    Args:
+        output_dir: Folder of the run.
 
     Raises:
-        InputError: when a table of the run is not as a run writes it.
+        InputError: If a table was not written by a run.
     """
     folder = Path(output_dir)
     review = {row["case"]: row for row in read_rows(folder / "review.csv", "case quality reasons")}
@@ -87,18 +90,18 @@ def read_served(output_dir: str | os.PathLike) -> list[ServedScan]:
 
 
 def dice_text(expected: tuple[float, float, float]) -> str:
-    """An expected Dice and its interval in percent, such as "86 (72 to 94)"."""
+    """Return an expected Dice and its interval in percent, such as "86 (72 to 94)"."""
     value, low, high = (f"{100 * number:.0f}" for number in expected)
     return f"{value} ({low} to {high})"
 
 
 def read_failed(output_dir: str | os.PathLike) -> list[dict[str, str]]:
-    """The scans that failed, with ``case`` and ``reason``."""
+    """Return the scans that failed, each with ``case`` and ``reason``."""
     return read_rows(Path(output_dir) / "failed.csv", "case reason")
 
 
 def read_passed_over(output_dir: str | os.PathLike) -> list[dict[str, str]]:
-    """The files that were not taken for scans, with ``file`` and ``reason``."""
+    """Return the files that were not taken for scans, each with ``file`` and ``reason``."""
     return read_rows(Path(output_dir) / "not_taken.csv", "file reason")
 
 
@@ -106,7 +109,7 @@ def _routes(path: Path) -> dict[str, dict[str, Any]]:
     content = read_json(path) if path.is_file() else {}
     cases = content.get("cases", {}) if isinstance(content, dict) else None
     if not isinstance(cases, dict) or not all(isinstance(facts, dict) for facts in cases.values()):
-        raise InputError(f"{path} is not a table of routes of a run.")
+        raise InputError(f"{path} is not a table of routes of a run: remove it, or give another folder.")
     return cases
 
 

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The list of the files that a run wrote, ``written.jsonl``: only these may a later run replace."""
+"""The list of the files that a run wrote, ``written.jsonl``; a later run may replace only these."""
 
 from __future__ import annotations
 
@@ -20,22 +20,19 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from shared_iopfl.data.scan_files import OVERLAY, RUN, WRITTEN, written_by_a_run
 from shared_iopfl.data.scan_names import PICTURES, VOLUMES, file_ending
 from shared_iopfl.utils.errors import InputError
-from shared_iopfl.utils.reading import read_bounded
-
-LIST = "written.jsonl"
-LARGEST = 2**30
 
 
 class Written:
-    """The files that runs wrote into one folder.
+    """The files that runs wrote into a folder.
 
-    A file is listed before it gets its name: a run that is killed leaves no file of its own that is not in the list. Of
+    A file is listed before it is renamed to its final name, so that all files of a killed run are in the list. For
     masks, which people correct by hand, size and checksum are listed too.
 
     Args:
-        folder: of the runs.
+        folder: Folder of the runs.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -46,7 +43,7 @@ class Written:
         return self._name(path) in self.files
 
     def below(self, folder: Path) -> list[Path]:
-        """Those that are in a folder, or below it, and still there."""
+        """Return the listed files in a folder, or below it, that still exist."""
         paths = [self.folder / name for name in self.files]
         return [path for path in paths if path.is_relative_to(folder) and os.path.lexists(path)]
 
@@ -54,8 +51,8 @@ class Written:
         """List a file.
 
         Args:
-            path: the file.
-            content: where its content is until it gets its name.
+            path: The file.
+            content: File that holds its contents until it is renamed.
         """
         entry: dict[str, Any] = {"file": self._name(path)}
         if content is not None and _is_mask(path):
@@ -63,64 +60,59 @@ class Written:
         if self.files.get(entry["file"]) == entry:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        # one write to the end of the file, so that a run which is killed leaves whole lines
-        with open(self.folder / LIST, "ab", buffering=0) as file:
+        # a single write to the end of the file, so that a run that is killed leaves complete lines
+        with open(self.folder / WRITTEN, "ab", buffering=0) as file:
             file.write((json.dumps(entry) + "\n").encode())
         self.files[entry["file"]] = entry
 
-    def changed(self, path: Path) -> bool:
-        """Whether a mask is no longer what the run wrote."""
-        entry = self.files[self._name(path)]
-        sums = {key: entry.get(key) for key in ("bytes", "crc32")}
-        return "crc32" in entry and path.is_file() and _sums(path) != sums
-
     def check_unchanged(self, folder: Path) -> None:
-        """Raise `InputError` where a mask in a folder, or below it, was changed since a run wrote it."""
+        """Raise `InputError` if a mask in a folder, or below it, has changed since a run wrote it."""
         for path in self.below(folder):
-            if self.changed(path):
+            entry = self.files[self._name(path)]
+            sums = {key: entry.get(key) for key in ("bytes", "crc32")}
+            if "crc32" in entry and path.is_file() and _sums(path) != sums:
                 raise InputError(
                     f"{path} was changed since the run that wrote it: move it away, or choose another output_dir."
                 )
 
     def remove(self, folder: Path) -> None:
-        """Remove the files in a folder, or below it, and the folders that they leave empty.
+        """Remove the listed files in a folder, or below it, and the folders that become empty.
+
+        Args:
+            folder: The folder.
 
         Raises:
-            InputError: when a mask among them was changed since; nothing is removed then.
+            InputError: If a mask among them has changed; then nothing is removed.
         """
         self.check_unchanged(folder)
-        paths = self.below(folder)
-        last = [path for path in paths if path.parent == self.folder and path.name == "run.json"]
-        for path in [*(path for path in paths if path not in last), *last]:
+        paths = sorted(self.below(folder), key=lambda path: path == self.folder / RUN)  # run.json is removed last
+        for path in paths:
             if not path.is_dir() or path.is_symlink():
                 path.unlink(missing_ok=True)
         for parent in sorted({parent for path in paths for parent in path.parents}, reverse=True):
             if parent != self.folder and parent.is_relative_to(self.folder):
-                with suppress(OSError):  # it holds something else
+                with suppress(OSError):  # it has other contents
                     parent.rmdir()
         if folder == self.folder:
-            (self.folder / LIST).unlink(missing_ok=True)
+            (self.folder / WRITTEN).unlink(missing_ok=True)
             self.files = {}
 
     def _name(self, path: Path) -> str:
         return path.relative_to(self.folder).as_posix()
 
     def _read(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """The list's entries; one that leads out of the folder, as a run does not write it, is passed over."""
-        if not (self.folder / LIST).is_file():
-            return
-        for line in read_bounded(self.folder / LIST, LARGEST).decode(errors="replace").splitlines():
+        """Yield name and entry of each listed file; entries outside the folder, which no run writes, are ignored."""
+        for entry in written_by_a_run(self.folder):
             try:
-                entry = json.loads(line)
-                path = (self.folder / entry["file"]).parent.resolve()
-            except (ValueError, TypeError, KeyError, RecursionError, OSError):
-                continue  # the line at which a run was killed
-            if ".." not in Path(entry["file"]).parts and path.is_relative_to(self.folder.resolve()):
+                parent = (self.folder / entry["file"]).parent.resolve()
+            except (ValueError, OSError):
+                continue  # not a path
+            if ".." not in Path(entry["file"]).parts and parent.is_relative_to(self.folder.resolve()):
                 yield entry["file"], entry
 
 
 def _is_mask(path: Path) -> bool:
-    return file_ending(path) in VOLUMES + PICTURES and not path.stem.endswith("_overlay")
+    return file_ending(path) in VOLUMES + PICTURES and not path.stem.endswith(OVERLAY)
 
 
 def _sums(path: Path) -> dict[str, int]:

@@ -27,7 +27,7 @@ SIZE = (48, 48, 12)
 
 
 def volumes(site: Path) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The scans and masks of a site's folder, in the order of their names."""
+    """Return the scans and masks of a site's folder, in the order of their names."""
     masks = sorted(site.glob("*_segmentation.nii.gz"))
     return [
         tuple(np.asarray(nib.load(p).dataobj) for p in (str(m).replace("_segmentation", ""), m))  # type: ignore[misc]
@@ -36,7 +36,7 @@ def volumes(site: Path) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def pictures(site: Path) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The pictures and masks of a site's folder, in the order of their names."""
+    """Return the pictures and masks of a site's folder, in the order of their names."""
     return [
         (np.asarray(Image.open(p)), np.asarray(Image.open(site / "masks" / p.name)))
         for p in sorted((site / "images").glob("*.png"))
@@ -75,7 +75,7 @@ def test_prostate_layout_is_that_of_the_public_set(prostate: Path) -> None:
     assert image.header.get_zooms()[2] == pytest.approx(3)
 
 
-def test_every_prostate_is_one_piece_in_the_middle_slices(prostate: Path) -> None:
+def test_every_prostate_is_connected_and_in_the_middle_slices(prostate: Path) -> None:
     for site in "ABCDE":
         for _, mask in volumes(prostate / site):
             assert set(np.unique(mask)) == {0, 1}
@@ -85,7 +85,7 @@ def test_every_prostate_is_one_piece_in_the_middle_slices(prostate: Path) -> Non
 
 
 def test_prostate_is_not_found_by_a_threshold(prostate: Path) -> None:
-    """The best intensity window, chosen with the mask in hand, still takes in as much of other tissue."""
+    """The best intensity window, even if chosen with the mask, includes as much of other tissue."""
     for site in "ABCDE":
         image, mask = volumes(prostate / site)[0]
         inside = image[mask == 1]
@@ -97,7 +97,7 @@ def test_prostate_is_not_found_by_a_threshold(prostate: Path) -> None:
         assert max(dice) < 0.5
 
 
-def test_prostate_sites_follow_from_the_seed_and_not_from_each_other(prostate: Path, tmp_path: Path) -> None:
+def test_prostate_sites_depend_on_the_seed_and_not_on_each_other(prostate: Path, tmp_path: Path) -> None:
     make_prostate_sites(tmp_path / "again", sites=("C",), cases=2, size=SIZE, seed=7)
     make_prostate_sites(tmp_path / "other", sites=("C",), cases=1, size=SIZE, seed=8)
     whole, alone, other = (volumes(f / "C") for f in (prostate, tmp_path / "again", tmp_path / "other"))
@@ -108,7 +108,7 @@ def test_prostate_sites_follow_from_the_seed_and_not_from_each_other(prostate: P
     assert not np.array_equal(whole[0][0], other[0][0])
 
 
-def test_making_sites_leaves_global_random_state_alone(tmp_path: Path) -> None:
+def test_making_sites_leaves_global_random_state_unchanged(tmp_path: Path) -> None:
     np.random.seed(3)  # noqa: NPY002
     expected = np.random.rand()  # noqa: NPY002
     np.random.seed(3)  # noqa: NPY002
@@ -118,7 +118,7 @@ def test_making_sites_leaves_global_random_state_alone(tmp_path: Path) -> None:
 
 
 def spread(features: dict[str, list[np.ndarray]]) -> tuple[float, float]:
-    """Mean distance between the sites' mean features, and of the cases from their own site's mean."""
+    """Return the mean distance between the sites' mean features, and that of the cases from their site's mean."""
     means = {site: np.mean(values, axis=0) for site, values in features.items()}
     between = [np.linalg.norm(means[a] - means[b]) for a in means for b in means if a < b]
     within = [np.linalg.norm(value - means[site]) for site, values in features.items() for value in values]
@@ -153,7 +153,7 @@ def test_fundus_layout_and_coding(fundus: Path) -> None:
             assert set(np.unique(mask)) == {0, 1, 2}
 
 
-def test_cup_is_one_piece_with_rim_all_round(fundus: Path) -> None:
+def test_cup_is_connected_and_surrounded_by_the_rim(fundus: Path) -> None:
     for site in "ABCDE":
         for _, mask in pictures(fundus / site):
             cup, disc = mask == 2, mask > 0
@@ -188,7 +188,7 @@ def test_photographs_show_the_whole_field_of_view(tmp_path: Path) -> None:
     assert sides == {True, False}  # both eyes
 
 
-def test_fundus_sites_follow_from_the_seed_and_not_from_each_other(fundus: Path, tmp_path: Path) -> None:
+def test_fundus_sites_depend_on_the_seed_and_not_on_each_other(fundus: Path, tmp_path: Path) -> None:
     make_fundus_sites(tmp_path, sites=("D",), cases=2, size=96, seed=7)
     for (image, mask), (same_image, same_mask) in zip(pictures(fundus / "D"), pictures(tmp_path / "D")):
         assert np.array_equal(image, same_image)
@@ -220,7 +220,7 @@ def test_sites_may_be_named_on_the_command_line(tmp_path: Path) -> None:
         {"size": (9, 9, 9)},
     ],
 )
-def test_what_cannot_be_made_is_refused_before_anything_is_written(tmp_path: Path, wrong: dict) -> None:
+def test_invalid_arguments_are_rejected_before_anything_is_written(tmp_path: Path, wrong: dict) -> None:
     with pytest.raises(InputError):
         make_prostate_sites(tmp_path, **wrong)
     with pytest.raises(InputError):

@@ -34,7 +34,7 @@ KNOWN = {
 
 
 def index_mask() -> torch.Tensor:
-    """(1, 12, 10): background 0, rim 1, cup 2."""
+    """Return a mask (1, 12, 10): background 0, rim 1, cup 2."""
     mask = torch.zeros(1, 12, 10)
     mask[:, 2:10, 2:9], mask[:, 4:8, 4:7] = 1, 2
     return mask
@@ -64,7 +64,7 @@ def test_metadata_and_kind_of_array_are_kept():
     assert isinstance(DecodeMask("index", KNOWN)(index_mask().numpy()), np.ndarray)
 
 
-def test_unexpected_values_name_file_values_coding_and_the_coding_that_fits():
+def test_the_message_of_unexpected_values_names_file_values_coding_and_fitting_coding():
     mask = MetaTensor(as_dofe(index_mask()), meta={"filename_or_obj": "site/masks/g0001.png"})
     with pytest.raises(InputError) as error:
         DecodeMaskd("label", "index", known=KNOWN)({"label": mask})
@@ -75,7 +75,7 @@ def test_unexpected_values_name_file_values_coding_and_the_coding_that_fits():
 def test_interpolated_masks_are_refused_in_a_short_line():
     mask = torch.linspace(0, 2, 120).reshape(1, 12, 10)
     with pytest.raises(
-        InputError, match=r"0\.0168067.*\.\.\. in a mask without a file name.*correct the mask"
+        InputError, match=r"0\.0168067.*\.\.\. in a picture without a file name.*correct the mask"
     ) as error:
         DecodeMask("index", KNOWN)(mask)
     assert len(str(error.value)) < 300
@@ -113,7 +113,7 @@ def test_encoding_undoes_decoding():
 
 
 def test_encoded_targets_are_nested_for_any_probabilities():
-    """T = 3 random targets: the value counts how many of the running intersections hold the pixel."""
+    """For three random targets, the value is the number of running intersections that contain the pixel."""
     probabilities = torch.rand(3, 20, 20, generator=torch.Generator().manual_seed(0))
     binary = probabilities >= 0.5
     expected = binary[0].long() + (binary[0] & binary[1]).long() + binary.all(dim=0).long()

@@ -71,7 +71,7 @@ def test_a_photograph_is_cropped_to_a_square_holding_the_disc():
     assert torch.equal(cropped["image"].as_tensor(), part)
 
 
-def test_a_disc_crop_stays_as_it_is_unless_told():
+def test_a_disc_crop_is_unchanged_by_default():
     picture, _ = case("A", seed=4, photograph=False)
     image = {"image": MetaTensor(picture)}
     left = CropToDiscd("image")(image)["image"]
@@ -82,7 +82,7 @@ def test_a_disc_crop_stays_as_it_is_unless_told():
 
 
 @pytest.mark.parametrize("photograph", [True, False], ids=["photograph", "crop"])
-def test_invertd_brings_the_mask_back_to_the_photographs_own_pixels(photograph):
+def test_invertd_restores_the_mask_in_the_pixels_of_the_photograph(photograph):
     picture, mask = case("D", seed=5, photograph=photograph)
     crop = CropToDiscd("image", size_ratio=2.5)
     both = CropToDiscd(["image", "label"], size_ratio=2.5)({"image": MetaTensor(picture), "label": MetaTensor(mask)})
@@ -98,7 +98,7 @@ def test_invertd_brings_the_mask_back_to_the_photographs_own_pixels(photograph):
 
 
 def test_photographs_and_crops_collate():
-    """Both carry the same metadata and the same trace, so that a batch may hold both."""
+    """Both have the same metadata and the same trace, so that a batch can contain both."""
     transforms = Compose([CropToDiscd("image"), Resized("image", (64, 64))])
     items = [transforms({"image": MetaTensor(case("A", photograph=p)[0])}) for p in (True, False)]
     assert list_data_collate(items)["image"].shape == (2, 3, 64, 64)
@@ -115,7 +115,7 @@ def test_mismatched_mask_and_unknown_settings_are_refused():
 
 
 def folder(root: Path, kinds: str) -> list[dict[str, str]]:
-    """A site of crops ("c") and whole photographs ("w")."""
+    """Write a site of crops ("c") and whole photographs ("w")."""
     cases = []
     for number, kind in enumerate(kinds):
         size = 300 if kind == "w" else 128
@@ -128,7 +128,7 @@ def folder(root: Path, kinds: str) -> list[dict[str, str]]:
 @pytest.mark.parametrize(
     "kinds, chosen", [("cccw", "crops"), ("wwwc", "auto"), ("cw", "auto"), ("c", "auto"), ("cc", "crops")]
 )
-def test_the_site_decides_whether_its_pictures_are_crops(tmp_path, kinds, chosen):
+def test_whether_pictures_are_crops_is_decided_per_site(tmp_path, kinds, chosen):
     cases = folder(tmp_path, kinds)
     (tmp_path / "broken.png").write_bytes(b"x")
     odd = [{"image": str(tmp_path / name)} for name in ("broken.png", "gone.png")]
@@ -137,13 +137,13 @@ def test_the_site_decides_whether_its_pictures_are_crops(tmp_path, kinds, chosen
         assert site_crop(told, cases) == told
 
 
-def test_among_crops_an_unsure_disc_is_taken_with_a_remark_and_no_disc_at_all_is_refused(monkeypatch):
-    """A crop of an older camera, in which the disc is found with less than what is asked for."""
+def test_among_crops_an_uncertain_disc_gets_a_remark_and_no_disc_is_rejected(monkeypatch):
+    """In a crop of an older camera the confidence of the disc is below the usual limit."""
     picture = MetaTensor(case("A", photograph=False)[0], meta={"filename_or_obj": "x.png"})
     found = find_disc(picture)
     for confidence, whole, remark in (
-        (0.24, False, "optic disc unsure (confidence 0.24)"),
-        (0.24, True, "optic disc unsure (confidence 0.24)"),
+        (0.24, False, "optic disc uncertain (confidence 0.24)"),
+        (0.24, True, "optic disc uncertain (confidence 0.24)"),
         (0.8, True, "looks like a whole photograph among crops"),
         (0.8, False, ""),
     ):
@@ -160,7 +160,7 @@ def test_among_crops_an_unsure_disc_is_taken_with_a_remark_and_no_disc_at_all_is
 
 
 @pytest.mark.parametrize("crop", ["auto", "never", "crops"])
-def test_a_stretched_crop_is_remarked(crop):
+def test_a_stretched_crop_gets_a_remark(crop):
     picture, _ = case("A", photograph=False)
     wide = torch.nn.functional.interpolate(picture[None], scale_factor=(1.5, 1))[0]
     assert CropToDiscd("image", crop=crop)({"image": MetaTensor(wide)})["image"].meta["remarks"] == (

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Properties of finding the optic disc."""
+"""Properties of the search for the optic disc."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def test_the_disc_is_found_for_every_camera(site, photograph):
     check(find_disc(picture), *truth(mask), whole=photograph)
 
 
-def test_the_disc_of_a_real_photograph_is_found_however_it_lies():
-    """skimage's retina (public domain): 1411 pixels square, disc 200 wide at (row 650, column 215)."""
+def test_the_disc_of_a_real_photograph_is_found_in_any_orientation():
+    """The photograph is skimage's retina (public domain, 1411 pixels square); its disc is 200 wide, at (650, 215)."""
     picture = data.retina()
     for turns in range(4):
         row, column = [(650, 215), (1195, 650), (760, 1195), (215, 760)][turns]

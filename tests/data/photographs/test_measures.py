@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Properties of the ratio of extents."""
+"""Properties of the ratio of heights."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from shared_iopfl.data.photographs.measures import (
 
 
 def nested(cup: int, disc: int) -> torch.Tensor:
-    """(2, W, H) as MONAI loads photographs: a disc of this many rows, and a cup; both of other widths."""
+    """Return (2, W, H) as MONAI loads photographs: a disc and a cup of the given heights, with other widths."""
     targets = torch.zeros(2, 40, 60)
     targets[0, 5:15, 10 : 10 + disc] = 1
     targets[1, 7:10, 12 : 12 + cup] = 1
     return targets
 
 
-def test_it_is_the_ratio_of_heights_not_of_widths_or_areas():
+def test_the_ratio_is_that_of_heights_not_of_widths_or_areas():
     disc, cup = nested(cup=10, disc=40)
     assert vertical_ratio(cup, disc) == pytest.approx(0.25)
 
@@ -52,7 +52,7 @@ def test_zero_without_inner_and_nan_without_outer():
 
 
 def test_ratios_of_targets_and_of_coded_masks_agree():
-    """The prediction and the reference are not mixed up, and a coded mask has the ratio of its targets."""
+    """Prediction and reference are not interchanged, and a coded mask has the ratio of its targets."""
     pred, label = nested(cup=10, disc=40), nested(cup=30, disc=40)
     assert predicted_ratio(pred, label) == pytest.approx(0.25)
     assert reference_ratio(pred, label) == pytest.approx(0.75)

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What is no colour photograph of one eye is refused for what it is, and what is one is taken, whatever its camera."""
+"""Pictures that are not a colour photograph of one eye are rejected with the reason; others pass, for all cameras."""
 
 from __future__ import annotations
 
@@ -49,21 +49,21 @@ def resized(width: float, height: float) -> Change:
 
 
 def cut(eye: np.ndarray) -> np.ndarray:
-    """As cameras cut their circle above and below."""
+    """Crop the circle above and below, as cameras do."""
     rows = np.flatnonzero(eye.max(axis=(1, 2)) > 30)
     less = (rows[-1] - rows[0]) // 8
     return np.where((np.arange(len(eye)) > rows[0] + less)[:, None, None], eye, 0)[: rows[-1] - less]
 
 
 @pytest.mark.parametrize("name", EYES)
-def test_good_photographs_are_taken_as_they_are(tmp_path, name):
+def test_good_photographs_are_accepted_unchanged(tmp_path, name):
     for change in (lambda eye: eye, lambda eye: eye * 0.4, lambda eye: np.rot90(eye), lambda eye: eye[:, ::-1]):
         picture = change(EYES[name])
         assert np.abs(read(tmp_path / "a.png", picture) - picture.astype(np.uint8).swapaxes(0, 1)).max() == 0
 
 
 @pytest.mark.parametrize("name", WHOLE)
-def test_a_field_cut_by_its_camera_is_not_stretched(tmp_path, name):
+def test_a_field_of_view_cropped_by_the_camera_is_not_stretched(tmp_path, name):
     read(tmp_path / "a.png", cut(EYES[name]))
     read(tmp_path / "a.png", np.rot90(cut(EYES[name])))
     read(tmp_path / "a.png", np.pad(EYES[name], ((0, 0), (60, 200), (0, 0))))
@@ -86,7 +86,7 @@ def test_a_field_cut_by_its_camera_is_not_stretched(tmp_path, name):
         (lambda eye: np.concatenate([eye, eye], axis=0), "each eye as a picture of its own"),
     ],
 )
-def test_what_no_network_should_be_asked_about(tmp_path, name, change, what):
+def test_pictures_that_are_not_a_photograph_of_one_fundus_are_rejected(tmp_path, name, change, what):
     with pytest.raises(InputError, match=what) as error:
         read(tmp_path / "x.png", change(EYES[name]))
     assert "x.png" in str(error.value)
@@ -95,14 +95,14 @@ def test_what_no_network_should_be_asked_about(tmp_path, name, change, what):
 
 @pytest.mark.parametrize("name", WHOLE)
 @pytest.mark.parametrize("width, height", [(1.4, 1), (1, 1.4), (2, 1), (1, 1.8), (0.5, 1)])
-def test_stretched_photographs(tmp_path, name, width, height):
+def test_stretched_photographs_are_rejected(tmp_path, name, width, height):
     with pytest.raises(InputError, match="square pixels"):
         read(tmp_path / "x.png", resized(width, height)(EYES[name]))
 
 
 @pytest.mark.parametrize("name", ["A, whole", "C, crop"])
-def test_grey_and_other_colours_are_taken_when_told(tmp_path, name):
-    """The one colour's channel, or the mean of what is nearly grey, three times; swapped channels as they are."""
+def test_grey_and_other_colours_are_accepted_on_request(tmp_path, name):
+    """The only channel, or the mean of nearly grey ones, is repeated three times; swapped channels are unchanged."""
     eye = EYES[name]
     for change in (lambda eye: eye * [0, 1, 0], lambda eye: eye[..., 1:2] * [1.01, 1, 0.99]):
         taken = read(tmp_path / "x.png", change(eye), grey="replicate")

@@ -29,7 +29,7 @@ def colours(height: int = 30, width: int = 40, seed: int = 0) -> np.ndarray:
 
 
 def load(path: Path, reader: PhotographReader | CodedMaskReader) -> np.ndarray:
-    """As the bundles load: through MONAI, channel first; returned as (C, H, W)."""
+    """Load a picture as the bundles do, through MONAI with the channel first, and return (C, H, W)."""
     return LoadImage(reader=reader, ensure_channel_first=True)(path).numpy().swapaxes(1, 2)
 
 
@@ -50,7 +50,7 @@ def test_lossless_colour_is_read_exactly(tmp_path, suffix):
 
 
 def test_metadata_are_those_of_the_upright_picture(tmp_path):
-    """A photograph stored on its side (EXIF 6) comes back upright, and its metadata with it."""
+    """A photograph that is stored sideways (EXIF 6) is returned upright, and so are its metadata."""
     stored = Image.fromarray(np.rot90(colours()).copy())  # turned left; orientation 6 says: turn right to view
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -128,7 +128,7 @@ def test_large_photographs_are_read_and_bombs_refused(tmp_path, monkeypatch):
 )
 @pytest.mark.parametrize("read", [photograph, mask])
 def test_unusable_files_end_in_one_line_naming_the_file(tmp_path, content, reason, read):
-    """Not in MONAI's list of readers that failed, and not in a silent fall back to one of them."""
+    """There is neither MONAI's list of readers that failed, nor a silent fallback to one of them."""
     path = tmp_path / "case 7.png"
     if content in ("jpeg", "png"):
         Image.fromarray(colours(300, 300)).save(path, content)

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""DICOM: one volume whose place is known is read in its grid; anything else is refused for what it is."""
+"""DICOM: a single volume with a known position is read in its grid; other series are rejected with the reason."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def refused(path: Path, what: str) -> None:
 
 
 def good(folder: Path) -> None:
-    """The very values and place of the series."""
+    """Check values and position of the series."""
     scan = load(folder)
     assert np.array_equal(scan[0].numpy(), SERIES.T)
     direction, flip = rotation(), np.diag([-1, -1, 1])
@@ -48,7 +48,7 @@ def good(folder: Path) -> None:
 
 
 def without(folder: Path, *tags: bytes) -> Path:
-    """The tags under numbers that nobody knows."""
+    """Replace the tags by tags that no reader knows."""
     for file in folder.iterdir():
         data = file.read_bytes()
         for tag in tags:
@@ -58,7 +58,7 @@ def without(folder: Path, *tags: bytes) -> Path:
     return folder
 
 
-def test_a_series_of_too_many_voxels_is_refused_unread(tmp_path, monkeypatch):
+def test_a_series_with_too_many_voxels_is_rejected_unread(tmp_path, monkeypatch):
     itk = pytest.importorskip("itk")
     folder = dicom_series(tmp_path / "scan", SERIES)
     monkeypatch.setattr(headers, "MOST_VOXELS", SERIES.size - 1)
@@ -66,8 +66,8 @@ def test_a_series_of_too_many_voxels_is_refused_unread(tmp_path, monkeypatch):
     refused(folder, "too many voxels")
 
 
-def test_a_series_is_read_in_the_order_of_its_places(tmp_path):
-    """Whatever the files' names, and with names of slices that sort otherwise."""
+def test_slices_are_sorted_by_position(tmp_path):
+    """The names of the files do not matter."""
     folder = dicom_series(tmp_path / "s", SERIES)
     good(folder)
     for number, file in enumerate(sorted(folder.iterdir())):
@@ -76,7 +76,7 @@ def test_a_series_is_read_in_the_order_of_its_places(tmp_path):
 
 
 @pytest.mark.parametrize("noise", ["3.00000{}", "{}.0", "3{}"])
-def test_another_text_for_the_thickness_makes_no_other_series(tmp_path, noise):
+def test_a_different_text_of_the_slice_thickness_does_not_divide_a_series(tmp_path, noise):
     folder = dicom_series(tmp_path / "s", SERIES, thickness=lambda k: noise.format(k + 1))
     good(folder)
     assert sorted(load_case(folder, {}).image.shape[1:]) == sorted(SERIES.shape)  # as overlays and reports show it
@@ -84,14 +84,14 @@ def test_another_text_for_the_thickness_makes_no_other_series(tmp_path, noise):
 
 @pytest.mark.parametrize("kind", ["88.22", "88.59", "11.1", "66.4", "104.1", "481.3"])
 @pytest.mark.parametrize("name", ["SR.dcm", "0000", "zzz"])
-def test_objects_without_voxels_are_passed_over_by_name(tmp_path, caplog, kind, name):
+def test_objects_without_voxels_are_ignored_with_a_warning(tmp_path, caplog, kind, name):
     folder = dicom_series(tmp_path / "s", SERIES)
     dicom_report(folder / name, kind)
     good(folder)
     assert any(name in record.getMessage() for record in caplog.records)
 
 
-def test_a_folder_of_reports_is_no_scan(tmp_path):
+def test_a_folder_of_reports_is_not_a_scan(tmp_path):
     (tmp_path / "s").mkdir()
     dicom_report(tmp_path / "s" / "SR.dcm")
     refused(tmp_path / "s", r"no DICOM images, only reports or the like \(SR\.dcm\)")
@@ -107,44 +107,44 @@ def test_a_folder_of_reports_is_no_scan(tmp_path):
     ],
 )
 @pytest.mark.parametrize("alone", [False, True], ids=["series", "file"])
-def test_slices_that_do_not_say_where_they_lie(tmp_path, tags, what, alone):
+def test_slices_without_position_are_rejected(tmp_path, tags, what, alone):
     folder = without(dicom_series(tmp_path / "s", SERIES), *tags)
     refused(folder / "IM0.dcm" if alone else folder, what)
 
 
-def test_two_images_at_one_place(tmp_path):
-    """Phases, echoes or repetitions, and a slice that was copied twice."""
+def test_two_images_at_one_position_are_rejected(tmp_path):
+    """They are phases, echoes or repetitions, or a slice that was copied twice."""
     folder = dicom_series(tmp_path / "s", SERIES)
     dicom_series(folder, SERIES // 2, name="second")
     refused(folder, r"two images at one place, IM0\.dcm and second0\.dcm")
     refused(dicom_series(tmp_path / "t", SERIES, place=lambda k: min(k, 3)), "two images at one place")
 
 
-def test_one_slice_of_a_series_is_no_scan(tmp_path):
-    """Unless it is all that there is of it: another series may lie beside it."""
+def test_a_single_slice_of_a_series_is_rejected(tmp_path):
+    """A series with only one slice is accepted, also beside another series."""
     folder = dicom_series(tmp_path / "s", SERIES)
     refused(folder / "IM1.dcm", rf"IM1\.dcm is one of {len(SERIES)} slices of a DICOM series: give their folder, .*s$")
     dicom_series(folder, SERIES[:1], uid="1.2.4", name="second")
     assert LoadCased("image")({"image": folder / "second0.dcm"})["image"].shape[-1] == 1
 
 
-def test_slices_of_several_directions(tmp_path):
+def test_slices_of_several_directions_are_rejected(tmp_path):
     folder = dicom_series(tmp_path / "s", SERIES)
     dicom_series(folder, SERIES, name="sagittal", direction=SAGITTAL)
     refused(folder, "slices of several directions")
 
 
-def test_slices_of_several_sizes(tmp_path):
+def test_slices_of_several_sizes_are_rejected(tmp_path):
     folder = dicom_series(tmp_path / "s", SERIES)
     dicom_series(folder, SERIES[:, 1:], name="small", place=lambda k: k + 5)
     refused(folder, "slices of several sizes")
 
 
 @pytest.mark.parametrize("place", [lambda k: k + (k > 2), lambda k: k * (1 + 0.1 * k), lambda k: k**2])
-def test_uneven_slices(tmp_path, place):
+def test_missing_or_uneven_slices_are_rejected(tmp_path, place):
     refused(dicom_series(tmp_path / "s", SERIES, place=place), r"missing or unevenly spaced \(.* mm apart\)")
 
 
-def test_slices_shifted_against_each_other(tmp_path):
-    """A tilted gantry's: positions that do not follow the slices' normal."""
+def test_slices_shifted_against_each_other_are_rejected(tmp_path):
+    """With a tilted gantry, the positions do not follow the slices' normal."""
     refused(dicom_series(tmp_path / "s", SERIES, tilt=1), "shifted against each other")

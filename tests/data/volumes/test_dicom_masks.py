@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""DICOM SEG and RTSTRUCT: read back, each voxel is what it was, at the place where it was."""
+"""DICOM SEG and RTSTRUCT: read back, each voxel has its value and its position."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ SEGMENTS = [{"label": "prostate", "code": ["41216001", "SCT", "Prostate"]}, {"la
 
 
 def turned(angle: float) -> np.ndarray:
-    """Directions that are oblique about all axes."""
+    """Return directions that are oblique about all axes."""
     c, s = np.cos(angle), np.sin(angle)
     return np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]]) @ np.array([[1, 0, 0], [0, c, -s], [0, s, c]])
 
 
 def exam(folder: Path, direction: np.ndarray, array: np.ndarray = SERIES) -> Path:
-    """A series whose slices are named against their order, with the tags that an archive has."""
+    """Write a series whose slices are named in reverse order, with the tags of an archive."""
     pydicom = pytest.importorskip("pydicom")
     dicom_series(folder, array, "1.2.826.0.1.3680043.8.498.1", direction=direction)
     files = sorted(folder.iterdir())
@@ -60,7 +60,7 @@ def exam(folder: Path, direction: np.ndarray, array: np.ndarray = SERIES) -> Pat
 
 
 def case_of(source: Path, seed: int = 0) -> dict[str, Any]:
-    """The loaded scan with a random mask of two classes, holes and edges included."""
+    """Return the loaded scan with a random mask of two classes, including holes and edges."""
     image = LoadCased("image")({"image": str(source)})["image"]
     values = torch.from_numpy(np.random.RandomState(seed).randint(0, 3, tuple(image.shape)).astype(np.uint8))
     return {"image": image, "pred": MetaTensor(values, affine=image.affine), "case": "exam"}
@@ -71,7 +71,7 @@ def save(case: dict[str, Any], out: Path, formats: str = "nifti,dicomseg,rtstruc
 
 
 def index_of(affine: np.ndarray, point: Any) -> np.ndarray:
-    """Voxel indices of a point in mm (LPS)."""
+    """Return the voxel indices of a point in mm (LPS)."""
     return (np.linalg.inv(LPS @ affine) @ [*map(float, point), 1])[:3]
 
 
@@ -98,7 +98,7 @@ def test_a_segmentation_is_read_back_voxel_by_voxel(direction, tmp_path):
 @pytest.mark.skipif(shutil.which("segimage2itkimage") is None, reason="needs dcmqi: pip install dcmqi")
 @pytest.mark.parametrize("direction", [np.eye(3), turned(0.4), turned(-2.0)], ids=["axial", "oblique", "far"])
 def test_dcmqi_reads_the_same_voxels(direction, tmp_path):
-    """The library behind 3D Slicer's reader: each voxel at its place in the patient, and no complaint."""
+    """The library behind 3D Slicer's reader finds each voxel at its position, without a warning."""
     case = case_of(exam(tmp_path / "series", direction))
     save(case, tmp_path, "dicomseg")
     words = ["segimage2itkimage", "--inputDICOM", str(tmp_path / "exam.seg.dcm"), "--outputDirectory", str(tmp_path)]
@@ -117,7 +117,7 @@ def test_dcmqi_reads_the_same_voxels(direction, tmp_path):
 
 
 @pytest.mark.parametrize("direction", [np.eye(3), turned(0.4), turned(-2.0)], ids=["axial", "oblique", "far"])
-def test_contours_that_are_filled_give_the_mask_again(direction, tmp_path):
+def test_filled_contours_restore_the_mask(direction, tmp_path):
     pydicom = pytest.importorskip("pydicom")
     case = case_of(exam(tmp_path / "series", direction), seed=1)
     save(case, tmp_path, "rtstruct")
@@ -172,24 +172,24 @@ def test_an_empty_mask_is_an_object_too(tmp_path):
     assert not list(pydicom.dcmread(tmp_path / "exam.rtstruct.dcm").ROIContourSequence[0].ContourSequence)
 
 
-def test_what_is_no_dicom_is_one_line(tmp_path):
+def test_other_scans_are_rejected_in_one_line(tmp_path):
     pytest.importorskip("highdicom")
     source = nifti(tmp_path / "scan.nii.gz", SERIES.T.astype("f4"))
     with pytest.raises(
-        InputError, match=r"scan\.nii\.gz is not a DICOM series, the input that dicomseg and rtstruct must have"
+        InputError, match=r"scan\.nii\.gz is not a DICOM series, which dicomseg and rtstruct output requires"
     ):
         save(case_of(source), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["scan.nii.gz"]
 
 
-def test_a_series_without_a_frame_of_reference_is_one_line(tmp_path):
+def test_a_series_without_a_frame_of_reference_is_rejected_in_one_line(tmp_path):
     pytest.importorskip("highdicom")
     source = dicom_series(tmp_path / "series", SERIES)
     with pytest.raises(InputError, match="has no FrameOfReferenceUID"):
         save(case_of(source), tmp_path)
 
 
-def test_without_the_library_it_is_one_line_and_nothing_without_dicom(tmp_path, monkeypatch):
+def test_the_library_is_only_needed_for_dicom_output(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "highdicom", None)
     with pytest.raises(InputError, match="pip install highdicom"):
         SaveDicomd(formats="rtstruct")
@@ -205,7 +205,7 @@ def test_pseudonyms_and_dicom_exclude_each_other():
 
 
 def compressed(folder: Path, syntax: str) -> Path:
-    """The exam with its pixels compressed without loss."""
+    """Return the exam with its pixels compressed without loss."""
     pydicom = pytest.importorskip("pydicom")
     source = exam(folder, turned(0.4), LARGER)
     for file in source.iterdir():
@@ -238,7 +238,7 @@ def test_compressed_series_are_served(syntax, tmp_path):
 
 
 def test_an_enhanced_multi_frame_file_is_served_like_its_series(tmp_path):
-    """As MR scanners export it: one file, its frames referenced by number."""
+    """MR scanners export a single file whose frames are referenced by number."""
     hd, pydicom = pytest.importorskip("highdicom"), pytest.importorskip("pydicom")
     single = exam(tmp_path / "series", turned(0.4))
     datasets = [pydicom.dcmread(file) for file in sorted(single.iterdir())]

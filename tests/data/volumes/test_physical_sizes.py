@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""A field of view in millimetres: an organ has one size in pixels, and its mask comes back to the grid of the scan."""
+"""A field of view in millimetres: an organ has one size in pixels, and its mask is restored in the grid of the scan."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SIDE, PIXELS = 60.0, 30  # 2 mm a pixel
 
 
 def scan(shape: tuple[int, int, int], spacing: tuple[float, float, float]) -> MetaTensor:
-    """A bright block of 20 mm x 20 mm in the middle of a volume with background 5."""
+    """Return a bright block of 20 mm x 20 mm in the middle of a volume with background 5."""
     volume = torch.full((1, *shape), 5.0)
     middle = [slice(round(n / 2 - 10 / mm), round(n / 2 + 10 / mm)) for n, mm in zip(shape[:2], spacing)]
     volume[(slice(None), *middle)] = 100.0
@@ -60,8 +60,8 @@ def test_an_organ_has_one_size_in_pixels_whatever_the_field_of_view(name):
     assert spacing.tolist() == pytest.approx([2.0, 2.0, 3.0], rel=0.02)
 
 
-def test_a_mask_comes_back_to_the_grid_of_each_scan():
-    """Each by what was done to it, not to the scan that came last."""
+def test_the_inverse_restores_the_grid_of_each_scan():
+    """It inverts the operations on that scan, not those on the last one."""
     transform = preprocessing()
     cases = {name: transform({"image": image}) for name, image in SCANS.items()}
     for name, case in cases.items():
@@ -74,7 +74,7 @@ def test_a_mask_comes_back_to_the_grid_of_each_scan():
 
 @pytest.mark.parametrize(("unit", "mm"), [("meter", 1e3), ("micron", 1e-3), ("mm", 1.0), ("unknown", 1.0)])
 def test_sizes_are_in_millimetres_whatever_the_unit_of_the_header(unit, mm, tmp_path):
-    """Volumes, distances and fields of view; the mask is in the unit of its scan."""
+    """This holds for volumes, distances and fields of view; the mask is in the unit of its scan."""
     affine = np.diag([1 / mm] * 3 + [1.0]) @ AFFINES["oblique"]
     image = nib.Nifti1Image(VALUES, affine)
     image.header.set_xyzt_units(unit)
@@ -88,7 +88,7 @@ def test_sizes_are_in_millimetres_whatever_the_unit_of_the_header(unit, mm, tmp_
     assert np.allclose(nib.load(written).affine, affine, rtol=1e-4)
 
 
-def test_a_unit_that_cannot_be_is_refused(tmp_path):
+def test_an_implausible_unit_is_rejected(tmp_path):
     image = nib.Nifti1Image(VALUES, AFFINES["LPS"])
     image.header.set_xyzt_units("meter")
     nib.save(image, tmp_path / "scan.nii")
@@ -97,7 +97,7 @@ def test_a_unit_that_cannot_be_is_refused(tmp_path):
 
 
 def test_voxels_of_exactly_1_mm_are_a_placeholder():
-    """As for surface distances."""
+    """The same holds for surface distances."""
     assert math.isnan(volume_ml(MetaTensor(torch.ones(1, 4, 4, 4), affine=np.eye(4))))
     assert math.isnan(volume_ml(torch.ones(1, 4, 4, 4)))
     assert volume_ml(MetaTensor(torch.ones(1, 10, 10, 10), affine=np.diag([1, 1, 2, 1]))) == 2.0

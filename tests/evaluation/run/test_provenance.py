@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What a run writes of itself; scans under pseudonyms; kernels that repeat themselves."""
+"""Provenance of a run; scans under pseudonyms; deterministic kernels."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def scans(tmp_path: Path) -> Path:
 # ---- run.json -------------------------------------------------------------------------------------------------------
 
 
-def test_a_training_writes_what_it_was(tmp_path):
+def test_a_training_writes_its_settings_and_data(tmp_path):
     saml(tmp_path, "A", 3)
     settings = {"seed": 3, "rounds": 8, "local_epochs": 2, "features": 4, "device": "cpu", "dataset_dir": str(tmp_path)}
     settings |= {"val_interval": 5, "client_config": {"val_interval": 0}}  # of the run, and of its clients
@@ -81,8 +81,8 @@ def test_an_inference_writes_its_models_and_names_no_scan(scans, tmp_path):
 # ---- pseudonyms -----------------------------------------------------------------------------------------------------
 
 
-def test_scans_are_served_under_names_that_tell_nothing(scans, tmp_path):
-    """The same scans, read through links; who is who stands in the table, which lies apart."""
+def test_scans_are_processed_under_pseudonyms(scans, tmp_path):
+    """The same scans are read through links; the table with their files is in another folder."""
     found, table = find_scans(scans), tmp_path / "apart" / "who.csv"
     served = under_pseudonyms(found, table, tmp_path / "masks")
     assert [scan["case"] for scan in served] == ["scan_0001", "scan_0002", "scan_0003"]
@@ -108,7 +108,7 @@ def test_a_scan_keeps_its_pseudonym(scans, tmp_path):
     assert len(read_rows(table)) == 4
 
 
-def test_without_a_table_scans_go_by_their_names(scans, tmp_path):
+def test_without_a_table_scans_keep_their_names(scans, tmp_path):
     assert under_pseudonyms(find_scans(scans), "", tmp_path) == find_scans(scans)
 
 
@@ -120,8 +120,8 @@ def test_a_name_that_is_not_utf8_has_a_pseudonym_too(tmp_path):
         assert served["case"] == "scan_0001" and os.path.samefile(served["image"], scan["image"])
 
 
-def test_a_table_among_the_masks_or_of_something_else_is_refused(scans, tmp_path):
-    with pytest.raises(InputError, match="among the masks"):
+def test_a_table_in_the_folder_of_masks_or_with_other_columns_is_rejected(scans, tmp_path):
+    with pytest.raises(InputError, match="in the folder of the masks"):
         under_pseudonyms(find_scans(scans), tmp_path / "masks" / "who.csv", tmp_path / "masks")
     (tmp_path / "other.csv").write_text("case,dice\na,1\n")
     with pytest.raises(InputError, match="not a table of pseudonyms"):
@@ -131,7 +131,7 @@ def test_a_table_among_the_masks_or_of_something_else_is_refused(scans, tmp_path
 # ---- kernels --------------------------------------------------------------------------------------------------------
 
 
-def test_kernels_are_chosen_for_speed_or_for_repeating_themselves():
+def test_kernels_are_selected_for_speed_or_reproducibility():
     cudnn = torch.backends.cudnn
     try:
         for wanted in (True, False):

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""A run's folder: what was there stays, a second run says what it found, and two at once do not mix."""
+"""A run's folder: existing files are kept, a second run reports what it found, and two runs at a time do not mix."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from pathlib import Path
 
 import pytest
 
+from shared_iopfl.data.scan_files import WRITTEN
 from shared_iopfl.evaluation.run import folder as run_folder
 from shared_iopfl.evaluation.run.folder import claim, claim_training, describe, finish, release
-from shared_iopfl.evaluation.run.written import LIST, Written
+from shared_iopfl.evaluation.run.written import Written
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.files import keepers, write_text
 
@@ -41,7 +42,7 @@ def _given_back() -> Iterator[None]:
 
 
 def a_run(folder: Path, *names: str, kind: str = "inference") -> Path:
-    """What an earlier run has left."""
+    """Create the folder of an earlier run."""
     claim(kind, folder)
     for name in names or ("A.nii.gz", "routes.csv"):
         write_text(folder / name, name)
@@ -54,14 +55,14 @@ def files(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_new_folder_is_taken_and_given_back(tmp_path: Path) -> None:
+def test_a_new_folder_is_claimed_and_released(tmp_path: Path) -> None:
     a_run(tmp_path / "new" / "out", "A.nii.gz")
-    assert files(tmp_path / "new" / "out") == {"A.nii.gz", "run.json", LIST}
+    assert files(tmp_path / "new" / "out") == {"A.nii.gz", "run.json", WRITTEN}
     assert json.loads((tmp_path / "new" / "out" / "run.json").read_text())["status"] == "finished"
 
 
-@pytest.mark.parametrize("name", ["scan.nii.gz", "images/eye.jpg", "a/b/slice.dcm", "routes.csv", "run.json", LIST])
-def test_what_somebody_else_has_there_is_in_the_way(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["scan.nii.gz", "images/eye.jpg", "a/b/slice.dcm", "routes.csv", "run.json", WRITTEN])
+def test_a_file_of_other_origin_that_a_run_could_overwrite_is_an_error(name: str, tmp_path: Path) -> None:
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).write_text("mine")
     with pytest.raises(InputError, match=f"holds {name}, which no run is known to have written"):
@@ -70,7 +71,7 @@ def test_what_somebody_else_has_there_is_in_the_way(name: str, tmp_path: Path) -
     assert (tmp_path / name).read_text() == "mine"
 
 
-def test_other_files_stay(tmp_path: Path) -> None:
+def test_other_files_are_kept(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     claim("inference", tmp_path)
     with pytest.raises(InputError, match="was there before this run"):
@@ -80,7 +81,7 @@ def test_other_files_stay(tmp_path: Path) -> None:
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
-def test_a_used_folder_needs_a_word(tmp_path: Path) -> None:
+def test_the_folder_of_an_earlier_run_needs_overwrite(tmp_path: Path) -> None:
     a_run(tmp_path)
     with pytest.raises(InputError, match=r"holds an inference \(finished, 3 files\).*--overwrite True\.$"):
         claim("inference", tmp_path)
@@ -89,14 +90,14 @@ def test_a_used_folder_needs_a_word(tmp_path: Path) -> None:
     claim("inference", tmp_path, overwrite=True)
     assert files(tmp_path) - {".run.lock"} == before  # until there is something to put in its place
     write_text(tmp_path / "B.nii.gz", "B")
-    assert files(tmp_path) - {".run.lock"} == {"B.nii.gz", "notes.txt", "run.json", LIST}
+    assert files(tmp_path) - {".run.lock"} == {"B.nii.gz", "notes.txt", "run.json", WRITTEN}
     assert json.loads((tmp_path / "run.json").read_text())["status"] == "unfinished"
 
 
-def test_training_replaces_what_is_there_at_once(tmp_path: Path) -> None:
+def test_training_replaces_an_earlier_run_at_once(tmp_path: Path) -> None:
     a_run(tmp_path, "history.csv", kind="federate")
     claim("federate", tmp_path, overwrite=True)
-    assert files(tmp_path) - {".run.lock"} == {"run.json", LIST}
+    assert files(tmp_path) - {".run.lock"} == {"run.json", WRITTEN}
 
 
 def test_another_kind_of_run_is_never_replaced(tmp_path: Path) -> None:
@@ -106,19 +107,19 @@ def test_another_kind_of_run_is_never_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "models" / "model.pt").is_file()
 
 
-def test_a_mask_that_was_corrected_by_hand_stays(tmp_path: Path) -> None:
+def test_a_mask_that_was_corrected_by_hand_is_kept(tmp_path: Path) -> None:
     a_run(tmp_path)
     (tmp_path / "A.nii.gz").write_text("better")
     with pytest.raises(InputError, match=r"A.nii.gz was changed since"):
         claim("inference", tmp_path, overwrite=True)
-    assert files(tmp_path) == {"A.nii.gz", "routes.csv", "run.json", LIST}
+    assert files(tmp_path) == {"A.nii.gz", "routes.csv", "run.json", WRITTEN}
 
 
-def test_a_list_that_leads_elsewhere_removes_nothing_there(tmp_path: Path) -> None:
+def test_list_entries_outside_the_folder_are_ignored(tmp_path: Path) -> None:
     (tmp_path / "mine.nii.gz").write_text("mine")
     out = a_run(tmp_path / "out")
     (out / "link").symlink_to(tmp_path)
-    with open(out / LIST, "a") as file:
+    with open(out / WRITTEN, "a") as file:
         for name in ("../mine.nii.gz", str(tmp_path / "mine.nii.gz"), "link/mine.nii.gz"):
             file.write(json.dumps({"file": name}) + "\n")
         file.write('{"file": 3}\n[[\n{"file": "A.')
@@ -129,9 +130,9 @@ def test_a_list_that_leads_elsewhere_removes_nothing_there(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("output", "where"), [("data", "the same as"), ("data/images", "inside of"), (".", "around"), ("link", "the same")]
+    ("output", "where"), [("data", "the same as"), ("data/images", "inside"), (".", "around"), ("link", "the same")]
 )
-def test_data_are_kept_apart(output: str, where: str, tmp_path: Path) -> None:
+def test_the_folders_of_run_and_data_must_be_separate(output: str, where: str, tmp_path: Path) -> None:
     (tmp_path / "data" / "images").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "data")
     with pytest.raises(InputError, match=f"is {where}"):
@@ -139,12 +140,12 @@ def test_data_are_kept_apart(output: str, where: str, tmp_path: Path) -> None:
     assert not files(tmp_path)
 
 
-def test_going_on_needs_the_same_settings(tmp_path: Path) -> None:
+def test_resuming_needs_the_same_settings(tmp_path: Path) -> None:
     claim("federate", tmp_path, settings={"sites": ["A", "B"], "device": "cpu"})
     write_text(tmp_path / "federation.pt", "")
     (tmp_path / ".0123456789ab_model.pt").touch()
     release(tmp_path)
-    with pytest.raises(InputError, match="--overwrite True, or go on with it with --resume True"):
+    with pytest.raises(InputError, match="--overwrite True, or continue it with --resume True"):
         claim("federate", tmp_path, settings={"sites": ["A", "B"]})
     with pytest.raises(InputError, match="was begun with sites"):
         claim("federate", tmp_path, settings={"sites": ["A", "C"]}, resume=True)
@@ -153,8 +154,8 @@ def test_going_on_needs_the_same_settings(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".0*"))
 
 
-def test_a_run_that_is_not_gone_on_with_stays_as_it_was(tmp_path: Path) -> None:
-    """A checkpoint is compared after the folder is claimed: what refuses then leaves a finished run finished."""
+def test_a_run_that_cannot_be_resumed_is_unchanged(tmp_path: Path) -> None:
+    """A checkpoint is compared after the folder is claimed: if that fails, a finished run remains finished."""
     claim("federate", tmp_path, settings={"sites": ["A"]})
     describe(tmp_path, {"settings": {"sites": ["A"], "rounds": 2}})
     write_text(tmp_path / "federation.pt", "")
@@ -173,7 +174,7 @@ def test_a_run_that_is_not_gone_on_with_stays_as_it_was(tmp_path: Path) -> None:
 
 
 def test_a_run_whose_report_fails_is_unfinished(tmp_path: Path) -> None:
-    """The report shows the status, so it is written once the run is over; what fails there is a part of the run."""
+    """The report shows the status, so it is written when the run is over; its failure is one of the run."""
 
     def status(folder: str | Path) -> str:
         return str(json.loads((Path(folder) / "run.json").read_text())["status"])
@@ -193,16 +194,16 @@ def test_a_run_whose_report_fails_is_unfinished(tmp_path: Path) -> None:
     assert status(tmp_path) == "finished" and seen == ["finished", "finished"]
 
 
-def test_models_that_training_would_replace_need_a_word(tmp_path: Path) -> None:
+def test_existing_models_need_overwrite(tmp_path: Path) -> None:
     model = tmp_path / "models" / "model.pt"
     write_text(model, "shipped")
-    with pytest.raises(InputError, match=r"model.pt is there already.*--overwrite True"):
+    with pytest.raises(InputError, match=r"model.pt already exists.*--overwrite True"):
         claim_training(tmp_path / "out", tmp_path / "data", [model])
     claim_training(tmp_path / "out", tmp_path / "data", [model], overwrite=True)
     assert model.read_text() == "shipped"
 
 
-def test_evaluations_share_a_folder_but_not_a_part(tmp_path: Path) -> None:
+def test_evaluations_can_share_a_folder_but_not_a_part(tmp_path: Path) -> None:
     a_run(tmp_path, "models/model.pt", kind="federate")
     for part in ("masks/A/global", "masks/A/routed"):
         claim("evaluate", tmp_path, part=tmp_path / part)
@@ -217,7 +218,7 @@ def test_evaluations_share_a_folder_but_not_a_part(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run.json").read_text())["kind"] == "federate"
 
 
-def test_two_runs_at_once_are_refused_until_the_first_is_gone(tmp_path: Path) -> None:
+def test_a_second_run_is_rejected_until_the_first_has_ended(tmp_path: Path) -> None:
     command = [sys.executable, "-c", HOLDER, str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None
@@ -230,7 +231,7 @@ def test_two_runs_at_once_are_refused_until_the_first_is_gone(tmp_path: Path) ->
         claim("inference", tmp_path)
 
 
-def test_a_file_is_listed_before_it_is_there(tmp_path: Path) -> None:
+def test_a_file_is_listed_before_it_gets_its_name(tmp_path: Path) -> None:
     claim("inference", tmp_path)
     (tmp_path / "sub").write_text("")  # where the folder of the next file should be
     with pytest.raises(InputError):

@@ -124,7 +124,7 @@ def test_job_carries_settings_for_the_named_sites_and_nothing_of_the_machine(tmp
         ({"sites": ["A", "B C"]}, "'B C' cannot be a client"),
         ({"sites": ["A", "server"]}, "'server' cannot be a client"),
         ({"sites": ["A", "C"]}, "site 'C' is not known"),
-        ({"sites": ["A", "one"]}, "needs at least 3 cases"),
+        ({"sites": ["A", "one"]}, "needs at least 3 patients"),
         ({"rounds": 0}, "rounds must be a whole number from 1"),
         ({"min_sites": 3}, "min_sites must be 0 (all) to 2"),
         ({"min_sites": -1}, "min_sites must be a whole number from 0"),

@@ -253,7 +253,7 @@ def test_run_is_not_resumed_with_other_settings(dataset, tmp_path, fake):
     run_here(run, tmp_path / "work")
     run._finish(tmp_path / "work")
     other = flare_run(tmp_path / "flare", dataset, settings={**TINY, "alpha": 0.9, "resume": True})
-    with pytest.raises(InputError, match=r"alpha 0\.5, now it is 0\.9"):
+    with pytest.raises(InputError, match=r"alpha 0\.5, but now it is 0\.9"):
         other._begin()
     before = sorted((tmp_path / "flare").rglob("*.pt"))
     with pytest.raises(InputError, match=r"holds a federation by FLARE .*--overwrite True, or go on .*--resume True"):

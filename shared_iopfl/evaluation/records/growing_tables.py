@@ -8,9 +8,9 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Tables that grow as scans are served, so that an interrupted run has a row for each mask.
+"""Tables that grow as scans are processed, so that an interrupted run has a row for each mask.
 
-A scan's rows are written before its mask is renamed to its final name, and removed if the mask cannot be written.
+The rows of a scan are written before its mask is renamed to its final name, and removed if the mask cannot be written.
 """
 
 from __future__ import annotations
@@ -29,28 +29,28 @@ from shared_iopfl.utils.files import write_text
 
 
 class ServedEvents(EventEnum):
-    """Events of an evaluator that goes on after a scan that failed."""
+    """Events of an evaluator that continues after the failure of a scan."""
 
     SCAN_FAILED = "scan_failed"
 
 
 class GrowingFile:
-    """A text file to which entries are added, whole at any moment.
+    """A text file to which entries are added, and which is complete at any time.
 
     Args:
-        path: the file; made anew with the first entry.
-        head: what it begins with.
-        tail: what it ends with.
-        between: what comes between two entries.
+        path: The file; the first entry overwrites it.
+        head: Text at its beginning.
+        tail: Text at its end.
+        between: Text between two entries.
     """
 
     def __init__(self, path: Path, head: str, tail: str = "", between: str = "") -> None:
         self.path = path
         self.head, self.tail, self.between = head, tail, between
-        self.ends: list[int] = []  # of the last two entries at most, in bytes
+        self.ends: list[int] = []  # byte positions of the ends of the last two entries, at most
 
     def add(self, entry: str) -> None:
-        """Append an entry and write the file anew."""
+        """Append an entry."""
         if not self.ends:
             write_text(self.path, self.head + entry + self.tail)
             self.ends = [len(self.head.encode()), len((self.head + entry).encode())]
@@ -61,7 +61,7 @@ class GrowingFile:
         self.ends = [self.ends[-1], self.ends[-1] + len(content)]
 
     def take_back(self) -> None:
-        """Take what was added last out again."""
+        """Remove the entry that was added last."""
         if len(self.ends) > 1:
             self.ends.pop()
             self._write(self.ends[-1], b"")
@@ -71,7 +71,7 @@ class GrowingFile:
         try:
             with open(self.path, "rb+", buffering=0) as file:
                 file.seek(at)
-                if file.write(content) < len(content):  # at once: no process is killed within it
+                if file.write(content) < len(content):  # a single write, which is not interrupted
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 file.truncate(at + len(content))
                 os.fsync(file.fileno())
@@ -82,18 +82,18 @@ class GrowingFile:
 
 
 def served_scans(engine: Engine) -> Iterable[tuple[dict[str, Any], dict[str, Any]]]:
-    """The batch and the output of each scan of an evaluator's iteration."""
-    state: Any = engine.state  # decollated lists by now, which ignite's types do not know
+    """Return the batch and the output of each scan of an evaluator's iteration."""
+    state: Any = engine.state  # decollated lists, which are not in ignite's types
     return zip(state.batch, state.output)
 
 
 class ServedRecorder:
-    """A handler that writes the rows of scans as they are served.
+    """A handler that writes the rows of scans as they are processed.
 
-    Of an evaluator, before handlers write the scan's mask; of another engine, after an iteration.
+    An evaluator calls it before other handlers write the mask of the scan, another engine after an iteration.
     """
 
-    _recorded = False  # in this iteration
+    _recorded = False  # whether rows were written in this iteration
 
     def attach(self, engine: Engine) -> None:
         """Register the handlers with an ignite engine."""
@@ -105,7 +105,7 @@ class ServedRecorder:
             engine.add_event_handler(ServedEvents.SCAN_FAILED, self._fail)
 
     def start(self, engine: Engine) -> None:
-        """Forget the rows of an earlier run of the engine."""
+        """Discard the rows of an earlier run of the engine."""
         raise NotImplementedError
 
     def record(self, engine: Engine) -> None:
@@ -113,7 +113,7 @@ class ServedRecorder:
         raise NotImplementedError
 
     def take_back(self) -> None:
-        """Remove the rows that were written last: the mask could not be written."""
+        """Remove the rows that were written last, as their mask could not be written."""
         raise NotImplementedError
 
     def _begin(self, engine: Engine) -> None:
