@@ -110,7 +110,8 @@ class Calibrator:
         pairs: dict[str, list[tuple[float, float]]] = {}
         for row in rows:
             pairs.setdefault(row["site"], []).append((float(row["quality"]), float(row["dice"])))
-        calibration = fit(pairs, self.settings, self.level)
+        cases = len({(row["site"], row["case"]) for row in rows})
+        calibration = fit(pairs, self.settings, self.level, cases)
         write_json(self.output_dir / CALIBRATION, asdict(calibration))
         published = published_files(self.ckpt_dir) is not None
         if not published:

@@ -82,13 +82,16 @@ def _plain(settings: RoutingSettings) -> dict[str, Any]:
     return json.loads(json_text(asdict(settings)))
 
 
-def fit(pairs: Pairs, settings: RoutingSettings, level: float = LEVEL) -> Calibration:
+def fit(pairs: Pairs, settings: RoutingSettings, level: float = LEVEL, cases: int | None = None) -> Calibration:
     """Fit the line to all sites, and its interval with each site left out in turn.
 
     Args:
         pairs: Quality and Dice of the masks of each site.
         settings: Routing settings of the masks.
         level: Share of the masks of left-out sites that the interval contains.
+        cases: Number of different cases behind the masks; None: each mask is a case of its own. The masks of one case
+            by several virtual scanners err alike, so that the interval is widened as for so many errors: its ends are
+            the quantiles (cases + 1) / cases times as far out, with few cases the largest errors themselves.
 
     Raises:
         InputError: If fewer than two sites have masks with a quality.
@@ -103,7 +106,9 @@ def fit(pairs: Pairs, settings: RoutingSettings, level: float = LEVEL) -> Calibr
     for site, of_site in pairs.items():
         intercept, slope = _line([pair for other in pairs if other != site for pair in pairs[other]])
         errors += [dice - float(np.clip(intercept + slope * quality, 0, 1)) for quality, dice in of_site]
-    low, high = np.quantile(errors, [(1 - level) / 2, (1 + level) / 2])
+    cases = cases or len(errors)
+    outside = max(0.0, ((1 - level) / 2 * (cases + 1) - 1) / cases)  # share of the errors beyond each end
+    low, high = np.quantile(errors, [outside, 1 - outside])
     intercept, slope = _line([pair for of_site in pairs.values() for pair in of_site])
     error = float(np.mean(np.abs(errors)))
     return Calibration(

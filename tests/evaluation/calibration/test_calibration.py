@@ -57,6 +57,18 @@ def test_nine_of_ten_masks_of_the_left_out_sites_are_in_the_interval():
     assert np.mean(inside) == pytest.approx(0.9, abs=0.04)
 
 
+def test_few_cases_widen_the_interval_to_the_largest_errors():
+    """Five masks of one case err alike: they are no five errors."""
+    pairs = {site: masks(0.0, 20, seed, 0.05) for seed, site in enumerate("AB")}
+    own, few = fit(pairs, SETTINGS), fit(pairs, SETTINGS, cases=8)
+    assert few.low < own.low and few.high > own.high
+    errors = [few.low, few.high]
+    for site, other in ("AB", "BA"):
+        slope, intercept = np.polyfit(*zip(*pairs[other]), 1)
+        errors += [dice - min(1, intercept + slope * quality) for quality, dice in pairs[site]]
+    assert (min(errors), max(errors)) == pytest.approx((few.low, few.high))
+
+
 def test_disagreement_never_raises_the_estimate():
     """Where Dice falls with quality by chance, the line is level; estimates stay between 0 and 1."""
     odd = {"A": [(0.8, 0.9), (0.9, 0.8)], "B": [(0.8, 0.95), (0.9, 0.7)]}
