@@ -55,7 +55,8 @@ from shared_iopfl.utils.tables import read_rows, write_json
 # settings in run.json that describe the architecture of models without a manifest
 ARCHITECTURE = ("features", "image_size", "slices")
 # settings of a run that concern the machine and not the models
-OF_THE_MACHINE = {"dataset_dir", "output_dir", "ckpt_dir", "device", "verbose", "save_checkpoints", "val_interval"}
+OF_THE_MACHINE = {"dataset_dir", "output_dir", "ckpt_dir", "initial_model", "device"}
+OF_THE_MACHINE |= {"verbose", "save_checkpoints", "val_interval"}
 # the package is packed into the folder `scripts`, where MONAI looks for the code of a bundle
 SCRIPTS = """\
 # Importing `scripts` makes the package beside this file importable, whether it is installed or not. MONAI finds
