@@ -256,7 +256,9 @@ def test_run_is_not_resumed_with_other_settings(dataset, tmp_path, fake):
     with pytest.raises(InputError, match=r"alpha 0\.5, but now it is 0\.9"):
         other._begin()
     before = sorted((tmp_path / "flare").rglob("*.pt"))
-    with pytest.raises(InputError, match=r"holds a federation by FLARE .*--overwrite True, or go on .*--resume True"):
+    with pytest.raises(
+        InputError, match=r"holds a federation by FLARE .*--overwrite True, or continue it with --resume True"
+    ):
         flare_run(tmp_path / "flare", dataset)._begin()
     assert sorted((tmp_path / "flare").rglob("*.pt")) == before
 
