@@ -34,8 +34,8 @@ from shared_iopfl.utils.names import counted
 EVEN = 1.05  # times an equal share: only above it is an expert named as the one with the largest weight
 MOST_FILES = 200  # rows of the tables of files
 EXPLAINED = (
-    "The expected Dice is estimated from the quality; its interval contained nine of ten masks of the inside sites, each "
-    "of which was left out of the fit in turn. "
+    "The expected Dice is estimated from the quality; its interval contained nine of ten masks of the inside sites, "
+    "each of which was left out of the fit in turn. "
 )
 TITLES = {"volume_ml": "Volume (ml)", "vertical_cup_to_disc_ratio": "Vertical cup-to-disc ratio"}
 
