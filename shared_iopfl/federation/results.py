@@ -30,6 +30,7 @@ from shared_iopfl.federation.state import FederationState
 from shared_iopfl.federation.updates import FAILURES, last_rounds
 from shared_iopfl.handlers.norm_statistics import STATISTICS
 from shared_iopfl.models.files import GLOBAL, USUAL_SHIFT, model_path, save_atomically
+from shared_iopfl.models.manifest import CALIBRATION
 from shared_iopfl.models.weights import Weights
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.tables import write_json, write_rows
@@ -51,6 +52,7 @@ def publish(run: FederationState) -> None:
     models = {GLOBAL: run.weights, **{site: run.clients[site].personalised for site in present}}
     for name, weights in models.items():
         save_atomically(dict(weights), model_path(str(folder), GLOBAL if name == GLOBAL else "personalised", name))
+    (folder / CALIBRATION).unlink(missing_ok=True)  # it was fitted to the models that were here before
     scorers = [site for site in present if site not in run.failures.of(run.round)]
     write_json(folder / "scores.json", cross_site_scores(run, models, scorers))
     compare_statistics(run, scorers)

@@ -34,6 +34,14 @@ def test_a_federation_continues_from_the_model_of_another(fakes, tmp_path: Path)
     assert equal(resumed.run(), last)
 
 
+def test_new_models_do_not_keep_the_calibration_of_earlier_ones(fakes, tmp_path: Path):  # noqa: F811
+    """The expected Dice of masks would be that of models that are gone."""
+    make(tmp_path / "run").run()
+    (tmp_path / "run" / "models" / "calibration.json").write_text("{}")
+    make(tmp_path / "run").run()
+    assert not (tmp_path / "run" / "models" / "calibration.json").exists()
+
+
 def test_a_model_of_another_network_is_refused(fakes, tmp_path: Path):  # noqa: F811
     """The error names the file and the first weight that differs."""
     weights = make(tmp_path / "first").run()

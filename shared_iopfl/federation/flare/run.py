@@ -48,6 +48,7 @@ from shared_iopfl.federation.flare.server import Rounds
 from shared_iopfl.federation.updates import FAILURES
 from shared_iopfl.models.architecture import write_architecture
 from shared_iopfl.models.files import model_path
+from shared_iopfl.models.manifest import CALIBRATION
 from shared_iopfl.report.run import write_report
 from shared_iopfl.utils.checks import check_values
 from shared_iopfl.utils.errors import InputError
@@ -213,6 +214,7 @@ class FlareRun:
         if resume and self.dataset_dir is not None:
             collect(self.output_dir / "flare", self.output_dir, self.federation)  # the run may have been interrupted
         self.state = read_state(path, self.federation) if resume and path.is_file() else first
+        (self.output_dir / "models" / CALIBRATION).unlink(missing_ok=True)  # it was fitted to earlier models
         write_architecture(self.output_dir / "models", architecture_of(self.bundle, self.federation))
         settings = {**self.settings, "min_sites": self.min_sites, "engine": f"nvflare {version('nvflare')}"}
         here, root = ([], "") if self.dataset_dir is None else (self.sites, str(self.bundle))
