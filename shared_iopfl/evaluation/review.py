@@ -17,6 +17,7 @@ calibration of the models (`shared_iopfl.evaluation.calibration`), the list also
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Iterable, Mapping
@@ -31,11 +32,15 @@ from shared_iopfl.evaluation.records.growing_tables import ServedRecorder, serve
 from shared_iopfl.evaluation.records.routes import reported_case
 from shared_iopfl.evaluation.run.results import EXPECTED
 from shared_iopfl.inferers.routing import TestTimeRoutingInferer
+from shared_iopfl.models.files import GLOBAL
 from shared_iopfl.routing.settings import LARGE_SHIFT
 from shared_iopfl.utils.tables import read_rows, write_rows
 
+logger = logging.getLogger(__name__)
+
 COLUMNS = ("rank", "case", "quality", *EXPECTED, "shift", "decision", "reasons")
 COLLECTED = ("seed", "fold", "site", "case", "quality", "dice")
+AGAIN = "run iopfl calibrate with the present ones."
 DISAGREEMENT = 0.9  # quality below which views disagree
 EMPTY = "empty mask"
 
@@ -51,7 +56,8 @@ class ReviewRecorder(ServedRecorder):
             "report".
         output_dir: Folder of the file.
         calibration: File of a calibration (see `shared_iopfl.evaluation.calibration`), which gives the expected Dice of
-            each mask. Nothing is estimated if the file does not exist, or was made with other routing settings.
+            each mask. Nothing is estimated if the file does not exist, or was made with other routing settings or, of
+            which a warning is given, with other models.
     """
 
     def __init__(self, inferer: TestTimeRoutingInferer, output_dir: str, calibration: str = "") -> None:
@@ -63,8 +69,13 @@ class ReviewRecorder(ServedRecorder):
         self.newest: list[str] = []  # cases of this iteration
 
     def start(self, engine: Engine) -> None:
-        """Discard the reports of an earlier run of the engine."""
+        """Discard the reports of an earlier run of the engine, and check that the calibration is of its models."""
         self.reports.clear()
+        if self.calibration is None:
+            return
+        if not self.calibration.made_with({GLOBAL: engine.network.state_dict(), **self.inferer.experts}):
+            logger.warning("the calibration was made with other models, so that no Dice is estimated: %s", AGAIN)
+            self.calibration = None
 
     def record(self, engine: Engine) -> None:
         """Record the quality of the masks of this iteration."""

@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 
@@ -41,6 +42,24 @@ def equal_weights(one: Weights, other: Weights) -> bool:
     # one transfer for all tensors, because the host waits for an accelerator at each
     differ = [(a != b).any() for a, b in pairs]
     return not bool(torch.stack([answer.to(differ[0].device) for answer in differ]).any())
+
+
+def digest(weights: Weights) -> str:
+    """SHA-256 of the vectors of a state: its biases, and the scales, shifts and running statistics of its norms.
+
+    Each training step changes them, and they keep their values in a set that is published in half precision, so that
+    both forms of a model have the same digest.
+
+    Args:
+        weights: A state_dict.
+
+    Returns:
+        The digest in hexadecimal digits.
+    """
+    found = hashlib.sha256()
+    for name in sorted(name for name, tensor in weights.items() if tensor.ndim == 1 and tensor.is_floating_point()):
+        found.update(name.encode() + weights[name].detach().float().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()
 
 
 def copy_network(network: nn.Module, replaced: dict[int, nn.Module] | None = None) -> nn.Module:

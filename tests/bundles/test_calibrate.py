@@ -16,12 +16,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from fl_bundles import NAMES
 
 from shared_iopfl import segment
 from shared_iopfl.commands.main import main
 from shared_iopfl.data.scan_files import find_scans
 from shared_iopfl.data.splits import site_cases
+from shared_iopfl.models.files import load_weights
 from shared_iopfl.models.manifest import check_manifest
 from shared_iopfl.models.packaging import publish
 from shared_iopfl.utils.tables import read_rows, write_json
@@ -32,7 +34,7 @@ SIZES = {"image_size": 32, "features": 4, "device": "cpu"}
 
 @pytest.mark.parametrize("bundle", NAMES)
 def test_a_calibrated_set_of_models_estimates_dice(
-    bundle: str, tmp_path: Path, make_sites: Callable, random_models: Callable, capsys: pytest.CaptureFixture
+    bundle: str, tmp_path: Path, make_sites: Callable, random_models: Callable, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
 ):
     """Each validation case is segmented without its site's expert; segmenting and publishing use what was fitted."""
     data = make_sites(bundle, tmp_path / "data")
@@ -58,5 +60,12 @@ def test_a_calibrated_set_of_models_estimates_dice(
         value, low, high = with_calibration.expected_dice
         assert 0 <= low <= value <= high <= 1 or low <= high
     assert segment(task, scan, ckpt_dir=str(models), preset="adapted", **SIZES).expected_dice is None
+    again = {name: tensor + 0.01 for name, tensor in load_weights(models / "model.pt").items()}
+    kept = (models / "model.pt").read_bytes()
+    torch.save(again, models / "model.pt")  # trained further, by hand
+    caplog.clear()
+    assert segment(task, scan, ckpt_dir=str(models), **SIZES).expected_dice is None
+    assert "the calibration was made with other models" in caplog.text
+    (models / "model.pt").write_bytes(kept)
     publish(str(models), str(tmp_path / "published"), "for tests", bundle=str(Path("bundles") / bundle))
     assert "calibration.json" in check_manifest(tmp_path / "published")["files"]

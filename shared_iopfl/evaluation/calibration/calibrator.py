@@ -12,8 +12,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,16 @@ from shared_iopfl.data.splits import list_sites
 from shared_iopfl.evaluation.calibration.estimate import LEVEL, Calibration, fit
 from shared_iopfl.evaluation.review import EMPTY
 from shared_iopfl.evaluation.scoring import Scoring, raise_failures
-from shared_iopfl.models.files import load_experts, model_path
+from shared_iopfl.models.files import GLOBAL, load_experts, load_weights, model_path
 from shared_iopfl.models.manifest import CALIBRATION, published_files, read_manifest
+from shared_iopfl.models.weights import digest
 from shared_iopfl.routing.settings import RoutingSettings
 from shared_iopfl.utils.config_values import Expression
 from shared_iopfl.utils.names import check_file_name, check_sites
 from shared_iopfl.utils.reading import read_json
 from shared_iopfl.utils.tables import aligned, read_rows, write_json, write_rows
+
+logger = logging.getLogger(__name__)
 
 PAIRS = ("site", "scanner", "case", "quality", "dice")
 AS_TAKEN = "as_taken"  # the scans without a virtual scanner
@@ -42,10 +46,13 @@ def trained_with(ckpt_dir: str, name: str, default: Any) -> Any:
         name: Name of the setting, such as ``fractions``.
         default: Value if neither has it.
     """
+    return _training_settings(ckpt_dir).get(name, default)
+
+
+def _training_settings(ckpt_dir: str) -> Mapping[str, Any]:
     run = Path(ckpt_dir).absolute().parent / "run.json"
     trained = (read_manifest(ckpt_dir) or {}).get("training") or {}
-    settings = trained or (read_json(run).get("settings", {}) if run.is_file() else {})
-    return settings.get(name, default)
+    return trained or (read_json(run).get("settings", {}) if run.is_file() else {})
 
 
 def inside_sites(ckpt_dir: str, dataset_dir: str) -> list[str]:
@@ -99,6 +106,12 @@ class Calibrator:
         Raises:
             InputError: If no calibration can be made, or after it was made, if some cases could not be segmented.
         """
+        if not _training_settings(self.ckpt_dir):
+            logger.warning(
+                "%s has no record of its training: if it was trained with another split than the present one, training "
+                "cases are among those of the calibration; give --fractions and --split_seed as in the training",
+                self.ckpt_dir,
+            )
         rows = []
         for scanner in (AS_TAKEN, *self.virtual):
             how = {} if scanner == AS_TAKEN else {"acquisition": Expression(f"@virtual#{scanner}")}
@@ -111,7 +124,9 @@ class Calibrator:
         for row in rows:
             pairs.setdefault(row["site"], []).append((float(row["quality"]), float(row["dice"])))
         cases = len({(row["site"], row["case"]) for row in rows})
-        calibration = fit(pairs, self.settings, self.level, cases)
+        models = {GLOBAL: load_weights(model_path(self.ckpt_dir)), **load_experts(self.ckpt_dir)}
+        digests = {name: digest(weights) for name, weights in models.items()}
+        calibration = replace(fit(pairs, self.settings, self.level, cases), models=digests)
         write_json(self.output_dir / CALIBRATION, asdict(calibration))
         published = published_files(self.ckpt_dir) is not None
         if not published:

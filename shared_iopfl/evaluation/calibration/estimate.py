@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from shared_iopfl.models.manifest import read_checked
+from shared_iopfl.models.weights import Weights, digest
 from shared_iopfl.routing.settings import RoutingSettings
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.reading import parse_json
@@ -46,6 +47,7 @@ class Calibration:
         sites, masks: Number of sites and of masks behind it.
         error: Mean absolute error at the sites left out.
         settings: Routing settings of the masks. With other settings, a quality means another Dice.
+        models: Name -> digest of the global model and of the experts (see :func:`~shared_iopfl.models.weights.digest`).
     """
 
     intercept: float
@@ -57,6 +59,7 @@ class Calibration:
     masks: int = 0
     error: float = 0.0
     settings: Mapping[str, Any] = field(default_factory=dict)
+    models: Mapping[str, str] = field(default_factory=dict)
 
     def estimate(self, quality: float) -> tuple[float, float, float]:
         """Return the expected Dice of a mask, and the ends of its interval, in [0, 1].
@@ -75,6 +78,14 @@ class Calibration:
             and getattr(inferer, "mode", "") == "episodic"
             and _plain(settings) == self.settings
         )
+
+    def made_with(self, models: Mapping[str, Weights]) -> bool:
+        """Whether all these models are among those that the calibration was made with.
+
+        Args:
+            models: Name -> state_dict of the global model and of the experts.
+        """
+        return all(self.models.get(name) == digest(weights) for name, weights in models.items())
 
 
 def _plain(settings: RoutingSettings) -> dict[str, Any]:
@@ -135,9 +146,13 @@ def read_calibration(path: str) -> Calibration | None:
         return None
     values = parse_json(content, path)
     known = {each.name for each in fields(Calibration)}
-    numbers = known - {"settings"}
-    if not (isinstance(values, dict) and set(values) == known and isinstance(values["settings"], dict)) or not all(
-        isinstance(values[name], (int, float)) and np.isfinite(values[name]) for name in numbers
+    numbers = known - {"settings", "models"}
+    if isinstance(values, dict):
+        values.setdefault("models", {})  # as version 0.13.0 wrote it: of unknown models
+    if (
+        not (isinstance(values, dict) and set(values) == known)
+        or not all(isinstance(values[name], dict) for name in known - numbers)
+        or not all(isinstance(values[name], (int, float)) and np.isfinite(values[name]) for name in numbers)
     ):
         raise InputError(f"{path} is not a calibration: make it again with iopfl calibrate.")
     return Calibration(**values)

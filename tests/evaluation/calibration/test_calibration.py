@@ -18,11 +18,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from torch.nn import BatchNorm2d, Conv2d
 
 from shared_iopfl.evaluation.calibration.calibrator import trained_with
 from shared_iopfl.evaluation.calibration.estimate import Calibration, fit, read_calibration
 from shared_iopfl.evaluation.review import review_rows
 from shared_iopfl.models.manifest import CALIBRATION
+from shared_iopfl.models.weights import digest
 from shared_iopfl.routing.settings import preset
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.tables import write_json
@@ -88,11 +90,14 @@ def test_it_is_read_as_it_was_written(tmp_path: Path):
     path = tmp_path / CALIBRATION
     write_json(path, asdict(calibration))
     assert read_calibration(str(path)) == calibration
+    older = {name: value for name, value in asdict(calibration).items() if name != "models"}
+    write_json(path, older)  # as version 0.13.0 wrote it
+    assert not read_calibration(str(path)).made_with({"global": {}})
     assert read_calibration(str(tmp_path / "none.json")) is None and read_calibration("") is None
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"slope": "1"}, {"low": None}, {"intercept": float("inf")}, {"settings": 1}, {"other": 1}]
+    "wrong", [{"slope": "1"}, {"low": None}, {"intercept": float("inf")}, {"settings": 1}, {"models": []}, {"other": 1}]
 )
 def test_another_file_is_refused_in_one_line(wrong: dict[str, object], tmp_path: Path):
     write_json(tmp_path / CALIBRATION, {**asdict(fit({"A": masks(0.0), "B": masks(0.1)}, SETTINGS)), **wrong})
@@ -106,6 +111,20 @@ def test_it_applies_to_its_own_settings_alone():
     assert not calibration.applies_to(SimpleNamespace(settings=SETTINGS, mode="site"))
     assert not calibration.applies_to(SimpleNamespace(settings=preset("adapted"), mode="episodic"))
     assert not calibration.applies_to(object())
+
+
+def test_it_applies_to_its_own_models_in_either_precision():
+    """A model that was trained further, or one that is not known, has another relation of quality to Dice."""
+    models = {name: BatchNorm2d(3).state_dict() for name in ("global", "A", "B")}
+    calibration = replace(Calibration(0.0, 0.9, -0.2, 0.05), models={name: digest(w) for name, w in models.items()})
+    assert calibration.made_with(models)
+    assert calibration.made_with({name: models[name] for name in ("global", "A")})  # some of the experts
+    assert not calibration.made_with({**models, "C": models["A"]})
+    further = {**models["A"], "running_mean": models["A"]["running_mean"] + 1e-6}
+    assert not calibration.made_with({**models, "A": further})
+    network = Conv2d(3, 4, 3).state_dict()
+    assert digest(network) == digest({**network, "weight": network["weight"].half()})
+    assert digest(network) != digest({**network, "bias": network["bias"] + 1e-6})
 
 
 def test_the_review_list_has_it_but_not_for_an_empty_mask():
