@@ -34,7 +34,12 @@ SIZES = {"image_size": 32, "features": 4, "device": "cpu"}
 
 @pytest.mark.parametrize("bundle", NAMES)
 def test_a_calibrated_set_of_models_estimates_dice(
-    bundle: str, tmp_path: Path, make_sites: Callable, random_models: Callable, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
+    bundle: str,
+    tmp_path: Path,
+    make_sites: Callable,
+    random_models: Callable,
+    capsys: pytest.CaptureFixture,
+    caplog: pytest.LogCaptureFixture,
 ):
     """Each validation case is segmented without its site's expert; segmenting and publishing use what was fitted."""
     data = make_sites(bundle, tmp_path / "data")
