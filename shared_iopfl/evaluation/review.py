@@ -43,6 +43,7 @@ COLLECTED = ("seed", "fold", "site", "case", "quality", "dice")
 AGAIN = "run iopfl calibrate with the present ones."
 DISAGREEMENT = 0.9  # quality below which views disagree
 EMPTY = "empty mask"
+CUT = "mask reaches the border of the scan"
 
 
 class ReviewRecorder(ServedRecorder):
@@ -106,11 +107,13 @@ class ReviewRecorder(ServedRecorder):
 
 
 def _written(output: Mapping[str, Any]) -> dict[str, bool]:
-    """Return whether the mask is empty; nothing if the output consists of logits."""
+    """Return whether the mask is empty or reaches the border of the scan; nothing if the output consists of logits."""
     mask = output.get("pred")
     if not isinstance(mask, torch.Tensor) or mask.is_floating_point():
         return {}
-    return {"empty": not torch.count_nonzero(mask)}
+    mask = mask.squeeze()  # a single slice has no border across it
+    borders = [mask.select(axis, end).any() for axis in range(mask.ndim) for end in (0, -1)]
+    return {"empty": not mask.any(), "cut": bool(torch.stack(borders).any()) if borders else False}
 
 
 def review_rows(
@@ -156,6 +159,8 @@ def _reasons(report: Mapping[str, Any], large_shift: float) -> Iterable[str]:
         yield from (f"target {number} is missing" for number, area in enumerate(areas, 1) if not area)
     elif report.get("quality", 1.0) < DISAGREEMENT:
         yield "views disagree"
+    if report.get("cut"):
+        yield CUT  # the scan may end within the organ
     if report.get("shift", 0) > large_shift:
         yield "large shift"
     if report.get("decision") == "start" and "objective_start" in report:

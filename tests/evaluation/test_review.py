@@ -91,7 +91,8 @@ def test_a_scan_whose_views_disagree_comes_first_but_after_an_empty_mask(tmp_pat
 def test_the_written_mask_decides_whether_it_is_empty(tmp_path: Path) -> None:
     """A small organ may disappear in the grid of the scan; areas are rounded."""
     recorder, engine = ReviewRecorder(routing(), str(tmp_path)), Engine(lambda *_: None)
-    masks = {"lost": torch.zeros(1, 4, 4, dtype=torch.uint8), "tiny": torch.eye(4, dtype=torch.uint8)[None]}
+    masks = {"lost": torch.zeros(1, 4, 4, dtype=torch.uint8), "tiny": torch.zeros(1, 4, 4, dtype=torch.uint8)}
+    masks["tiny"][0, 1, 2] = 1
     reports = {"lost": {"areas": [0.01], "quality": 0.95}, "tiny": {"areas": [0.0], "quality": 0.95}}
     state: Any = engine.state
     state.batch = [{"image": scan(5.0), "case": case} for case in masks]
@@ -101,6 +102,23 @@ def test_the_written_mask_decides_whether_it_is_empty(tmp_path: Path) -> None:
         "lost": "empty mask",
         "tiny": "",
     }
+
+
+@pytest.mark.parametrize("place", [(0, 2, 2), (2, 3, 2), (2, 2, 4)])
+def test_a_mask_at_the_border_of_its_scan_has_that_reason(tmp_path: Path, place: tuple[int, ...]) -> None:
+    """The scan may end within the organ, in its last slice or in the plane."""
+    recorder, engine = ReviewRecorder(routing(), str(tmp_path)), Engine(lambda *_: None)
+    masks = {case: torch.zeros(1, 4, 4, 5, dtype=torch.uint8) for case in ("cut", "whole")}
+    masks["cut"][0][place] = 1
+    masks["whole"][0, 1:3, 1:3, 1:4] = 1
+    masks["slice"] = torch.zeros(1, 4, 4, 1, dtype=torch.uint8)  # of a single slice, all is at the end
+    masks["slice"][0, 1, 1] = 1
+    state: Any = engine.state
+    state.batch = [{"image": scan(5.0), "case": case} for case in masks]
+    state.output = [{"pred": mask, "report": {"areas": [1.0], "quality": 0.95}} for mask in masks.values()]
+    recorder.record(engine)
+    reasons = {row["case"]: row["reasons"] for row in read_rows(tmp_path / "review.csv")}
+    assert reasons == {"cut": "mask reaches the border of the scan", "whole": "", "slice": ""}
 
 
 def test_the_network_of_a_site_gives_a_review_list(tmp_path: Path) -> None:
