@@ -39,7 +39,6 @@ def test_a_calibrated_set_of_models_estimates_dice(
     make_sites: Callable,
     random_models: Callable,
     capsys: pytest.CaptureFixture,
-    caplog: pytest.LogCaptureFixture,
 ):
     """Each validation case is segmented without its site's expert; segmenting and publishing use what was fitted."""
     data = make_sites(bundle, tmp_path / "data")
@@ -68,9 +67,10 @@ def test_a_calibrated_set_of_models_estimates_dice(
     again = {name: tensor + 0.01 for name, tensor in load_weights(models / "model.pt").items()}
     kept = (models / "model.pt").read_bytes()
     torch.save(again, models / "model.pt")  # trained further, by hand
-    caplog.clear()
-    assert segment(task, scan, ckpt_dir=str(models), **SIZES).expected_dice is None
-    assert "the calibration was made with other models" in caplog.text
+    capsys.readouterr()
+    main(["segment", task, scan, str(tmp_path / "masks"), "--ckpt_dir", str(models), *OPTIONS])
+    assert "the calibration was made with other models" in capsys.readouterr().err
+    assert {row["expected_dice"] for row in read_rows(tmp_path / "masks" / "review.csv")} == {""}
     (models / "model.pt").write_bytes(kept)
     publish(str(models), str(tmp_path / "published"), "for tests", bundle=str(Path("bundles") / bundle))
     assert "calibration.json" in check_manifest(tmp_path / "published")["files"]
