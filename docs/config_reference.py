@@ -129,6 +129,7 @@ SETTINGS = {
     "site_model": "file of a site's network: used if it exists, else written",
     "match_manifest": "`False`: allow settings that contradict `manifest.json`",
     "one_component": "keep one connected component of each target",
+    "smooth_outlines": "replace the outline of each such component by a smooth one",
     "output_format": "`nifti`: masks in the format of the scan; for DICOM also `dicomseg` and `rtstruct` (a list)",
     "overlays": "write pictures with the outlines of the masks",
     "empty_masks": "`fail`: exit with an error status if a mask is empty; `allow`",

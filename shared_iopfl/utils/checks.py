@@ -219,7 +219,7 @@ RULES: dict[str, Rule] = {
     # inference
     "mode": word("episodic", "site", "off"),
     "preset": word("default", "paper", "soup", "adapted", "self_trained"),
-    **dict.fromkeys(("one_component", "overlays"), switch),
+    **dict.fromkeys(("one_component", "smooth_outlines", "overlays"), switch),
     "empty_masks": word("fail", "allow"),
     "output_format": Rule(f"one or several of {', '.join(FORMATS)}", _are_formats),
 }
