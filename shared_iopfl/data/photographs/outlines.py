@@ -76,8 +76,9 @@ class SmoothOutlines(Transform):
             return target
         center = np.asarray(ndimage.center_of_mass(target))
         radii = self._fit(target, center)
-        start = np.maximum(center - radii.max(), 0).astype(int)
-        window = tuple(slice(a, int(c + radii.max()) + 2) for a, c in zip(start, center))
+        low = np.maximum(center - radii.max(), 0).astype(int)
+        high = np.minimum(center + radii.max() + 2, target.shape).astype(int)
+        window = tuple(map(slice, low, high))
         x, y = np.ogrid[window]
         x, y = x - center[0], y - center[1]
         directions = np.arctan2(y, x) % (2 * np.pi) * DIRECTIONS / (2 * np.pi)
