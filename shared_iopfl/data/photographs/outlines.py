@@ -76,9 +76,11 @@ class SmoothOutlines(Transform):
             return target
         center = np.asarray(ndimage.center_of_mass(target))
         radii = self._fit(target, center)
-        start = np.maximum(center - radii.max(), 0).astype(int)
-        window = tuple(slice(a, int(c + radii.max()) + 2) for a, c in zip(start, center))
-        x, y = (axis + a - c for axis, a, c in zip(np.indices(target[window].shape, sparse=True), start, center))
+        low = np.maximum(center - radii.max(), 0).astype(int)
+        high = np.minimum(center + radii.max() + 2, target.shape).astype(int)
+        window = tuple(map(slice, low, high))
+        x, y = np.ogrid[window]
+        x, y = x - center[0], y - center[1]
         directions = np.arctan2(y, x) % (2 * np.pi) * DIRECTIONS / (2 * np.pi)
         star = np.zeros_like(target)
         star[window] = np.hypot(x, y) <= np.interp(directions, np.arange(DIRECTIONS + 1), np.append(radii, radii[0]))

@@ -12,6 +12,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -29,7 +31,7 @@ def ellipse(center=(80, 76), axes=(44, 38), size: int = SIZE) -> np.ndarray:
 
 def coded(*targets: np.ndarray) -> torch.Tensor:
     """Return the coded mask (1, X, Y) of nested targets."""
-    return torch.from_numpy(np.sum(targets, axis=0, dtype=np.uint8)[None])
+    return torch.from_numpy(np.stack(targets).sum(axis=0, keepdims=True, dtype=np.uint8))
 
 
 def smoothed(*targets: np.ndarray, **settings: int) -> np.ndarray:
@@ -125,11 +127,10 @@ def test_more_harmonics_keep_more_details() -> None:
 
 
 @pytest.mark.parametrize("convert", [torch.Tensor.numpy, torch.clone, MetaTensor])
-def test_type_and_metadata_are_kept(convert) -> None:
+def test_type_and_metadata_are_kept(convert: Any) -> None:
     """Arrays remain arrays and tensors tensors with their metadata; other keys are left alone."""
     mask = convert(coded(ellipse()))
-    given = {"pred": mask, "image": "other"}
-    result = SmoothOutlinesd("pred")(given)
+    result = SmoothOutlinesd("pred")({"pred": mask, "image": "other"})
     assert type(result["pred"]) is type(mask)
     assert result["pred"].dtype == mask.dtype
     assert result["pred"].shape == (1, SIZE, SIZE)
