@@ -24,15 +24,16 @@ from torch import Tensor, nn
 
 from shared_iopfl.federation.averaging import average_updates
 
-STEPS, LEARNING_RATE = 4, 1e-3
+STEPS, LEARNING_RATE = 4, 3e-3
 
 
 def train_selector(network: nn.Module, loaders: Mapping[str, Any], rounds: int, seed: int = 0) -> dict[str, Tensor]:
-    """Train a classifier of sites by rounds of federated averaging, in which each site is weighted by its cases.
+    """Train a classifier of sites by rounds of federated averaging, in which all sites have the same weight.
 
     All images of a site have the same class, so that training at one site alone soon gives a network that names no
     other site. A round therefore has at most four steps, and the moments of Adam are averaged as the weights are, which
-    the authors of FedSM found to be necessary. Nothing else would leave a site.
+    the authors of FedSM found to be necessary. Nothing else would leave a site. Weighted by its number of cases, a
+    large site would be named for most scans.
 
     Args:
         network: The classifier, which is trained in place. Its classes are the sites in alphabetical order.
@@ -47,7 +48,7 @@ def train_selector(network: nn.Module, loaders: Mapping[str, Any], rounds: int, 
     for site in sites:
         loaders[site].generator.manual_seed(seed)
         set_rnd(loaders[site].dataset, seed=seed)
-    counts = {site: len(loaders[site].dataset) for site in sites}
+    equal = dict.fromkeys(sites, 1.0)
     weights: Mapping[str, Tensor] = copy.deepcopy(network.state_dict())
     moments: dict[int, dict[str, Tensor]] = {}
     for _ in range(rounds):
@@ -60,9 +61,9 @@ def train_selector(network: nn.Module, loaders: Mapping[str, Any], rounds: int, 
                 _step(network, optimizer, batch[CommonKeys.IMAGE], number)
             local_weights[site] = copy.deepcopy(network.state_dict())
             local_moments[site] = optimizer.state_dict()["state"]
-        weights = average_updates(local_weights, counts)
+        weights = average_updates(local_weights, equal)
         moments = {
-            index: average_updates({site: local_moments[site][index] for site in sites}, counts)
+            index: average_updates({site: local_moments[site][index] for site in sites}, equal)
             for index in local_moments[sites[0]]
         }
     network.load_state_dict(weights)

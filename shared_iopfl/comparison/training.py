@@ -37,6 +37,7 @@ from shared_iopfl.utils.config_values import Expression, as_values
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.stacks import to_stack
 
+SELECTOR_ROUNDS = 3  # for each round of the federation: they are short, and a selector is a small network
 EXPERTS = (0.8, 0.2, 0.0)  # no test cases: these sites are not scored when another one is left out
 
 
@@ -160,7 +161,7 @@ class Trainings:
             first = configs[sites[0]]
             classifier = site_classifier(first.get_parsed_content("network_def#in_channels"), len(sites), seed)
             classifier.to(first.get_parsed_content("device"))
-            save_atomically(train_selector(classifier, loaders, self.rounds, seed), path)
+            save_atomically(train_selector(classifier, loaders, SELECTOR_ROUNDS * self.rounds, seed), path)
 
     def _config(self, site: str, overrides: Mapping[str, Any]) -> ConfigParser:
         """The training config of a site."""

@@ -23,7 +23,7 @@ from torch import Tensor
 from trained_sites import State, _process_as_it_was, equal  # noqa: F401
 
 from shared_iopfl.comparison.protocol import Comparison
-from shared_iopfl.comparison.selector import train_selector
+from shared_iopfl.comparison.selector import LEARNING_RATE, train_selector
 from shared_iopfl.comparison.training import EXPERTS, Trainings
 from shared_iopfl.data.phantoms.sites import make_prostate_sites
 from shared_iopfl.data.splits import site_cases
@@ -78,14 +78,14 @@ def test_the_moments_of_adam_continue() -> None:
     """A federation of one site is plain training with Adam, whose moments continue from round to round."""
     alone = train_selector(site_classifier(3, 2), loaders(A=8), 3)
     classifier = site_classifier(3, 2)
-    optimizer = torch.optim.Adam(classifier.parameters(), 1e-3)
+    optimizer = torch.optim.Adam(classifier.parameters(), LEARNING_RATE)
     loader = loaders(A=8)["A"]
     loader.generator.manual_seed(0)
     for _ in range(3):
         for batch in loader:
             optimizer.zero_grad()
             classes = torch.zeros(len(batch["image"]), dtype=torch.long)
-            torch.nn.functional.cross_entropy(classifier(batch["image"].as_tensor()), classes).backward()
+            torch.nn.functional.cross_entropy(classifier(batch["image"]), classes).backward()
             optimizer.step()
     for key, tensor in classifier.state_dict().items():
         torch.testing.assert_close(alone[key], tensor)
@@ -101,7 +101,7 @@ def sites_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_selector_of_the_bundles_data_is_trained_once(sites_dir: Path, tmp_path: Path) -> None:
     """Its file lies beside the models, and the inferer that reads it recognises both sites' scans."""
-    trainings = Trainings(BUNDLE, str(sites_dir), tmp_path, 30, {**TINY, "augment": False})
+    trainings = Trainings(BUNDLE, str(sites_dir), tmp_path, 8, {**TINY, "augment": False})
     trainings.select(["B", "A"], 0, str(tmp_path))
     state = load_weights(tmp_path / "selector.pt")
     serve = SelectorInferer({"A": {}, "B": {}}, state, gamma=0.5)
