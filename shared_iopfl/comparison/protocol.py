@@ -34,6 +34,7 @@ from shared_iopfl.data.layouts import PARTS
 from shared_iopfl.evaluation.scores import finite_mean
 from shared_iopfl.evaluation.scoring import raise_failures
 from shared_iopfl.federation.simulation import Federation
+from shared_iopfl.inferers.selection import SELECTOR
 from shared_iopfl.models.files import GLOBAL, model_path, save_atomically
 from shared_iopfl.utils.config_values import Expression
 from shared_iopfl.utils.errors import InputError
@@ -73,6 +74,7 @@ class Comparison:
         fine_tuning: Rounds of fine-tuning, at the learning rate of the last rounds, for the method "fine-tuned"; 0
             leaves it out.
         outside: method -> overrides of the evaluation config; a key "baseline" names an inferer of ``baselines.json``.
+            For the baseline "selector", FedSM's selector is trained by the sites that are not left out.
         candidates: name -> routing settings, from which the method "chosen" selects one by an inner leave-one-site-out.
             If empty, there is no such method.
         pooled: Overrides of the training config for the method "pooled", inside and outside: one network trained for as
@@ -236,6 +238,8 @@ class Comparison:
     def _outside_methods(self, run: Path, site: str, models: str, others: Sequence[str], seed: int) -> None:
         for method, options in self.outside_methods.items():
             logger.info("outside %s: %s", site, method)
+            if options.get("baseline") == SELECTOR and not self.runs.scored(run, site, method):
+                self.trainings.select(others, seed, models)
             self.runs.score(run, site, method, model_path(models), **self._outside(models, **options))
         for method, training in self.federations.items():
             path = model_path(self.trainings.experts(others, seed, method, training))

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What a comparison trains: federations, fine-tuned models, a model on pooled data, and routes fitted with labels.
+"""What a comparison trains: federations, fine-tuned models, a pooled model, FedSM's selector, and routes with labels.
 
 Nothing is trained twice: the results in the folder of an earlier run are reused.
 """
@@ -25,16 +25,19 @@ import torch
 from monai.bundle import ConfigParser
 from torch import Tensor, nn
 
+from shared_iopfl.comparison.selector import train_selector
 from shared_iopfl.comparison.tables import POOLED
 from shared_iopfl.data.photographs.codings import coding_of
 from shared_iopfl.federation.client import SiteClient
 from shared_iopfl.federation.simulation import Federation
 from shared_iopfl.inferers.baselines import labelled_routes
+from shared_iopfl.inferers.selection import SELECTOR_FILE, site_classifier
 from shared_iopfl.models.files import GLOBAL, load_experts, load_weights, model_path, save_atomically
 from shared_iopfl.utils.config_values import Expression, as_values
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.stacks import to_stack
 
+SELECTOR_ROUNDS = 3  # for each round of the federation: they are short, and a selector is a small network
 EXPERTS = (0.8, 0.2, 0.0)  # no test cases: these sites are not scored when another one is left out
 
 
@@ -142,13 +145,36 @@ class Trainings:
             save_atomically(client.train(client.weights), path)
         return path
 
-    def fit_with_labels(self, site: str, models: str) -> dict[str, Tensor]:
-        """Routes fitted with the site's labels: an upper bound for routes that are the same for the whole site."""
+    def select(self, sites: Sequence[str], seed: int, models: str) -> None:
+        """Train FedSM's selector beside the models of these sites, on their training cases, unless it exists.
+
+        Args:
+            sites: Sites of the federation.
+            seed: Seed of the classifier, the augmentation and the split.
+            models: Folder of the sites' models.
+        """
+        path = Path(models) / SELECTOR_FILE
+        if not path.is_file():
+            data = {"train#dataset#data": Expression(f"${expert_cases('train', seed)}"), "seed": seed}
+            configs = {site: self._config(site, data) for site in sites}
+            loaders = {site: config.get_parsed_content("train#dataloader") for site, config in configs.items()}
+            first = configs[sites[0]]
+            classifier = site_classifier(first.get_parsed_content("network_def#in_channels"), len(sites), seed)
+            classifier.to(first.get_parsed_content("device"))
+            save_atomically(train_selector(classifier, loaders, SELECTOR_ROUNDS * self.rounds, seed), path)
+
+    def _config(self, site: str, overrides: Mapping[str, Any]) -> ConfigParser:
+        """The training config of a site."""
         parser = ConfigParser()
         parser.read_config(str(Path(self.bundle_root) / "configs" / "train.json"))
+        given = {**self.training, "dataset_dir": self.dataset_dir, "site": site, **overrides}
+        parser.update(as_values({"bundle_root": self.bundle_root, **given}))
+        return parser
+
+    def fit_with_labels(self, site: str, models: str) -> dict[str, Tensor]:
+        """Routes fitted with the site's labels: an upper bound for routes that are the same for the whole site."""
         data = Expression("$splits.site_cases(@dataset_dir, @site, 'all', patient=@patient)")
-        overrides = {**self.training, "dataset_dir": self.dataset_dir, "site": site, "validate#dataset#data": data}
-        parser.update(as_values({"bundle_root": self.bundle_root, **overrides}))
+        parser = self._config(site, {"validate#dataset#data": data})
         network: nn.Module = parser.get_parsed_content("network")
         network.load_state_dict(load_weights(model_path(models)))
         experts = {GLOBAL: network.state_dict(), **load_experts(models)}

@@ -113,14 +113,13 @@ class EnsembleInferer(ScanInferer):
 
     def predict(self, stack: Tensor, network: nn.Module) -> Tensor:
         """Predict one scan; see :meth:`ScanInferer.predict`."""
-        return mean_prediction(self._each(stack, network), self.output)
+        return mean_prediction(self._each(stack, network, self._space(network)), self.output)
 
     def _space(self, network: nn.Module) -> dict[str, Weights]:
         return {GLOBAL: network.state_dict(), **self.experts}
 
-    def _each(self, stack: Tensor, network: nn.Module) -> list[Tensor]:
-        """The logits of each expert."""
-        space = self._space(network)
+    def _each(self, stack: Tensor, network: nn.Module, space: States) -> list[Tensor]:
+        """The logits of each expert of a routing space."""
         check_experts(network, space)
         # frozen, because autocast would keep the half-precision copies of the first expert's weights for all the others
         expert = copy_network(network).eval().requires_grad_(False)
@@ -150,7 +149,7 @@ class DaWinInferer(EnsembleInferer):
 
     def predict(self, stack: Tensor, network: nn.Module) -> Tensor:
         """Predict one scan; see :meth:`ScanInferer.predict`."""
-        outputs = self._each(stack, network)
+        outputs = self._each(stack, network, self._space(network))
         entropies = torch.stack([entropy(probabilities(logits, self.output), self.output) for logits in outputs])
         routes = torch.softmax(-entropies / self.temperature, dim=0)
         return self._forward(stack, collapse(self._route(stack, network, self._space(network)), routes).eval())
