@@ -22,10 +22,11 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from ignite.engine import Engine
+from monai.engines import SupervisedEvaluator
 
 from shared_iopfl.evaluation.calibration.estimate import Calibration, read_calibration
 from shared_iopfl.evaluation.records.growing_tables import ServedRecorder, served_scans
@@ -74,7 +75,8 @@ class ReviewRecorder(ServedRecorder):
         self.reports.clear()
         if self.calibration is None:
             return
-        if not self.calibration.made_with({GLOBAL: engine.network.state_dict(), **self.inferer.experts}):
+        network = cast(SupervisedEvaluator, engine).network
+        if not self.calibration.made_with({GLOBAL: network.state_dict(), **self.inferer.experts}):
             logger.warning("the calibration was made with other models, so that no Dice is estimated: %s", AGAIN)
             self.calibration = None
 
