@@ -113,7 +113,7 @@ def _written(output: Mapping[str, Any]) -> dict[str, bool]:
     mask = output.get("pred")
     if not isinstance(mask, torch.Tensor) or mask.is_floating_point():
         return {}
-    mask = mask.squeeze()  # a single slice has no border across it
+    mask = mask.squeeze().cpu()  # one transfer for all that follows; a single slice has no border across it
     borders = [mask.select(axis, end).any() for axis in range(mask.ndim) for end in (0, -1)]
     return {"empty": not mask.any(), "cut": bool(torch.stack(borders).any()) if borders else False}
 
