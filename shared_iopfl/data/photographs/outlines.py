@@ -94,9 +94,8 @@ class SmoothOutlines(Transform):
         points = center[:, None, None] + self.directions[:, :, None] * along
         radii = step * ndimage.map_coordinates(target.astype(np.float32), points, order=1).sum(axis=1)
         ends = center[:, None] + self.directions * (radii + 2)
-        seen = ((ends >= 0) & (ends < np.reshape(target.shape, (2, 1)))).all(
-            axis=0
-        )  # not cut off by the picture's edge
+        in_picture = (ends >= 0) & (ends < np.reshape(target.shape, (2, 1)))
+        seen = in_picture.all(axis=0)  # directions that the edge of the picture does not cut off
         weights = seen.astype(float)
         for _ in range(ITERATIONS):
             root = np.sqrt(weights)
