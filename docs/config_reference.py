@@ -128,6 +128,8 @@ SETTINGS = {
     "objective": "module that adaptation minimises; `null`: the objective of `routing`",
     "site_model": "file of a site's network: used if it exists, else written",
     "match_manifest": "`False`: allow settings that contradict `manifest.json`",
+    "second_look": "fraction of the usual size below which a target is segmented again in a part of its scan; 0: never",
+    "target_size": "usual size of the target, the root of its fraction of the pixels; 0: unknown",
     "one_component": "keep one connected component of each target",
     "smooth_outlines": "replace the outline of each such component by a smooth one",
     "output_format": "`nifti`: masks in the format of the scan; for DICOM also `dicomseg` and `rtstruct` (a list)",

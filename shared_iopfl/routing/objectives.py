@@ -159,22 +159,22 @@ def view_agreement(logits: Sequence[Tensor], mean: Tensor, output: Output) -> fl
         The quality, in [0, 1]: the Dice of the masks of the predictions with the mask of the mean, averaged over
         predictions and targets. It is 0 for a target that is empty in the mask of the mean.
     """
-    agreed = _masks(mean, output)
+    agreed = target_masks(mean, output)
     axes = [axis for axis in range(agreed.ndim) if axis != 1]
-    masks = (_masks(one, output) for one in logits)
+    masks = (target_masks(one, output) for one in logits)
     dice = [2 * (agreed & mask).sum(axes) / (agreed.sum(axes) + mask.sum(axes)).clamp(min=1) for mask in masks]
     return round(float(torch.stack(dice).mean()), 4)
 
 
 def target_areas(logits: Tensor, output: Output) -> list[float]:
     """Return the fraction of pixels of each target in the mask of logits (N, C, *spatial)."""
-    masks = _masks(logits, output).float()
+    masks = target_masks(logits, output).float()
     areas = masks.mean([axis for axis in range(masks.ndim) if axis != 1])
     return [round(area, 6) for area in areas.tolist()]
 
 
-def _masks(logits: Tensor, output: Output) -> Tensor:
-    """Masks (N, T, *spatial), with one channel per target."""
+def target_masks(logits: Tensor, output: Output) -> Tensor:
+    """Return the masks (N, T, *spatial) of logits (N, C, *spatial), with one channel per target."""
     if output == "sigmoid":
         return logits > 0
     return torch.stack([logits.argmax(1) == target for target in range(1, logits.shape[1])], dim=1)

@@ -220,6 +220,7 @@ RULES: dict[str, Rule] = {
     "mode": word("episodic", "site", "off"),
     "preset": word("default", "paper", "soup", "adapted", "self_trained"),
     **dict.fromkeys(("one_component", "smooth_outlines", "overlays"), switch),
+    **dict.fromkeys(("second_look", "target_size"), number(0, 1)),
     "empty_masks": word("fail", "allow"),
     "output_format": Rule(f"one or several of {', '.join(FORMATS)}", _are_formats),
 }

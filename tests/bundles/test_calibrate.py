@@ -26,6 +26,7 @@ from shared_iopfl.data.splits import site_cases
 from shared_iopfl.models.files import load_weights
 from shared_iopfl.models.manifest import check_manifest
 from shared_iopfl.models.packaging import publish
+from shared_iopfl.utils.reading import read_json
 from shared_iopfl.utils.tables import read_rows, write_json
 
 OPTIONS = ["--image_size", "32", "--features", "4", "--device", "cpu"]
@@ -57,6 +58,8 @@ def test_a_calibrated_set_of_models_estimates_dice(
     for site, other in ("AB", "BA"):
         routes = read_rows(out / "masks" / site / "as_taken" / "routes.csv")
         assert {row["expert"] for row in routes} == {"global", other}
+
+    assert 0 < read_json(out / "calibration.json")["target_size"] < 1
 
     scan = find_scans(str(data / "E"), pictures="fundus" in bundle)[0]["image"]
     with_calibration = segment(task, scan, ckpt_dir=str(models), **SIZES)

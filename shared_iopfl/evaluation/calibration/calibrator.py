@@ -16,17 +16,23 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-from shared_iopfl.data.splits import list_sites
+from monai.bundle import ConfigParser
+
+from shared_iopfl.data.layouts import PARTS
+from shared_iopfl.data.splits import list_sites, site_cases
 from shared_iopfl.evaluation.calibration.estimate import LEVEL, Calibration, fit
 from shared_iopfl.evaluation.review import EMPTY
 from shared_iopfl.evaluation.scoring import Scoring, raise_failures
+from shared_iopfl.evaluation.second_look import target_size
 from shared_iopfl.models.files import GLOBAL, load_experts, load_weights, model_path
 from shared_iopfl.models.manifest import CALIBRATION, published_files, read_manifest
 from shared_iopfl.models.weights import digest
+from shared_iopfl.routing.objectives import Output, target_masks
 from shared_iopfl.routing.settings import RoutingSettings
-from shared_iopfl.utils.config_values import Expression
+from shared_iopfl.utils.config_values import Expression, as_values
 from shared_iopfl.utils.names import check_file_name, check_sites
 from shared_iopfl.utils.reading import read_json
 from shared_iopfl.utils.tables import aligned, read_rows, write_json, write_rows
@@ -78,6 +84,7 @@ class Calibrator:
         virtual: Names of virtual scanners of ``virtual.json``.
         level: Share of the masks of left-out sites that the interval contains.
         overrides: Overrides of the evaluation config.
+        output: Kind of the network's output.
     """
 
     def __init__(
@@ -90,14 +97,18 @@ class Calibrator:
         virtual: Sequence[str] = (),
         level: float = LEVEL,
         overrides: Mapping[str, Any] | None = None,
+        output: Output = "softmax",
     ) -> None:
+        self.output: Output = output
+        self.bundle_root = bundle_root
         self.ckpt_dir = ckpt_dir
         self.output_dir = Path(output_dir)
+        self.overrides = dict(overrides or {})
         self.sites = check_sites(sites)
         self.settings = settings
         self.virtual = [check_file_name(name, "virtual scanner") for name in virtual]
         self.level = level
-        common = {**(overrides or {}), "ckpt_dir": ckpt_dir, "ckpt": model_path(ckpt_dir), "mode": "episodic"}
+        common = {**self.overrides, "ckpt_dir": ckpt_dir, "ckpt": model_path(ckpt_dir), "mode": "episodic"}
         self.scoring = Scoring(bundle_root, output_dir, common, ("evaluate", "virtual"))
 
     def run(self) -> Calibration:
@@ -112,12 +123,13 @@ class Calibrator:
                 "cases are among those of the calibration; give --fractions and --split_seed as in the training",
                 self.ckpt_dir,
             )
+        size = self._target_size()
         rows = []
         for scanner in (AS_TAKEN, *self.virtual):
             how = {} if scanner == AS_TAKEN else {"acquisition": Expression(f"@virtual#{scanner}")}
             for site in self.sites:
                 others = [other for other in self.sites if other != site]
-                self.scoring.score(site, scanner, sites=others, role="virtual", **how)
+                self.scoring.score(site, scanner, sites=others, role="virtual", target_size=size, **how)
                 rows += self._rows(site, scanner)
         write_rows(self.output_dir / "calibration.csv", PAIRS, rows)
         pairs: dict[str, list[tuple[float, float]]] = {}
@@ -126,7 +138,7 @@ class Calibrator:
         cases = len({(row["site"], row["case"]) for row in rows})
         models = {GLOBAL: load_weights(model_path(self.ckpt_dir)), **load_experts(self.ckpt_dir)}
         digests = {name: digest(weights) for name, weights in models.items()}
-        calibration = replace(fit(pairs, self.settings, self.level, cases), models=digests)
+        calibration = replace(fit(pairs, self.settings, self.level, cases), models=digests, target_size=size)
         write_json(self.output_dir / CALIBRATION, asdict(calibration))
         published = published_files(self.ckpt_dir) is not None
         if not published:
@@ -134,6 +146,27 @@ class Calibrator:
         self._print(calibration, published)
         raise_failures(self.scoring.failures)
         return calibration
+
+    def _target_size(self) -> float:
+        """The median size of the target in the masks of the training and validation cases, as the network sees them."""
+        names = ("patient", "fractions", "fold", "folds")
+        split = {
+            "seed": self.overrides.get("split_seed", 0),
+            **{n: self.overrides[n] for n in names if n in self.overrides},
+        }
+        sizes = []
+        for site in self.sites:
+            cases = [
+                case for part in PARTS[:2] for case in site_cases(self.overrides["dataset_dir"], site, part, **split)
+            ]
+            parser = ConfigParser()
+            parser.read_config(str(Path(self.bundle_root) / "configs" / "train.json"))
+            given = {**self.overrides, "bundle_root": self.bundle_root, "site": site, "validate#dataset#data": cases}
+            parser.update(as_values(given))
+            for case in parser.get_parsed_content("validate#dataset"):
+                masks = target_masks(case["label"].as_tensor().float()[None] - 0.5, self.output)
+                sizes.append(target_size(masks[0].any(0)))
+        return median(sizes)
 
     def _rows(self, site: str, scanner: str) -> list[dict[str, str]]:
         review = read_rows(self.output_dir / "masks" / site / scanner / "review.csv")

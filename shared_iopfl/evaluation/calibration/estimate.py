@@ -48,6 +48,8 @@ class Calibration:
         error: Mean absolute error at the sites left out.
         settings: Routing settings of the masks. With other settings, a quality means another Dice.
         models: Name -> digest of the global model and of the experts (see :func:`~shared_iopfl.models.weights.digest`).
+        target_size: Usual size of the target at the inside sites (see
+            :func:`~shared_iopfl.evaluation.second_look.target_size`); 0 if it is unknown.
     """
 
     intercept: float
@@ -60,6 +62,7 @@ class Calibration:
     error: float = 0.0
     settings: Mapping[str, Any] = field(default_factory=dict)
     models: Mapping[str, str] = field(default_factory=dict)
+    target_size: float = 0.0
 
     def estimate(self, quality: float) -> tuple[float, float, float]:
         """Return the expected Dice of a mask, and the ends of its interval, in [0, 1].
@@ -148,7 +151,7 @@ def read_calibration(path: str) -> Calibration | None:
     known = {each.name for each in fields(Calibration)}
     numbers = known - {"settings", "models"}
     if isinstance(values, dict):
-        values.setdefault("models", {})  # as version 0.13.0 wrote it: of unknown models
+        values = {"models": {}, "target_size": 0.0, **values}  # earlier versions wrote neither
     if (
         not (isinstance(values, dict) and set(values) == known)
         or not all(isinstance(values[name], dict) for name in known - numbers)
@@ -156,3 +159,9 @@ def read_calibration(path: str) -> Calibration | None:
     ):
         raise InputError(f"{path} is not a calibration: make it again with iopfl calibrate.")
     return Calibration(**values)
+
+
+def usual_target_size(path: str) -> float:
+    """Return the usual size of the target in a calibration, 0 if it is unknown or there is no such file."""
+    calibration = read_calibration(path)
+    return calibration.target_size if calibration is not None else 0.0
