@@ -19,7 +19,7 @@ federation, comparison, commands. Each imports from those before it only; ``docs
 from importlib import import_module
 from typing import Any
 
-__version__ = "0.14.0"
+__version__ = "0.15.0"
 
 
 def __getattr__(name: str) -> Any:

@@ -25,8 +25,8 @@ ROOT = Path(__file__).parents[2]
 CONFIGS = ("train", "federate", "evaluate", "inference", "personalise", "multi_gpu_train")
 # what a task may have that the other has not: slices of a volume; how masks are coded and smoothed, photographs cropped
 OWN_KEYS = {"field_of_view", "slices", "slices_per_case", "coding", "codings", "crop", "grey", "smooth_outlines"}
-# what may differ: network channels, loss, transforms, sizes of batches, output and views of the inferer, and whether a
-# folder's scans are routed together
+# what may differ: network channels, loss, transforms, sizes of batches, output and views of the inferer, the second
+# look, and whether the scans of a folder are routed together
 TASK_KEYS = {"imports", "site", "passes", "batch_size", "network_def", "loss", "preprocessing_transforms", *OWN_KEYS}
 TASK_KEYS |= {"preprocessing", "postprocessing", "inferer", "handlers", "site_config", "scoring_config"}
 TASK_KEYS |= {
@@ -36,6 +36,7 @@ TASK_KEYS |= {
     "key_metric",
     "bundle_routing",
     "mode",
+    "second_look",
 }
 
 
