@@ -177,14 +177,11 @@ class Comparison:
         """Score a method on the test cases of a fold, transformed by each virtual scanner."""
         for name in self.virtual:
             folder = run.with_name(f"virtual_{name}_{run.name.removeprefix('inside_')}")
+            scanner = Expression(f"@virtual#{check_file_name(name, 'virtual scanner')}")
+            options = {**test, "role": "virtual", "acquisition": scanner}
             for site in self.sites:
                 own = Path(model_path(str(models), "personalised", site))
                 path = own if own.is_file() else model_path(str(models))
-                options = {
-                    **test,
-                    "role": "virtual",
-                    "acquisition": Expression(f"@virtual#{check_file_name(name, 'virtual scanner')}"),
-                }
                 self.runs.score(folder, site, method, str(path), **options)
 
     def _personal(self, federation: Federation, run: Path, test: Mapping[str, Any]) -> None:
