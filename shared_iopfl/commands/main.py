@@ -26,13 +26,13 @@ from shared_iopfl.models.bundles import own_bundles
 from shared_iopfl.utils.errors import InputError, one_line_errors
 from shared_iopfl.utils.names import nearest, parse_names
 
-# command -> config of a bundle, its folders, description
+# command -> config of a bundle, name of the folder that it reads, description
 RUNS = {
-    "segment": ("inference", ("SCANS", "OUT"), "segment scans without labels"),
-    "federate": ("federate", ("DATA", "OUT"), "train across the sites of a folder, in one process"),
-    "personalise": ("personalise", ("DATA", "OUT"), "fit published models to a site with a few labelled cases"),
-    "calibrate": ("calibrate", ("DATA", "OUT"), "estimate the Dice of masks without a reference, for a set of models"),
-    "compare": ("compare", ("DATA", "OUT"), "compare methods inside and outside, site by site"),
+    "segment": ("inference", "SCANS", "segment scans without labels"),
+    "federate": ("federate", "DATA", "train across the sites of a folder, in one process"),
+    "personalise": ("personalise", "DATA", "fit published models to a site with a few labelled cases"),
+    "calibrate": ("calibrate", "DATA", "estimate the Dice of masks without a reference, for a set of models"),
+    "compare": ("compare", "DATA", "compare methods inside and outside, site by site"),
 }
 EXAMPLES = {
     "segment": """\
@@ -115,13 +115,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _run(command: str, words: Sequence[str]) -> None:
     """Run a command that is a config of a bundle."""
-    config, folders, _ = RUNS[command]
+    config, source, _ = RUNS[command]
     flags = [word for word in words if word in FLAGS]
     others = [word for word in words if word not in FLAGS]
     end = next((at for at, word in enumerate(others) if word.startswith("--")), len(others))
     options, rest = _parser(command).parse_args([*flags, *others[:end]]), others[end:]
-    names = ("dataset_dir", "output_dir")
-    settings = {**parse_settings(rest), **{name: getattr(options, folder) for name, folder in zip(names, folders)}}
+    settings = {**parse_settings(rest), "dataset_dir": getattr(options, source), "output_dir": options.OUT}
     summed_up = command == "segment" and options.amount != "quiet"
     at_end = partial(_sum_up, options.OUT, time.monotonic()) if summed_up else None
     run_config(options.TASK, config, settings, options.amount, at_end)
@@ -138,7 +137,7 @@ def _sum_up(output_dir: str, began: float) -> None:
 
 
 def _parser(command: str) -> argparse.ArgumentParser:
-    config, folders, what = RUNS[command]
+    config, source, what = RUNS[command]
     parser = argparse.ArgumentParser(
         prog=f"iopfl {command}",
         description=f"{what[:1].upper()}{what[1:]}.",
@@ -149,13 +148,12 @@ def _parser(command: str) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("TASK", help=f"{', '.join(own_bundles()) or 'a task'}, or the folder of a bundle")
-    helps = {
+    sources = {
         "SCANS": "a scan, a folder of scans, or a DICOM series",
         "DATA": "the folder that contains one folder per site",
-        "OUT": "the folder to write to; it must be new or empty",
     }
-    for folder in folders:
-        parser.add_argument(folder, help=helps[folder])
+    parser.add_argument(source, help=sources[source])
+    parser.add_argument("OUT", help="the folder to write to; it must be new or empty")
     quiet, usual, verbose = AMOUNTS
     parser.set_defaults(amount=usual)
     amount = parser.add_mutually_exclusive_group()

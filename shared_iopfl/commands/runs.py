@@ -17,8 +17,8 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from typing import Any
 
 from fire.parser import DefaultParseValue
@@ -105,7 +105,8 @@ def run_config(
         InputError: If a step of the config raises it, or if a setting is text that the config would evaluate.
     """
     root = find_bundle(task)
-    with _shown(amount):
+    with ExitStack() as stack:
+        _show(amount, stack)
         from monai.bundle import ConfigWorkflow
 
         path = root / "configs" / f"{config}.json"
@@ -133,34 +134,25 @@ def run_config(
             workflow.finalize()
 
 
-@contextmanager
-def _shown(amount: str) -> Iterator[None]:
-    """Show as much text as requested; restore logging, warnings and exception hooks afterwards."""
-    with ExitStack() as stack:
-        for module in (sys, threading):
-            stack.callback(setattr, module, "excepthook", module.excepthook)
-        if amount != "verbose":
-            stack.enter_context(_less_shown(amount))
-        yield
-
-
-@contextmanager
-def _less_shown(amount: str) -> Iterator[None]:
+def _show(amount: str, stack: ExitStack) -> None:
+    """Show as much text as requested; closing the stack restores logging, warnings and exception hooks."""
+    for module in (sys, threading):
+        stack.callback(setattr, module, "excepthook", module.excepthook)
+    if amount == "verbose":
+        return
     root = logging.getLogger()
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     handler.setLevel(logging.CRITICAL if amount == "quiet" else logging.WARNING)
-    with ExitStack() as stack:
-        stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")
-        if amount == "quiet":
-            nothing = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
-            stack.enter_context(redirect_stdout(nothing))
-            stack.enter_context(redirect_stderr(nothing))
-        levels = {root: logging.WARNING, **{logging.getLogger(name): logging.CRITICAL + 1 for name in SILENCED}}
-        for logger, level in levels.items():
-            stack.callback(logger.setLevel, logger.level)
-            logger.setLevel(level)
-        stack.callback(setattr, root, "handlers", root.handlers)
-        root.handlers = [handler]
-        yield
+    stack.enter_context(warnings.catch_warnings())
+    warnings.simplefilter("ignore")
+    if amount == "quiet":
+        nothing = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        stack.enter_context(redirect_stdout(nothing))
+        stack.enter_context(redirect_stderr(nothing))
+    levels = {root: logging.WARNING, **{logging.getLogger(name): logging.CRITICAL + 1 for name in SILENCED}}
+    for logger, level in levels.items():
+        stack.callback(logger.setLevel, logger.level)
+        logger.setLevel(level)
+    stack.callback(setattr, root, "handlers", root.handlers)
+    root.handlers = [handler]

@@ -158,5 +158,5 @@ def _mask(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     if file_ending(path) in PICTURES:
         with Image.open(path) as picture:
             return np.asarray(picture), None
-    loaded = LoadCased("label")({"label": str(path)})["label"]
+    loaded = LoadCased("label", check_values=False)({"label": str(path)})["label"]
     return np.asarray(loaded[0], dtype=np.uint8), np.asarray(loaded.affine, dtype=np.float64)

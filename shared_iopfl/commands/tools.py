@@ -42,19 +42,16 @@ def prepare(
     Every mask is opened unless --masks False is given. The other options are those of the bundles' configs.
     """
     check_values({"split_seed": split_seed, "patient": patient, "fold": fold, "folds": folds})
+    if masks:
+        from shared_iopfl.data.mask_values import mask_values
+
     for site in list_sites(dataset_dir):
         parts = []
         for part in ("train", "validation", "test"):
             cases = site_cases(dataset_dir, site, part, split_seed, patient=patient, fold=fold, folds=folds)
             parts.append(f"{len(cases)} {part} ({counted(len({case['patient'] for case in cases}), 'patient')})")
-        values = f"; {_mask_values(dataset_dir, site, patient)}" if masks else ""
+        values = f"; {mask_values(find_cases(dataset_dir, site, patient))}" if masks else ""
         print(f"{site}: {', '.join(parts)}{values}")
-
-
-def _mask_values(dataset_dir: str, site: str, patient: str) -> str:
-    from shared_iopfl.data.mask_values import mask_values
-
-    return mask_values(find_cases(dataset_dir, site, patient))
 
 
 def scans(dataset_dir: str, pictures: bool = False) -> None:

@@ -29,8 +29,7 @@ from torch import Tensor
 
 from shared_iopfl.comparison.runs import Runs, best_of
 from shared_iopfl.comparison.tables import LABELLED, POOLED
-from shared_iopfl.comparison.training import Trainings, expert_cases, fine_tune, keep_models
-from shared_iopfl.data.layouts import PARTS
+from shared_iopfl.comparison.training import Trainings, expert_split, fine_tune, keep_models
 from shared_iopfl.evaluation.scores import finite_mean
 from shared_iopfl.evaluation.scoring import raise_failures
 from shared_iopfl.federation.simulation import Federation
@@ -144,16 +143,8 @@ class Comparison:
                 self.collect()
 
     def _inside_run(self, seed: int, fold: int, run: Path) -> None:
-        def cases(split: str, site: str = "@site") -> str:
-            seeded = f"seed={seed:d}, patient=@patient"
-            if self.folds == 1:
-                return f"splits.site_cases(@dataset_dir, {site}, '{split}', {seeded}, fractions=@fractions)"
-            folds = f"fold={fold:d}, folds={self.folds:d}"
-            return f"splits.fold_cases(@dataset_dir, {site}, '{split}', {folds}, {seeded})"
-
-        parts = {split: Expression(f"${cases(split)}") for split in PARTS}
-        data = {"train#dataset#data": parts["train"], "validate#dataset#data": parts["validation"]}
-        tested = {"role": "inside", "mode": "off", "validate#dataset#data": parts["test"]}
+        data = {"split_seed": seed, "fold": fold, "folds": self.folds}
+        tested = {**data, "split": "test", "role": "inside", "mode": "off"}
         for method, options in self.inside_methods.items():
             options = dict(options)
             kind = options.pop("model", GLOBAL)
@@ -177,7 +168,7 @@ class Comparison:
                 self.runs.score(run, site, method, model_path(str(models), "personalised", site), **test)
             self._score_virtual(run, method, models, test)
         if self.pooled is not None and not all(self.runs.scored(run, site, POOLED) for site in self.sites):
-            path = self.trainings.pool(self.sites, seed, run / "models" / POOLED, cases("train", "site"))
+            path = self.trainings.pool(self.sites, seed, run / "models" / POOLED, data)
             for site in self.sites:
                 self.runs.score(run, site, POOLED, path, **tested)
             self._score_virtual(run, POOLED, Path(path).parent, tested)
@@ -186,14 +177,11 @@ class Comparison:
         """Score a method on the test cases of a fold, transformed by each virtual scanner."""
         for name in self.virtual:
             folder = run.with_name(f"virtual_{name}_{run.name.removeprefix('inside_')}")
+            scanner = Expression(f"@virtual#{check_file_name(name, 'virtual scanner')}")
+            options = {**test, "role": "virtual", "acquisition": scanner}
             for site in self.sites:
                 own = Path(model_path(str(models), "personalised", site))
                 path = own if own.is_file() else model_path(str(models))
-                options = {
-                    **test,
-                    "role": "virtual",
-                    "acquisition": Expression(f"@virtual#{check_file_name(name, 'virtual scanner')}"),
-                }
                 self.runs.score(folder, site, method, str(path), **options)
 
     def _personal(self, federation: Federation, run: Path, test: Mapping[str, Any]) -> None:
@@ -248,7 +236,7 @@ class Comparison:
             path = model_path(models, "personalised", expert)
             self.runs.score(run, site, f"expert {expert}", path, **self._outside(models, mode="off"))
         if self.pooled is not None and not self.runs.scored(run, site, POOLED):
-            path = self.trainings.pool(others, seed, run / "models" / POOLED, expert_cases("train", seed, "site"))
+            path = self.trainings.pool(others, seed, run / "models" / POOLED, expert_split(seed))
             self.runs.score(run, site, POOLED, path, **self._outside(models, mode="off"))
         if self.labelled and not self.runs.scored(run, site, LABELLED):
             path = str(run / "models" / "labelled.pt")

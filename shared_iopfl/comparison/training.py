@@ -39,11 +39,16 @@ from shared_iopfl.utils.stacks import to_stack
 
 SELECTOR_ROUNDS = 3  # for each round of the federation: they are short, and a selector is a small network
 EXPERTS = (0.8, 0.2, 0.0)  # no test cases: these sites are not scored when another one is left out
+# the training cases of all sites in one list
+ALL_CASES = Expression(
+    "$splits.pooled(@pooled_sites, lambda site: splits.site_cases(@dataset_dir, site, 'train', seed=@split_seed, "
+    "fractions=@fractions, patient=@patient, fold=@fold, folds=@folds))"
+)
 
 
-def expert_cases(part: str, seed: int, site: str = "@site") -> str:
-    """Return the config expression of a site's cases for the training of experts, without the initial "$"."""
-    return f"splits.site_cases(@dataset_dir, {site}, '{part}', seed={seed:d}, fractions={EXPERTS}, patient=@patient)"
+def expert_split(seed: int) -> dict[str, Any]:
+    """Return the settings of the training config for the split of the sites that experts are trained at."""
+    return {"split_seed": seed, "fractions": EXPERTS, "folds": 1}
 
 
 @dataclass
@@ -103,20 +108,18 @@ class Trainings:
         run = self.output_dir / f"seed{seed}" / (f"federation_{name}_" * bool(name) or "federation_")
         run = run.with_name(run.name + "+".join(sorted(sites)))
         if not (run / "models" / "scores.json").is_file():
-            parts = {"train": "train", "validate": "validation"}
-            data = {f"{n}#dataset#data": Expression(f"${expert_cases(part, seed)}") for n, part in parts.items()}
             own = {} if name else {"own_rounds": self.own_rounds, "shares": self.shares}
-            self.federate(sites, seed, run, {**data, **(training or {})}, **own)
+            self.federate(sites, seed, run, {**expert_split(seed), **(training or {})}, **own)
         return str(run / "models")
 
-    def pool(self, sites: Sequence[str], seed: int, folder: Path, cases: str) -> str:
+    def pool(self, sites: Sequence[str], seed: int, folder: Path, split: Mapping[str, Any]) -> str:
         """A model trained on the pooled cases of these sites, for as many epochs as the federation.
 
         Args:
             sites: Sites whose training cases are pooled.
             seed: Seed of network and augmentation.
             folder: Folder of the model.
-            cases: Expression of the training config that gives the training cases of ``site``.
+            split: Settings of the training config for the split of the sites.
 
         Returns:
             Path of the model. An existing model is not trained again.
@@ -135,7 +138,8 @@ class Trainings:
                 "pooled_sites": list(sites),
                 "seed": seed,
                 "epochs": self.rounds,
-                "train#dataset#data": Expression(f"$splits.pooled(@pooled_sites, lambda site: {cases})"),
+                "train#dataset#data": ALL_CASES,
+                **split,
                 "validate#dataset#data": [],
                 **(self.pooled or {}),
             }
@@ -155,8 +159,7 @@ class Trainings:
         """
         path = Path(models) / SELECTOR_FILE
         if not path.is_file():
-            data = {"train#dataset#data": Expression(f"${expert_cases('train', seed)}"), "seed": seed}
-            configs = {site: self._config(site, data) for site in sites}
+            configs = {site: self._config(site, {**expert_split(seed), "seed": seed}) for site in sites}
             loaders = {site: config.get_parsed_content("train#dataloader") for site, config in configs.items()}
             first = configs[sites[0]]
             classifier = site_classifier(first.get_parsed_content("network_def#in_channels"), len(sites), seed)

@@ -164,11 +164,10 @@ def published_parts(root: Path, site: str, patient: str = AUTO) -> dict[str, lis
             declared patient is in two parts.
     """
     check_site(site)
-    known = known_sites(root)
-    if site not in known and not ((root / site).is_dir() and _is_site_folder(root / site)):
-        what = "holds no cases" if (root / site).is_dir() else "is not known"
-        raise InputError(f"site {site!r} {what} in {root}; sites there: {', '.join(known) or 'none'}")
     folder, datalist = root / site, root / f"{site}.json"
+    if _listed_folders(datalist) is None and not (folder.is_dir() and _is_site_folder(folder)):
+        what = "holds no cases" if folder.is_dir() else "is not known"
+        raise InputError(f"site {site!r} {what} in {root}; sites there: {', '.join(known_sites(root)) or 'none'}")
     patients: dict[Path, str] = {}
     if _is_file(datalist):
         pairs, patients = _read_datalist(datalist, root)
@@ -199,7 +198,8 @@ def published_parts(root: Path, site: str, patient: str = AUTO) -> dict[str, lis
                 {"image": str(image), "label": str(label), "site": site, "case": names[image], "patient": whose}
             )
     if not any(official.values()):
-        raise InputError(f"site {site!r} holds no labelled cases in {root}; sites there: {', '.join(known)}")
+        known = ", ".join(known_sites(root))
+        raise InputError(f"site {site!r} holds no labelled cases in {root}; sites there: {known}")
     return official
 
 

@@ -57,6 +57,7 @@ class LoadCased(MapTransform):
         spatial_dims: 2 or 3.
         channels: Number of channels of an image; a label has one.
         reader: MONAI reader for all keys, or one per key; None selects it by the ending of the file.
+        check_values: Whether the values of images and labels are checked; not those of a mask that may be empty.
 
     Raises:
         InputError: If a file is rejected.
@@ -68,11 +69,13 @@ class LoadCased(MapTransform):
         spatial_dims: int = 3,
         channels: int = 1,
         reader: ImageReader | Sequence[ImageReader | None] | None = None,
+        check_values: bool = True,
     ) -> None:
         super().__init__(keys, allow_missing_keys=True)
         self.spatial_dims = spatial_dims
         self.channels = channels
         self.readers = ensure_tuple_rep(reader, len(self.keys))
+        self.check_values = check_values
         self._load_image = LoadImage(dtype=np.float32)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -82,11 +85,11 @@ class LoadCased(MapTransform):
             path = Path(d[key])
             is_label = key == LABEL
             d[key] = self._load(path, reader, channels=1 if is_label else self.channels)
-            if is_label:
+            if is_label and self.check_values:
                 d[key] = _whole_numbers(d[key], path)
-            else:
+            elif self.check_values:
                 _check_image(d[key], path)
-                images.append(d[key])
+            images += [] if is_label else [d[key]]
         if images and isinstance(d.get(LABEL), MetaTensor):
             d[LABEL] = self._match(images[0], d[LABEL])
         return d

@@ -19,6 +19,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 from shared_iopfl.data.layouts import PARTS, known_sites, published_parts
@@ -174,11 +175,8 @@ def split_cases(
             "change fractions"
         )
 
-    intervals, low = {}, 0.0
-    for part in wanted:
-        high = low + shares[part] / sum(shares.values())
-        intervals[part] = (low, high if part != wanted[-1] else 1.0)
-        low = high
+    ends = list(accumulate(shares[part] / sum(shares.values()) for part in wanted))
+    intervals = dict(zip(wanted, pairwise([0.0, *ends[:-1], 1.0])))
     members = {
         part: {patient for patient, at in position.items() if low <= at < high}
         for part, (low, high) in intervals.items()

@@ -79,8 +79,7 @@ def site_interval(means: np.ndarray) -> tuple[float, float]:
     count = len(means)
     if count < FEWEST_SITES:
         return _NO_INTERVAL
-    drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=RESAMPLES) / count
-    deviations = drawn @ (means - means.mean()) * np.sqrt(count / (count - 1))
+    deviations = resampled_means([means - means.mean()])[:, 0] * np.sqrt(count / (count - 1))
     return _around(float(means.mean()), deviations, count - 1)
 
 

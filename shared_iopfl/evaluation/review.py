@@ -68,7 +68,6 @@ class ReviewRecorder(ServedRecorder):
         self.calibration = found if found is not None and found.applies_to(inferer) else None
         self.output_dir = Path(output_dir)
         self.reports: dict[str, Mapping[str, Any]] = {}
-        self.newest: list[str] = []  # cases of this iteration
 
     def start(self, engine: Engine) -> None:
         """Discard the reports of an earlier run of the engine, and check that the calibration is of its models."""
@@ -82,23 +81,22 @@ class ReviewRecorder(ServedRecorder):
 
     def record(self, engine: Engine) -> None:
         """Record the quality of the masks of this iteration."""
-        self.newest = []
+        reports = {}
         for batch, output in served_scans(engine):
             if "report" in output:
                 remarks = getattr(batch.get("image"), "meta", {}).get("remarks", "")
-                self.reports[reported_case(batch)] = {**output["report"], "remarks": remarks, **_written(output)}
-                self.newest.append(reported_case(batch))
-        if self.newest:
+                reports[reported_case(batch)] = {**output["report"], "remarks": remarks, **_written(output)}
+        if reports:
+            self.reports.update(reports)
+            self.newest = list(reports)
             self.write()
 
     def take_back(self) -> None:
         """Remove the row of the last scan, whose mask could not be written."""
         for case in self.newest:
             del self.reports[case]
-        if self.newest:
-            (self.output_dir / "review.csv").unlink(missing_ok=True)
-            self.write()
-        self.newest = []
+        (self.output_dir / "review.csv").unlink(missing_ok=True)
+        self.write()
 
     def write(self) -> None:
         """Write ``review.csv``, with the masks to check first at the top."""

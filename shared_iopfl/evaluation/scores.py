@@ -149,14 +149,11 @@ def difference(sites: Sequence[SiteScores], model: str, other: str) -> tuple[flo
         other: Model that is subtracted.
     """
     paired = [[s.get(model, {}).get(case, math.nan) - v for case, v in s.get(other, {}).items()] for s in sites]
-    paired = [finite(differences) for differences in paired]
-    values = np.concatenate(paired) if all(paired) else np.zeros(0)
-    if not len(values):
+    gains = [np.array(finite(differences)) for differences in paired]
+    if not gains or not all(map(len, gains)):
         return math.nan, math.nan, math.nan, 0
-    weights = np.concatenate([np.full(len(p), 1 / len(p)) for p in paired])  # all sites have the same weight
-    gains = [np.array(differences) for differences in paired]
-    low, high = case_interval(gains, resampled_means(gains))
-    return float(np.average(values, weights=weights)), low, high, len(values)
+    mean = np.mean([of_site.mean() for of_site in gains])  # all sites have the same weight
+    return float(mean), *case_interval(gains, resampled_means(gains)), sum(map(len, gains))
 
 
 def print_table(output_dir: str | Path, metric: str = "dice") -> str:

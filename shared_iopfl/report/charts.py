@@ -47,15 +47,12 @@ def _panels(names: Sequence[str], height: float, share_x: bool, most_columns: in
     return figure, axes[: len(names)]
 
 
-def dice_picture(
-    sites: Mapping[str, Mapping[str, Mapping[str, float]]], colour: Mapping[str, str], label: str = "Dice (%)"
-) -> Figure:
+def dice_picture(sites: Mapping[str, Mapping[str, Mapping[str, float]]], colour: Mapping[str, str]) -> Figure:
     """One panel per site: a dot for every case and model, a line joins the dots of a case, a bar marks a model's mean.
 
     Args:
         sites: ``{site: {model: {case: Dice between 0 and 1, or NaN}}}``, models in the order to draw them.
         colour: Colour of each model.
-        label: Title of the vertical axis.
     """
     figure, axes = _panels(list(sites), height=2.9, share_x=False)
     for panel, by_model in zip(axes, sites.values()):
@@ -70,7 +67,7 @@ def dice_picture(
         slant = _SLANT if len(by_model) > 2 else {}
         panel.set_xticks(range(len(by_model)), [plain(model) for model in by_model], **slant)
         panel.set_xlim(-0.6, max(len(by_model), 2) - 0.4)
-    figure.supylabel(label, fontsize=9.5)
+    figure.supylabel("Dice (%)", fontsize=9.5)
     return figure
 
 

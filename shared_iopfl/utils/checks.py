@@ -110,12 +110,12 @@ def word(*choices: str) -> Rule:
     return Rule("one of " + ", ".join(choices), lambda value: isinstance(value, str) and value in choices)
 
 
-def several(what: str, one: Rule, fewest: int = 0) -> Rule:
-    """A list whose values all obey a rule."""
+def several(what: str, one: Rule, fewest: int = 0, most: float = math.inf) -> Rule:
+    """A list, of a length from `fewest` to `most`, whose values all obey a rule."""
     return Rule(
         what,
         lambda value: (
-            isinstance(value, (list, tuple)) and len(value) >= fewest and all(one.holds(item) for item in value)
+            isinstance(value, (list, tuple)) and fewest <= len(value) <= most and all(one.holds(item) for item in value)
         ),
     )
 
@@ -145,17 +145,7 @@ def _works(device: Any) -> bool:
 
 
 def _are_fractions(value: Any) -> bool:
-    return (
-        isinstance(value, (list, tuple))
-        and len(value) == 3
-        and all(number(0, 1).holds(share) for share in value)
-        and value[0] > 0
-        and abs(sum(value) - 1) <= 1e-6
-    )
-
-
-def _are_features(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and len(value) == 6 and all(whole(1, 4096).holds(one) for one in value)
+    return several("shares", number(0, 1), 3, 3).holds(value) and value[0] > 0 and abs(sum(value) - 1) <= 1e-6
 
 
 switch = Rule("True or False", lambda value: isinstance(value, (bool, Integral)) and value in (False, True))
@@ -182,7 +172,7 @@ RULES: dict[str, Rule] = {
     "field_of_view": number(0, 2000),
     **dict.fromkeys(("normalise", "match_manifest", "soft_labels", "augment"), switch),
     # network and machine
-    "features": either(whole(1, 256), Rule("six such for the network's stages, at most 4096", _are_features)),
+    "features": either(whole(1, 256), several("six such for the network's stages, at most 4096", whole(1, 4096), 6, 6)),
     "slices": Rule("an odd whole number from 1 to 99", lambda value: whole(1, 99).holds(value) and value % 2 == 1),
     "device": Rule("a device that this machine has, such as 'cpu' or 'cuda:0'", _works),
     **dict.fromkeys(("amp", "bf16", "recompute", "deterministic"), switch),

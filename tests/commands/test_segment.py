@@ -17,9 +17,11 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from tiny_scans import AFFINES, PICTURE, nifti
 
 from shared_iopfl import Segmentation, segment
+from shared_iopfl.models.files import load_weights
 from shared_iopfl.utils.errors import InputError
 
 TINY = {"image_size": 32, "features": 4, "device": "cpu"}
@@ -60,8 +62,13 @@ def test_a_picture_in_memory_gives_a_mask_of_its_height_and_width(fundus_models)
     assert np.array_equal(segment("fundus", picture / 255, **settings).mask, result.mask)
 
 
-def test_an_empty_mask_is_returned_as_one(models):
-    result = segment("prostate", VOLUME, AFFINES["LPS"], ckpt_dir=str(models), preset="soup", mode="off", **TINY)
+def test_an_empty_mask_is_returned_as_one(models, tmp_path):
+    """It is that of a network whose last bias lets it see background everywhere."""
+    weights = load_weights(models / "model.pt")
+    weights["final_conv.bias"] = torch.tensor([100.0, -100.0])
+    torch.save(weights, tmp_path / "model.pt")
+    result = segment("prostate", VOLUME, AFFINES["LPS"], ckpt_dir=str(tmp_path), mode="off", **TINY)
+    assert result.mask.shape == VOLUME.shape and not result.mask.any()
     assert result.quality is None and result.routes == {}
 
 

@@ -280,6 +280,14 @@ def test_left_and_right_eyes_are_cases_of_one_patient(tmp_path):
     assert len({case["patient"] for case in found}) == 2
 
 
+def test_a_fault_of_one_site_does_not_keep_the_others_from_being_read(tmp_path):
+    saml(tmp_path, "A", 2)
+    touch(tmp_path, "B/1/t2.nii.gz", "B/1/t2_mask.nii.gz", "B/1/t2_seg.nii.gz")
+    assert names(find_cases(tmp_path, "A")) == ["Case00", "Case01"]
+    with pytest.raises(InputError, match="needs one mask in its folder"):
+        find_cases(tmp_path, "B")
+
+
 def test_a_second_channel_and_a_second_mask_are_refused(tmp_path):
     touch(tmp_path, "S/imagesTr/a_0000.nii.gz", "S/imagesTr/a_0001.nii.gz", "S/labelsTr/a.nii.gz")
     with pytest.raises(InputError, match="second channel of a"):

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ignite.engine import Engine, Events
 from monai.data import DataLoader
 from monai.transforms import Compose
 from tiny_scans import VALUES, nifti
@@ -36,7 +37,8 @@ from shared_iopfl.evaluation.failed_scans import (
     TolerantEvaluator,
     tolerant_collate,
 )
-from shared_iopfl.evaluation.records import RoutesRecorder
+from shared_iopfl.evaluation.records import MeasureRecorder, RoutesRecorder
+from shared_iopfl.evaluation.records.growing_tables import ServedEvents
 from shared_iopfl.inferers.routing import TestTimeRoutingInferer
 from shared_iopfl.utils.errors import InputError, root_input_error
 
@@ -251,3 +253,18 @@ def test_characters_that_a_table_cannot_represent_become_underscores(tmp_path):
         serve(folder, tmp_path)
     assert [row["case"] for row in rows(tmp_path)] == ["a", "b__"]
     assert "b_ .nii is empty" in rows(tmp_path)[1]["reason"]
+
+
+def test_a_scan_that_fails_before_its_row_is_written_removes_no_other_row(tmp_path):
+    engine = Engine(lambda *_: None)
+    engine.register_events(*ServedEvents)
+    MeasureRecorder(str(tmp_path), {"voxels": lambda mask: 1 / mask}).attach(engine)
+    engine.fire_event(Events.STARTED)
+    for case, voxels in (("a", 4), ("b", 0), ("c", 5)):
+        engine.state.batch, engine.state.output = [{"case": case}], [{"pred": voxels}]
+        engine.fire_event(Events.ITERATION_STARTED)
+        try:
+            engine.fire_event(Events.ITERATION_COMPLETED)
+        except ZeroDivisionError:
+            engine.fire_event(ServedEvents.SCAN_FAILED)
+    assert (tmp_path / "measures.csv").read_text() == "case,voxels\na,0.2500\nc,0.2000\n"

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -35,17 +34,6 @@ MOST_PIXELS = 75 * 10**6  # more than any fundus camera has; processing takes le
 SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N", "I")  # "I": some 16-bit files are read as 32-bit integers
 
 
-@dataclass(frozen=True)
-class _File:
-    """A file that is not opened yet, as files are opened in `get_data` and not in `read`.
-
-    If `read` fails, `LoadImage` silently falls back to MONAI's own readers, which would load the files that are
-    rejected here; if `get_data` fails, it does not.
-    """
-
-    name: str
-
-
 class _PictureReader(PILReader):
     """Base of the two readers: opens a file as an upright picture, or reports in one line why that fails.
 
@@ -60,20 +48,25 @@ class _PictureReader(PILReader):
     def verify_suffix(self, filename: Sequence[PathLike] | PathLike) -> bool:
         return all(str(name).lower().endswith(SUFFIXES) for name in ensure_tuple(filename))
 
-    def read(self, data: Sequence[PathLike] | PathLike | np.ndarray, **kwargs: Any) -> _File:
-        names = ensure_tuple(data)
-        return _File(os.fspath(names[0])) if len(names) == 1 else _File("")
+    def read(self, data: Sequence[PathLike] | PathLike | np.ndarray, **kwargs: Any) -> tuple[PathLike, ...]:
+        """Return the names of the files, which `get_data` opens.
 
-    def get_data(self, img: _File) -> tuple[np.ndarray, dict]:
+        If `read` fails, `LoadImage` silently falls back to MONAI's own readers, which would load the files that are
+        rejected here; if `get_data` fails, it does not.
+        """
+        return ensure_tuple(data)
+
+    def get_data(self, img: tuple[PathLike, ...]) -> tuple[np.ndarray, dict]:
         """Return the pixels, (W, H) or (W, H, 3), and the metadata of MONAI's `PILReader`, both of the upright picture.
 
         Raises:
             InputError: If the file is missing, broken, too small, too large, or not of the requested kind.
         """
-        if not img.name:
+        if len(img) != 1:
             raise InputError("a picture is one file, but the case has a list of files: give one")
-        picture, meta = self._open(img.name)
-        array = self._pixels(picture, str(meta["format"]), img.name)
+        name = os.fspath(img[0])
+        picture, meta = self._open(name)
+        array = self._pixels(picture, str(meta["format"]), name)
         meta["original_channel_dim"] = float("nan") if array.ndim == 2 else -1
         return np.ascontiguousarray(array.swapaxes(0, 1)), meta
 

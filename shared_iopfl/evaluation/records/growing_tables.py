@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,16 +91,19 @@ class ServedRecorder:
     """A handler that writes the rows of scans as they are processed.
 
     An evaluator calls it before other handlers write the mask of the scan, another engine after an iteration.
+
+    Attributes:
+        newest: Cases of this iteration for which rows were written; `record` sets it.
     """
 
-    _recorded = False  # whether rows were written in this iteration
+    newest: Sequence[str] = ()
 
     def attach(self, engine: Engine) -> None:
         """Register the handlers with an ignite engine."""
         served = IterationEvents.MODEL_COMPLETED if isinstance(engine, Evaluator) else Events.ITERATION_COMPLETED
         engine.add_event_handler(Events.STARTED, self.start)
         engine.add_event_handler(Events.ITERATION_STARTED, self._begin)
-        engine.add_event_handler(served, self._record)
+        engine.add_event_handler(served, self.record)
         if engine.has_registered_events(ServedEvents.SCAN_FAILED):
             engine.add_event_handler(ServedEvents.SCAN_FAILED, self._fail)
 
@@ -113,16 +116,12 @@ class ServedRecorder:
         raise NotImplementedError
 
     def take_back(self) -> None:
-        """Remove the rows that were written last, as their mask could not be written."""
+        """Remove the rows of the cases in `newest`, as their mask could not be written."""
         raise NotImplementedError
 
     def _begin(self, engine: Engine) -> None:
-        self._recorded = False
-
-    def _record(self, engine: Engine) -> None:
-        self._recorded = True
-        self.record(engine)
+        self.newest = ()
 
     def _fail(self, engine: Engine) -> None:
-        if self._recorded:
+        if self.newest:
             self.take_back()

@@ -75,6 +75,7 @@ class MeasureRecorder(ServedRecorder):
             values = {name: f"{measure(output['pred']):.4f}" for name, measure in self.measures.items()}
             rows.append({"case": batch["case"], **values})
         self.file.add(csv_text(self.columns, rows, header=False))
+        self.newest = [row["case"] for row in rows]
 
     def take_back(self) -> None:
         """Remove the row of the last scan, whose mask could not be written."""

@@ -49,7 +49,6 @@ class RoutesRecorder(ServedRecorder):
         self.inferer = inferer
         self.output_dir = Path(output_dir)
         self.cases: dict[str, dict[str, Any]] = {}
-        self.newest: list[str] = []  # cases of this iteration
         self.files: list[GrowingFile] = []
 
     def attach(self, engine: Engine) -> None:
@@ -59,20 +58,21 @@ class RoutesRecorder(ServedRecorder):
 
     def start(self, engine: Engine) -> None:
         """Discard the routes of an earlier run of the engine."""
-        self.cases, self.newest, self.files = {}, [], []
+        self.cases, self.files = {}, []
         self.inferer.reports.clear()
 
     def record(self, engine: Engine) -> None:
         """Record the inferer's reports on the scans of this iteration."""
-        self.newest = []
+        routed = {}
         for batch, output in served_scans(engine):
             if self.inferer.reports:
                 report = output["report"] = self.inferer.reports.popleft()
                 if "routes" in report:
-                    self.cases[reported_case(batch)] = report
-                    self.newest.append(reported_case(batch))
-        if self.newest:
-            self._grow({case: self.cases[case] for case in self.newest})
+                    routed[reported_case(batch)] = report
+        if routed:
+            self._grow(routed)
+            self.cases.update(routed)
+            self.newest = list(routed)
 
     def _grow(self, cases: Mapping[str, Mapping[str, Any]]) -> None:
         if not self.files:
@@ -90,9 +90,8 @@ class RoutesRecorder(ServedRecorder):
         """Remove the row of the last scan, whose mask could not be written."""
         for case in self.newest:
             del self.cases[case]
-        for file in self.files if self.newest else ():
+        for file in self.files:
             file.take_back()
-        self.newest = []
 
     def write(self, engine: Engine) -> None:
         """Write ``routes.json`` and ``routes.csv``."""

@@ -184,10 +184,9 @@ def _take_over(folder: Path, shown: str | os.PathLike) -> None:
     Raises:
         InputError: If that run is in another thread that is still alive.
     """
-    earlier = _held.pop(folder, None)
+    earlier = _held.get(folder)
     if earlier is None:
         return
     if earlier.thread is not threading.current_thread() and earlier.thread.is_alive():
-        _held[folder] = earlier
         raise InputError(f"{shown} is in use by another run: wait for it, or choose another output_dir.")
-    earlier.release()
+    _held.pop(folder).release()
