@@ -31,6 +31,8 @@ from monai.fl.utils.constants import ExtraItems
 from PIL import Image
 from torch import Tensor
 
+from shared_iopfl.evaluation import second_look
+
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:executing the bundle config")]
 
 SHORT: dict[str, Any] = {"passes": 1, "batch_size": 2, "rounds": 2, "val_interval": 2}
@@ -109,15 +111,29 @@ def test_a_step_of_training_waits_seldom_for_the_device(
     assert per_step <= STEP_WAITS, f"{per_step} waits a step"
 
 
-@pytest.mark.parametrize("mode", ["episodic", "site", "off"])
+@pytest.mark.parametrize("mode", ["episodic", "site", "off", "second look"])
 def test_inference_gives_the_masks_of_the_cpu(
-    gpu: torch.device, name: str, data: Path, models: Path, tmp_path: Path, run_config: Run, mode: str
+    gpu: torch.device,
+    name: str,
+    data: Path,
+    models: Path,
+    tmp_path: Path,
+    run_config: Run,
+    mode: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folders = []
+    look = {"second_look": 0.0}
+    if mode == "second look":
+        mode, look = "episodic", {"second_look": 1.0, "target_size": 1.0}
+        monkeypatch.setattr(second_look, "target_size", lambda mask: 0.1)  # masks of these models are large
+        monkeypatch.setattr(
+            second_look, "part_around", lambda mask, scale: second_look.Part((0.25, 0.25), (0.75, 0.75))
+        )
     for device in (torch.device("cpu"), gpu):
         folders.append(tmp_path / device.type)
         options = {"dataset_dir": data / "E", "ckpt_dir": models, "output_dir": folders[-1], "mode": mode}
-        options |= {"overlays": False, "one_component": False, "amp": False, "device": str(device)}
+        options |= {"overlays": False, "one_component": False, "amp": False, "device": str(device), **look}
         run_config("inference", name, **options)
     masks = [sorted(path for path in folder.rglob("*") if path.suffix in (".gz", ".png")) for folder in folders]
     assert masks[0] and [path.name for path in masks[0]] == [path.name for path in masks[1]]
