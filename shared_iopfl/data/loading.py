@@ -25,6 +25,7 @@ from monai.data.utils import is_no_channel, to_affine_nd
 from monai.transforms import BorderPadd, GaussianSmooth, LoadImage, MapTransform, Resized
 from monai.transforms.traits import RandomizableTrait
 from monai.utils import convert_to_dst_type, ensure_tuple_rep, fall_back_tuple
+from torch import Tensor
 
 from shared_iopfl.data.scan_names import ITK, NIBABEL, PICTURES, VOLUMES, file_ending, is_dicom
 from shared_iopfl.data.volumes.dicom import DicomReader
@@ -199,6 +200,15 @@ class UncachedBorderPadd(BorderPadd, RandomizableTrait):
 
     It is not random: a `CacheDataset` repeats all transforms from the first one with this trait.
     """
+
+
+def compact(label: Tensor) -> Tensor:
+    """Return a label as it is cached: as uint8 if its values are whole numbers, otherwise as float16.
+
+    A label that is not resampled, or is resampled to its nearest voxels, has whole numbers.
+    """
+    small = label.to(torch.uint8)
+    return small if torch.equal(small.to(label.dtype), label) else label.to(torch.float16)
 
 
 def _reader_for(path: Path) -> ImageReader:

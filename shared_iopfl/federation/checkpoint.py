@@ -26,6 +26,7 @@ from shared_iopfl.evaluation.run.earlier_run import check_settings
 from shared_iopfl.federation.state import FederationState
 from shared_iopfl.federation.updates import FAILED, HISTORY
 from shared_iopfl.models.files import save_atomically
+from shared_iopfl.models.weights import all_finite
 from shared_iopfl.utils.checks import whole
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.tables import write_rows
@@ -142,7 +143,7 @@ def check_state(found: Any, like: Any, path: Path, field: str = "") -> None:
         if isinstance(like, Tensor) and (found.shape, found.dtype) != (like.shape, like.dtype):
             given, wanted = ((tuple(tensor.shape), str(tensor.dtype)[6:]) for tensor in (found, like))
             raise wrong(f"must have shape {wanted[0]} of {wanted[1]}, but has {given[0]} of {given[1]}")
-        if not torch.isfinite(found).all():
+        if not all_finite(found):
             raise wrong("has NaN or infinite values")
     elif isinstance(like, Mapping) or (like is None and isinstance(found, Mapping)):
         if not isinstance(found, Mapping):

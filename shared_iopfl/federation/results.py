@@ -52,6 +52,8 @@ def publish(run: FederationState) -> None:
     models = {GLOBAL: run.weights, **{site: run.clients[site].personalised for site in present}}
     for name, weights in models.items():
         save_atomically(dict(weights), model_path(str(folder), GLOBAL if name == GLOBAL else "personalised", name))
+    for site in set(run.sites) - set(present):  # a model of an earlier run
+        Path(model_path(str(folder), "personalised", site)).unlink(missing_ok=True)
     (folder / CALIBRATION).unlink(missing_ok=True)  # it was fitted to the models that were here before
     scorers = [site for site in present if site not in run.failures.of(run.round)]
     write_json(folder / "scores.json", cross_site_scores(run, models, scorers))

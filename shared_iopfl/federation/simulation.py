@@ -10,8 +10,8 @@
 # limitations under the License.
 """A federation in one process: rounds of FedAvg with one `MonaiAlgo` client per site.
 
-It knows clients and weights, but no images. Only local weights leave a client. Each client writes its own personalised
-model next to the global model, because here all sites are on one machine.
+It knows clients and weights, but no images. Only local weights leave a client. The personalised models are kept in the
+checkpoint, and written next to the global model at the end, because here all sites are on one machine.
 
 A site that fails in a round, or takes too long, is left out of that round and asked again in the next one. Code that
 never returns can be ended only if it runs in a process of its own, by the time limits of FLARE (``round_timeout`` in
@@ -47,7 +47,6 @@ from shared_iopfl.federation.updates import (
     figures,
     update_norm,
 )
-from shared_iopfl.models.files import model_path
 from shared_iopfl.models.weights import Weights
 from shared_iopfl.utils.errors import InputError, root_input_error
 
@@ -115,6 +114,7 @@ class Federation(FederationState):
                 "site": site,
                 "output_dir": str(self.output_dir / "sites" / site),
                 "ckpt_dir": str(self.output_dir / "models"),
+                "personalised_file": None,  # the checkpoint has it
                 "epochs": self.rounds * self.local_epochs,
             }
             # all sites, and repeated runs, start with the same network; the global random state is not changed
@@ -158,7 +158,9 @@ class Federation(FederationState):
             bar: Progress bar that shows the name of the site that is training.
         """
         self.round += 1
-        before = {site: copy.deepcopy(client.state_dict()) for site, client in self.clients.items()}
+        # if any failure ends the run, no site continues from its state before the round
+        tolerant = self.clients if self.failures.tolerated else {}
+        before = {site: copy.deepcopy(client.state_dict()) for site, client in tolerant.items()}
         updates: dict[str, dict[str, Tensor]] = {}
         metrics: dict[str, dict[str, float]] = {}
         for site, client in self.clients.items():
@@ -172,13 +174,14 @@ class Federation(FederationState):
                 metrics[site] = {**client.metrics(), "seconds": time.perf_counter() - began}
                 updates[site] = update
             except Exception as error:
-                self._leave_out(site, error, before[site])
+                self._leave_out(site, error, before.get(site, {}))
+        norms = {site: update_norm(update, self.weights) for site, update in updates.items()}
         earlier = accepted_norms(self.history)
-        for site, refusal in far_off(updates, self.weights, self.max_update_norm, earlier).items():
+        for site, refusal in far_off(norms, self.weights, self.max_update_norm, earlier).items():
             del updates[site]
-            self._leave_out(site, refusal, before[site])
-        for site, update in updates.items():
-            self._note(site, "local", {**metrics[site], UPDATE_NORM: update_norm(update, self.weights)})
+            self._leave_out(site, refusal, before.get(site, {}))
+        for site in updates:
+            self._note(site, "local", {**metrics[site], UPDATE_NORM: norms[site]})
         counts = {site: self.clients[site].cases for site in updates}
         average = average_updates(updates, counts, self.averaging)
         parameters = self.clients[self.sites[0]].parameters if self.server.momentum else ()
@@ -202,8 +205,6 @@ class Federation(FederationState):
         self.failures.add(self.round, site, error)
         self._note(site, "local", {"failed": 1.0})
         self.clients[site].load_state_dict(before)
-        # this file is of the refused round; the next round of the site, or the end of the run, writes it again
-        Path(model_path(str(self.output_dir / "models"), "personalised", site)).unlink(missing_ok=True)
 
     def _note(self, site: str, model: str, metrics: Mapping[str, float]) -> None:
         self.history += figures(self.round, site, model, metrics)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from shared_iopfl.models.weights import Weights, is_weight
+from shared_iopfl.models.weights import Weights, all_finite, is_weight
 from shared_iopfl.utils.checks import has_negative_variance
 from shared_iopfl.utils.errors import InputError, root_input_error
 from shared_iopfl.utils.tables import write_rows
@@ -74,7 +74,7 @@ def check_update(site: str, update: Weights, reference: Weights) -> dict[str, Te
             types = f"{tensor.dtype} instead of {like.dtype}"
             raise InputError(f"site '{site}' sent '{key}' of type {types}, the type in the global model.")
         cast = tensor.detach().to(like)
-        if not torch.isfinite(cast).all():
+        if not all_finite(cast):
             raise InputError(f"site '{site}' sent NaN or infinite values in '{key}', as {like.dtype}.")
         if has_negative_variance(key, cast):
             raise InputError(f"site '{site}' sent a negative variance in '{key}'.")
@@ -83,7 +83,7 @@ def check_update(site: str, update: Weights, reference: Weights) -> dict[str, Te
 
 
 def far_off(
-    updates: Mapping[str, Weights], reference: Weights, factor: float, earlier: Sequence[float] = ()
+    norms: Mapping[str, float], reference: Weights, factor: float, earlier: Sequence[float] = ()
 ) -> dict[str, InputError]:
     """Find the sites whose update is more than `factor` times as long as usual.
 
@@ -92,10 +92,8 @@ def far_off(
     median norm of the other sites' updates in this round is a second limit; with two sites it could not tell which of
     them is wrong. If the other sites did not move at all, their median of 0 sets no limit.
 
-    Norms are Euclidean norms over all floating-point entries, computed in double precision.
-
     Args:
-        updates: site -> weights that :func:`check_update` has accepted.
+        norms: site -> :func:`update_norm` of the weights that :func:`check_update` has accepted.
         reference: The global weights at the start of the round.
         factor: Largest accepted multiple of the usual length; 0 accepts any length.
         earlier: Norms of the updates that were accepted in earlier rounds (see :func:`accepted_norms`).
@@ -105,7 +103,6 @@ def far_off(
     """
     if factor <= 0:
         return {}
-    norms = {site: update_norm(update, reference) for site, update in updates.items()}
     usual = ("the global model's own norm", update_norm(reference))
     if earlier and (of_rounds := statistics.median(earlier)) > usual[1]:
         usual = ("the median norm of earlier rounds", of_rounds)
@@ -126,6 +123,8 @@ def far_off(
 def update_norm(update: Weights, reference: Weights | None = None) -> float:
     """Compute the Euclidean distance between weights and a reference over all real and complex entries.
 
+    It is computed in double precision.
+
     Args:
         update: The weights.
         reference: The weights to compare with; None stands for zero.
@@ -134,17 +133,18 @@ def update_norm(update: Weights, reference: Weights | None = None) -> float:
         The distance.
     """
 
-    def moved(key: str, tensor: Tensor) -> Tensor:
-        wide = in_double_precision(tensor)
-        return wide - in_double_precision(reference[key]) if reference else wide
+    def square(key: str, tensor: Tensor) -> float:
+        moved = in_double_precision(tensor)
+        if reference:
+            moved -= reference[key]
+        return float((moved.abs() if moved.is_complex() else moved).square_().sum())
 
-    squares = (moved(key, tensor).abs().square().sum() for key, tensor in update.items() if is_weight(tensor))
-    return math.sqrt(math.fsum(map(float, squares)))
+    return math.sqrt(math.fsum(square(key, tensor) for key, tensor in update.items() if is_weight(tensor)))
 
 
 def in_double_precision(tensor: Tensor) -> Tensor:
-    """Return a real tensor as float64 and a complex one as complex128."""
-    return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
+    """Return a copy of a real tensor as float64, and of a complex one as complex128."""
+    return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64, copy=True)
 
 
 def figures(number: int, site: str, model: str, metrics: Mapping[str, float]) -> list[dict[str, Any]]:
@@ -196,6 +196,7 @@ class Failures:
 
     Attributes:
         rows: Round, site and reason of each failure.
+        tolerated: Number of sites that may fail in a round.
 
     Raises:
         InputError: If `min_sites` is larger than the number of sites.
@@ -206,6 +207,7 @@ class Failures:
             raise InputError(f"min_sites must be 0 (all) to {sites}, the number of sites, but is {min_sites!r}.")
         self.sites = sites
         self.min_sites = min_sites or sites
+        self.tolerated = sites - self.min_sites
         self.rows: list[dict[str, Any]] = []
 
     def add(self, number: int, site: str, error: Exception) -> None:
@@ -220,7 +222,7 @@ class Failures:
             Exception: The given `error`, if no site may fail or if it is a programming error.
             InputError: If too few sites are left.
         """
-        if self.min_sites == self.sites or isinstance(error, PROGRAM_FAULTS):
+        if not self.tolerated or isinstance(error, PROGRAM_FAULTS):
             raise error
         known = root_input_error(error)
         reason = " ".join((str(known) if known else f"{type(error).__name__}: {error}").split())

@@ -17,7 +17,7 @@ batch would change the statistics of batch norm, and so the gradient; computing 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torch import nn
@@ -58,12 +58,16 @@ def recomputed(network: nn.Module) -> Iterator[None]:
     Args:
         network: Network in training.
     """
-    changed = parts(network)
+    with _NoEmptyPadding(), _keeping_inputs(parts(network)):
+        yield
+
+
+@contextmanager
+def _keeping_inputs(changed: Sequence[nn.Module]) -> Iterator[None]:
     for part in changed:
         part.forward = _recomputing(part)  # type: ignore[method-assign]
     try:
-        with _NoEmptyPadding():
-            yield
+        yield
     finally:
         for part in changed:
             del part.forward
@@ -71,9 +75,14 @@ def recomputed(network: nn.Module) -> Iterator[None]:
 
 def _recomputing(part: nn.Module) -> Any:
     plain = part.forward
+    # If one child has all norm layers (the convolutions of a level of `BasicUNet`), the forward of the part is computed
+    # again only up to the input of this child. The child is computed after that forward has ended, with its variables:
+    # the upsampled image, which is twice as large as an activation of the finest level. No layer runs more often.
+    inner = parts(part)
+    inner = inner if len(inner) == 1 else []
 
     def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
-        return nullcontext(), _buffers_kept(part)
+        return _keeping_inputs(inner), _computed_again(part, inner)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         return checkpoint(plain, *args, use_reentrant=False, context_fn=contexts, **kwargs)
@@ -82,7 +91,7 @@ def _recomputing(part: nn.Module) -> Any:
 
 
 @contextmanager
-def _buffers_kept(part: nn.Module) -> Iterator[None]:
+def _computed_again(part: nn.Module, inner: Sequence[nn.Module]) -> Iterator[None]:
     """Let the second forward of a step use copies of the buffers, so that only the first updates running statistics."""
     buffers = [
         (module, name, buffer) for module in part.modules() for name, buffer in module.named_buffers(recurse=False)
@@ -90,7 +99,7 @@ def _buffers_kept(part: nn.Module) -> Iterator[None]:
     for module, name, buffer in buffers:
         setattr(module, name, buffer.clone())
     try:
-        with _NoEmptyPadding():
+        with _NoEmptyPadding(), _keeping_inputs(inner):
             yield
     finally:
         for module, name, buffer in buffers:

@@ -35,7 +35,7 @@ from shared_iopfl.models.manifest import (
     read_checked,
     read_manifest,
 )
-from shared_iopfl.models.weights import check_experts, equal_weights
+from shared_iopfl.models.weights import all_finite, check_experts, equal_weights
 from shared_iopfl.utils.checks import has_negative_variance, number
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.files import whole_file
@@ -146,7 +146,7 @@ def _checked(tensor: Tensor, key: str, path: str | os.PathLike) -> Tensor:
     # a tensor that repeats few numbers by its strides is small in the file and could fill the memory
     if not is_dense or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         raise InputError(f"{path} has something other than a plain tensor in '{key}'; save the state_dict() alone.")
-    if not torch.isfinite(tensor).all():
+    if not all_finite(tensor):
         raise InputError(f"{path} has NaN or infinite values in '{key}'; train or download it again.")
     if has_negative_variance(key, tensor):
         raise InputError(f"{path} has negative variances in '{key}'; train or download it again.")

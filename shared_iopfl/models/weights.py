@@ -30,6 +30,14 @@ def is_weight(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
 
+def all_finite(tensor: Tensor) -> bool:
+    """Whether a tensor has no NaN or infinite value.
+
+    The sum of finite values is finite unless it overflows, and takes a tenth of the time of a look at each value.
+    """
+    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
+
+
 def equal_weights(one: Weights, other: Weights) -> bool:
     """Whether two states have the same keys, devices, types, shapes and values."""
     if one.keys() != other.keys():
@@ -103,7 +111,7 @@ def check_experts(network: nn.Module, experts: Mapping[str, Weights]) -> None:
                     f"expert '{name}' does not fit the network: '{key}' has shape {tuple(state[key].shape)}, expected "
                     f"{tuple(tensor.shape)}; use one architecture."
                 )
-            if not torch.isfinite(state[key]).all():
+            if not all_finite(state[key]):
                 raise InputError(f"expert '{name}' has NaN or infinite values in '{key}'; train or download it again.")
         extra = next((key for key in state if key not in own), None)
         if extra is not None:

@@ -77,6 +77,17 @@ def test_targets_are_areas(bundle: str, size: int) -> None:
     assert (reachable_dice(soft, native) > 0.98).all()
 
 
+@pytest.mark.parametrize("size, dtype", [(128, torch.uint8), (256, torch.uint8), (96, torch.float16)])
+def test_labels_of_volumes_are_cached_in_one_byte_where_this_is_exact(size: int, dtype: torch.dtype) -> None:
+    """Labels that are not resampled, or whose pixels are repeated, have whole numbers."""
+    parser, targets = config("prostate_iopfl", image_size=size), on_grid("prostate_iopfl", ellipses(), size, soft=True)
+    last = [item["keys"] == "label" for item in parser["preprocessing_transforms"]]
+    index = len(last) - 1 - last[::-1].index(True)
+    cached = parser.get_parsed_content(f"preprocessing_transforms#{index}")({"label": targets})["label"]
+    assert cached.dtype == dtype
+    assert torch.equal(cached.float(), targets.half().float())
+
+
 @pytest.mark.parametrize("soft", [True, False])
 @pytest.mark.parametrize("bundle", BUNDLES)
 def test_augmentation_keeps_them_so(bundle: str, soft: bool) -> None:

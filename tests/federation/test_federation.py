@@ -289,6 +289,18 @@ def test_clients_receive_their_site_and_folders_and_random_state_is_not_changed(
     assert overrides["output_dir"] != run.clients["HK"].overrides["output_dir"]  # type: ignore[attr-defined]
 
 
+def test_sites_are_copied_before_a_round_only_if_they_may_fail(tmp_path, monkeypatch):
+    """The copies are as large as the sites' personalised models."""
+    copied: list[Any] = []
+    monkeypatch.setattr(federation.copy, "deepcopy", copied.append)
+    for min_sites, copies in ((0, 0), (2, 0), (1, 2)):
+        run = make(tmp_path / str(min_sites), min_sites=min_sites)
+        run.start()
+        copied.clear()
+        run.run_round()
+        assert len(copied) == copies
+
+
 def test_run_is_resumed_only_with_the_same_settings_and_an_intact_checkpoint(tmp_path):
     make(tmp_path).run()
     for changed in ({"rounds": 9}, {"sites": ["HK", "ISBI"]}, {"seed": 1}, {"local_epochs": 2}):

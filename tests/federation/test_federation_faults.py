@@ -27,7 +27,7 @@ from shared_iopfl.data.phantoms.sites import make_prostate_sites
 from shared_iopfl.data.splits import site_cases
 from shared_iopfl.federation.results import cross_site_scores
 from shared_iopfl.federation.simulation import Federation
-from shared_iopfl.federation.updates import check_update, far_off
+from shared_iopfl.federation.updates import check_update, far_off, update_norm
 from shared_iopfl.models.files import load_weights
 from shared_iopfl.utils.errors import InputError, root_input_error
 from shared_iopfl.utils.reading import read_json
@@ -63,8 +63,8 @@ def moved(state: State, distance: float) -> State:
 )
 def test_update_is_far_off_if_it_exceeds_a_multiple_of_the_median_of_the_others(distances, factor, refused):
     state = dict(unet().state_dict())
-    updates = {chr(65 + n): moved(state, distance) for n, distance in enumerate(distances)}
-    found = far_off(updates, state, factor)
+    norms = {chr(65 + n): update_norm(moved(state, distance), state) for n, distance in enumerate(distances)}
+    found = far_off(norms, state, factor)
     assert list(found) == refused
     assert all(f"'{site}'" in str(error) and "max_update_norm" in str(error) for site, error in found.items())
 
@@ -199,7 +199,9 @@ def test_failures_of_rounds_before_and_after_a_resumption_are_recorded(tmp_path,
 
 @pytest.mark.usefixtures("fakes")
 def test_site_that_fails_every_round_has_no_personalised_model_and_is_named(tmp_path, monkeypatch):
-    """An untrained network must not be its expert; the models of the other sites are written."""
+    """An untrained network, or the model of an earlier run, must not be its expert; the others are written."""
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "model_C.pt").touch()
     spoil(monkeypatch, {("C", number): SPOILT["nan"][0] for number in (1, 2, 3)})
     with pytest.raises(InputError, match="'C' failed all 3 rounds"):
         make(tmp_path).run()

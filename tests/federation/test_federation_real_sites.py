@@ -165,7 +165,7 @@ def test_full_disk_ends_the_run_with_one_line_and_the_last_round_is_kept(full_fo
     process, folder = OneProcess(), tmp_path / "run"
     assert process.run(tiny, folder, stop_after=2).code != 0
     before = digests(folder)
-    model, checkpoint = (folder / "models" / "model_A.pt").stat().st_size, (folder / "federation.pt").stat().st_size
+    model, checkpoint = (whole / "models" / "model_A.pt").stat().st_size, (folder / "federation.pt").stat().st_size
     limit = {"checkpoint": checkpoint - 4096, "model": model - 1024, "everything": 64}[full_for]
     assert full_for != "checkpoint" or limit > model
     ended = process.run(tiny, folder, file_size=limit)

@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -28,6 +29,7 @@ from shared_iopfl.federation.averaging import Averaging, average_updates
 from shared_iopfl.federation.results import cross_site_scores
 from shared_iopfl.federation.simulation import Federation
 from shared_iopfl.federation.updates import accepted_norms, check_update, far_off, update_norm
+from shared_iopfl.models.weights import equal_weights
 from shared_iopfl.utils.errors import InputError
 from shared_iopfl.utils.tables import read_rows
 
@@ -62,22 +64,35 @@ def moved(by: float, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     ],
 )
 def test_length_of_an_update_is_limited_by_the_model_and_by_earlier_rounds(lengths, earlier, refused):
-    updates = {site: moved(length) for site, length in lengths.items()}
-    found = far_off(updates, MODEL, 10.0, earlier)
+    norms = {site: update_norm(moved(length), MODEL) for site, length in lengths.items()}
+    found = far_off(norms, MODEL, 10.0, earlier)
     assert list(found) == refused
     assert all(
         f"'{site}'" in str(e) and "max_update_norm" in str(e) and "\n" not in str(e) for site, e in found.items()
     )
-    assert far_off(updates, MODEL, 0.0, earlier) == {}
+    assert far_off(norms, MODEL, 0.0, earlier) == {}
 
 
 def test_model_of_zeros_sets_no_limit():
-    assert far_off({"A": {"w": torch.ones(4)}}, {"w": torch.zeros(4)}, 10.0) == {}
+    assert far_off({"A": 2.0}, {"w": torch.zeros(4)}, 10.0) == {}
 
 
-def test_norm_is_computed_over_floating_point_entries():
-    assert update_norm(moved(3.0), MODEL) == pytest.approx(3.0)
-    assert update_norm(MODEL) == pytest.approx(4.0)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64, torch.complex128])
+def test_norm_is_computed_over_floating_point_entries(dtype):
+    model, update = {**MODEL, "w": MODEL["w"].to(dtype)}, moved(3.0, dtype)
+    kept = copy.deepcopy((model, update))
+    assert update_norm(update, model) == pytest.approx(3.0)
+    assert update_norm(model) == pytest.approx(4.0)
+    assert all(equal_weights(one, other) for one, other in zip((model, update), kept))
+
+
+@pytest.mark.parametrize("averaging", AVERAGES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex128])
+def test_updates_that_are_averaged_do_not_change(dtype, averaging):
+    updates = {site: moved(float(n), dtype) for n, site in enumerate("ABC")}
+    kept = copy.deepcopy(updates)
+    average_updates(updates, dict.fromkeys(updates, 1), averaging)
+    assert all(equal_weights(updates[site], kept[site]) for site in updates)
 
 
 def too_long(monkeypatch: pytest.MonkeyPatch, times: float, rounds: tuple[int, ...]) -> None:

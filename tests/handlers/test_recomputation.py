@@ -12,6 +12,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -94,6 +96,22 @@ def test_few_activations_are_kept_between_forward_and_backward() -> None:
     assert len(parts(network)) == 9
     plain, recomputed = (sum(bytes_of.values()) for bytes_of in kept)
     assert recomputed < 0.25 * plain
+
+
+def test_no_layer_runs_more_than_twice_and_the_upsampled_image_is_freed_before_the_convolutions_run_again() -> None:
+    network, calls = NETWORKS["BasicUNet"]().train(), Counter[str]()
+    alive: list[bool] = []
+    upsampled: list[Any] = []
+    level = network.upcat_1
+    level.upsample.register_forward_hook(lambda module, inputs, output: upsampled.append(weakref.ref(output)))
+    level.convs.conv_0.register_forward_hook(lambda *args: alive.append(upsampled[-1]() is not None))
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+            module.register_forward_hook(lambda *args, name=name: calls.update([name]))
+    output = AutocastInferer(False, True)(images(2, 3, 32, 32, seed=3), network)
+    output.mean().backward()
+    assert alive == [True, False]
+    assert {count for name, count in calls.items() if name != "final_conv"} == {2}
 
 
 @pytest.mark.parametrize("side, padded", [(32, False), (40, True)])

@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Interpolation between the global and a personalised model."""
+"""Finite weights, and interpolation between the global and a personalised model."""
 
 from __future__ import annotations
 
@@ -21,8 +21,21 @@ from hypothesis import strategies as st
 from networks import mixture, unet
 from trained_sites import equal
 
-from shared_iopfl.models.weights import interpolate, validated_interpolation
+from shared_iopfl.models.weights import all_finite, interpolate, validated_interpolation
 from shared_iopfl.utils.errors import InputError
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64])
+def test_one_value_that_is_not_finite_is_found_and_large_values_are_finite(dtype):
+    """The sum of the largest values overflows; the sum of an infinite value and its opposite is NaN."""
+    largest = torch.full((2, 1000), torch.finfo(dtype).max, dtype=dtype)
+    assert all_finite(largest)
+    assert all_finite(largest[:0])
+    for wrong in ([torch.nan], [torch.inf], [-torch.inf], [torch.inf, -torch.inf]):
+        spoilt = torch.ones(1000, dtype=dtype)
+        spoilt[10 : 10 + len(wrong)] = torch.tensor(wrong).to(dtype)
+        assert not all_finite(spoilt)
+    assert all_finite(torch.tensor([2**62, 2**62, 2**62]))
 
 
 @given(st.floats(0, 1))

@@ -134,7 +134,8 @@ class Rounds(ModelController):
                 metrics[site] = _numbers(reply.metrics or {})
                 updates[site], counts[site] = update, count
         earlier = accepted_norms(self.persistor.history)
-        for site, refusal in far_off(updates, model.params, self.max_update_norm, earlier).items():
+        norms = {site: update_norm(update, model.params) for site, update in updates.items()}
+        for site, refusal in far_off(norms, model.params, self.max_update_norm, earlier).items():
             del updates[site]
             self._fail(site, str(refusal))
         if len(updates) < self.min_sites:
@@ -142,8 +143,8 @@ class Rounds(ModelController):
                 f"round {self.round}: {len(updates)} of {len(self.sites)} sites sent a usable update, fewer than "
                 f"min_sites {self.min_sites}; {FAILURES} gives the reasons of the others."
             )
-        for site, update in updates.items():
-            self._note(site, "local", {**metrics[site], UPDATE_NORM: update_norm(update, model.params)})
+        for site in updates:
+            self._note(site, "local", {**metrics[site], UPDATE_NORM: norms[site]})
         return average_updates(updates, counts, self.averaging)
 
     def _validate(self, model: FLModel) -> None:
