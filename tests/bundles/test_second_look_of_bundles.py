@@ -17,10 +17,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fl_bundles import NAMES
+from fl_bundles import BUNDLES, NAMES
+from monai.bundle import ConfigParser
 from monai.transforms import LoadImage
 
 from shared_iopfl.evaluation import second_look
+from shared_iopfl.utils.reading import read_json
 from shared_iopfl.utils.tables import read_rows
 
 MIDDLE = second_look.Part((0.25, 0.25), (0.75, 0.75))
@@ -65,3 +67,17 @@ def test_a_mask_of_the_part_lies_in_place_in_the_scan(
         rows = read_rows(tmp_path / "twice" / "review.csv")
         assert rows and all("small target: segmented in 50% of the field of view" in row["reasons"] for row in rows)
         assert len(rows) == len(masks(tmp_path / "twice"))
+
+
+@pytest.mark.parametrize("bundle", NAMES)
+@pytest.mark.parametrize("run_name", [None, "a run of MONAI FL"])
+def test_the_usual_size_is_that_of_the_models_and_not_of_those_that_a_federation_trains(
+    bundle: str, run_name: str | None
+):
+    """A client of MONAI FL evaluates weights of the server in a bundle that may hold other models."""
+    root = BUNDLES / bundle
+    config = ConfigParser()
+    config.read_config(str(root / "configs" / "evaluate.json"))
+    config.update({"bundle_root": str(root), "run_name": run_name})
+    calibrated = read_json(root / "models" / "calibration.json")["target_size"]
+    assert config.get_parsed_content("target_size") == (0.0 if run_name else calibrated)
