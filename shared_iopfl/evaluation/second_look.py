@@ -26,7 +26,7 @@ from ignite.engine import Engine
 from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.engines import IterationEvents, SupervisedEvaluator
-from monai.transforms import Crop, InvertibleTransform, KeepLargestConnectedComponent, MapTransform
+from monai.transforms import Crop, Cropd, KeepLargestConnectedComponent
 from monai.utils import CommonKeys
 from torch import Tensor
 
@@ -83,7 +83,7 @@ def part_around(mask: Tensor, scale: float) -> Part | None:
     return None if part == Part((0.0, 0.0), (1.0, 1.0)) else part
 
 
-class CropToPartd(MapTransform, InvertibleTransform):
+class CropToPartd(Cropd):
     """Crop scans to the `Part` that a case has under `PART`, or keep them whole; `Invertd` pads masks with zeros.
 
     A scan that was cropped gets a remark in its metadata (``remarks``), which the review list shows.
@@ -93,10 +93,9 @@ class CropToPartd(MapTransform, InvertibleTransform):
     """
 
     def __init__(self, keys: KeysCollection) -> None:
-        super().__init__(keys)
-        self.cropper = Crop()
+        super().__init__(keys, Crop())
 
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+    def __call__(self, data: Mapping[Hashable, Any], lazy: bool | None = None) -> dict[Hashable, Any]:
         d = dict(data)
         part = d.pop(PART, None) or Part((0.0, 0.0), (1.0, 1.0))
         for key in self.key_iterator(d):
@@ -110,13 +109,6 @@ class CropToPartd(MapTransform, InvertibleTransform):
                 earlier = d[key].meta.get("remarks")
                 remark = f"small target: segmented in {field:.0%} of the field of view"
                 d[key].meta["remarks"] = f"{earlier}; {remark}" if earlier else remark
-        return d
-
-    def inverse(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Undo the crop by padding with zeros to the size of the scan."""
-        d = dict(data)
-        for key in self.key_iterator(d):
-            d[key] = self.cropper.inverse(d[key])
         return d
 
 

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.transforms import Crop, InvertibleTransform, MapTransform
+from monai.transforms import Crop, Cropd
 
 from shared_iopfl.data.photographs.locating import Disc, find_disc
 from shared_iopfl.data.photographs.reader import PhotographReader, file_of
@@ -80,7 +80,7 @@ def _looks_like_crop(path: str, size: int, time: int) -> bool | None:
     return not disc.whole if disc.confidence >= LEAST_CONFIDENCE else None
 
 
-class CropToDiscd(MapTransform, InvertibleTransform):
+class CropToDiscd(Cropd):
     """Crop whole fundus photographs to a square around the optic disc; pictures that are such crops remain unchanged.
 
     All keys are cropped alike. The side of the square is `size_ratio` disc diameters, but at most the shorter side of
@@ -105,16 +105,17 @@ class CropToDiscd(MapTransform, InvertibleTransform):
     """
 
     def __init__(self, keys: KeysCollection, size_ratio: float = 2.0, crop: str = "auto") -> None:
-        super().__init__(keys)
+        super().__init__(keys, Crop())
         if crop not in CROPS:
             raise InputError(f'crop must be "auto", "always", "never" or "crops", got "{crop}"')
         if not size_ratio >= 1:
             raise InputError(f"size_ratio must be at least 1 disc diameter, got {size_ratio}")
         self.size_ratio = size_ratio
         self.crop = crop
-        self.cropper = Crop()
 
-    def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict[Hashable, MetaTensor]:
+    def __call__(  # type: ignore[override]
+        self, data: Mapping[Hashable, MetaTensor], lazy: bool | None = None
+    ) -> dict[Hashable, MetaTensor]:
         d: dict[Hashable, Any] = dict(data)
         image = d[self.keys[0]]
         shape = tuple(image.shape[1:])
@@ -131,13 +132,6 @@ class CropToDiscd(MapTransform, InvertibleTransform):
             if isinstance(d[key], MetaTensor):
                 d[key].meta.update(crop_start=list(start), crop_size=list(size), crop_confidence=confidence)
                 d[key].meta["remarks"] = remarks
-        return d
-
-    def inverse(self, data: Mapping[Hashable, MetaTensor]) -> dict[Hashable, MetaTensor]:
-        """Undo the crop by padding with zeros to the pixels of the photograph."""
-        d = dict(data)
-        for key in self.key_iterator(d):
-            d[key] = self.cropper.inverse(d[key])
         return d
 
     def _square(self, image: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...], float, str]:
